@@ -1,0 +1,76 @@
+"""One checker for the arguments of every operator, so that every backend refuses with the same words."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def _parse(spec: str) -> tuple[int | str, ...]:
+    return tuple(int(size) if size.isdigit() else size for size in spec.split())
+
+
+def check_tensors(operator: str, **arguments: tuple[Tensor | None, str]) -> dict[str, int]:
+    """Check shapes, dtypes and devices of an operator's tensors; return what the letters of the shapes stand for.
+
+    Each argument is ``name=(tensor, "C 1 1 K")``: numbers are themselves, a letter stands for the size that it
+    first met, ``2C`` for twice that of C. A tensor that is None is skipped: it was optional.
+
+    Raises TypeError for what is no floating tensor or differs in dtype from the first one (under autocast dtypes
+    may differ), ValueError for a shape or device that does not fit.
+    """
+    sizes: dict[str, int] = {}
+    first_name, first = None, None
+    for name, (tensor, spec) in arguments.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{operator}: {name} is a {type(tensor).__name__}, expected a tensor of shape ({spec})")
+        _check_shape(operator, name, tensor, spec, sizes)
+        if not tensor.is_floating_point():
+            raise TypeError(f"{operator}: {name} has dtype {tensor.dtype}, expected a floating type")
+        if first is None:
+            first_name, first = name, tensor
+        elif tensor.device != first.device:
+            raise ValueError(
+                f"{operator}: {name} is on {tensor.device}, expected {first.device}, where {first_name} is"
+            )
+        elif tensor.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+            raise TypeError(
+                f"{operator}: {name} has dtype {tensor.dtype}, expected {first.dtype}, which {first_name} has"
+            )
+    return sizes
+
+
+def _check_shape(operator: str, name: str, tensor: Tensor, spec: str, sizes: dict[str, int]):
+    expected = _parse(spec)
+    fits = tensor.dim() == len(expected)
+    for size, symbol in zip(tensor.shape, expected, strict=False):
+        if isinstance(symbol, str):
+            factor, letter = (2, symbol[1:]) if symbol[0] == "2" else (1, symbol)
+            symbol = factor * sizes.setdefault(letter, size)
+        fits = fits and size == symbol
+    if not fits:
+        known = ", ".join(f"{letter} = {size}" for letter, size in sizes.items())
+        raise ValueError(
+            f"{operator}: {name} has shape {tuple(tensor.shape)}, expected ({', '.join(map(str, expected))}) with {known}"
+        )
+
+
+def check_choice(operator: str, name: str, value, choices: tuple):
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{operator}: {name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def check_odd(operator: str, name: str, value: int):
+    """Raise ValueError unless `value`, a kernel size, is odd and positive."""
+    if value < 1 or value % 2 == 0:
+        raise ValueError(f"{operator}: {name} has {value} taps, expected an odd number")
+
+
+def check_at_least(operator: str, name: str, value: int, least: int):
+    """Raise ValueError unless `value` is an integer of at least `least`."""
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{operator}: {name} is {value!r}, expected an integer of at least {least}")

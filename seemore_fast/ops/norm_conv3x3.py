@@ -1,0 +1,38 @@
+"""Public operator `norm_conv3x3`; formula and shapes in `seemore_fast.reference.norm_conv3x3`."""
+
+from torch import Tensor
+
+from ..backends import implementation
+from .checks import check_choice, check_tensors
+
+
+def norm_conv3x3(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    weight_pw: Tensor | None = None,
+    bias_pw: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """LayerNorm (or none), dense 3x3 convolution, activation (None or "gelu"), 1x1 convolution (or none)."""
+    for name, pair in {"norm": (norm_weight, norm_bias), "pw": (weight_pw, bias_pw)}.items():
+        if (pair[0] is None) != (pair[1] is None):
+            raise ValueError(f"norm_conv3x3: one of weight and bias of {name} is None, expected both or neither")
+    check_tensors(
+        "norm_conv3x3",
+        x=(x, "B C H W"),
+        norm_weight=(norm_weight, "C"),
+        norm_bias=(norm_bias, "C"),
+        weight=(weight, "D C 3 3"),
+        bias=(bias, "D"),
+        weight_pw=(weight_pw, "P D 1 1"),
+        bias_pw=(bias_pw, "P"),
+    )
+    check_choice("norm_conv3x3", "activation", activation, (None, "gelu"))
+    return implementation("norm_conv3x3")(
+        x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation=activation, eps=eps
+    )

@@ -1,0 +1,29 @@
+"""Every operator in plain PyTorch: the truth that the tests compare with, and the fallback everywhere."""
+
+from .calibrate import calibrate
+from .depthwise_gate import depthwise_gate
+from .gated_ffn import gated_ffn
+from .layer_norm import layer_norm
+from .low_rank_experts import low_rank_experts
+from .model import SeemoRe
+from .norm_conv3x3 import norm_conv3x3
+from .norm_pointwise import norm_pointwise
+from .rme_block import rme_block
+from .router import router
+from .sme_block import sme_block
+from .striped_conv import striped_conv
+
+__all__ = [
+    "SeemoRe",
+    "calibrate",
+    "depthwise_gate",
+    "gated_ffn",
+    "layer_norm",
+    "low_rank_experts",
+    "norm_conv3x3",
+    "norm_pointwise",
+    "rme_block",
+    "router",
+    "sme_block",
+    "striped_conv",
+]

@@ -1,0 +1,26 @@
+"""LayerNorm over the channels of each pixel (SeemoRe, section 3.1, "LN")."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    """Normalise every pixel over its channels, then scale and shift each channel.
+
+        y = (x - mean_C(x)) / sqrt(var_C(x) + eps) * weight + bias
+
+    | tensor       | shape        | dtype                |
+    |--------------|--------------|----------------------|
+    | x            | (B, C, H, W) | any floating type    |
+    | weight, bias | (C,)         | that of x            |
+    | returns      | (B, C, H, W) | that of x            |
+
+    The variance is the biased one. Statistics are at least float32: squares of float16 overflow at 256.
+    """
+    if x.is_contiguous(memory_format=torch.channels_last):  # channels are innermost: torch's own kernel, no copy
+        return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps).permute(0, 3, 1, 2)
+    x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    variance, mean = torch.var_mean(x_wide, dim=1, correction=0, keepdim=True)
+    normalised = (x_wide - mean) * torch.rsqrt(variance + eps)
+    return (normalised * weight[:, None, None] + bias[:, None, None]).to(x.dtype)

@@ -1,0 +1,27 @@
+"""The router of MoRE: one decision per image (SeemoRe, section 3.2)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def router(a: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Choose the `top_k` most probable experts of each image, most probable first.
+
+        p = softmax(weight @ mean_HW(a));   the top_k largest entries of p, not renormalised
+
+    | tensor          | shape        | dtype                           |
+    |-----------------|--------------|---------------------------------|
+    | a               | (B, C, H, W) | any floating type               |
+    | weight          | (E, C)       | any floating type               |
+    | returns indices | (B, top_k)   | int64                           |
+    | returns weights | (B, top_k)   | float32 (float64 for float64 a) |
+
+    Computed in float32 from the pool on, also under autocast, where the published code rounds the probabilities
+    to the input's type: nearly uniform routers would tie or flip there. Ties are broken as torch.topk does.
+    """
+    wide = torch.promote_types(a.dtype, torch.float32)
+    with torch.autocast(a.device.type, enabled=False):
+        logits = F.linear(a.mean(dim=(2, 3), dtype=wide), weight.to(wide))
+        expert_weight, expert_index = logits.softmax(dim=1).topk(top_k, dim=1)
+    return expert_index, expert_weight
