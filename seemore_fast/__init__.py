@@ -1,1 +1,31 @@
+"""SeemoRe super-resolution, fast: a drop-in PyTorch module whose operators are checked against a plain reference."""
+
+from . import ops, reference
+from .backends import backend_info, use_backend
+from .checkpoint import load_model
+from .drop_in import accelerate
+from .model import SeemoRe
+from .presets import seemore_b, seemore_l, seemore_t
+
 __version__ = "0.1.0"
+__all__ = [
+    "SeemoRe",
+    "Upscaler",
+    "accelerate",
+    "backend_info",
+    "load_model",
+    "ops",
+    "reference",
+    "seemore_b",
+    "seemore_l",
+    "seemore_t",
+    "use_backend",
+]
+
+
+def __getattr__(name: str):
+    if name == "Upscaler":  # brings numpy and Pillow: only when asked for
+        from .upscale import Upscaler
+
+        return Upscaler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,23 +1,220 @@
-"""Weights in files."""
+"""Weights in files, and what network they belong to."""
 
 import json
+import math
 import os
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
+import torch
+from torch import Tensor
+
+from .files import replacing
+from .model import SeemoRe
+from .presets import PRESETS
+from .reference.model import LR_SPACES, expert_ranks
+
+WEIGHTS = Path(__file__).parent / "weights"
+_WRAPPERS = ("params_ema", "params", "state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+_UNREADABLE = ("use_shuffle", "recursive", "topk", "img_range")
+_KNOWN = {(p["num_layers"], p["embedding_dim"]): p for p in PRESETS.values()}
 
 
-def save_model(model, path: str | os.PathLike, **facts):
+class CheckpointError(ValueError):
+    """A file or state dict that does not hold the expected weights."""
+
+
+def shipped_models() -> list[str]:
+    """Return the names of the models that are in the package."""
+    return sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
+
+
+def load_model(name_or_path: str | os.PathLike, **overrides) -> SeemoRe:
+    """Return a SeemoRe with its weights, on the CPU, in float32 and in evaluation mode.
+
+    `name_or_path` is the name of a shipped model ("seemore_t_x2"), or a .safetensors or .pth file in the published
+    layout, bare or under "params_ema", "params", "state_dict" or "model", keys with or without "module.".
+    The configuration is read off the shapes; what no shape tells (use_shuffle, recursive, topk, img_range) comes from
+    the file's own metadata, from the published sizes, or, with a warning, is that of T. `overrides`
+    are arguments of `SeemoRe` and win over all of it.
+
+    Raises ValueError for an unknown name, FileNotFoundError for a file that is not there, and CheckpointError for one
+    that holds something else; never runs code from a file.
+    """
+    path = _resolve(name_or_path)
+    weights, recorded = read_weights(path)
+    try:
+        model = SeemoRe(**{**detect_config(weights, {**recorded, **overrides}), **overrides})
+        load_weights(model, weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return model.eval()
+
+
+def _resolve(name_or_path: str | os.PathLike) -> Path:
+    path = Path(name_or_path)
+    if path.suffix or path.exists() or len(path.parts) > 1:
+        return path
+    shipped = WEIGHTS / f"{path.name}.safetensors"
+    if not shipped.is_file():
+        raise ValueError(
+            f"there is no shipped model {str(name_or_path)!r}; there are: {', '.join(shipped_models()) or 'none'}. "
+            "Your own weights are given by their path, a .safetensors or .pth file"
+        )
+    return shipped
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Return the bare state dict in a file and the configuration recorded beside it (empty where there is none)."""
+    if not path.is_file():
+        reason = "is a directory, expected a file" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {reason}: give a .safetensors or .pth file of weights")
+    recorded = {}
+    if path.suffix == ".safetensors":
+        content, recorded = _read_safetensors(path)
+    elif path.suffix in (".pth", ".pt", ".ckpt"):
+        content = _read_pickle(path)
+    else:
+        raise CheckpointError(f"{path} ends in {path.suffix!r}, expected .safetensors or .pth")
+    try:
+        return unwrap(content), recorded
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = json.loads((file.metadata() or {}).get("config", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, config  # noqa: SIM118, no mapping
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+
+
+def _read_pickle(path: Path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"Unsupported (?:global|class|operand)[^.\n]*|GLOBAL \S+", str(error))
+        raise CheckpointError(
+            f"{path} is not a plain file of weights ({refused[0] if refused else 'unreadable pickle'}); anything but "
+            "tensors could run code and is refused. Save model.state_dict() alone, or use .safetensors"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged or no PyTorch checkpoint: {detail}") from None
+
+
+def unwrap(content) -> dict[str, Tensor]:
+    """Return the bare published keys of what a checkpoint held."""
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(f"holds a {type(content).__name__}, expected a state dict: names and tensors")
+    weights = {}
+    for name, tensor in content.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"holds a {type(tensor).__name__} under {name!r}, expected tensors alone")
+        while prefix := next((p for p in _PREFIXES if name.startswith(p)), None):
+            name = name.removeprefix(prefix)
+        weights[name] = tensor
+    return weights
+
+
+def detect_config(weights: Mapping[str, Tensor], known: Mapping | None = None) -> dict:
+    """Return the arguments of `SeemoRe` that fit a state dict; `known` gives those that no shape tells."""
+    known = known or {}
+    first = _shape(weights, "conv_1.weight", 4)
+    channels, in_chans = first[0], first[1]
+    experts = "body.0.local_block.block.moe_layer.experts"
+    ranks = tuple(
+        _shape(weights, f"{experts}.{i}.conv_1.weight", 4)[0] for i in range(max(_count(weights, experts), 1))
+    )
+    spaces = [space for space in ("exp", *LR_SPACES) if expert_ranks(space, len(ranks)) == ranks]
+    if not spaces:
+        raise CheckpointError(f"has experts of ranks {ranks}, expected them to grow as one of {', '.join(LR_SPACES)}")
+    config = {
+        "scale": math.isqrt(_shape(weights, "upsampler.0.weight", 4)[0] // max(in_chans, 1)),
+        "in_chans": in_chans,
+        "num_experts": len(ranks),
+        "num_layers": _count(weights, "body"),
+        "embedding_dim": channels,
+        "global_kernel_size": _shape(weights, "body.0.global_block.block.attn.conv.0.weight", 4)[3],
+        "lr_space": spaces[0],
+    }
+    published = _KNOWN.get((config["num_layers"], channels))
+    missing = [name for name in ("use_shuffle", "recursive", "topk") if name not in known]
+    if published is None and missing:
+        assumed = ", ".join(f"{name}={PRESETS['t'][name]}" for name in missing)
+        warnings.warn(
+            f"{config['num_layers']} groups of {channels} channels is no published size: assuming {assumed} as in "
+            "T. Pass them if the network was trained otherwise; no shape tells",
+            stacklevel=3,
+        )
+    for name in _UNREADABLE:
+        config[name] = known.get(name, (published or PRESETS["t"])[name])
+    return config
+
+
+def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
+    """Return how many numbered children `prefix` has: one more than the largest number."""
+    numbers = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in weights)
+    return max((int(match[1]) for match in numbers if match), default=-1) + 1
+
+
+def _shape(weights: Mapping[str, Tensor], name: str, dims: int) -> torch.Size:
+    if name not in weights:
+        some = ", ".join(list(weights)[:3])
+        raise CheckpointError(f"holds no {name}, so it is no SeemoRe; it begins with {some}")
+    if weights[name].dim() != dims:
+        raise CheckpointError(f"{name} has shape {tuple(weights[name].shape)}, expected {dims} dimensions")
+    return weights[name].shape
+
+
+def load_weights(model: SeemoRe, weights: Mapping[str, Tensor]):
+    """Copy `weights` into `model`; raise CheckpointError that names missing, unexpected and mis-shaped keys."""
+    check_keys({name: tensor.shape for name, tensor in model.state_dict().items()}, weights)
+    model.load_state_dict(weights)
+
+
+def check_keys(expected: Mapping[str, torch.Size], weights: Mapping[str, Tensor]):
+    """Raise CheckpointError unless `weights` has exactly the expected names and shapes."""
+    wrong = [
+        f"{name} is {tuple(weights[name].shape)}, expected {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in weights and weights[name].shape != shape
+    ]
+    problems = {
+        "missing": [name for name in expected if name not in weights],
+        "unexpected": [name for name in weights if name not in expected],
+        "mis-shaped": wrong,
+    }
+    if any(problems.values()):
+        parts = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
+        raise CheckpointError(f"the keys do not fit this SeemoRe: {'; '.join(parts)}")
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+
+
+def save_model(model: SeemoRe, path: str | os.PathLike, **facts):
     """Write the weights of a SeemoRe and what rebuilds it as .safetensors: whole, or not at all.
 
     `facts` (numbers or strings) go into the file's metadata beside the configuration.
     """
-    path = Path(path)
+    from safetensors.torch import save_file
+
     metadata = {"config": json.dumps(model.config), **{name: str(value) for name, value in facts.items()}}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with replacing(Path(path)) as temporary:
         save_file(weights, temporary, metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

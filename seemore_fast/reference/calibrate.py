@@ -1,4 +1,4 @@
-"""Contextual calibration of the experts' key: the aggregation branch of MoRE (SeemoRe, section 3.2)."""
+"""Contextual calibration of the experts' key: the aggregation branch of MoRE (SeemoRe paper, "Rank Modulating Expert")."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The spatial gate of GatedFFN (SeemoRe, section 3.1)."""
+"""The spatial gate of GatedFFN (SeemoRe paper, architecture overview: "GatedFFN")."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""GatedFFN, the feed-forward half of both experts, with its LayerNorm and residual (SeemoRe, section 3.1)."""
+"""GatedFFN, the feed-forward half of both experts, with its LayerNorm and residual (SeemoRe paper, architecture overview: "GatedFFN")."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""LayerNorm over the channels of each pixel (SeemoRe, section 3.1, "LN")."""
+"""LayerNorm over the channels of each pixel (SeemoRe paper, architecture overview: "LN")."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""The mixture of low-rank experts: MoRE's modulation, per image (SeemoRe, section 3.2)."""
+"""The mixture of low-rank experts: MoRE's modulation, per image (SeemoRe paper, "Rank Modulating Expert")."""
 
 from collections.abc import Sequence
 

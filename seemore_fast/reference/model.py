@@ -14,7 +14,7 @@ from torch import Tensor
 from .layer_norm import layer_norm
 from .low_rank_experts import low_rank_experts
 from .rme_block import channel_shuffle
-from .router import router
+from .router import router, without_autocast
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
 LR_SPACES = {
@@ -237,7 +237,7 @@ class SeemoRe(nn.Module):
     Arguments are the published ones. `lr_space` is the growth of the experts' ranks: "linear" i + 2, "exp"
     2^(i+1), "double" 2i + 2. Images smaller than 4^recursive pixels on a side are extended at the right and the
     bottom by their last column and row, and the result is cropped back. The result is at least float32, whatever
-    the precision inside: rounding it to 8 or 11 bits would show in the picture.
+    the precision inside: rounding it to the 8 bits of bfloat16 would show in the picture.
     """
 
     group_class = ResGroup
@@ -263,8 +263,7 @@ class SeemoRe(nn.Module):
         self.in_chans = in_chans
         self.img_range = img_range
         self.min_size = 4**recursive
-        mean = torch.tensor(RGB_MEAN) if in_chans == 3 else torch.zeros(in_chans)
-        self.register_buffer("mean", mean.view(1, in_chans, 1, 1), persistent=False)
+        self.register_buffer("mean", self.mean_of(in_chans), persistent=False)
 
         self.conv_1 = nn.Conv2d(in_chans, embedding_dim, 3, padding=1)
         self.body = nn.ModuleList(
@@ -284,8 +283,14 @@ class SeemoRe(nn.Module):
             nn.Conv2d(embedding_dim, scale**2 * in_chans, 3, padding=1), nn.PixelShuffle(scale)
         )
 
+    @staticmethod
+    def mean_of(in_chans: int) -> Tensor:
+        """Return the mean that the network subtracts, (1, in_chans, 1, 1): that of DIV2K for RGB, else 0."""
+        mean = torch.tensor(RGB_MEAN) if in_chans == 3 else torch.zeros(in_chans)
+        return mean.view(1, in_chans, 1, 1)
+
     def forward(self, x: Tensor) -> Tensor:
-        check_image(x, self.in_chans, self.conv_1.weight)
+        check_image(x, self.in_chans)
         height, width = x.shape[-2:]
         if height < self.min_size or width < self.min_size:
             missing = (0, max(0, self.min_size - width), 0, max(0, self.min_size - height))
@@ -294,14 +299,29 @@ class SeemoRe(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        f = self.conv_1((x - self.mean) * self.img_range)
-        y = f
+        # The picture itself travels through f and the upsampler: those stay wide when the body is narrow.
+        f = call_wide(self.conv_1, (x - self.mean) * self.img_range)
+        y = f.to(body_dtype(self.conv_1.weight))
         for group in self.body:
             y = group(y)
         y = self.conv_2(self.norm(y)) + f
-        y = self.upsampler(y)
-        y = y.to(torch.promote_types(y.dtype, torch.float32))
-        return y / self.img_range + self.mean
+        return call_wide(self.upsampler, y) / self.img_range + self.mean
+
+
+def body_dtype(weight: Tensor) -> torch.dtype:
+    """Return the type the features are computed in: autocast's where it is on, else that of the weights."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def call_wide(module: nn.Module, x: Tensor) -> Tensor:
+    """Call `module` in at least float32, whatever the type of its weights and of autocast."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with without_autocast(x.device.type):
+        if all(parameter.dtype == wide for parameter in module.parameters()):
+            return module(x.to(wide))
+        parameters = {name: parameter.to(wide) for name, parameter in module.named_parameters()}
+        return torch.func.functional_call(module, parameters, (x.to(wide),))
 
 
 def check_config(
@@ -326,7 +346,7 @@ def check_config(
         raise ValueError(f"img_range is {img_range!r}, expected a positive number")
 
 
-def check_image(x: Tensor, in_chans: int, weight: Tensor):
+def check_image(x: Tensor, in_chans: int):
     """Raise for an input that the network cannot take: what was got, what was expected, how to mend it."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}, expected a torch.Tensor of shape (B, {in_chans}, H, W)")

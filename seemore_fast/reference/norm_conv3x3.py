@@ -1,4 +1,4 @@
-"""LayerNorm, dense 3x3 convolution, GELU, 1x1 convolution: how MoRE begins (SeemoRe, section 3.2)."""
+"""LayerNorm, dense 3x3 convolution, GELU, 1x1 convolution: how MoRE begins (SeemoRe paper, "Rank Modulating Expert")."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""LayerNorm followed by a 1x1 convolution: how SEE and GatedFFN begin (SeemoRe, sections 3.1 and 3.3)."""
+"""LayerNorm followed by a 1x1 convolution: how SEE and GatedFFN begin (SeemoRe paper, "Spatial Modulating Expert")."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""RME, the Rank Modulating Expert: the first half of a residual group (SeemoRe, section 3.2)."""
+"""RME, the Rank Modulating Expert: the first half of a residual group (SeemoRe paper, "Rank Modulating Expert")."""
 
 from collections.abc import Sequence
 

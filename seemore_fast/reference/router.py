@@ -1,8 +1,17 @@
-"""The router of MoRE: one decision per image (SeemoRe, section 3.2)."""
+"""The router of MoRE: one decision per image (SeemoRe paper, "Rank Modulating Expert")."""
+
+import contextlib
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def without_autocast(device_type: str):
+    """Return a context in which autocast is off; where it is off already, none, which traces to nothing."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def router(a: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -21,7 +30,7 @@ def router(a: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     to the input's type: nearly uniform routers would tie or flip there. Ties are broken as torch.topk does.
     """
     wide = torch.promote_types(a.dtype, torch.float32)
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a.device.type):
         logits = F.linear(a.mean(dim=(2, 3), dtype=wide), weight.to(wide))
         expert_weight, expert_index = logits.softmax(dim=1).topk(top_k, dim=1)
     return expert_index, expert_weight

@@ -1,4 +1,4 @@
-"""SME, the Spatial Modulating Expert: the second half of a residual group (SeemoRe, section 3.3)."""
+"""SME, the Spatial Modulating Expert: the second half of a residual group (SeemoRe paper, "Spatial Modulating Expert")."""
 
 import torch.nn.functional as F
 from torch import Tensor

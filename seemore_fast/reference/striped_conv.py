@@ -1,4 +1,4 @@
-"""Striped convolution: the large receptive field of SEE at the price of two lines (SeemoRe, section 3.3)."""
+"""Striped convolution: the large receptive field of SEE at the price of two lines (SeemoRe paper, "Spatial Modulating Expert")."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,0 +1,30 @@
+"""The command line: ``seemore-fast COMMAND``."""
+
+import argparse
+import sys
+
+from . import info, upscale
+from .exits import INTERRUPTED, USAGE, UsageError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return its exit status: 0 done, 1 something failed, 2 wrong usage, 130 interrupted."""
+    from .. import __version__
+
+    parser = argparse.ArgumentParser(prog="seemore-fast", description="Fast SeemoRe super-resolution.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in (upscale, info):
+        name = command.__name__.rpartition(".")[2]
+        subparser = commands.add_parser(name, help=command.HELP, description=command.HELP)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except UsageError as error:
+        print(f"seemore-fast {options.command}: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED

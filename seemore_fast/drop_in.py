@@ -1,0 +1,60 @@
+"""Put this package's SeemoRe in the place of someone else's."""
+
+import torch
+import torch.nn as nn
+
+from .checkpoint import CheckpointError, check_keys, detect_config
+from .model import SeemoRe
+from .reference import SeemoRe as PlainSeemoRe
+
+
+def accelerate(module: nn.Module) -> SeemoRe:
+    """Return a SeemoRe of this package that shares the Parameters of `module`.
+
+    `module` is a SeemoRe of any origin that has the published structure: the published repository, the PyPI package
+    `seemore`, spandrel (the module or its descriptor), or this package. An optimizer that holds the parameters of `module`
+    goes on training them. Device, dtype, training mode and frozen parameters stay as they are; hooks are not taken along.
+
+    Raises TypeError for what is no module and CheckpointError for one of another structure.
+    """
+    module = _unwrap(module)
+    parameters = dict(module.named_parameters())
+    with torch.device("meta"):
+        model = SeemoRe(**_read_config(module, parameters))
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    check_keys(expected, parameters)
+    for name, parameter in parameters.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, parameter)
+    device, dtype = parameters["conv_1.weight"].device, parameters["conv_1.weight"].dtype
+    model.mean = SeemoRe.mean_of(model.in_chans).to(device, dtype)
+    modes = {name: child.training for name, child in module.named_modules()}
+    for name, child in model.named_modules():
+        child.training = modes.get(name, module.training)
+    return model
+
+
+def _unwrap(module) -> nn.Module:
+    inner = getattr(module, "model", None)  # spandrel's descriptor
+    if not isinstance(module, nn.Module) and isinstance(inner, nn.Module):
+        module = inner
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module is a {type(module).__name__}, expected a SeemoRe module or spandrel's descriptor of one")
+    return module
+
+
+def _read_config(module: nn.Module, parameters: dict) -> dict:
+    """Return the arguments of SeemoRe: from the shapes, and from the attributes that the published modules keep."""
+    try:
+        block = module.body[0].local_block.block
+        moe = block.moe_layer
+        top_k = moe.gate.top_k if isinstance(module, PlainSeemoRe) else moe.num_expert
+        attributes = {
+            "use_shuffle": block.use_shuffle,
+            "recursive": block.recursive,
+            "topk": top_k,
+            "img_range": module.img_range,
+        }
+    except (AttributeError, IndexError, TypeError) as error:
+        raise CheckpointError(f"{type(module).__name__} does not have the structure of the published SeemoRe: {error}") from None
+    return detect_config(parameters, attributes)

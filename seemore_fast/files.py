@@ -1,0 +1,39 @@
+"""Files that are written whole or not at all."""
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; put it in the place of `path` when the block ends without an error."""
+    temporary = path.with_name(f".{path.stem[:64]}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def why_not_writable(path: Path) -> str | None:
+    """Return why `path` cannot be written as a file, or None where it can."""
+    parent = path.parent
+    if not parent.exists():
+        return f"the folder {parent} does not exist: create it first"
+    if not parent.is_dir():
+        return f"{parent} is a file, expected a folder"
+    if path.is_dir():
+        return f"{path} is a folder, expected a file name"
+    for target in (parent, path):
+        if target.exists() and _is_read_only(target):
+            return f"{target} is read-only: choose another place or change its permissions"
+    return None
+
+
+def _is_read_only(path: Path) -> bool:
+    # The bits count for the superuser too, who could write but was told not to.
+    writable = path.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
+    return not writable or not os.access(path, os.W_OK)

@@ -1,0 +1,129 @@
+"""Image files in and out through Pillow: nothing lost in silence, nothing half-written."""
+
+import contextlib
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..files import replacing, why_not_writable
+from .upscaler import Upscaler, as_8_bit
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+MAX_MEGAPIXELS = 50
+_SAVE_OPTIONS = {
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"quality": 95},
+    "TIFF": {"compression": "tiff_deflate"},
+}
+_BITS_PER_SAMPLE = 258  # TIFF tag
+
+
+class ImageError(ValueError):
+    """A file that cannot be read or written as an image, said in one line."""
+
+
+@dataclass
+class Picture:
+    """An upright 8-bit L, LA, RGB or RGBA image, and what its file said beside the pixels."""
+
+    image: Image.Image
+    icc_profile: bytes | None = None
+    exif: Image.Exif | None = None
+
+
+def read_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Picture:
+    """Read a PNG, JPEG, WebP or TIFF file; turn it upright by its EXIF orientation.
+
+    Raises ImageError for what is missing, no image, damaged, animated, of more than 8 bits a channel, or of more than
+    `max_megapixels` million pixels (seen in the header, before anything is decoded).
+    """
+    if not path.is_file():
+        raise ImageError("is a folder, expected an image file" if path.is_dir() else "does not exist")
+    if path.stat().st_size == 0:
+        raise ImageError("is empty (0 bytes)")
+    try:
+        with warnings.catch_warnings(), Image.open(path, formats=sorted(set(FORMATS.values()))) as image:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked next
+            _check_header(image, max_megapixels)
+            icc_profile = image.info.get("icc_profile")
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            exif = upright.getexif()
+            same_colours = image.mode not in ("CMYK", "YCbCr", "LAB", "HSV")
+            return Picture(as_8_bit(upright), icc_profile if same_colours else None, exif if len(exif) else None)
+    except UnidentifiedImageError:
+        raise ImageError("is no PNG, JPEG, WebP or TIFF image, or its header is damaged") from None
+    except Image.DecompressionBombError:
+        raise ImageError(_too_large("more than twice Pillow's limit of", max_megapixels)) from None
+    except ImageError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ImageError(f"cannot be decoded, it is truncated or damaged: {error}") from None
+
+
+def _check_header(image: Image.Image, max_megapixels: float):
+    megapixels = image.width * image.height / 1e6
+    if megapixels > max_megapixels:
+        raise ImageError(_too_large(f"{image.width}x{image.height}, {megapixels:.1f}", max_megapixels))
+    if getattr(image, "n_frames", 1) > 1:
+        raise ImageError(f"has {image.n_frames} frames or pages, expected one: split it first")
+    if _bits(image) > 8:
+        raise ImageError(f"has {_bits(image)} bits a channel; only 8 are supported in files yet: convert it to 8 bits")
+
+
+def _too_large(size: str, max_megapixels: float) -> str:
+    return f"has {size} megapixels, over the limit of {max_megapixels:g}: raise it with --max-megapixels if it is meant"
+
+
+def _bits(image: Image.Image) -> int:
+    """Return the bits of a channel in the file. Pillow hands 16-bit RGB over as 8: the decoder's raw mode tells."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
+    if image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in image.tile):
+        return 16
+    return 8
+
+
+def check_output(path: Path, image: Image.Image):
+    """Raise ImageError where `path` cannot hold the result, before any work is done."""
+    if path.suffix.lower() not in FORMATS:
+        raise ImageError(f"ends in {path.suffix!r}, expected one of {', '.join(FORMATS)}")
+    if reason := why_not_writable(path):
+        raise ImageError(f"cannot be written: {reason}")
+    if image.mode in ("LA", "RGBA") and FORMATS[path.suffix.lower()] == "JPEG":
+        raise ImageError("is a JPEG, which has no alpha, and the image has: write .png, .webp or .tif")
+
+
+def write_image(picture: Picture, path: Path):
+    """Write a picture in the format that the name of `path` asks for: whole, or not at all."""
+    format_name = FORMATS[path.suffix.lower()]
+    extras = {"icc_profile": picture.icc_profile, "exif": picture.exif}
+    options = {**_SAVE_OPTIONS.get(format_name, {}), **{name: value for name, value in extras.items() if value}}
+    try:
+        with replacing(path) as temporary:
+            picture.image.save(temporary, format_name, **options)
+    except (OSError, ValueError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise ImageError(f"cannot be written: {reason}") from None
+
+
+def upscale_file(upscaler: Upscaler, source: Path, target: Path, max_megapixels: float = MAX_MEGAPIXELS):
+    """Upscale one file into another; raise ImageError that begins with the path at fault. `target` is whole or untouched."""
+    with _naming(source):
+        picture = read_image(source, max_megapixels)
+    with _naming(target):
+        check_output(target, picture.image)
+    picture.image = upscaler(picture.image)
+    with _naming(target):
+        write_image(picture, target)
+
+
+@contextlib.contextmanager
+def _naming(path: Path):
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from None

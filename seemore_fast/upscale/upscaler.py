@@ -1,0 +1,154 @@
+"""One object that upscales arrays and Pillow images of any usual kind."""
+
+import copy
+import os
+
+import numpy as np
+import torch
+import torch.nn as nn
+from PIL import Image
+
+from ..checkpoint import load_model, shipped_models
+from ..drop_in import accelerate
+from ..resize import bicubic_resize
+
+DTYPES = {
+    "fp32": torch.float32, "float32": torch.float32,
+    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
+    "fp16": torch.float16, "float16": torch.float16,
+}  # fmt: skip
+LUMA = (0.299, 0.587, 0.114)
+
+
+class Upscaler:
+    """Upscale images: ``Upscaler("seemore_t_x2")(image)`` returns an image of the same kind, `scale` times the size.
+
+    model: the name of a shipped model, with or without its scale ("seemore_t_x2", "seemore_t"), the path of a
+        .safetensors or .pth file, or a SeemoRe module (its own device and dtype are left alone: a copy works).
+    scale: what the model is expected to do; chooses among shipped models. None: the model's own, or 2 for a name.
+    device: "auto" (a CUDA device if there is one), "cpu", "cuda", "cuda:1", ...
+    dtype: torch.float32 (None), torch.bfloat16, torch.float16, or "fp32", "bf16", "fp16".
+    tile: None, the whole image at once: the network pools globally, so tiles would not give the same picture.
+
+    Raises ValueError for arguments that do not fit together, and what `load_model` raises.
+    """
+
+    def __init__(self, model="seemore_t", scale: int | None = None, device="auto", dtype=None, tile: int | None = None):
+        if tile is not None:
+            raise ValueError(f"tile is {tile!r}, expected None: images are upscaled whole, tiles are not supported yet")
+        self.device = _device(device)
+        self.dtype = _dtype(dtype)
+        network = accelerate(model) if isinstance(model, nn.Module) else load_model(_full_name(model, scale))
+        if scale is not None and network.scale != scale:
+            raise ValueError(f"the model enlarges {network.scale} times, expected scale {scale}: choose another model")
+        if network.in_chans not in (1, 3):
+            raise ValueError(f"the model takes {network.in_chans} channels, expected 3 (RGB) or 1 (one plane at a time)")
+        self.scale = network.scale
+        self.model = copy.deepcopy(network).requires_grad_(False).to(self.device, self.dtype).eval()
+
+    def __call__(self, image: np.ndarray | Image.Image) -> np.ndarray | Image.Image:
+        """Upscale one image.
+
+        image: a Pillow image, or an array (H, W), (H, W, 1), (H, W, 3) or with alpha (H, W, 2), (H, W, 4), of uint8,
+        uint16, or a floating type with values in [0, 1]. Returns the same kind and type; a Pillow palette image comes
+        back as RGB, a bilevel one as greyscale, CMYK as RGB. Alpha is enlarged by bicubic interpolation.
+        """
+        if isinstance(image, Image.Image):
+            return self._upscale_pil(image)
+        if isinstance(image, np.ndarray):
+            return self._upscale_array(image)
+        raise TypeError(f"image is a {type(image).__name__}, expected a numpy array or a Pillow image")
+
+    def _upscale_pil(self, image: Image.Image) -> Image.Image:
+        return Image.fromarray(self._upscale_array(np.asarray(as_8_bit(image))))
+
+    def _upscale_array(self, image: np.ndarray) -> np.ndarray:
+        _check_array(image)
+        planes = image if image.ndim == 3 else image[:, :, None]
+        has_alpha = planes.shape[2] in (2, 4)
+        colours = planes[:, :, :-1] if has_alpha else planes
+        result = _to_kind(self._run(colours), image.dtype)
+        if has_alpha:
+            alpha = _to_kind(bicubic_resize(_to_unit(planes[:, :, -1]), self.scale), image.dtype)
+            result = np.dstack([result, alpha])
+        return result if image.ndim == 3 else result[:, :, 0]
+
+    @torch.inference_mode()
+    def _run(self, colours: np.ndarray) -> np.ndarray:
+        """Return float64 or float32 (scale * H, scale * W, C) of (H, W, C) with C 1 or 3."""
+        x = torch.from_numpy(_to_unit(colours, np.float32)).permute(2, 0, 1)
+        grey = len(x) == 1
+        if self.model.in_chans == 1:
+            x = x[:, None]  # each colour is an image of its own
+        else:
+            x = x.expand(3, -1, -1)[None]
+        y = self.model(x.to(self.device)).float().cpu()
+        y = y[:, 0] if self.model.in_chans == 1 else y[0]
+        if grey and len(y) == 3:
+            y = torch.einsum("c,chw->hw", torch.tensor(LUMA), y)[None]
+        return y.permute(1, 2, 0).numpy()
+
+
+def as_8_bit(image: Image.Image) -> Image.Image:
+    """Return an L, LA, RGB or RGBA version of a Pillow image; ValueError for modes of more than 8 bits."""
+    if image.mode in ("L", "LA", "RGB", "RGBA"):
+        if image.mode in ("L", "RGB") and "transparency" in image.info:
+            return image.convert("LA" if image.mode == "L" else "RGBA")
+        return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise ValueError(f"the image has mode {image.mode}, expected 8 bits a channel: give 16 bits as a uint16 array")
+    if image.mode == "1":
+        return image.convert("L")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def _check_array(image: np.ndarray):
+    if image.dtype not in (np.uint8, np.uint16) and not np.issubdtype(image.dtype, np.floating):
+        raise TypeError(f"image has dtype {image.dtype}, expected uint8, uint16 or a floating type in [0, 1]")
+    channels = image.shape[2] if image.ndim == 3 else 1
+    if image.ndim not in (2, 3) or channels not in (1, 2, 3, 4) or 0 in image.shape:
+        raise ValueError(f"image has shape {image.shape}, expected (H, W) or (H, W, C) with C from 1 to 4, none empty")
+
+
+def _to_unit(image: np.ndarray, dtype=np.float64) -> np.ndarray:
+    """Return [0, 1] floats, writable and contiguous."""
+    whole = np.issubdtype(image.dtype, np.integer)
+    return np.array(image, dtype=dtype) / (np.iinfo(image.dtype).max if whole else 1)
+
+
+def _to_kind(image: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return [0, 1] floats as `dtype`, clipped, and rounded to the nearest where it is an integer type."""
+    image = image.clip(0, 1)
+    if np.issubdtype(dtype, np.integer):
+        image = np.rint(image * np.iinfo(dtype).max)
+    return image.astype(dtype)
+
+
+def _full_name(name: str | os.PathLike, scale: int | None) -> str | os.PathLike:
+    """Return a shipped model's whole name for its beginning: "seemore_t" and 2 give "seemore_t_x2"."""
+    whole = f"{name}_x{scale or 2}"
+    scales = [shipped for shipped in shipped_models() if shipped.startswith(f"{name}_x")]
+    return whole if scales else name
+
+
+def _device(device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, expected auto, cpu, cuda or cuda:N ({error})") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {str(device)!r}, but torch finds no CUDA device here: use device 'cpu'")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {str(device)!r}, expected an index below {torch.cuda.device_count()}")
+    return device
+
+
+def _dtype(dtype) -> torch.dtype:
+    if dtype is None:
+        return torch.float32
+    dtype = DTYPES.get(dtype, dtype)
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype is {dtype!r}, expected float32, bfloat16 or float16")
+    return dtype
