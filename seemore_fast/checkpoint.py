@@ -106,7 +106,7 @@ def _read_pickle(path: Path):
             f"{path} is not a plain file of weights ({refused[0] if refused else 'unreadable pickle'}); anything but "
             "tensors could run code and is refused. Save model.state_dict() alone, or use .safetensors"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged or no PyTorch checkpoint: {detail}") from None
 

@@ -39,7 +39,9 @@ def _unwrap(module) -> nn.Module:
     if not isinstance(module, nn.Module) and isinstance(inner, nn.Module):
         module = inner
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module is a {type(module).__name__}, expected a SeemoRe module or spandrel's descriptor of one")
+        raise TypeError(
+            f"module is a {type(module).__name__}, expected a SeemoRe module or spandrel's descriptor of one"
+        )
     return module
 
 
@@ -56,5 +58,7 @@ def _read_config(module: nn.Module, parameters: dict) -> dict:
             "img_range": module.img_range,
         }
     except (AttributeError, IndexError, TypeError) as error:
-        raise CheckpointError(f"{type(module).__name__} does not have the structure of the published SeemoRe: {error}") from None
+        raise CheckpointError(
+            f"{type(module).__name__} does not have the structure of the published SeemoRe: {error}"
+        ) from None
     return detect_config(parameters, attributes)

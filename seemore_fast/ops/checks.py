@@ -1,14 +1,7 @@
 """One checker for the arguments of every operator, so that every backend refuses with the same words."""
 
-import functools
-
 import torch
 from torch import Tensor
-
-
-@functools.cache
-def _parse(spec: str) -> tuple[int | str, ...]:
-    return tuple(int(size) if size.isdigit() else size for size in spec.split())
 
 
 def check_tensors(operator: str, **arguments: tuple[Tensor | None, str]) -> dict[str, int]:
@@ -44,17 +37,19 @@ def check_tensors(operator: str, **arguments: tuple[Tensor | None, str]) -> dict
 
 
 def _check_shape(operator: str, name: str, tensor: Tensor, spec: str, sizes: dict[str, int]):
-    expected = _parse(spec)
+    expected = spec.split()
     fits = tensor.dim() == len(expected)
     for size, symbol in zip(tensor.shape, expected, strict=False):
-        if isinstance(symbol, str):
+        if symbol.isdigit():
+            wanted = int(symbol)
+        else:
             factor, letter = (2, symbol[1:]) if symbol[0] == "2" else (1, symbol)
-            symbol = factor * sizes.setdefault(letter, size)
-        fits = fits and size == symbol
+            wanted = factor * sizes.setdefault(letter, size)
+        fits = fits and size == wanted
     if not fits:
         known = ", ".join(f"{letter} = {size}" for letter, size in sizes.items())
         raise ValueError(
-            f"{operator}: {name} has shape {tuple(tensor.shape)}, expected ({', '.join(map(str, expected))}) with {known}"
+            f"{operator}: {name} has shape {tuple(tensor.shape)}, expected ({', '.join(expected)}) with {known}"
         )
 
 

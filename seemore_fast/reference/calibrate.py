@@ -1,4 +1,7 @@
-"""Contextual calibration of the experts' key: the aggregation branch of MoRE (SeemoRe paper, "Rank Modulating Expert")."""
+"""Contextual calibration of the experts' key: the aggregation branch of MoRE.
+
+In the paper: "Rank Modulating Expert".
+"""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,7 @@
-"""The spatial gate of GatedFFN (SeemoRe paper, architecture overview: "GatedFFN")."""
+"""The spatial gate of GatedFFN.
+
+In the paper: "GatedFFN".
+"""
 
 import torch.nn.functional as F
 from torch import Tensor

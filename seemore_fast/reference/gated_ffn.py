@@ -1,4 +1,7 @@
-"""GatedFFN, the feed-forward half of both experts, with its LayerNorm and residual (SeemoRe paper, architecture overview: "GatedFFN")."""
+"""GatedFFN, the feed-forward half of both experts, with its LayerNorm and residual.
+
+In the paper: "GatedFFN".
+"""
 
 import torch.nn.functional as F
 from torch import Tensor

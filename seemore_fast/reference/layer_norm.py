@@ -1,4 +1,7 @@
-"""LayerNorm over the channels of each pixel (SeemoRe paper, architecture overview: "LN")."""
+"""LayerNorm over the channels of each pixel.
+
+In the paper: "LN".
+"""
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Te
     if x.is_contiguous(memory_format=torch.channels_last):  # channels are innermost: torch's own kernel, no copy
         return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps).permute(0, 3, 1, 2)
     x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    variance, mean = torch.var_mean(x_wide, dim=1, correction=0, keepdim=True)
-    normalised = (x_wide - mean) * torch.rsqrt(variance + eps)
+    centred = x_wide - x_wide.mean(dim=1, keepdim=True)
+    normalised = centred * torch.rsqrt(centred.square().mean(dim=1, keepdim=True) + eps)
     return (normalised * weight[:, None, None] + bias[:, None, None]).to(x.dtype)

@@ -1,4 +1,7 @@
-"""The mixture of low-rank experts: MoRE's modulation, per image (SeemoRe paper, "Rank Modulating Expert")."""
+"""The mixture of low-rank experts: MoRE's modulation, per image.
+
+In the paper: "Rank Modulating Expert".
+"""
 
 from collections.abc import Sequence
 

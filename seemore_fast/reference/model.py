@@ -99,9 +99,7 @@ class Router(nn.Module):
         super().__init__()
         self.top_k = top_k
         # The layers before the last have no parameters: they are there for the published key, gate.body.2.
-        self.body = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_experts, bias=False)
-        )
+        self.body = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_experts, bias=False))
 
     def forward(self, a: Tensor) -> tuple[Tensor, Tensor]:
         return router(a, self.body[2].weight, self.top_k)

@@ -1,4 +1,7 @@
-"""LayerNorm, dense 3x3 convolution, GELU, 1x1 convolution: how MoRE begins (SeemoRe paper, "Rank Modulating Expert")."""
+"""LayerNorm, dense 3x3 convolution, GELU, 1x1 convolution: how MoRE begins.
+
+In the paper: "Rank Modulating Expert".
+"""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,7 @@
-"""LayerNorm followed by a 1x1 convolution: how SEE and GatedFFN begin (SeemoRe paper, "Spatial Modulating Expert")."""
+"""LayerNorm followed by a 1x1 convolution: how SEE and GatedFFN begin.
+
+In the paper: "Spatial Modulating Expert".
+"""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,7 @@
-"""RME, the Rank Modulating Expert: the first half of a residual group (SeemoRe paper, "Rank Modulating Expert")."""
+"""RME, the Rank Modulating Expert: the first half of a residual group.
+
+In the paper: "Rank Modulating Expert".
+"""
 
 from collections.abc import Sequence
 
@@ -95,6 +98,4 @@ def rme_block(
     experts = (weight_a, bias_a, weight_k, bias_k, weight_out, bias_out, ranks)
     m = low_rank_experts(a, k, expert_index, expert_weight, *experts)
     x = x + F.conv2d(m, weight_proj, bias_proj)
-    return gated_ffn(
-        x, norm_2_weight, norm_2_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2
-    )
+    return gated_ffn(x, norm_2_weight, norm_2_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2)

@@ -1,4 +1,7 @@
-"""The router of MoRE: one decision per image (SeemoRe paper, "Rank Modulating Expert")."""
+"""The router of MoRE: one decision per image.
+
+In the paper: "Rank Modulating Expert".
+"""
 
 import contextlib
 

@@ -1,4 +1,7 @@
-"""SME, the Spatial Modulating Expert: the second half of a residual group (SeemoRe paper, "Spatial Modulating Expert")."""
+"""SME, the Spatial Modulating Expert: the second half of a residual group.
+
+In the paper: "Spatial Modulating Expert".
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,6 +49,4 @@ def sme_block(
     q, v = norm_pointwise(x, norm_1_weight, norm_1_bias, weight_qv, bias_qv, activation="gelu").chunk(2, dim=1)
     q = striped_conv(q, weight_row, bias_row, weight_col, bias_col, gate=v)
     x = x + F.conv2d(q, weight_proj, bias_proj)
-    return gated_ffn(
-        x, norm_2_weight, norm_2_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2
-    )
+    return gated_ffn(x, norm_2_weight, norm_2_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2)

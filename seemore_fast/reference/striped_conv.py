@@ -1,4 +1,7 @@
-"""Striped convolution: the large receptive field of SEE at the price of two lines (SeemoRe paper, "Spatial Modulating Expert")."""
+"""Striped convolution: the large receptive field of SEE at the price of two lines.
+
+In the paper: "Spatial Modulating Expert".
+"""
 
 import torch.nn.functional as F
 from torch import Tensor

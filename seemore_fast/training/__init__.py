@@ -1,0 +1,1 @@
+"""Training of SeemoRe: `python -m seemore_fast.training --help`."""

@@ -42,7 +42,9 @@ class Upscaler:
         if scale is not None and network.scale != scale:
             raise ValueError(f"the model enlarges {network.scale} times, expected scale {scale}: choose another model")
         if network.in_chans not in (1, 3):
-            raise ValueError(f"the model takes {network.in_chans} channels, expected 3 (RGB) or 1 (one plane at a time)")
+            raise ValueError(
+                f"the model takes {network.in_chans} channels, expected 3 (RGB) or 1 (one plane at a time)"
+            )
         self.scale = network.scale
         self.model = copy.deepcopy(network).requires_grad_(False).to(self.device, self.dtype).eval()
 

@@ -1,0 +1,62 @@
+# Every target sets up what it needs; a machine with Python 3.11+, gcc, make and git is enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+METADATA := pyproject.toml setup.py constraints.txt
+INTEGRATIONS := .venv-integrations
+
+.PHONY: demo test test-all lint format gpu-check clean
+
+demo: $(VENV)/.runs
+	$(BIN)/python -m seemore_fast.demo -o demo_output
+
+test: $(VENV)/.tests
+	$(BIN)/python -m pytest -q
+
+test-all: $(VENV)/.tests $(INTEGRATIONS)/.tests
+	$(BIN)/python -m pytest -q -m "slow or not slow"
+	$(INTEGRATIONS)/bin/python -m pytest -q -m slow tests/test_integrations.py
+
+lint: $(VENV)/.lints
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc tests \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -print0 \
+		| xargs -0 -r $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.lints
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# On a machine with an NVIDIA GPU, with the Python that has torch there; installs nothing, needs no network.
+gpu-check:
+	$(PYTHON) -m pytest -q --device cuda
+	PYTHONPATH=. $(PYTHON) benchmarks/bench_model.py --device cuda
+
+clean:
+	rm -rf $(VENV) $(INTEGRATIONS) build dist demo_output *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runs: $(METADATA) | $(VENV)/bin/python
+	$(PIP) torch setuptools
+	$(PIP) --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.tests: $(VENV)/.runs
+	$(PIP) build -e '.[test]' --no-build-isolation
+	$(PIP) --no-deps seemore
+	touch $@
+
+$(VENV)/.lints: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) ruff clang-format
+	touch $@
+
+# BasicSR and spandrel want torchvision and old habits: an environment of their own.
+$(INTEGRATIONS)/.tests: tests/requirements-integrations.txt
+	$(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/pip install --quiet -c constraints.txt torch
+	$(INTEGRATIONS)/bin/pip install --quiet -r tests/requirements-integrations.txt
+	$(INTEGRATIONS)/bin/pip install --quiet --use-pep517 --no-build-isolation --no-deps basicsr==1.4.2
+	touch $@

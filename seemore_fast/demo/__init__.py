@@ -1,0 +1,1 @@
+"""The demonstration: ``python -m seemore_fast.demo``. The photo, chelsea.png, is CC0 by Stéfan van der Walt."""

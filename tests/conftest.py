@@ -1,0 +1,60 @@
+"""What all tests share: the device they run on, the oracle, and where the image data is."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+T = dict(num_experts=3, num_layers=6, embedding_dim=36, use_shuffle=True, lr_space="exp", topk=1, recursive=2)
+SMALL = {**T, "scale": 2, "num_layers": 2, "embedding_dim": 12}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="device the tests run on: cpu (default) or cuda")
+    parser.addoption("--data", default=os.environ.get("SEEMORE_FAST_DATA"), help="folder with test/Set5 and train/")
+
+
+@pytest.fixture(scope="session")
+def device(request) -> str:
+    device = request.config.getoption("--device")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        pytest.exit("--device cuda, but torch finds no CUDA device here", returncode=4)
+    return device
+
+
+@pytest.fixture(scope="session")
+def data(request) -> Path:
+    folder = request.config.getoption("--data")
+    if not folder:
+        pytest.skip("no image data: give --data or SEEMORE_FAST_DATA, a folder with test/Set5")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def oracle():
+    """The SeemoRe class of the PyPI package `seemore`, an independent port of the published code."""
+    if importlib.util.find_spec("seemore") is None:
+        pytest.skip("the oracle, PyPI's seemore, is not installed")
+    return pytest.importorskip("seemore.module", reason="the oracle needs cv2").SeemoRe
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exact_float32():
+    """On CUDA, compare in true float32: TF32 is a choice of the user, not of a test."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture
+def small_model(device):
+    """A SeemoRe of two groups of 12 channels, in evaluation mode."""
+    from seemore_fast import SeemoRe
+
+    return SeemoRe(**SMALL).to(device).eval()

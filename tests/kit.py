@@ -1,0 +1,324 @@
+"""What the operator tests share: seeded tensors, layouts, naive float64 building blocks, comparisons, bad input.
+
+A test of an operator hands `backend` (see `each_backend`) to the helpers; a new backend is tested as soon as
+`backend_info()["available"]` lists it. The naive functions never call seemore_fast, and no convolution of torch.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from seemore_fast import backend_info, reference, use_backend
+
+NONE_PASSES = "check_tensors takes every None for an optional tensor"
+
+each_backend = pytest.mark.parametrize("backend", backend_info()["available"])
+each_narrow_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+# (batch, channels, height, width): one pixel, one line, no image at all, odd, wider than a vector or a warp
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 3, 1, 9),
+    (2, 5, 7, 1),
+    (0, 3, 4, 5),
+    (3, 4, 5, 6),
+    (1, 36, 8, 11),
+    (2, 17, 9, 13),
+    (1, 2, 3, 70),
+]
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+
+DEVICES = {  # a backend that serves another device than the tensors' is skipped
+    "reference": {"cpu", "cuda"},
+    "cpu": {"cpu"},
+    "cuda": {"cuda"},
+    "triton": {"cpu", "cuda"} if os.environ.get("TRITON_INTERPRET") == "1" else {"cuda"},
+}
+
+
+def chosen(backend: str, device: str | torch.device) -> use_backend:
+    """Return the context in which operators run by `backend`; skip the test where that cannot serve `device`."""
+    if torch.device(device).type not in DEVICES[backend]:
+        pytest.skip(f"{backend} does not serve {device}")
+    return use_backend(backend)
+
+
+# Tensors
+
+
+def random_parameters(shapes: dict[str, tuple[int, ...]], device: str, seed: int = 0) -> dict[str, Tensor]:
+    """Return float64 tensors by name, the same on every device; weights are scaled so that results are near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        scale = max(1, math.prod(shape[1:])) ** -0.5 if name.startswith("weight") else 1
+        tensors[name] = (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device)
+    return tensors
+
+
+def norm_shapes(channels: int, prefix: str = "norm") -> dict[str, tuple[int, ...]]:
+    return {f"{prefix}_weight": (channels,), f"{prefix}_bias": (channels,)}
+
+
+def striped_shapes(channels: int, taps: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "weight_row": (channels, 1, 1, taps),
+        "bias_row": (channels,),
+        "weight_col": (channels, 1, taps, 1),
+        "bias_col": (channels,),
+    }
+
+
+def ffn_shapes(channels: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "weight_1": (2 * channels, channels, 1, 1),
+        "bias_1": (2 * channels,),
+        "weight_gate": (channels, 1, 3, 3),
+        "bias_gate": (channels,),
+        "weight_2": (channels, channels, 1, 1),
+        "bias_2": (channels,),
+    }
+
+
+def calibrate_shapes(channels: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "weight_agg": (channels, 1, 4, 4),
+        "bias_agg": (channels,),
+        "weight_dw": (channels, 1, 3, 3),
+        "bias_dw": (channels,),
+        "weight_pw": (channels, channels, 1, 1),
+        "bias_pw": (channels,),
+    }
+
+
+def expert_shapes(channels: int, ranks: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    total = sum(ranks)
+    return {
+        "weight_a": (total, channels),
+        "bias_a": (total,),
+        "weight_k": (total, channels),
+        "bias_k": (total,),
+        "weight_out": (channels, total),
+        "bias_out": (len(ranks), channels),
+    }
+
+
+def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Convert the floating tensors; the router's probabilities stay float32 at least, as it returns them."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return {
+        name: tensor.to(wide if name == "expert_weight" else dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def inside_a_larger_tensor(x: Tensor) -> Tensor:
+    """View of a tensor with one more element on every side, NaN (or a huge index) so that nobody reads it unseen."""
+    poison = torch.nan if x.is_floating_point() else 2**40
+    larger = x.new_full([size + 2 for size in x.shape], poison)
+    view = larger[(slice(1, -1),) * x.dim()]
+    return view.copy_(x)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x,
+    "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.dim() > 1 else x,
+    "every_other": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+    "slice": inside_a_larger_tensor,
+}
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+# Naive building blocks: float64 sums of shifted slices and matrix products, differentiable
+
+
+def per_channel(values: Tensor) -> Tensor:
+    return values[:, None, None]
+
+
+def shifted(x: Tensor, height: int, width: int) -> Iterable[tuple[int, int, Tensor]]:
+    """Yield (i, j, what tap i, j of a centred height x width kernel sees of x with zeros around it)."""
+    top, left = height // 2, width // 2
+    padded = x.new_zeros(*x.shape[:2], x.shape[2] + 2 * top, x.shape[3] + 2 * left)
+    padded[:, :, top : top + x.shape[2], left : left + x.shape[3]] = x
+    for i in range(height):
+        for j in range(width):
+            yield i, j, padded[:, :, i : i + x.shape[2], j : j + x.shape[3]]
+
+
+def naive_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    taps = shifted(x, *weight.shape[2:])
+    return sum(per_channel(weight[:, 0, i, j]) * seen for i, j, seen in taps) + per_channel(bias)
+
+
+def naive_pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.einsum("dc,bchw->bdhw", weight[:, :, 0, 0], x) + per_channel(bias)
+
+
+def naive_dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    taps = shifted(x, *weight.shape[2:])
+    return sum(torch.einsum("dc,bchw->bdhw", weight[:, :, i, j], seen) for i, j, seen in taps) + per_channel(bias)
+
+
+def naive_gelu(x: Tensor) -> Tensor:
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def naive_activation(x: Tensor, activation: str | None) -> Tensor:
+    return x if activation is None else {"gelu": naive_gelu}[activation](x)
+
+
+def naive_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    deviation = x - x.sum(dim=1, keepdim=True) / x.shape[1]
+    variance = (deviation**2).sum(dim=1, keepdim=True) / x.shape[1]
+    return deviation / (variance + eps).sqrt() * per_channel(weight) + per_channel(bias)
+
+
+# Comparisons
+
+
+def value_and_gradients(function: Callable, tensors: dict[str, Tensor], **options) -> dict[str, Tensor]:
+    """Return y and the gradient of every floating tensor for a fixed upstream gradient, itself not contiguous.
+
+    A gradient that is missing raises: optimizers and DDP tell None from zero. Only naive functions may leave it out.
+    """
+    leaves = {name: t.detach().requires_grad_() if t.is_floating_point() else t for name, t in tensors.items()}
+    y = function(**leaves, **options)
+    number = torch.arange(y.numel(), device=y.device)
+    quarters = (number * 2654435761 >> 7) % 9 - 4  # divided by 4, exact in every dtype
+    upstream = (quarters / 4).to(y.dtype).view(y.shape[::-1]).permute(*reversed(range(y.dim())))
+    wanted = {name: t for name, t in leaves.items() if t.requires_grad}
+    is_naive = function.__name__.startswith("naive")
+    gradients = torch.autograd.grad(y, wanted.values(), upstream, materialize_grads=is_naive)
+    return {"y": y.detach()} | {f"gradient of {name}": g for name, g in zip(wanted, gradients, strict=True)}
+
+
+def assert_close_to_naive(
+    backend: str, operator: Callable, naive: Callable, tensors: dict[str, Tensor], layout: str | None = None, **options
+):
+    """In float64, y (with and without autograd) and all gradients are naive's, and the inputs stay as they were."""
+    expected = value_and_gradients(naive, tensors, **options)
+    laid_out = {name: LAYOUTS[layout](t) for name, t in tensors.items()} if layout else tensors
+    before = {name: t.clone() for name, t in laid_out.items()}
+    with chosen(backend, next(iter(tensors.values())).device):
+        actual = value_and_gradients(operator, laid_out, **options)
+        with torch.no_grad():
+            inferred = operator(**laid_out, **options)
+    torch.testing.assert_close(inferred, expected["y"], rtol=1e-10, atol=1e-10)
+    for what, value in expected.items():
+        torch.testing.assert_close(
+            actual[what], value, rtol=1e-10, atol=1e-10, msg=lambda text, what=what: f"{what}: {text}"
+        )
+    for name, tensor in laid_out.items():
+        assert torch.equal(tensor, before[name]), f"{name} was modified"
+
+
+def assert_within_yardstick(
+    backend: str,
+    operator: Callable,
+    naive: Callable,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    layout: str | None = None,
+    **options,
+):
+    """In `dtype`, y and gradients err at most twice as much as torch's eager operators, plus a little.
+
+    Eager is the reference in `dtype` and the same layout; the little is half an eps of the largest value, in float32
+    1e-6 of it (another order of summation). Eager's error is capped, at 16 eps for y and 64 for gradients, some of
+    which nearly cancel: else a reference without float32 statistics would excuse itself and every kernel.
+    """
+    narrow = cast(tensors, dtype)
+    truth = value_and_gradients(naive, cast(narrow, torch.float64), **options)
+    laid_out = {name: LAYOUTS[layout](t) for name, t in narrow.items()} if layout else narrow
+    eager = value_and_gradients(getattr(reference, operator.__name__), laid_out, **options)
+    with chosen(backend, next(iter(tensors.values())).device):
+        actual = value_and_gradients(operator, laid_out, **options)
+    failures = {}
+    for what, exact in truth.items():
+        assert actual[what].dtype == (dtype if what == "y" else narrow[what.removeprefix("gradient of ")].dtype), what
+        eps, largest = torch.finfo(dtype).eps, exact.abs().max().item()
+        eager_error = min(largest_difference(eager[what], exact), (16 if what == "y" else 64) * eps * largest)
+        allowed = 2 * eager_error + max(eps / 2, 1e-6) * largest
+        error = largest_difference(actual[what], exact)
+        if not error <= allowed:  # NaN fails, too
+            failures[what] = f"error {error:.3g}, allowed {allowed:.3g}, largest value {largest:.3g}"
+    assert not failures, f"{operator.__name__} in {dtype}: {failures}"
+
+
+def largest_difference(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape
+    return (actual.double() - expected).abs().max().item()
+
+
+def assert_gradcheck(operator: Callable, tensors: dict[str, Tensor], **options):
+    """Finite differences agree with the gradient of every floating tensor, which is the same with all others frozen."""
+    wanted = {name: t.clone().requires_grad_() for name, t in tensors.items() if t.is_floating_point()}
+
+    def function(*values: Tensor) -> Tensor:
+        return operator(**tensors | dict(zip(wanted, values, strict=True)), **options)
+
+    # nondet_tol: torch's bilinear gradient on a GPU adds in any order
+    assert torch.autograd.gradcheck(function, tuple(wanted.values()), nondet_tol=1e-10)
+    together = torch.autograd.grad(function(*wanted.values()).square().sum(), wanted.values())
+    for (name, tensor), expected in zip(wanted.items(), together, strict=True):
+        y = operator(**tensors | {name: tensor}, **options)
+        (alone,) = torch.autograd.grad(y.square().sum(), tensor)
+        torch.testing.assert_close(
+            alone, expected, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def assert_compiles(operator: Callable, *calls: dict[str, Tensor], **options):
+    """As one graph, traced once per call in `calls` (other sizes trace dynamic shapes), with bit-equal results."""
+    torch._dynamo.reset()
+    compiled = torch.compile(operator, fullgraph=True, backend="eager")
+    for tensors in calls:
+        torch.testing.assert_close(compiled(**tensors, **options), operator(**tensors, **options), rtol=0, atol=0)
+
+
+# Bad input
+
+# what is wrong: (how a good tensor becomes bad, the exception, what its message says about the tensor)
+FAULTS: dict[str, tuple[Callable[[Tensor], object], type[Exception], str]] = {
+    "rank": (lambda x: x[None], ValueError, r"has shape \(1, "),
+    "integer": (lambda x: x.to(torch.int32), TypeError, "has dtype torch.int32"),
+    "dtype": (lambda x: x.to(torch.float16), TypeError, "has dtype torch.float(16|64)"),
+    "list": (lambda x: x.tolist(), TypeError, "is a list"),
+    "none": (lambda x: None, TypeError, "is (None|a NoneType)"),
+}
+BATCH_AND_PIXELS = [("x", 0), ("x", 2), ("x", 3)]  # of any size, where no second image goes with x
+each_fault = pytest.mark.parametrize(
+    "fault",
+    [*list(FAULTS)[:-1], pytest.param("none", marks=pytest.mark.xfail(strict=True, reason=NONE_PASSES))],
+)
+
+
+def assert_refused(fault: str, operator: Callable, tensors: dict[str, Tensor], exempt: Iterable[str] = (), **options):
+    """Each tensor in turn is made bad; the operator raises an error that names itself and that tensor."""
+    spoil, error, says = FAULTS[fault]
+    for position, name in enumerate(tensors):
+        if name in exempt:
+            continue
+        # The first tensor sets the dtype: when it is the odd one, the second is blamed.
+        blamed = r"\w+" if fault == "dtype" and position == 0 else name
+        with pytest.raises(error, match=f"^{operator.__name__}: {blamed} {says}"):
+            operator(**tensors | {name: spoil(tensors[name])}, **options)
+
+
+def assert_sizes_refused(
+    operator: Callable, tensors: dict[str, Tensor], free: Iterable[tuple[str, int]] = (), **options
+):
+    """Each dimension of each tensor, but those that are `free`, is made one longer; the operator names a culprit."""
+    culprit = re.compile(rf"^{operator.__name__}: (({'|'.join(tensors)}) has shape|ranks are) .*expected")
+    for name, tensor in tensors.items():
+        for dim in range(tensor.dim()):
+            if (name, dim) not in free:
+                longer = torch.cat([tensor, tensor.narrow(dim, 0, 1)], dim)
+                with pytest.raises(ValueError, match=culprit):
+                    operator(**tensors | {name: longer}, **options)

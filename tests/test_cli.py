@@ -1,0 +1,366 @@
+"""The command line on real files: formats, metadata, and everything that can go wrong."""
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from PIL import Image, ImageCms
+
+from seemore_fast import SeemoRe, Upscaler
+from seemore_fast.checkpoint import save_model
+from seemore_fast.cli import main
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    save_model(SeemoRe(**SMALL), path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder to work in, with photo.png, 20x16."""
+    Image.fromarray(pixels(3)).save(tmp_path / "photo.png")
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def upscale(weights, capsys):
+    """Run the command with the small model; return (exit status, all that was printed)."""
+
+    def run(*arguments, model=weights):
+        try:
+            status = main(["upscale", "--device", "cpu", "--model", str(model), *map(str, arguments)])
+        except SystemExit as exit:
+            status = exit.code
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        return status, printed.out + printed.err
+
+    return run
+
+
+def pixels(channels):
+    return np.random.default_rng(0).integers(0, 256, (16, 20, channels), np.uint8).squeeze()
+
+
+def leftovers(folder):
+    return [name for name in os.listdir(folder) if name.endswith(".tmp") or ".tmp." in name]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif", "a.tiff", "a.jpg", "a.JPEG"])
+def test_formats(photos, upscale, name):
+    assert upscale(photos / "photo.png", "-o", photos / name)[0] == 0
+    with Image.open(photos / name) as image:
+        assert image.size == (40, 32)
+        assert image.mode == "RGB"
+        expected = {"png": "PNG", "webp": "WEBP", "tif": "TIFF", "tiff": "TIFF"}.get(name.split(".")[1], "JPEG")
+        assert image.format == expected
+    assert not leftovers(photos)
+
+
+def test_result_is_the_upscalers(photos, upscale, weights):
+    status, printed = upscale(photos / "photo.png", "-o", photos / "big.png")
+    assert status == 0
+    assert "1 of 1 upscaled 2 times" in printed
+    assert "backend reference" in printed
+    expected = Upscaler(weights, device="cpu")(pixels(3))
+    np.testing.assert_array_equal(np.asarray(Image.open(photos / "big.png")), expected)
+
+
+def test_the_shipped_model_is_the_default(photos, capsys):
+    assert main(["upscale", str(photos / "photo.png"), "-o", str(photos / "big.png"), "--device", "cpu"]) == 0
+    expected = Upscaler("seemore_t_x2", device="cpu")(pixels(3))
+    np.testing.assert_array_equal(np.asarray(Image.open(photos / "big.png")), expected)
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_folders(photos, upscale, slash):
+    Image.fromarray(pixels(1)).save(photos / "grey.jpg")
+    folder = photos / ("out" if not slash else "new")
+    assert upscale(photos / "photo.png", photos / "grey.jpg", "-o", f"{folder}{slash}")[0] == 0
+    assert sorted(os.listdir(folder)) == ["grey_x2.jpg", "photo_x2.png"]
+    assert Image.open(folder / "grey_x2.jpg").mode == "L"
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif"])
+def test_alpha_is_kept(photos, upscale, channels, suffix):
+    image = pixels(channels)
+    image[:, :10, -1], image[:, 10:, -1] = 0, 255
+    Image.fromarray(image).save(photos / "alpha.png")
+    assert upscale(photos / "alpha.png", "-o", photos / f"big{suffix}")[0] == 0
+    alpha = np.asarray(Image.open(photos / f"big{suffix}").convert("RGBA"))[:, :, 3]
+    assert (alpha[:, :16] == 0).all()
+    assert (alpha[:, 24:] == 255).all()
+
+
+def test_alpha_is_not_dropped_for_jpeg(photos, upscale):
+    Image.fromarray(pixels(4)).save(photos / "alpha.png")
+    status, printed = upscale(photos / "alpha.png", "-o", photos / "big.jpg")
+    assert status == 1
+    assert "big.jpg: is a JPEG, which has no alpha" in printed
+    assert not (photos / "big.jpg").exists()
+
+
+def test_palette_with_transparency(photos, upscale):
+    image = Image.fromarray(pixels(3)).quantize(4)
+    image.save(photos / "palette.png", transparency=1)
+    assert upscale(photos / "palette.png", "-o", photos / "big.png")[0] == 0
+    assert Image.open(photos / "big.png").mode == "RGBA"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_once(photos, upscale, weights, orientation):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = orientation, "Maker"
+    Image.fromarray(pixels(3)).save(photos / "turned.png", exif=exif)
+    assert upscale(photos / "turned.png", "-o", photos / "big.png")[0] == 0
+    upright = [
+        lambda a: a, lambda a: a[:, ::-1], lambda a: a[::-1, ::-1], lambda a: a[::-1],
+        lambda a: a.swapaxes(0, 1), lambda a: np.rot90(a, -1), lambda a: a[::-1, ::-1].swapaxes(0, 1), np.rot90,
+    ][orientation - 1](pixels(3))  # fmt: skip
+    with Image.open(photos / "big.png") as image:
+        expected = Upscaler(weights, device="cpu")(upright)
+        np.testing.assert_allclose(np.asarray(image, int), expected.astype(int), atol=1)  # a rounding may tip over
+        assert image.getexif().get(0x0112, 1) == 1
+        assert image.getexif()[0x010F] == "Maker"
+
+
+@pytest.mark.parametrize("name", ["big.png", "big.jpg", "big.webp", "big.tif"])
+def test_icc_profile_is_kept(photos, upscale, name):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(pixels(3)).save(photos / "colour.png", icc_profile=profile)
+    assert upscale(photos / "colour.png", "-o", photos / name)[0] == 0
+    assert Image.open(photos / name).info["icc_profile"] == profile
+
+
+def test_a_profile_of_other_colours_is_not_kept(photos, upscale):
+    Image.fromarray(pixels(4), "CMYK").save(photos / "print.jpg", icc_profile=b"a CMYK profile")
+    assert upscale(photos / "print.jpg", "-o", photos / "big.png")[0] == 0
+    assert "icc_profile" not in Image.open(photos / "big.png").info
+
+
+def write_png(path, width, height, bits, colour_type):
+    """Write a PNG of zeros by hand: Pillow writes no 16-bit RGB."""
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour_type]
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    row = b"\0" * (1 + width * channels * bits // 8)
+    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row * height, 9)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+
+
+def write_tiff(path, bits):
+    """Write an uncompressed 1x1 RGB TIFF of `bits` bits a channel by hand."""
+    tags = [(256, 3, 1, 1), (257, 3, 1, 1), (258, 3, 3, 146), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 152),
+            (277, 3, 1, 3), (278, 3, 1, 1), (279, 4, 1, 3 * bits // 8), (284, 3, 1, 1)]  # fmt: skip
+    ifd = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + struct.pack("<I", 0)
+    content = (b"II*\0" + struct.pack("<I", 8) + ifd).ljust(146, b"\0") + struct.pack("<3H", bits, bits, bits)
+    path.write_bytes(content.ljust(152, b"\0") + b"\0" * (3 * bits // 8))
+
+
+def bad_inputs(folder):
+    """Return name -> what the message must say, and make the files."""
+    Image.fromarray(pixels(3)).save(folder / "whole.jpg")
+    Image.effect_noise((200, 200), 50).convert("RGB").save(folder / "noise.jpg")
+    Image.effect_noise((200, 200), 50).save(folder / "noise.png")
+    (folder / "text.png").write_text("hello")
+    (folder / "empty.png").touch()
+    (folder / "cut.jpg").write_bytes((folder / "noise.jpg").read_bytes()[:3000])
+    (folder / "cut.png").write_bytes((folder / "noise.png").read_bytes()[:3000])
+    (folder / "folder.png").mkdir()
+    write_png(folder / "bomb.png", 9000, 9000, 8, 0)
+    write_png(folder / "huge.png", 40000, 40000, 8, 0)
+    for name, colour_type in {"deep_grey": 0, "deep_rgb": 2, "deep_la": 4, "deep_rgba": 6}.items():
+        write_png(folder / f"{name}.png", 4, 4, 16, colour_type)
+    write_tiff(folder / "deep.tif", 16)
+    Image.new("F", (4, 4)).save(folder / "float.tif")
+    frames = [Image.fromarray(pixels(3)), Image.fromarray(255 - pixels(3))]
+    frames[0].save(folder / "moving.webp", save_all=True, append_images=frames[1:])
+    frames[0].save(folder / "pages.tif", save_all=True, append_images=frames[1:])
+    Image.fromarray(pixels(3)).save(folder / "other.bmp")
+    return {
+        "missing.png": "does not exist",
+        "text.png": "is no PNG, JPEG, WebP or TIFF",
+        "empty.png": "is empty",
+        "cut.jpg": "truncated or damaged",
+        "cut.png": "truncated or damaged",
+        "folder.png": "is a folder",
+        "bomb.png": "over the limit of 50",
+        "huge.png": "over the limit of 50",
+        "deep_grey.png": "16 bits a channel",
+        "deep_rgb.png": "16 bits a channel",
+        "deep_la.png": "16 bits a channel",
+        "deep_rgba.png": "16 bits a channel",
+        "deep.tif": "16 bits a channel",
+        "float.tif": "32 bits a channel",
+        "moving.webp": "2 frames or pages",
+        "pages.tif": "2 frames or pages",
+        "other.bmp": "is no PNG, JPEG, WebP or TIFF",
+    }
+
+
+def test_bad_files_are_listed_and_the_good_ones_done(photos, upscale):
+    expected = bad_inputs(photos)
+    names = [*list(expected)[:5], "photo.png", *list(expected)[5:], "whole.jpg"]
+    status, printed = upscale(*(photos / name for name in names), "-o", photos / "out")
+    assert status == 1
+    assert sorted(os.listdir(photos / "out")) == ["photo_x2.png", "whole_x2.jpg"]
+    failures = [line for line in printed.splitlines() if line.startswith("failed: ")]
+    assert len(failures) == len(expected)
+    for (name, message), line in zip(expected.items(), failures, strict=True):
+        assert name in line
+        assert message in line
+    assert f"2 of {len(names)} upscaled" in printed
+
+
+def test_the_pixel_limit_can_be_moved(photos, upscale):
+    assert upscale(photos / "photo.png", "-o", photos / "big.png", "--max-megapixels", "0.0003")[0] == 1
+    assert upscale(photos / "photo.png", "-o", photos / "big.png", "--max-megapixels", "0.00032")[0] == 0
+
+
+def test_an_8_bit_tiff_of_the_same_make_is_read(photos, upscale):
+    write_tiff(photos / "plain.tif", 8)
+    assert upscale(photos / "plain.tif", "-o", photos / "big.tif")[0] == 0
+
+
+USAGE_ERRORS = {
+    "no such folder": (["photo.png", "-o", "none/big.png"], "folder .*none does not exist"),
+    "no such parent of a folder": (["photo.png", "-o", "none/deeper/"], "folder .*none does not exist"),
+    "one file for two": (["photo.png", "photo.png", "-o", "big.png"], "one file for 2 inputs"),
+    "two for one name": (["photo.png", "out/../photo.png", "-o", "out"], "also read or written"),
+    "over itself": (["photo.png", "-o", "photo.png"], "also read or written"),
+    "no such model": (["photo.png", "-o", "big.png", "--model", "seemore_q"], "seemore_q.*seemore_t_x2"),
+    "no such weights": (["photo.png", "-o", "big.png", "--model", "none.pth"], "none.pth does not exist"),
+    "no such scale": (["photo.png", "-o", "big.png", "--scale", "5"], "invalid choice"),
+    "another scale": (["photo.png", "-o", "big.png", "--scale", "3"], "enlarges 2 times, expected scale 3"),
+    "no such device": (["photo.png", "-o", "big.png", "--device", "gpu"], "device is 'gpu'"),
+    "no output": (["photo.png"], "required.*--output"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), USAGE_ERRORS.values(), ids=USAGE_ERRORS)
+def test_usage_errors(photos, upscale, monkeypatch, arguments, message):
+    monkeypatch.chdir(photos)
+    before = sorted(os.listdir(photos))
+    status, printed = upscale(*arguments)
+    assert status == 2
+    assert len([line for line in printed.splitlines() if line.startswith("seemore-fast upscale:")]) == 1
+    assert re.search(message, printed)
+    assert sorted(os.listdir(photos)) == before
+    assert not os.listdir(photos / "out")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_without_cuda(photos, upscale):
+    status, printed = upscale(photos / "photo.png", "-o", photos / "big.png", "--device", "cuda")
+    assert status == 2
+    assert "no CUDA device" in printed
+
+
+def test_weights_of_another_network(photos, upscale):
+    torch.save({"conv.weight": torch.zeros(3, 3, 1, 1)}, photos / "other.pth")
+    status, printed = upscale(photos / "photo.png", "-o", photos / "big.png", model=photos / "other.pth")
+    assert status == 1
+    assert "other.pth: holds no conv_1.weight, so it is no SeemoRe" in printed
+
+
+def test_code_in_weights(photos, upscale, monkeypatch):
+    monkeypatch.chdir(photos)
+    torch.save({"params": Exploit()}, photos / "evil.pth")
+    status, printed = upscale(photos / "photo.png", "-o", photos / "big.png", model=photos / "evil.pth")
+    assert status == 1
+    assert "could run code" in printed
+    assert not (photos / "pwned").exists()
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_read_only_targets(photos, upscale):
+    target = photos / "out" / "photo_x2.png"
+    target.write_text("precious")
+    target.chmod(0o444)
+    status, printed = upscale(photos / "photo.png", "-o", photos / "out")
+    assert status == 1
+    assert "photo_x2.png is read-only" in printed
+    assert target.read_text() == "precious"
+    (photos / "out").chmod(0o555)
+    assert upscale(photos / "photo.png", "-o", photos / "out" / "new.png")[0] == 1
+    (photos / "out").chmod(0o755)
+    assert os.listdir(photos / "out") == ["photo_x2.png"]
+
+
+def test_a_failed_write_leaves_nothing(photos, upscale, monkeypatch):
+    def fail(self, path, *arguments, **options):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    status, printed = upscale(photos / "photo.png", "-o", photos / "out/big.png")
+    assert status == 1
+    assert "big.png: cannot be written: No space left on device" in printed
+    assert not os.listdir(photos / "out")
+
+
+def test_running_out_of_memory_is_one_line(photos, upscale, monkeypatch):
+    def fail(self, image):
+        raise RuntimeError("not enough memory: you tried to allocate 9 bytes.\nmore lines")
+
+    monkeypatch.setattr(Upscaler, "__call__", fail)
+    status, printed = upscale(photos / "photo.png", "-o", photos / "big.png")
+    assert status == 1
+    assert "failed: " in printed
+    assert "not enough memory" in printed
+    assert "more lines" not in printed
+
+
+def test_interrupt_leaves_nothing(photos, upscale, monkeypatch):
+    def interrupt(self, image):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Upscaler, "__call__", interrupt)
+    assert upscale(photos / "photo.png", "-o", photos / "out/big.png")[0] == 130
+    assert not os.listdir(photos / "out")
+
+
+def test_an_assumption_about_the_model_is_said(photos, upscale):
+    torch.save(SeemoRe(**SMALL).state_dict(), photos / "own.pth")
+    status, printed = upscale(photos / "photo.png", "-o", photos / "big.png", model=photos / "own.pth")
+    assert status == 0
+    assert "warning: 2 groups of 12 channels is no published size" in printed
+
+
+def test_info_is_json(capsys):
+    assert main(["info"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["backend"] == "reference"
+    assert "seemore_t_x2" in facts["models"]
+
+
+def test_as_a_process(photos):
+    def run(*arguments):
+        return subprocess.run([sys.executable, "-m", "seemore_fast.cli", *arguments], capture_output=True, text=True)
+
+    done = run("upscale", str(photos / "photo.png"), "-o", str(photos / "big.png"))
+    assert done.returncode == 0, done.stderr
+    assert Image.open(photos / "big.png").size == (40, 32)
+    assert run("upscale").returncode == 2
+    assert "upscale" in run("--help").stdout

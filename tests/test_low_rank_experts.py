@@ -1,0 +1,144 @@
+"""low_rank_experts: a + what each image's chosen experts make of a and k."""
+
+import kit
+import pytest
+import torch
+
+from seemore_fast.ops import low_rank_experts
+
+MIXTURES = [((1,), 1), ((3,), 1), ((5, 2), 1), ((3, 3, 3), 2), ((2, 3, 4, 5, 6, 7), 4)]
+MIXTURES += [((2, 4, 8), top_k) for top_k in (1, 2, 3)]
+each_mixture = pytest.mark.parametrize("ranks, top_k", MIXTURES, ids=str)
+
+
+def naive_low_rank_experts(
+    a, k, expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out, ranks
+):
+    """One image after another, one chosen expert after another."""
+    y = a.clone()
+    for image, experts in enumerate(expert_index.tolist()):
+        for slot, e in enumerate(experts):
+            rows = slice(sum(ranks[:e]), sum(ranks[: e + 1]))
+            rank_a = torch.einsum("rc,chw->rhw", weight_a[rows], a[image]) + kit.per_channel(bias_a[rows])
+            rank_k = torch.einsum("rc,chw->rhw", weight_k[rows], k[image]) + kit.per_channel(bias_k[rows])
+            out = torch.einsum("cr,rhw->chw", weight_out[:, rows], rank_a * rank_k) + kit.per_channel(bias_out[e])
+            y[image] += expert_weight[image, slot] * out
+    return y
+
+
+def tensors_of(device, shape=(3, 5, 4, 6), ranks=(2, 4, 8), top_k=2):
+    """Random tensors; every image chooses its own experts, in no order."""
+    choice = kit.random_parameters({"scores": (shape[0], len(ranks))}, device, seed=1)["scores"]
+    tensors = kit.random_parameters(
+        {"a": shape, "k": shape, "expert_weight": (shape[0], top_k)} | kit.expert_shapes(shape[1], ranks), device
+    )
+    tensors["expert_weight"] = tensors["expert_weight"].sigmoid()
+    return tensors | {"expert_index": choice.argsort(dim=1)[:, :top_k].contiguous()}
+
+
+@kit.each_backend
+@kit.each_shape
+@each_mixture
+def test_values(backend, device, shape, ranks, top_k):
+    tensors = tensors_of(device, shape, ranks, top_k)
+    kit.assert_close_to_naive(backend, low_rank_experts, naive_low_rank_experts, tensors, ranks=ranks)
+
+
+@kit.each_backend
+@pytest.mark.parametrize("chosen", [0, 1, 2])
+def test_experts_not_chosen_get_zero_gradients(backend, device, chosen):
+    """Zeros, not None: Adam and DDP see the difference. And the chosen one gets some."""
+    tensors = tensors_of(device, ranks=(2, 4, 8), top_k=1)
+    tensors["expert_index"] = torch.full_like(tensors["expert_index"], chosen)
+    with kit.chosen(backend, device):
+        gradients = kit.value_and_gradients(low_rank_experts, tensors, ranks=(2, 4, 8))
+    for e, rows in enumerate([slice(0, 2), slice(2, 6), slice(6, 14)]):
+        for name in ("weight_a", "bias_a", "weight_k", "bias_k", "weight_out", "bias_out"):
+            gradient = gradients[f"gradient of {name}"]
+            mine = gradient[:, rows] if name == "weight_out" else gradient[e if name == "bias_out" else rows]
+            assert torch.all(mine != 0 if e == chosen else mine == 0), f"{name} of expert {e}"
+
+
+@kit.each_backend
+def test_values_of_experts_not_chosen_do_not_matter(backend, device):
+    """Not even NaN: an expert that is not chosen is not multiplied by zero but left out."""
+    tensors = tensors_of(device, ranks=(2, 4, 8), top_k=1)
+    tensors["expert_index"] = torch.full_like(tensors["expert_index"], 1)
+    with kit.chosen(backend, device):
+        expected = low_rank_experts(**tensors, ranks=(2, 4, 8))
+        for name in ("weight_a", "bias_a", "weight_k", "bias_k"):
+            tensors[name][:2] = tensors[name][6:] = torch.nan
+        tensors["bias_out"][0] = tensors["bias_out"][2] = torch.nan
+        assert torch.equal(low_rank_experts(**tensors, ranks=(2, 4, 8)), expected)
+
+
+@kit.each_backend
+@kit.each_layout
+def test_layouts(backend, device, layout):
+    tensors = tensors_of(device)
+    kit.assert_close_to_naive(backend, low_rank_experts, naive_low_rank_experts, tensors, layout, ranks=(2, 4, 8))
+
+
+@kit.each_backend
+@kit.each_narrow_dtype
+@pytest.mark.parametrize("layout", [None, "channels_last"])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_narrow_dtypes(backend, device, dtype, layout, top_k):
+    """The result is of a's dtype although expert_weight is float32."""
+    tensors = tensors_of(device, (3, 8, 17, 19), top_k=top_k)
+    kit.assert_within_yardstick(
+        backend, low_rank_experts, naive_low_rank_experts, tensors, dtype, layout, ranks=(2, 4, 8)
+    )
+
+
+@kit.each_backend
+@pytest.mark.parametrize("ranks, top_k", [((2,), 1), ((1, 2, 3), 1), ((1, 2, 3), 2), ((2, 1), 2)], ids=str)
+def test_gradcheck(backend, device, ranks, top_k):
+    tensors = tensors_of(device, (2, 2, 2, 3), ranks, top_k)
+    with kit.chosen(backend, device):
+        kit.assert_gradcheck(low_rank_experts, tensors, ranks=ranks)
+
+
+@kit.each_backend
+def test_compiles(backend, device):
+    """With other experts chosen in the second call, too: the choice is data."""
+    with kit.chosen(backend, device):
+        kit.assert_compiles(low_rank_experts, tensors_of(device), tensors_of(device, (4, 5, 7, 3)), ranks=(2, 4, 8))
+
+
+@kit.each_fault
+def test_bad_tensors(device, fault):
+    exempt = {"dtype": ["expert_weight"], "list": ["expert_index"]}.get(fault, [])  # the first: float32 with any a
+    kit.assert_refused(fault, low_rank_experts, tensors_of(device), exempt, ranks=(2, 4, 8))
+
+
+@pytest.mark.xfail(strict=True, reason="expert_index.shape is read before anything tells that it is a tensor")
+def test_index_that_is_no_tensor_is_refused(device):
+    tensors = tensors_of(device)
+    with pytest.raises(TypeError, match=r"^low_rank_experts: expert_index is a list, expected a tensor"):
+        low_rank_experts(**tensors | {"expert_index": tensors["expert_index"].tolist()}, ranks=(2, 4, 8))
+
+
+@pytest.mark.xfail(strict=True, reason="the routing's device is not compared with that of a")
+@pytest.mark.parametrize("name", ["expert_index", "expert_weight"])
+def test_routing_on_another_device_is_refused(device, name):
+    tensors = tensors_of(device)
+    with pytest.raises(ValueError, match=rf"^low_rank_experts: {name} is on meta, expected {device}"):
+        low_rank_experts(**tensors | {name: tensors[name].to("meta")}, ranks=(2, 4, 8))
+
+
+def test_bad_sizes(device):
+    kit.assert_sizes_refused(low_rank_experts, tensors_of(device), ranks=(2, 4, 8))
+
+
+@pytest.mark.parametrize("ranks", [(2, 4, 7), (2, 4, 9), (2, 12), (2, 4, 4, 4), (0, 6, 8), (-2, 8, 8), ()], ids=str)
+def test_ranks_that_do_not_add_up_are_refused(device, ranks):
+    with pytest.raises(ValueError, match=r"^low_rank_experts: ranks are .*expected 3 positive .* add up to 14"):
+        low_rank_experts(**tensors_of(device), ranks=ranks)
+
+
+@pytest.mark.xfail(strict=True, reason="check_ranks takes ranks for a sequence of integers without looking")
+@pytest.mark.parametrize("ranks", [[2.0, 4.0, 8.0], "248", 14, None], ids=str)
+def test_ranks_that_are_no_integers_are_refused(device, ranks):
+    with pytest.raises((TypeError, ValueError), match=r"^low_rank_experts: ranks (are|is) .*expected"):
+        low_rank_experts(**tensors_of(device), ranks=ranks)

@@ -1,0 +1,168 @@
+"""Upscaler on arrays and Pillow images of every kind."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from PIL import Image
+
+from seemore_fast import SeemoRe, Upscaler
+from seemore_fast.resize import bicubic_resize
+
+
+@pytest.fixture
+def upscaler(small_model):
+    return Upscaler(small_model, device="cpu")
+
+
+def noise(*shape, dtype=np.uint8):
+    values = np.random.default_rng(0).random(shape)
+    return (values * np.iinfo(dtype).max).astype(dtype) if np.issubdtype(dtype, np.integer) else values.astype(dtype)
+
+
+def through_network(model, colours):
+    """Return float64 (2H, 2W, 3) of the network on float (H, W, 3), computed here."""
+    x = torch.from_numpy(colours.astype(np.float32)).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        return model(x.to(model.mean.device))[0].permute(1, 2, 0).cpu().double().numpy()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("channels", [(), (1,), (2,), (3,), (4,)])
+def test_arrays_keep_their_kind_and_are_right(small_model, upscaler, dtype, channels):
+    image = noise(18, 21, *channels, dtype=dtype)
+    result = upscaler(image)
+    assert result.dtype == dtype
+    assert result.shape == (36, 42, *channels)
+    top = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1
+    planes = image.reshape(18, 21, -1).astype(np.float64) / top
+    has_alpha = planes.shape[2] in (2, 4)
+    colours = planes[:, :, :-1] if has_alpha else planes
+    expected = through_network(small_model, colours * np.ones(3))
+    if colours.shape[2] == 1:
+        expected = (expected @ [0.299, 0.587, 0.114])[:, :, None]
+    if has_alpha:
+        expected = np.dstack([expected, bicubic_resize(planes[:, :, -1], 2)])
+    tolerance = {np.uint8: 0.51 / 255, np.uint16: 0.6 / 65535, np.float16: 1e-3}.get(dtype, 1e-5)
+    np.testing.assert_allclose(result.reshape(36, 42, -1) / top, expected.clip(0, 1), atol=tolerance + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("L", "L"),
+        ("RGB", "RGB"),
+        ("RGBA", "RGBA"),
+        ("LA", "LA"),
+        ("1", "L"),
+        ("P", "RGB"),
+        ("CMYK", "RGB"),
+        ("YCbCr", "RGB"),
+    ],  # fmt: skip
+)
+def test_pillow_modes(upscaler, mode, expected):
+    image = Image.fromarray(noise(16, 20, 4 if "A" in mode else 3)).convert(mode)
+    result = upscaler(image)
+    assert result.mode == expected
+    assert result.size == (40, 32)
+    if mode == expected:
+        np.testing.assert_array_equal(np.asarray(result), upscaler(np.asarray(image)))
+
+
+def test_palette_transparency_is_kept(upscaler):
+    image = Image.fromarray(noise(16, 16, 3)).quantize(8)
+    image.info["transparency"] = 0
+    result = upscaler(image)
+    assert result.mode == "RGBA"
+    assert np.asarray(result)[:, :, 3].min() == 0
+
+
+def test_opaque_alpha_stays_opaque(upscaler):
+    image = noise(16, 16, 4)
+    image[:, :, 3] = 255
+    assert (upscaler(image)[:, :, 3] == 255).all()
+
+
+def test_one_channel_models_take_colour_plane_by_plane(device):
+    upscaler = Upscaler(SeemoRe(**{**SMALL, "in_chans": 1}), device=device)
+    image = noise(16, 18, 3)
+    planes = [upscaler(np.ascontiguousarray(image[:, :, c])) for c in range(3)]
+    np.testing.assert_allclose(upscaler(image).astype(int), np.dstack(planes).astype(int), atol=1)
+
+
+def test_views_are_taken_and_not_changed(upscaler):
+    base = noise(40, 40, 3)
+    view = base[::2, ::-2]
+    before = base.copy()
+    np.testing.assert_array_equal(upscaler(view), upscaler(np.ascontiguousarray(view)))
+    np.testing.assert_array_equal(base, before)
+    base.flags.writeable = False
+    upscaler(base)
+
+
+def test_the_given_module_is_left_alone(small_model):
+    small_model.train()
+    weights = copy.deepcopy(small_model.state_dict())
+    upscaler = Upscaler(small_model, device="cpu", dtype="bf16")
+    upscaler(noise(16, 16, 3))
+    assert small_model.training
+    assert all(p.requires_grad for p in small_model.parameters())
+    torch.testing.assert_close(small_model.state_dict(), weights, rtol=0, atol=0)
+    assert upscaler.model.conv_2.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["bf16", torch.bfloat16, "fp16", torch.float16])
+def test_reduced_precision_differs_by_little(small_model, upscaler, dtype):
+    image = noise(32, 32, 3)
+    result = Upscaler(small_model, device="cpu", dtype=dtype)(image)
+    difference = np.abs(result.astype(int) - upscaler(image).astype(int))
+    assert difference.max() <= 4
+
+
+def test_shipped_names_with_and_without_scale():
+    assert Upscaler(device="cpu").scale == 2
+    assert Upscaler("seemore_t", scale=2, device="cpu").scale == 2
+    assert Upscaler("seemore_t_x2", device="cpu").scale == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (dict(model="seemore_q"), ValueError, "no shipped model 'seemore_q'"),
+        (dict(model="seemore_t", scale=4), ValueError, "no shipped model 'seemore_t_x4'.*seemore_t_x2"),
+        (dict(model="seemore_t_x2", scale=3), ValueError, "enlarges 2 times, expected scale 3"),
+        (dict(device="gpu"), ValueError, "device is 'gpu'"),
+        (dict(dtype="int8"), ValueError, "dtype is 'int8'"),
+        (dict(dtype=torch.int32), ValueError, "dtype is torch.int32"),
+        (dict(tile=64), ValueError, "tile is 64"),
+        (dict(model="none.pth"), FileNotFoundError, "none.pth does not exist"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Upscaler(**arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_without_cuda():
+    with pytest.raises(ValueError, match="'cuda'.*no CUDA device.*'cpu'"):
+        Upscaler(device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (np.zeros((4, 4, 5), np.uint8), ValueError, r"shape \(4, 4, 5\)"),
+        (np.zeros((2, 4, 4, 3), np.uint8), ValueError, r"shape \(2, 4, 4, 3\)"),
+        (np.zeros((0, 4, 3), np.uint8), ValueError, "empty"),
+        (np.zeros((4, 4, 3), np.int64), TypeError, "dtype int64"),
+        (Image.new("I", (4, 4)), ValueError, "mode I.*uint16"),
+        (torch.zeros(3, 4, 4), TypeError, "is a Tensor"),
+        ("photo.png", TypeError, "is a str"),
+    ],
+)
+def test_bad_images(upscaler, image, error, message):
+    with pytest.raises(error, match=message):
+        upscaler(image)
