@@ -12,8 +12,9 @@ def accelerate(module: nn.Module) -> SeemoRe:
     """Return a SeemoRe of this package that shares the Parameters of `module`.
 
     `module` is a SeemoRe of any origin that has the published structure: the published repository, the PyPI package
-    `seemore`, spandrel (the module or its descriptor), or this package. An optimizer that holds the parameters of `module`
-    goes on training them. Device, dtype, training mode and frozen parameters stay as they are; hooks are not taken along.
+    `seemore`, spandrel (the module or its descriptor), or this package. An optimizer that holds the parameters of
+    `module` goes on training them. Device, dtype, training mode and frozen parameters stay as they are; hooks are not
+    taken along.
 
     Raises TypeError for what is no module and CheckpointError for one of another structure.
     """

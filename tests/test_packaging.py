@@ -38,7 +38,8 @@ def test_contents(archives):
         assert f"seemore_fast/{name}" in in_wheel
     assert {name.split("/")[0].split("-")[0] for name in in_wheel} == {"seemore_fast"}, "no other top-level module"
     assert sum(info.compress_size for info in zipfile.ZipFile(wheel).infolist()) < 5e6
-    in_sdist = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        in_sdist = {name.partition("/")[2] for name in archive.getnames()}
     assert {"kernels/__init__.py", "csrc/README.md", "tests/conftest.py", "Makefile", "LICENSE", "NOTICE"} <= in_sdist
 
 

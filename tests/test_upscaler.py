@@ -60,7 +60,7 @@ def test_arrays_keep_their_kind_and_are_right(small_model, upscaler, dtype, chan
         ("P", "RGB"),
         ("CMYK", "RGB"),
         ("YCbCr", "RGB"),
-    ],  # fmt: skip
+    ],
 )
 def test_pillow_modes(upscaler, mode, expected):
     image = Image.fromarray(noise(16, 20, 4 if "A" in mode else 3)).convert(mode)
@@ -147,7 +147,7 @@ def test_bad_arguments(arguments, error, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_cuda_without_cuda():
-    with pytest.raises(ValueError, match="'cuda'.*no CUDA device.*'cpu'"):
+    with pytest.raises(ValueError, match=r"'cuda'.*no CUDA device.*'cpu'"):
         Upscaler(device="cuda")
 
 

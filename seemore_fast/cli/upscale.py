@@ -64,9 +64,7 @@ def run(options: argparse.Namespace) -> int:
 
     done = len(jobs) - len(failures)
     where = f"{upscaler.device}, {options.dtype}, backend {chosen_backend()}"
-    print(
-        f"{done} of {len(jobs)} upscaled {upscaler.scale} times in {seconds:.1f} s ({where}), written to {options.output}"
-    )
+    print(f"{done} of {len(jobs)} upscaled {upscaler.scale} times in {seconds:.1f} s ({where}), in {options.output}")
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     return FAILED if failures else DONE

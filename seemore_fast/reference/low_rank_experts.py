@@ -41,7 +41,6 @@ def low_rank_experts(
     Experts that no image chose cost nothing and get zero gradients. The experts are padded with zero rows to the
     largest rank, so that each image can gather its own by index: the choice is data, never a branch.
     """
-    batch, channels, height, width = a.shape
     ranks = list(ranks)
 
     def gather(packed: Tensor) -> Tensor:
@@ -58,4 +57,4 @@ def low_rank_experts(
     modulated = (rank_a * rank_k * probability).to(rank_a.dtype)
     bias = (expert_weight[:, :, None] * bias_out[expert_index]).sum(dim=1)[:, :, None]
     out = gather(weight_out.t()).transpose(1, 2) @ modulated + bias.to(rank_a.dtype)
-    return a + out.unflatten(2, (height, width))
+    return a + out.unflatten(2, a.shape[2:])

@@ -111,7 +111,10 @@ def write_image(picture: Picture, path: Path):
 
 
 def upscale_file(upscaler: Upscaler, source: Path, target: Path, max_megapixels: float = MAX_MEGAPIXELS):
-    """Upscale one file into another; raise ImageError that begins with the path at fault. `target` is whole or untouched."""
+    """Upscale one file into another; raise ImageError that begins with the path at fault.
+
+    `target` is then untouched, and otherwise whole.
+    """
     with _naming(source):
         picture = read_image(source, max_megapixels)
     with _naming(target):

@@ -80,10 +80,8 @@ class Upscaler:
         """Return float64 or float32 (scale * H, scale * W, C) of (H, W, C) with C 1 or 3."""
         x = torch.from_numpy(_to_unit(colours, np.float32)).permute(2, 0, 1)
         grey = len(x) == 1
-        if self.model.in_chans == 1:
-            x = x[:, None]  # each colour is an image of its own
-        else:
-            x = x.expand(3, -1, -1)[None]
+        # A network of one channel takes each colour as an image of its own.
+        x = x[:, None] if self.model.in_chans == 1 else x.expand(3, -1, -1)[None]
         y = self.model(x.to(self.device)).float().cpu()
         y = y[:, 0] if self.model.in_chans == 1 else y[0]
         if grey and len(y) == 3:
