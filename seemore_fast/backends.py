@@ -1,6 +1,5 @@
 """Which implementation of the operators runs, and why the others do not."""
 
-import contextlib
 import platform
 
 import torch
@@ -18,10 +17,10 @@ UNAVAILABLE = {
 _chosen = "auto"
 
 
-class use_backend(contextlib.ContextDecorator):
+class use_backend:
     """Choose the backend of every operator: ``"auto"`` (the fastest there is) or one by name.
 
-    Takes effect at once; as a context manager or decorator it restores the earlier choice at the end:
+    Takes effect at once; as a context manager it restores the earlier choice at the end:
 
         use_backend("reference")
         with use_backend("reference"): ...

@@ -27,13 +27,6 @@ def test_context_restores_the_outer_choice_also_after_an_error(monkeypatch):
         raise KeyError
     assert chosen_backend() == "reference"
 
-    @use_backend("other")
-    def inside():
-        return chosen_backend()
-
-    assert inside() == "other"
-    assert chosen_backend() == "reference"
-
 
 def test_operators_run_the_chosen_backend(monkeypatch):
     class Other:

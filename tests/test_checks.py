@@ -71,8 +71,15 @@ def test_other_devices_are_refused():
 
 def test_none_is_an_optional_tensor():
     """It sets no size and no dtype: what follows is compared with the first tensor there is."""
-    sizes = check_tensors("op", x=(None, "C"), y=(torch.zeros(4).half(), "C"), z=(torch.zeros(8).half(), "2C"))
+    sizes = check_tensors("op", x=(None, "C ?"), y=(torch.zeros(4).half(), "C ?"), z=(torch.zeros(8).half(), "2C"))
     assert sizes == {"C": 4}
+
+
+def test_empty_images_are_refused():
+    assert check_tensors("op", x=(torch.zeros(0, 3, 4, 5), "B C H W"))["B"] == 0
+    for shape in [(1, 0, 4, 5), (1, 3, 0, 5), (1, 3, 4, 0)]:
+        with pytest.raises(ValueError, match="^op: x has shape .*, expected no size of 0 but B's$"):
+            check_tensors("op", x=(torch.zeros(shape), "B C H W"))
 
 
 def test_choice():
@@ -111,7 +118,7 @@ def test_ranks(ranks):
     check_ranks("op", [7, 7], 14, 2)
     with pytest.raises(ValueError) as refused:
         check_ranks("op", ranks, 14, 2)
-    assert str(refused.value).startswith(f"op: ranks are {list(ranks)}, expected 2 positive integers")
+    assert str(refused.value).startswith(f"op: ranks are {ranks!r}, expected 2 positive integers")
 
 
 @pytest.mark.parametrize("height, width, recursive", [(3, 99, 1), (99, 3, 1), (15, 15, 2), (0, 0, 1)])

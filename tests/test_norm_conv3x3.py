@@ -115,7 +115,6 @@ def test_bad_sizes(device):
     kit.assert_sizes_refused(norm_conv3x3, tensors, free=kit.BATCH_AND_PIXELS, **options)
 
 
-@pytest.mark.xfail(strict=True, reason="the message says 'weight and bias of norm', not the tensor's name")
 @pytest.mark.parametrize("missing", ["norm_weight", "norm_bias", "weight_pw", "bias_pw"])
 def test_half_a_pair_is_refused(device, missing):
     tensors, options = case_of(device)

@@ -8,7 +8,8 @@ def check_tensors(operator: str, **arguments: tuple[Tensor | None, str]) -> dict
     """Check shapes, dtypes and devices of an operator's tensors; return what the letters of the shapes stand for.
 
     Each argument is ``name=(tensor, "C 1 1 K")``: numbers are themselves, a letter stands for the size that it
-    first met, ``2C`` for twice that of C. A tensor that is None is skipped: it was optional.
+    first met, ``2C`` for twice that of C. Sizes are at least 1, but B may be 0. A question mark at the end, as in
+    ``"C ?"``, allows None.
 
     Raises TypeError for what is no floating tensor or differs in dtype from the first one (under autocast dtypes
     may differ), ValueError for a shape or device that does not fit.
@@ -16,24 +17,35 @@ def check_tensors(operator: str, **arguments: tuple[Tensor | None, str]) -> dict
     sizes: dict[str, int] = {}
     first_name, first = None, None
     for name, (tensor, spec) in arguments.items():
-        if tensor is None:
+        if tensor is None and spec.endswith("?"):
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{operator}: {name} is a {type(tensor).__name__}, expected a tensor of shape ({spec})")
+        spec = spec.removesuffix(" ?")
+        check_is_tensor(operator, name, tensor, spec)
         _check_shape(operator, name, tensor, spec, sizes)
         if not tensor.is_floating_point():
             raise TypeError(f"{operator}: {name} has dtype {tensor.dtype}, expected a floating type")
         if first is None:
             first_name, first = name, tensor
-        elif tensor.device != first.device:
-            raise ValueError(
-                f"{operator}: {name} is on {tensor.device}, expected {first.device}, where {first_name} is"
-            )
-        elif tensor.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+        else:
+            check_device(operator, name, tensor, first_name, first)
+        if tensor.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
             raise TypeError(
                 f"{operator}: {name} has dtype {tensor.dtype}, expected {first.dtype}, which {first_name} has"
             )
     return sizes
+
+
+def check_is_tensor(operator: str, name: str, tensor, spec: str):
+    """Raise TypeError unless `tensor` is one; `spec` says of what shape it should be."""
+    if not isinstance(tensor, Tensor):
+        got = "None" if tensor is None else f"a {type(tensor).__name__}"
+        raise TypeError(f"{operator}: {name} is {got}, expected a tensor of shape ({', '.join(spec.split())})")
+
+
+def check_device(operator: str, name: str, tensor: Tensor, first_name: str, first: Tensor):
+    """Raise ValueError unless both tensors are on one device."""
+    if tensor.device != first.device:
+        raise ValueError(f"{operator}: {name} is on {tensor.device}, expected {first.device}, where {first_name} is")
 
 
 def _check_shape(operator: str, name: str, tensor: Tensor, spec: str, sizes: dict[str, int]):
@@ -45,6 +57,8 @@ def _check_shape(operator: str, name: str, tensor: Tensor, spec: str, sizes: dic
         else:
             factor, letter = (2, symbol[1:]) if symbol[0] == "2" else (1, symbol)
             wanted = factor * sizes.setdefault(letter, size)
+            if size == 0 and letter not in ("B", "K"):  # no image is a batch; the taps K are checked to be odd
+                raise ValueError(f"{operator}: {name} has shape {tuple(tensor.shape)}, expected no size of 0 but B's")
         fits = fits and size == wanted
     if not fits:
         known = ", ".join(f"{letter} = {size}" for letter, size in sizes.items())
@@ -59,6 +73,14 @@ def check_choice(operator: str, name: str, value, choices: tuple):
         raise ValueError(f"{operator}: {name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
+def check_pair(operator: str, **pair: Tensor | None):
+    """Raise ValueError where one of two optional tensors is given without the other."""
+    missing = [name for name, tensor in pair.items() if tensor is None]
+    if len(missing) == 1:
+        given = next(name for name in pair if name not in missing)
+        raise ValueError(f"{operator}: {missing[0]} is None, expected a tensor beside {given}, or None for both")
+
+
 def check_odd(operator: str, name: str, value: int):
     """Raise ValueError unless `value`, a kernel size, is odd and positive."""
     if value < 1 or value % 2 == 0:
@@ -67,5 +89,5 @@ def check_odd(operator: str, name: str, value: int):
 
 def check_at_least(operator: str, name: str, value: int, least: int):
     """Raise ValueError unless `value` is an integer of at least `least`."""
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{operator}: {name} is {value!r}, expected an integer of at least {least}")

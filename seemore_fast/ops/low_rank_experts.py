@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import implementation
-from .checks import check_tensors
+from .checks import check_device, check_is_tensor, check_tensors
 
 
 def low_rank_experts(
@@ -35,15 +35,7 @@ def low_rank_experts(
         bias_out=(bias_out, "E C"),
     )
     check_ranks("low_rank_experts", ranks, sizes["R"], sizes["E"])
-    routed = check_tensors("low_rank_experts", expert_weight=(expert_weight, "B K"))
-    expected = (sizes["B"], routed["K"])
-    if routed["B"] != sizes["B"] or tuple(expert_index.shape) != expected:
-        raise ValueError(
-            f"low_rank_experts: expert_index has shape {tuple(expert_index.shape)} and expert_weight "
-            f"{tuple(expert_weight.shape)}, expected both to be (B, top_k) with B = {sizes['B']}"
-        )
-    if expert_index.dtype != torch.int64:
-        raise TypeError(f"low_rank_experts: expert_index has dtype {expert_index.dtype}, expected torch.int64")
+    check_routing("low_rank_experts", expert_index, expert_weight, a)
     return implementation("low_rank_experts")(
         a, k, expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out, ranks
     )
@@ -51,8 +43,25 @@ def low_rank_experts(
 
 def check_ranks(operator: str, ranks: Sequence[int], total: int, num_experts: int):
     """Raise ValueError unless `ranks` are those of `num_experts` experts with `total` packed rows."""
-    if len(ranks) != num_experts or sum(ranks) != total or min(ranks, default=0) < 1:
+    whole = isinstance(ranks, Sequence) and all(type(rank) is int and rank > 0 for rank in ranks)
+    if not whole or len(ranks) != num_experts or sum(ranks) != total:
         raise ValueError(
-            f"{operator}: ranks are {list(ranks)}, expected {num_experts} positive integers (the rows of bias_out) "
+            f"{operator}: ranks are {ranks!r}, expected {num_experts} positive integers (the rows of bias_out) "
             f"that add up to {total} (the rows of weight_a)"
         )
+
+
+def check_routing(operator: str, expert_index: Tensor, expert_weight: Tensor, a: Tensor):
+    """Raise unless index and weight are (B, top_k) on the device of `a`; float32 weights go with any type of `a`."""
+    check_is_tensor(operator, "expert_index", expert_index, "B top_k")
+    sizes = check_tensors(operator, expert_weight=(expert_weight, "B top_k"))
+    expected = (len(a), sizes["top_k"])
+    for name, tensor in {"expert_index": expert_index, "expert_weight": expert_weight}.items():
+        if tuple(tensor.shape) != expected:
+            raise ValueError(
+                f"{operator}: {name} has shape {tuple(tensor.shape)}, expected {expected}, (B, top_k): the batch of a "
+                "and the columns of expert_weight"
+            )
+        check_device(operator, name, tensor, "a", a)
+    if expert_index.dtype != torch.int64:
+        raise TypeError(f"{operator}: expert_index has dtype {expert_index.dtype}, expected torch.int64")

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..backends import implementation
-from .checks import check_choice, check_tensors
+from .checks import check_choice, check_pair, check_tensors
 
 
 def norm_conv3x3(
@@ -19,19 +19,18 @@ def norm_conv3x3(
     eps: float = 1e-6,
 ) -> Tensor:
     """LayerNorm (or none), dense 3x3 convolution, activation (None or "gelu"), 1x1 convolution (or none)."""
-    for name, pair in {"norm": (norm_weight, norm_bias), "pw": (weight_pw, bias_pw)}.items():
-        if (pair[0] is None) != (pair[1] is None):
-            raise ValueError(f"norm_conv3x3: one of weight and bias of {name} is None, expected both or neither")
     check_tensors(
         "norm_conv3x3",
         x=(x, "B C H W"),
-        norm_weight=(norm_weight, "C"),
-        norm_bias=(norm_bias, "C"),
+        norm_weight=(norm_weight, "C ?"),
+        norm_bias=(norm_bias, "C ?"),
         weight=(weight, "D C 3 3"),
         bias=(bias, "D"),
-        weight_pw=(weight_pw, "P D 1 1"),
-        bias_pw=(bias_pw, "P"),
+        weight_pw=(weight_pw, "P D 1 1 ?"),
+        bias_pw=(bias_pw, "P ?"),
     )
+    check_pair("norm_conv3x3", norm_weight=norm_weight, norm_bias=norm_bias)
+    check_pair("norm_conv3x3", weight_pw=weight_pw, bias_pw=bias_pw)
     check_choice("norm_conv3x3", "activation", activation, (None, "gelu"))
     return implementation("norm_conv3x3")(
         x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation=activation, eps=eps

@@ -15,5 +15,5 @@ def router(a: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 def check_top_k(operator: str, top_k: int, num_experts: int):
     """Raise ValueError unless `top_k` experts can be chosen of `num_experts`."""
-    if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= num_experts:
         raise ValueError(f"{operator}: top_k is {top_k!r}, expected 1 to {num_experts}, the number of experts")

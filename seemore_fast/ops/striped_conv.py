@@ -24,7 +24,7 @@ def striped_conv(
         bias_row=(bias_row, "C"),
         weight_col=(weight_col, "C 1 K 1"),
         bias_col=(bias_col, "C"),
-        gate=(gate, "B C H W"),
+        gate=(gate, "B C H W ?"),
     )
     check_odd("striped_conv", "weight_row", sizes["K"])
     check_choice("striped_conv", "activation", activation, (None, "gelu"))

@@ -21,9 +21,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Te
 
     The variance is the biased one. Statistics are at least float32: squares of float16 overflow at 256.
     """
+    dtype = x.dtype
+    # Weights too: their gradients are sums over all pixels, which torch would add up in the type it is given.
+    x, weight, bias = (tensor.to(torch.promote_types(dtype, torch.float32)) for tensor in (x, weight, bias))
     if x.is_contiguous(memory_format=torch.channels_last):  # channels are innermost: torch's own kernel, no copy
-        return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps).permute(0, 3, 1, 2)
-    x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    centred = x_wide - x_wide.mean(dim=1, keepdim=True)
-    normalised = centred * torch.rsqrt(centred.square().mean(dim=1, keepdim=True) + eps)
-    return (normalised * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
+        y = F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps).permute(0, 3, 1, 2)
+    else:
+        centred = x - x.mean(dim=1, keepdim=True)
+        normalised = centred * torch.rsqrt(centred.square().mean(dim=1, keepdim=True) + eps)
+        y = normalised * weight[:, None, None] + bias[:, None, None]
+    return y.to(dtype)

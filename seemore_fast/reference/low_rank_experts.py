@@ -51,8 +51,8 @@ def low_rank_experts(
         return torch.stack(experts)[expert_index].flatten(1, 2)
 
     flat_a, flat_k = a.flatten(2), k.flatten(2)
-    rank_a = gather(weight_a) @ flat_a + gather(bias_a)[:, :, None]
-    rank_k = gather(weight_k) @ flat_k + gather(bias_k)[:, :, None]
+    rank_a = torch.baddbmm(gather(bias_a)[:, :, None], gather(weight_a), flat_a)
+    rank_k = torch.baddbmm(gather(bias_k)[:, :, None], gather(weight_k), flat_k)
     probability = expert_weight.repeat_interleave(max(ranks), dim=1)[:, :, None]
     modulated = (rank_a * rank_k * probability).to(rank_a.dtype)
     bias = (expert_weight[:, :, None] * bias_out[expert_index]).sum(dim=1)[:, :, None]
