@@ -56,16 +56,15 @@ def load_model(name_or_path: str | os.PathLike, **overrides) -> SeemoRe:
 
 
 def _resolve(name_or_path: str | os.PathLike) -> Path:
+    if str(name_or_path) in shipped_models():
+        return WEIGHTS / f"{name_or_path}.safetensors"
     path = Path(name_or_path)
-    if path.suffix or path.exists() or len(path.parts) > 1:
-        return path
-    shipped = WEIGHTS / f"{path.name}.safetensors"
-    if not shipped.is_file():
+    if not (path.suffix or path.exists() or len(path.parts) > 1):
         raise ValueError(
             f"there is no shipped model {str(name_or_path)!r}; there are: {', '.join(shipped_models()) or 'none'}. "
             "Your own weights are given by their path, a .safetensors or .pth file"
         )
-    return shipped
+    return path
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:

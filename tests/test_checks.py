@@ -78,7 +78,7 @@ def test_none_is_an_optional_tensor():
 def test_empty_images_are_refused():
     assert check_tensors("op", x=(torch.zeros(0, 3, 4, 5), "B C H W"))["B"] == 0
     for shape in [(1, 0, 4, 5), (1, 3, 0, 5), (1, 3, 4, 0)]:
-        with pytest.raises(ValueError, match="^op: x has shape .*, expected no size of 0 but B's$"):
+        with pytest.raises(ValueError, match=r"^op: x has shape .*, expected no size of 0 but B's$"):
             check_tensors("op", x=(torch.zeros(shape), "B C H W"))
 
 

@@ -106,6 +106,16 @@ def test_alpha_is_kept(photos, upscale, channels, suffix):
     assert (alpha[:, 24:] == 255).all()
 
 
+def test_a_jpeg_with_a_preview_behind_it_is_one_photo(photos, upscale):
+    Image.fromarray(pixels(3)).save(
+        photos / "phone.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (10, 8))]
+    )
+    assert upscale(photos / "phone.jpg", "-o", photos / "big.jpg")[0] == 0
+    with Image.open(photos / "big.jpg") as image:
+        assert image.size == (40, 32)
+        assert getattr(image, "n_frames", 1) == 1
+
+
 def test_alpha_is_not_dropped_for_jpeg(photos, upscale):
     Image.fromarray(pixels(4)).save(photos / "alpha.png")
     status, printed = upscale(photos / "alpha.png", "-o", photos / "big.jpg")
@@ -136,6 +146,25 @@ def test_exif_orientation_is_applied_once(photos, upscale, weights, orientation)
         np.testing.assert_allclose(np.asarray(image, int), expected.astype(int), atol=1)  # a rounding may tip over
         assert image.getexif().get(0x0112, 1) == 1
         assert image.getexif()[0x010F] == "Maker"
+
+
+@pytest.mark.parametrize("target", ["big.png", "big.jpg", "big.webp", "big.tif"])
+@pytest.mark.parametrize("source", ["photo.jpg", "photo.tif"])
+def test_exif_keeps_what_is_still_true(photos, upscale, source, target):
+    exif = Image.Exif()
+    exif[0x013B], exif[0x0112] = "Someone", 1
+    exif.get_ifd(0x8769).update({0x9003: "2026:01:02 03:04:05", 0xA002: 20, 0xA003: 16})  # taken at, width, height
+    exif.get_ifd(0x8825)[1] = "N"
+    Image.fromarray(pixels(3)).save(photos / source, exif=exif.tobytes())
+    assert upscale(photos / source, "-o", photos / target)[0] == 0
+    with Image.open(photos / target) as image:
+        assert image.size == (40, 32)
+        image.load()
+        kept = image.getexif()
+    assert kept[0x013B] == "Someone"
+    assert kept.get_ifd(0x8769)[0x9003] == "2026:01:02 03:04:05"
+    assert 0xA002 not in kept.get_ifd(0x8769)
+    assert kept.get_ifd(0x8825)[1] == "N"
 
 
 @pytest.mark.parametrize("name", ["big.png", "big.jpg", "big.webp", "big.tif"])

@@ -2,11 +2,10 @@
 
 import contextlib
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..files import replacing, why_not_writable
 from .upscaler import Upscaler, as_8_bit
@@ -16,9 +15,13 @@ MAX_MEGAPIXELS = 50
 _SAVE_OPTIONS = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"quality": 95},
-    "TIFF": {"compression": "tiff_deflate"},
 }
 _BITS_PER_SAMPLE = 258  # TIFF tag
+_LASTING_TAGS = {
+    ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.Software,
+    ExifTags.Base.DateTime, ExifTags.Base.Artist, ExifTags.Base.Copyright, ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo,
+}  # fmt: skip
+_PIXEL_DIMENSIONS = (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)
 
 
 class ImageError(ValueError):
@@ -31,7 +34,7 @@ class Picture:
 
     image: Image.Image
     icc_profile: bytes | None = None
-    exif: Image.Exif | None = None
+    exif: bytes | None = None
 
 
 def read_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Picture:
@@ -45,19 +48,15 @@ def read_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Picture:
     if path.stat().st_size == 0:
         raise ImageError("is empty (0 bytes)")
     try:
-        with warnings.catch_warnings(), Image.open(path, formats=sorted(set(FORMATS.values()))) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked next
+        with _without_pillows_limit(), Image.open(path, formats=sorted(set(FORMATS.values()))) as image:
             _check_header(image, max_megapixels)
             icc_profile = image.info.get("icc_profile")
             image.load()
             upright = ImageOps.exif_transpose(image)
-            exif = upright.getexif()
             same_colours = image.mode not in ("CMYK", "YCbCr", "LAB", "HSV")
-            return Picture(as_8_bit(upright), icc_profile if same_colours else None, exif if len(exif) else None)
+            return Picture(as_8_bit(upright), icc_profile if same_colours else None, _lasting_exif(image))
     except UnidentifiedImageError:
         raise ImageError("is no PNG, JPEG, WebP or TIFF image, or its header is damaged") from None
-    except Image.DecompressionBombError:
-        raise ImageError(_too_large("more than twice Pillow's limit of", max_megapixels)) from None
     except ImageError:
         raise
     except (OSError, SyntaxError, ValueError, EOFError) as error:
@@ -67,15 +66,35 @@ def read_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Picture:
 def _check_header(image: Image.Image, max_megapixels: float):
     megapixels = image.width * image.height / 1e6
     if megapixels > max_megapixels:
-        raise ImageError(_too_large(f"{image.width}x{image.height}, {megapixels:.1f}", max_megapixels))
-    if getattr(image, "n_frames", 1) > 1:
+        raise ImageError(
+            f"has {image.width}x{image.height}, {megapixels:.1f} megapixels, over the limit of {max_megapixels:g}: "
+            "raise it with --max-megapixels if it is meant"
+        )
+    # A phone's JPEG may carry a preview or a depth map behind the photo (MPO): the first is the photo.
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         raise ImageError(f"has {image.n_frames} frames or pages, expected one: split it first")
     if _bits(image) > 8:
         raise ImageError(f"has {_bits(image)} bits a channel; only 8 are supported in files yet: convert it to 8 bits")
 
 
-def _too_large(size: str, max_megapixels: float) -> str:
-    return f"has {size} megapixels, over the limit of {max_megapixels:g}: raise it with --max-megapixels if it is meant"
+@contextlib.contextmanager
+def _without_pillows_limit():
+    """Lift Pillow's own limit on pixels, which no option could raise; ours is checked on the header instead."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _lasting_exif(image: Image.Image) -> bytes | None:
+    """Return what EXIF says that is true of the upright, larger image too: a TIFF's tags describe even its layout."""
+    exif = image.getexif()
+    for tag in set(exif) - _LASTING_TAGS:
+        del exif[tag]
+    for tag in _PIXEL_DIMENSIONS:
+        exif.get_ifd(ExifTags.IFD.Exif).pop(tag, None)
+    return exif.tobytes() if len(exif) else None
 
 
 def _bits(image: Image.Image) -> int:

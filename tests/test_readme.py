@@ -1,0 +1,40 @@
+"""Every example in the README runs, in the order it stands there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from seemore_fast.cli import main
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def photo(folder):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "photo.jpg")
+    Image.fromarray(pixels).save(folder / "logo.png")
+
+
+def test_python_examples(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) == 4
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert Image.open("large.png").size == (60, 40)
+    assert names["y"].shape == (1, 8, 32, 32)
+
+
+def test_command_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo(tmp_path)
+    lines = re.findall(r"^    seemore-fast (.*)$", README, re.M)
+    assert len(lines) == 3
+    for line in lines:
+        assert main(shlex.split(line, comments=True)) == 0
+    assert sorted(path.name for path in (tmp_path / "enlarged").iterdir()) == ["logo_x2.png", "photo_x2.jpg"]
