@@ -1,6 +1,6 @@
 """Time the whole network against eager PyTorch and torch.compile, for inference and for a training step.
 
-    PYTHONPATH=. python benchmarks/bench_model.py --device cuda
+    python benchmarks/bench_model.py --device cuda
 
 Every provider's output is compared with the float64 reference before it is timed; a wrong one is reported and not
 timed, a peer that is not installed is reported absent. Providers run in turn, and the median counts. The table
@@ -24,14 +24,18 @@ import torch.nn.functional as F
 import seemore_fast
 from seemore_fast.presets import PRESETS
 
-CASES = {  # preset, scale, batch, height, width, dtype
+CASES_CUDA = {  # preset, scale, batch, height, width, dtype
     "inference T x4 480x640 fp32": ("t", 4, 1, 480, 640, torch.float32),
     "inference T x4 480x640 bf16": ("t", 4, 1, 480, 640, torch.bfloat16),
     "inference L x4 480x640 bf16": ("l", 4, 1, 480, 640, torch.bfloat16),
     "training T x2 32x64x64 fp32": ("t", 2, 32, 64, 64, torch.float32),
     "training T x2 32x64x64 bf16": ("t", 2, 32, 64, 64, torch.bfloat16),
 }
-QUICK_CASES = {
+CASES_CPU = {
+    "inference T x4 320x180 fp32": ("t", 4, 1, 180, 320, torch.float32),
+    "training T x2 8x64x64 fp32": ("t", 2, 8, 64, 64, torch.float32),
+}
+CASES_QUICK = {
     "inference T x2 64x64 fp32": ("t", 2, 1, 64, 64, torch.float32),
     "training T x2 2x32x32 fp32": ("t", 2, 2, 32, 32, torch.float32),
 }
@@ -52,12 +56,20 @@ def providers(config: dict, weights: dict, device: torch.device) -> dict:
         "reference eager": load(seemore_fast.reference.SeemoRe),
         "reference torch.compile": torch.compile(load(seemore_fast.reference.SeemoRe)),
         "published eager": "not installed (PyPI's seemore, cv2)",
+        "published channels_last": "not installed (PyPI's seemore, cv2)",
     }
     if importlib.util.find_spec("seemore") and importlib.util.find_spec("cv2"):
         from seemore.module import SeemoRe as Published
 
         found["published eager"] = load(Published)
+        found["published channels_last"] = load(Published).to(memory_format=torch.channels_last)
     return found
+
+
+def memory_format(model) -> torch.memory_format:
+    """Return the layout that a model's dense convolutions have, for its input."""
+    channels_last = model.conv_2.weight.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def inference(model, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -90,14 +102,15 @@ def run_case(name: str, case: tuple, device: torch.device, runs: int) -> dict:
     del truth_model
     step, training = (training_step, True) if name.startswith("training") else (inference, False)
 
-    result, timed = {}, {}
+    result, timed, laid_out = {}, {}, {}
     for provider, model in providers(config, weights, device).items():
         if isinstance(model, str):
             result[provider] = {"absent": model}
             continue
         model.train(training)
+        laid_out[provider] = [x.contiguous(memory_format=memory_format(model)) for x in inputs]
         try:
-            error = (step(model, inputs[0], dtype).float() - truth).abs().max().item()
+            error = (step(model, laid_out[provider][0], dtype).float() - truth).abs().max().item()
         except Exception as failure:  # a peer that breaks is a result, not the end of the benchmark
             result[provider] = {"failed": f"{type(failure).__name__}: {str(failure).splitlines()[0]}"}
             continue
@@ -109,7 +122,7 @@ def run_case(name: str, case: tuple, device: torch.device, runs: int) -> dict:
     times = {provider: [] for provider in timed}
     for i in range(runs + 2):  # two to warm up
         for provider, model in timed.items():
-            milliseconds, peak = measure(lambda m=model, x=inputs[i % 4]: step(m, x, dtype), device)
+            milliseconds, peak = measure(lambda m=model, x=laid_out[provider][i % 4]: step(m, x, dtype), device)
             times[provider].append(milliseconds)
             result[provider]["peak_mb"] = peak
     for provider, values in times.items():
@@ -158,7 +171,8 @@ def main():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
     results = {}
-    for name, case in (QUICK_CASES if options.quick else CASES).items():
+    cases = CASES_QUICK if options.quick else CASES_CUDA if device.type == "cuda" else CASES_CPU
+    for name, case in cases.items():
         results[name] = run_case(name, case, device, options.runs)
         print_table(name, results[name])
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

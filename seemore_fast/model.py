@@ -88,6 +88,8 @@ class SeemoRe(plain.SeemoRe):
     group_class = ResGroup
 
     def _forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":  # measured: 1.2 to 1.4 times as fast; on a GPU it is the other way round
-            x = x.contiguous(memory_format=torch.channels_last)
+        if x.device.type == "cpu":  # measured faster by 1.3 to 1.8 times; on a GPU it is the other way round
+            # A copy, though it may have the layout already: a view of one image can have strides, of the batch's
+            # dimension, that torch's convolutions do not take for channels_last.
+            x = x.clone(memory_format=torch.channels_last)
         return super()._forward(x)
