@@ -12,7 +12,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; put it in the place of `path` when the block ends without an error."""
     temporary = path.with_name(f".{path.stem[:64]}.{os.getpid()}.tmp{path.suffix}")
     try:
+        temporary.touch()
+        permissions = temporary.stat().st_mode  # those of any new file; some writers make files that are private
         yield temporary
+        temporary.chmod(permissions)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -106,6 +106,8 @@ def test_saved_models_remember_their_configuration(tmp_path):
     save_model(model, tmp_path / "own.safetensors", step=7)
     assert_same(load_model(tmp_path / "own.safetensors"), model)
     assert os.listdir(tmp_path) == ["own.safetensors"]
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "own.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_weights_in_other_types_load_as_float32(tmp_path, tiny):
