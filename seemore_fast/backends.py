@@ -40,7 +40,8 @@ class use_backend:
 
     def __enter__(self):
         global _chosen
-        _chosen = self._name
+        if _chosen != self._name:  # kept for later and entered only now
+            self._previous, _chosen = _chosen, self._name
         return self
 
     def __exit__(self, *exception):

@@ -20,6 +20,7 @@ from .reference.model import LR_SPACES, expert_ranks
 WEIGHTS = Path(__file__).parent / "weights"
 _WRAPPERS = ("params_ema", "params", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
+_NO_WEIGHTS = ("mean", "n_averaged")  # a buffer that some copies keep, and the counter of torch's averaged models
 _UNREADABLE = ("use_shuffle", "recursive", "topk", "img_range")
 _KNOWN = {(p["num_layers"], p["embedding_dim"]): p for p in PRESETS.values()}
 
@@ -50,12 +51,15 @@ def load_model(name_or_path: str | os.PathLike, **overrides) -> SeemoRe:
     try:
         model = SeemoRe(**{**detect_config(weights, {**recorded, **overrides}), **overrides})
         load_weights(model, weights)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except ValueError as error:  # of the caller's making only where there are overrides
+        kind = ValueError if overrides and not isinstance(error, CheckpointError) else CheckpointError
+        raise kind(f"{path}: {error}") from None
     return model.eval()
 
 
 def _resolve(name_or_path: str | os.PathLike) -> Path:
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(f"name_or_path is a {type(name_or_path).__name__}, expected a model's name or a file's path")
     if str(name_or_path) in shipped_models():
         return WEIGHTS / f"{name_or_path}.safetensors"
     path = Path(name_or_path)
@@ -69,13 +73,20 @@ def _resolve(name_or_path: str | os.PathLike) -> Path:
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Return the bare state dict in a file and the configuration recorded beside it (empty where there is none)."""
-    if not path.is_file():
-        reason = "is a directory, expected a file" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{path} {reason}: give a .safetensors or .pth file of weights")
+    try:
+        path.open("rb").close()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else "is a directory, expected a file"
+        hint = (
+            f"the name {path.stem} alone" if path.stem in shipped_models() else "a .safetensors or .pth file of weights"
+        )
+        raise FileNotFoundError(f"{path} {reason}: give {hint}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {os.strerror(error.errno)}") from None
     recorded = {}
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         content, recorded = _read_safetensors(path)
-    elif path.suffix in (".pth", ".pt", ".ckpt"):
+    elif path.suffix.lower() in (".pth", ".pt", ".ckpt"):
         content = _read_pickle(path)
     else:
         raise CheckpointError(f"{path} ends in {path.suffix!r}, expected .safetensors or .pth")
@@ -91,6 +102,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with safe_open(path, framework="pt") as file:
             config = json.loads((file.metadata() or {}).get("config", "{}"))
+            config = {key: config[key] for key in _UNREADABLE if key in config} if isinstance(config, dict) else {}
             return {name: file.get_tensor(name) for name in file.keys()}, config  # noqa: SIM118, no mapping
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
@@ -118,14 +130,19 @@ def unwrap(content) -> dict[str, Tensor]:
             break
         content = inner
     if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(f"holds a {type(content).__name__}, expected a state dict: names and tensors")
+        got = "nothing" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+        raise CheckpointError(f"holds {got}, expected a state dict, bare or under one of {', '.join(_WRAPPERS)}")
     weights = {}
     for name, tensor in content.items():
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"holds a {type(tensor).__name__} under {name!r}, expected tensors alone")
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"holds {type(tensor).__name__} under {name!r}, expected names and tensors alone, bare or under one of "
+                f"{', '.join(_WRAPPERS)}"
+            )
         while prefix := next((p for p in _PREFIXES if name.startswith(p)), None):
             name = name.removeprefix(prefix)
-        weights[name] = tensor
+        if name not in _NO_WEIGHTS:
+            weights[name] = tensor
     return weights
 
 
@@ -192,10 +209,16 @@ def check_keys(expected: Mapping[str, torch.Size], weights: Mapping[str, Tensor]
         for name, shape in expected.items()
         if name in weights and weights[name].shape != shape
     ]
+    unusable = [
+        f"{name} is {tensor.dtype}" + ("" if tensor.layout == torch.strided else f", {tensor.layout}")
+        for name, tensor in weights.items()
+        if not tensor.is_floating_point() or tensor.layout != torch.strided
+    ]
     problems = {
         "missing": [name for name in expected if name not in weights],
         "unexpected": [name for name in weights if name not in expected],
         "mis-shaped": wrong,
+        "not of dense floating numbers": unusable,
     }
     if any(problems.values()):
         parts = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]

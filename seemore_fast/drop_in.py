@@ -28,7 +28,10 @@ def accelerate(module: nn.Module) -> SeemoRe:
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, parameter)
     device, dtype = parameters["conv_1.weight"].device, parameters["conv_1.weight"].dtype
-    model.mean = SeemoRe.mean_of(model.in_chans).to(device, dtype)
+    mean = getattr(module, "mean", None)  # the published module always has one for RGB
+    same_channels = isinstance(mean, torch.Tensor) and mean.numel() == model.in_chans
+    mean = mean.detach().clone().view(1, -1, 1, 1) if same_channels else SeemoRe.mean_of(model.in_chans)
+    model.mean = mean.to(device, dtype)
     modes = {name: child.training for name, child in module.named_modules()}
     for name, child in model.named_modules():
         child.training = modes.get(name, module.training)
@@ -39,6 +42,8 @@ def _unwrap(module) -> nn.Module:
     inner = getattr(module, "model", None)  # spandrel's descriptor
     if not isinstance(module, nn.Module) and isinstance(inner, nn.Module):
         module = inner
+    for wrapper in ("_orig_mod", "module"):  # torch.compile; DataParallel and DDP
+        module = getattr(module, wrapper, module)
     if not isinstance(module, nn.Module):
         raise TypeError(
             f"module is a {type(module).__name__}, expected a SeemoRe module or spandrel's descriptor of one"

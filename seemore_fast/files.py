@@ -9,8 +9,12 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; put it in the place of `path` when the block ends without an error."""
-    temporary = path.with_name(f".{path.stem[:64]}.{os.getpid()}.tmp{path.suffix}")
+    """Give a temporary path beside `path`; put it in the place of `path` when the block ends without an error.
+
+    Where `path` is a symbolic link, the file it points to is replaced.
+    """
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".seemore-fast.{os.getpid()}.tmp{path.suffix}")
     try:
         temporary.touch()
         permissions = temporary.stat().st_mode  # those of any new file; some writers make files that are private
@@ -23,6 +27,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def why_not_writable(path: Path) -> str | None:
     """Return why `path` cannot be written as a file, or None where it can."""
+    try:
+        return _obstacle(Path(os.path.realpath(path)))
+    except OSError as error:
+        return os.strerror(error.errno)
+
+
+def _obstacle(path: Path) -> str | None:
     parent = path.parent
     if not parent.exists():
         return f"the folder {parent} does not exist: create it first"
@@ -30,6 +41,8 @@ def why_not_writable(path: Path) -> str | None:
         return f"{parent} is a file, expected a folder"
     if path.is_dir():
         return f"{path} is a folder, expected a file name"
+    if path.exists() and not path.is_file():
+        return f"{path} is a device or a pipe, expected a file name"
     for target in (parent, path):
         if target.exists() and _is_read_only(target):
             return f"{target} is read-only: choose another place or change its permissions"

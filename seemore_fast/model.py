@@ -16,15 +16,23 @@ class FusedBlock(nn.Module):
     """What RME and SME share: one operator for the block, or the plain modules where someone changed them.
 
     A hook, a `forward` of its own, a parametrization or another module put in place of one of those the block was
-    built with sends the block down the plain path: the same result, and everything that was added runs.
+    built with sends the block down the plain path: the same result, and everything that was added runs. Attributes
+    that a module was built with (padding, stride, ...) are not looked at again: to change one, put in another module.
     """
 
     def _remember(self):
         # A tuple is no submodule to torch; copying or pickling the block copies it with the modules it names.
         self._built_with = tuple(self.modules())
+        self._built_of = tuple(map(type, self._built_with))
 
     def is_untouched(self) -> bool:
-        return self._built_with == tuple(self.modules()) and not plain.is_customised(self)
+        modules = tuple(self.modules())
+        return (
+            self._built_with == modules
+            and self._built_of == tuple(map(type, modules))
+            and self.norm_1.eps == self.norm_2.eps == 1e-6
+            and not plain.is_customised(self)
+        )
 
     def _ffn_parameters(self) -> list[Tensor]:
         return _affine(self.norm_2, self.ffn.fn_1[0], self.ffn.gate, self.ffn.fn_2[0])

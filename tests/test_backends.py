@@ -11,13 +11,19 @@ from seemore_fast import ops, use_backend
 from seemore_fast.backends import IMPLEMENTATIONS, chosen_backend, implementation
 
 
-def test_setter_and_context_manager():
+def test_setter_and_context_manager(monkeypatch):
+    monkeypatch.setitem(IMPLEMENTATIONS, "other", object())
     assert chosen_backend() == "reference"
+    use_backend("other")
+    assert chosen_backend() == "other"
     with use_backend("reference"):
         assert chosen_backend() == "reference"
-        with use_backend("auto"):
-            pass
+        with use_backend("other"):
+            assert chosen_backend() == "other"
+        assert chosen_backend() == "reference"
+    assert chosen_backend() == "other"
     use_backend("auto")
+    assert chosen_backend() == "reference"
 
 
 def test_context_restores_the_outer_choice_also_after_an_error(monkeypatch):

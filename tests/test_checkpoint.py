@@ -179,6 +179,12 @@ def broken_files(tmp_path):
     torch.save({"conv_1.weight": torch.zeros(64, 3, 9, 9), "conv_2.weight": torch.zeros(1)}, tmp_path / "srcnn.pth")
     torch.save({"conv_1.weight": torch.zeros(3)}, tmp_path / "flat.pth")
     torch.save({}, tmp_path / "nothing.pth")
+    torch.save({1: torch.zeros(1)}, tmp_path / "integer_key.pth")
+    whole = seemore_t(2).state_dict()
+    torch.save({name: tensor.int() for name, tensor in whole.items()}, tmp_path / "integers.pth")
+    torch.save({**whole, "norm.bias": torch.zeros(36).to_sparse()}, tmp_path / "sparse.pth")
+    taps = {n: t[..., :10] if n.endswith("attn.conv.0.weight") else t for n, t in whole.items()}
+    torch.save(taps, tmp_path / "even_taps.pth")
     (tmp_path / "weights.bin").write_text("")
     return sorted(path.name for path in tmp_path.iterdir() if path.name != "whole.pth")
 
@@ -187,6 +193,28 @@ def test_broken_files_are_named(tmp_path):
     for name in broken_files(tmp_path):
         with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
             load_model(tmp_path / name)
+
+
+@pytest.mark.parametrize("config", ["[1]", "null", "not json", '{"unknown": 1}'])
+def test_strange_metadata_is_ignored_or_named(tmp_path, tiny, config):
+    save_file(tiny.state_dict(), tmp_path / "odd.safetensors", {"config": config})
+    if config == "not json":
+        with pytest.raises(CheckpointError, match=r"odd\.safetensors"):
+            load_model(tmp_path / "odd.safetensors")
+    else:
+        assert_same(load_model(tmp_path / "odd.safetensors"), tiny)
+
+
+@pytest.mark.parametrize("config", ['{"topk": 99}', '{"recursive": 40}', '{"recursive": "2"}', '{"img_range": "1"}'])
+def test_impossible_metadata_is_named(tmp_path, tiny, config):
+    save_file(tiny.state_dict(), tmp_path / "odd.safetensors", {"config": config})
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors: (topk|recursive|img_range) is"):
+        load_model(tmp_path / "odd.safetensors")
+
+
+def test_averaged_models_and_upper_case_names_load(tmp_path, tiny):
+    torch.save(torch.optim.swa_utils.AveragedModel(tiny).state_dict(), tmp_path / "EMA.PTH")
+    assert_same(load_model(tmp_path / "EMA.PTH"), tiny)
 
 
 def test_missing_files_are_named(tmp_path):

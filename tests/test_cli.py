@@ -258,6 +258,82 @@ def test_bad_files_are_listed_and_the_good_ones_done(photos, upscale):
     assert f"2 of {len(names)} upscaled" in printed
 
 
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])
+def test_damaged_exif_costs_no_photo(photos, upscale, suffix):
+    Image.fromarray(pixels(3)).save(photos / f"strange{suffix}", exif=b"Exif\0\0garbage")
+    status, printed = upscale(photos / f"strange{suffix}", "-o", photos / "big.png")
+    assert status == 0, printed
+    assert Image.open(photos / "big.png").size == (40, 32)
+
+
+def test_files_that_break_the_decoder_are_one_failure(photos, upscale, monkeypatch):
+    """A TIFF without tags, and whatever else a decoder raises."""
+    (photos / "bare.tif").write_bytes(b"II*\0" + struct.pack("<IHI", 8, 0, 0))
+    status, printed = upscale(photos / "bare.tif", photos / "photo.png", "-o", photos / "out")
+    assert status == 1
+    assert "bare.tif: " in printed
+    assert os.listdir(photos / "out") == ["photo_x2.png"]
+
+    def fail(self):
+        raise struct.error("odd")
+
+    monkeypatch.setattr(Image.Image, "load", fail)
+    assert "photo.png: cannot be decoded" in upscale(photos / "photo.png", "-o", photos / "big.png")[1]
+
+
+def test_impossible_names_are_failures_of_one_file(photos, upscale):
+    os.symlink("loop.png", photos / "loop.png")
+    (photos / f"{251 * 'a'}.png").write_bytes((photos / "photo.png").read_bytes())
+    names = [f"{251 * 'a'}.png", f"{300 * 'b'}.png", "loop.png", "photo.png"]
+    status, printed = upscale(*(photos / name for name in names), "-o", photos / "out")
+    assert status == 1
+    assert printed.count("failed: ") == 3
+    assert "File name too long" in printed
+    assert os.listdir(photos / "out") == ["photo_x2.png"]
+    assert upscale(photos / "photo.png", "-o", photos / f"{300 * 'c'}.png")[0] == 1
+    assert upscale(photos / "photo.png", "-o", photos / "big.png", model=photos / f"{300 * 'm'}.pth")[0] == 1
+
+
+def test_a_link_is_written_through(photos, upscale):
+    (photos / "target.png").touch()
+    os.symlink("target.png", photos / "link.png")
+    assert upscale(photos / "photo.png", "-o", photos / "link.png")[0] == 0
+    assert os.path.islink(photos / "link.png")
+    assert Image.open(photos / "target.png").size == (40, 32)
+
+
+def test_a_pipe_is_not_replaced(photos, upscale):
+    os.mkfifo(photos / "pipe.png")
+    status, printed = upscale(photos / "photo.png", "-o", photos / "pipe.png")
+    assert status == 1
+    assert "a device or a pipe" in printed
+
+
+def test_opaque_alpha_may_go_into_a_jpeg(photos, upscale):
+    image = pixels(4)
+    image[:, :, 3] = 255
+    Image.fromarray(image).save(photos / "opaque.png")
+    assert upscale(photos / "opaque.png", "-o", photos / "big.jpg")[0] == 0
+    assert Image.open(photos / "big.jpg").mode == "RGB"
+
+
+def test_sizes_that_a_format_cannot_hold_are_refused_before_the_work(photos, upscale, monkeypatch):
+    monkeypatch.setattr(Upscaler, "__call__", None)
+    Image.new("L", (8192, 1)).save(photos / "wide.png")
+    status, printed = upscale(photos / "wide.png", "-o", photos / "big.webp")
+    assert status == 1
+    assert "would be 16384 pixels long, and WEBP ends at 16383" in printed
+
+
+def test_exif_that_a_jpeg_cannot_hold_is_left_out_with_a_word(photos, upscale):
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 70_000
+    Image.fromarray(pixels(3)).save(photos / "long.png", exif=exif)
+    status, printed = upscale(photos / "long.png", "-o", photos / "big.jpg")
+    assert status == 0
+    assert "long.png: its EXIF is too long for a JPEG" in printed
+
+
 def test_the_pixel_limit_can_be_moved(photos, upscale):
     assert upscale(photos / "photo.png", "-o", photos / "big.png", "--max-megapixels", "0.0003")[0] == 1
     assert upscale(photos / "photo.png", "-o", photos / "big.png", "--max-megapixels", "0.00032")[0] == 0
@@ -279,6 +355,10 @@ USAGE_ERRORS = {
     "no such scale": (["photo.png", "-o", "big.png", "--scale", "5"], "invalid choice"),
     "another scale": (["photo.png", "-o", "big.png", "--scale", "3"], "enlarges 2 times, expected scale 3"),
     "no such device": (["photo.png", "-o", "big.png", "--device", "gpu"], "device is 'gpu'"),
+    "an empty output": (["photo.png", "-o", ""], "OUT is empty"),
+    "no suffix": (["photo.png", "-o", "big"], "ends in '', expected one of .png.* slash"),
+    "a strange suffix": (["photo.png", "-o", "big.bmp"], "ends in '.bmp'"),
+    "no limit": (["photo.png", "-o", "big.png", "--max-megapixels", "nan"], "nan is not above 0"),
     "no output": (["photo.png"], "required.*--output"),
 }
 

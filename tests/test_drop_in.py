@@ -74,6 +74,20 @@ def test_a_descriptor_is_unwrapped(oracle):
     assert accelerate(Descriptor()).conv_1.weight is Descriptor.model.conv_1.weight
 
 
+def test_wrappers_are_taken_off(device):
+    model = reference.SeemoRe(**SMALL).to(device)
+    for wrapped in (torch.compile(model), nn.DataParallel(model)):
+        assert accelerate(wrapped).conv_1.weight is model.conv_1.weight
+
+
+def test_a_mean_of_its_own_is_kept(oracle, device):
+    theirs = oracle(**SMALL).to(device).eval()
+    theirs.mean = torch.tensor([0.1, 0.2, 0.3], device=device).view(1, 3, 1, 1)
+    x = torch.rand(1, 3, 16, 16, device=device)
+    with torch.no_grad():
+        torch.testing.assert_close(accelerate(theirs)(x), theirs(x), rtol=0, atol=1e-5)
+
+
 def test_others_are_refused(oracle):
     with pytest.raises(TypeError, match="is a dict"):
         accelerate({})

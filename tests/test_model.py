@@ -180,6 +180,15 @@ def test_reduced_precision_returns_float32_near_the_full_one(small_model, device
     assert 0 < error < (0.02 if dtype == torch.bfloat16 else 0.003)
 
 
+@torch.no_grad()
+def test_autocast_leaves_float64_alone(small_model, device):
+    model = copy.deepcopy(small_model).double()
+    x = torch.rand(1, 3, 16, 16, device=device, dtype=torch.float64)
+    with torch.autocast(device, torch.bfloat16):
+        y = model(x)
+    torch.testing.assert_close(y, model(x), rtol=0, atol=1e-12)
+
+
 def test_half_precision_does_not_overflow(device):
     model = SeemoRe(**SMALL).to(device)
     with torch.no_grad():
@@ -217,6 +226,7 @@ def parts_to_customise(model):
         "calibrate": block.conv[0],
         "expert": block.moe_layer.experts[0].conv_1,
         "router": block.moe_layer.gate,
+        "router layer": block.moe_layer.gate.body[2],
     }
 
 
@@ -256,6 +266,40 @@ def test_replaced_and_parametrised_submodules_run(small_model, device):
     assert (negated(x) - expected).abs().max() > 1e-4
     nn.utils.parametrize.remove_parametrizations(conv, "weight", leave_parametrized=False)
     torch.testing.assert_close(negated(x), expected, rtol=0, atol=1e-5)
+
+
+class Shifted(nn.Module):
+    """A wrapper such as LoRA's: the layer's result and something of its own."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x) + torch.arange(self.layer(x).shape[1], device=x.device).view(-1, *[1] * (x.dim() - 2))
+
+
+@pytest.mark.parametrize("model_class", [SeemoRe, reference.SeemoRe])
+@pytest.mark.parametrize("part", ["conv_1", "conv_3", "router"])
+def test_replaced_experts_and_routers_run(device, model_class, part):
+    model = model_class(**{**SMALL, "topk": 3}).to(device).eval()
+    x = torch.rand(2, 3, 20, 20, device=device)
+    expected = model(x)
+    moe = model.body[0].local_block.block.moe_layer
+    if part == "router":
+        moe.gate.body[2] = Shifted(moe.gate.body[2])
+    else:
+        setattr(moe.experts[1], part, Shifted(getattr(moe.experts[1], part)))
+    assert (model(x) - expected).abs().max() > 1e-4
+
+
+def test_changed_eps_is_used(small_model, device):
+    plain = reference.SeemoRe(**SMALL).to(device)
+    plain.load_state_dict(small_model.state_dict())
+    x = torch.rand(1, 3, 20, 20, device=device)
+    for model in (small_model, plain):
+        model.body[0].local_block.norm_1.eps = 0.5
+    torch.testing.assert_close(small_model(x), plain(x), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

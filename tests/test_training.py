@@ -68,10 +68,13 @@ def test_a_run_writes_weights_that_load(photos, tmp_path):
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     model = load_model(out)
-    start = seemore_t(2)
     torch.manual_seed(0)
+    start = seemore_t(2)
+    start_from_interpolation(start)
     assert model.config == start.config
     assert all(p.isfinite().all() for p in model.parameters())
+    moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True)]
+    assert sum(moved) > len(moved) / 2, "the weights are still those it started from"
 
 
 def test_the_shipped_weights_beat_bicubic_on_set5(data):

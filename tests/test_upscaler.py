@@ -121,6 +121,20 @@ def test_reduced_precision_differs_by_little(small_model, upscaler, dtype):
     assert difference.max() <= 4
 
 
+def test_results_that_are_no_numbers_are_not_passed_for_a_picture(small_model):
+    with torch.no_grad():
+        small_model.conv_2.weight.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="NaN"):
+        Upscaler(small_model, device="cpu")(noise(16, 16, 3))
+
+
+def test_other_byte_orders_are_taken(upscaler):
+    image = noise(16, 16, 3, dtype=np.uint16)
+    result = upscaler(image.astype(">u2"))
+    assert result.dtype == np.dtype(">u2")
+    np.testing.assert_array_equal(result, upscaler(image))
+
+
 def test_shipped_names_with_and_without_scale():
     assert Upscaler(device="cpu").scale == 2
     assert Upscaler("seemore_t", scale=2, device="cpu").scale == 2
@@ -136,6 +150,10 @@ def test_shipped_names_with_and_without_scale():
         (dict(device="gpu"), ValueError, "device is 'gpu'"),
         (dict(dtype="int8"), ValueError, "dtype is 'int8'"),
         (dict(dtype=torch.int32), ValueError, "dtype is torch.int32"),
+        (dict(device="meta"), ValueError, "device is 'meta'"),
+        (dict(device="xpu"), ValueError, "device is 'xpu'"),
+        (dict(scale="2"), ValueError, "scale is '2'"),
+        (dict(model=3), TypeError, "is a int"),
         (dict(tile=64), ValueError, "tile is 64"),
         (dict(model="none.pth"), FileNotFoundError, "none.pth does not exist"),
     ],

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from . import info, upscale
-from .exits import INTERRUPTED, USAGE, UsageError
+from .exits import FAILED, INTERRUPTED, USAGE, UsageError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,3 +28,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except OSError as error:  # such as a closed standard output
+        print(f"seemore-fast {options.command}: {error}", file=sys.stderr)
+        return FAILED

@@ -1,7 +1,8 @@
 """SeemoRe in plain PyTorch: the published module tree, block by block, named as in the paper.
 
-State-dict keys are the published ones. Every submodule is called as a module, so hooks, parametrizations and
-replaced submodules work as in any network; the fused model (`seemore_fast.SeemoRe`) falls back on these forwards.
+State-dict keys are the published ones. Hooks, parametrizations and replaced submodules work as in any network: every
+submodule is called as a module; the experts and the layers of the router, only where someone changed them. The fused
+model (`seemore_fast.SeemoRe`) falls back on these forwards.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 from .layer_norm import layer_norm
 from .low_rank_experts import low_rank_experts
 from .rme_block import channel_shuffle
-from .router import router, without_autocast
+from .router import choose_experts, router, without_autocast
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
 LR_SPACES = {
@@ -98,11 +99,14 @@ class Router(nn.Module):
     def __init__(self, channels: int, num_experts: int, top_k: int):
         super().__init__()
         self.top_k = top_k
-        # The layers before the last have no parameters: they are there for the published key, gate.body.2.
+        # Called only where someone changed them: `router` does the same in float32.
         self.body = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_experts, bias=False))
 
     def forward(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        return router(a, self.body[2].weight, self.top_k)
+        as_built = [type(layer) for layer in self.body] == [nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear]
+        if as_built and self.body[2].bias is None and not is_customised(self.body):
+            return router(a, self.body[2].weight, self.top_k)
+        return choose_experts(self.body(a), self.top_k)
 
 
 class MoELayer(nn.Module):
@@ -131,7 +135,8 @@ class MoELayer(nn.Module):
 
     def forward(self, a: Tensor, k: Tensor) -> Tensor:
         index, probability = self.gate(a)
-        if not is_customised(self.experts):
+        as_built = all(type(e) is Expert and {type(conv) for conv in e.children()} == {nn.Conv2d} for e in self.experts)
+        if as_built and not is_customised(self.experts):
             return low_rank_experts(a, k, index, probability, *self.packed_experts(), self.ranks)
         # Dense, as the published training path: every expert is called, so that whatever was added to it runs.
         share = probability.new_zeros(len(a), len(self.experts)).scatter(1, index, probability).to(a.dtype)
@@ -298,6 +303,7 @@ class SeemoRe(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         # The picture itself travels through f and the upsampler: those stay wide when the body is narrow.
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         f = call_wide(self.conv_1, (x - self.mean) * self.img_range)
         y = f.to(body_dtype(self.conv_1.weight))
         for group in self.body:
@@ -309,7 +315,9 @@ class SeemoRe(nn.Module):
 def body_dtype(weight: Tensor) -> torch.dtype:
     """Return the type the features are computed in: autocast's where it is on, else that of the weights."""
     device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 def call_wide(module: nn.Module, x: Tensor) -> Tensor:
@@ -338,9 +346,11 @@ def check_config(
         raise ValueError(f"global_kernel_size is {global_kernel_size}, expected an odd number")
     if topk > num_experts:
         raise ValueError(f"topk is {topk}, expected at most num_experts, which is {num_experts}")
-    if lr_space not in LR_SPACES:
+    if recursive > 8:
+        raise ValueError(f"recursive is {recursive}, expected at most 8: images would need 4^recursive pixels a side")
+    if not isinstance(lr_space, str) or lr_space not in LR_SPACES:
         raise ValueError(f"lr_space is {lr_space!r}, expected one of {', '.join(map(repr, LR_SPACES))}")
-    if not img_range > 0:
+    if not isinstance(img_range, (int, float)) or not img_range > 0:
         raise ValueError(f"img_range is {img_range!r}, expected a positive number")
 
 

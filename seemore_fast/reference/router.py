@@ -34,6 +34,11 @@ def router(a: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """
     wide = torch.promote_types(a.dtype, torch.float32)
     with without_autocast(a.device.type):
-        logits = F.linear(a.mean(dim=(2, 3), dtype=wide), weight.to(wide))
-        expert_weight, expert_index = logits.softmax(dim=1).topk(top_k, dim=1)
-    return expert_index, expert_weight
+        return choose_experts(F.linear(a.mean(dim=(2, 3), dtype=wide), weight.to(wide)), top_k)
+
+
+def choose_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return the indices and the probabilities of the `top_k` largest of logits (B, E), in at least float32."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    probability, index = logits.softmax(dim=1, dtype=wide).topk(top_k, dim=1)
+    return index, probability

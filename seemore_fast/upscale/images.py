@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ _SAVE_OPTIONS = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"quality": 95},
 }
+_MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}
+_MAX_JPEG_EXIF = 65527
 _BITS_PER_SAMPLE = 258  # TIFF tag
 _LASTING_TAGS = {
     ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.Software,
@@ -43,23 +46,27 @@ def read_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Picture:
     Raises ImageError for what is missing, no image, damaged, animated, of more than 8 bits a channel, or of more than
     `max_megapixels` million pixels (seen in the header, before anything is decoded).
     """
-    if not path.is_file():
-        raise ImageError("is a folder, expected an image file" if path.is_dir() else "does not exist")
-    if path.stat().st_size == 0:
-        raise ImageError("is empty (0 bytes)")
     try:
+        if path.is_dir():
+            raise ImageError("is a folder, expected an image file")
+        if os.stat(path).st_size == 0:
+            raise ImageError("is empty (0 bytes)")
         with _without_pillows_limit(), Image.open(path, formats=sorted(set(FORMATS.values()))) as image:
             _check_header(image, max_megapixels)
             icc_profile = image.info.get("icc_profile")
             image.load()
-            upright = ImageOps.exif_transpose(image)
+            upright, exif = _read_exif(image)
             same_colours = image.mode not in ("CMYK", "YCbCr", "LAB", "HSV")
-            return Picture(as_8_bit(upright), icc_profile if same_colours else None, _lasting_exif(image))
+            return Picture(as_8_bit(upright), icc_profile if same_colours else None, exif)
+    except (ImageError, MemoryError):
+        raise
+    except FileNotFoundError:
+        raise ImageError("does not exist") from None
     except UnidentifiedImageError:
         raise ImageError("is no PNG, JPEG, WebP or TIFF image, or its header is damaged") from None
-    except ImageError:
-        raise
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Exception as error:  # decoders raise all kinds of errors on damaged files
+        if isinstance(error, OSError) and error.errno:
+            raise ImageError(f"cannot be read: {os.strerror(error.errno)}") from None
         raise ImageError(f"cannot be decoded, it is truncated or damaged: {error}") from None
 
 
@@ -87,6 +94,17 @@ def _without_pillows_limit():
         Image.MAX_IMAGE_PIXELS = limit
 
 
+def _read_exif(image: Image.Image) -> tuple[Image.Image, bytes | None]:
+    """Return the image upright and its lasting EXIF; where EXIF is damaged, as it is stored and without."""
+    try:
+        return ImageOps.exif_transpose(image), _lasting_exif(image)
+    except Exception as error:  # as above; a good photo is not refused for that
+        warnings.warn(f"its EXIF is damaged and was left out ({error})", stacklevel=2)
+        image = image.copy()
+        image.info.pop("exif", None)
+        return image, None
+
+
 def _lasting_exif(image: Image.Image) -> bytes | None:
     """Return what EXIF says that is true of the upright, larger image too: a TIFF's tags describe even its layout."""
     exif = image.getexif()
@@ -106,24 +124,38 @@ def _bits(image: Image.Image) -> int:
     return 8
 
 
-def check_output(path: Path, image: Image.Image):
-    """Raise ImageError where `path` cannot hold the result, before any work is done."""
+def check_output(path: Path, image: Image.Image, scale: int):
+    """Raise ImageError where `path` cannot hold `image` enlarged `scale` times, before any work is done."""
     if path.suffix.lower() not in FORMATS:
         raise ImageError(f"ends in {path.suffix!r}, expected one of {', '.join(FORMATS)}")
     if reason := why_not_writable(path):
         raise ImageError(f"cannot be written: {reason}")
-    if image.mode in ("LA", "RGBA") and FORMATS[path.suffix.lower()] == "JPEG":
+    format_name = FORMATS[path.suffix.lower()]
+    if format_name == "JPEG" and not _is_opaque(image):
         raise ImageError("is a JPEG, which has no alpha, and the image has: write .png, .webp or .tif")
+    longest, side = scale * max(image.size), _MAX_SIDE.get(format_name)
+    if side and longest > side:
+        raise ImageError(f"would be {longest} pixels long, and {format_name} ends at {side}: write .png or .tif")
+
+
+def _is_opaque(image: Image.Image) -> bool:
+    return image.mode not in ("LA", "RGBA") or image.getchannel("A").getextrema()[0] == 255
 
 
 def write_image(picture: Picture, path: Path):
     """Write a picture in the format that the name of `path` asks for: whole, or not at all."""
     format_name = FORMATS[path.suffix.lower()]
-    extras = {"icc_profile": picture.icc_profile, "exif": picture.exif}
+    image, exif = picture.image, picture.exif
+    if format_name == "JPEG":
+        image = image.convert("L" if image.mode in ("L", "LA") else "RGB")  # alpha is opaque: check_output saw to it
+        if exif and len(exif) > _MAX_JPEG_EXIF:
+            warnings.warn("its EXIF is too long for a JPEG and was left out", stacklevel=2)
+            exif = None
+    extras = {"icc_profile": picture.icc_profile, "exif": exif}
     options = {**_SAVE_OPTIONS.get(format_name, {}), **{name: value for name, value in extras.items() if value}}
     try:
         with replacing(path) as temporary:
-            picture.image.save(temporary, format_name, **options)
+            image.save(temporary, format_name, **options)
     except (OSError, ValueError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
         raise ImageError(f"cannot be written: {reason}") from None
@@ -137,7 +169,7 @@ def upscale_file(upscaler: Upscaler, source: Path, target: Path, max_megapixels:
     with _naming(source):
         picture = read_image(source, max_megapixels)
     with _naming(target):
-        check_output(target, picture.image)
+        check_output(target, picture.image, upscaler.scale)
     picture.image = upscaler(picture.image)
     with _naming(target):
         write_image(picture, target)

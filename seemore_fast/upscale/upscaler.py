@@ -5,7 +5,6 @@ import os
 
 import numpy as np
 import torch
-import torch.nn as nn
 from PIL import Image
 
 from ..checkpoint import load_model, shipped_models
@@ -24,7 +23,7 @@ class Upscaler:
     """Upscale images: ``Upscaler("seemore_t_x2")(image)`` returns an image of the same kind, `scale` times the size.
 
     model: the name of a shipped model, with or without its scale ("seemore_t_x2", "seemore_t"), the path of a
-        .safetensors or .pth file, or a SeemoRe module (its own device and dtype are left alone: a copy works).
+        .safetensors or .pth file, or what `accelerate` takes (its own device and dtype are left alone: a copy works).
     scale: what the model is expected to do; chooses among shipped models. None: the model's own, or 2 for a name.
     device: "auto" (a CUDA device if there is one), "cpu", "cuda", "cuda:1", ...
     dtype: torch.float32 (None), torch.bfloat16, torch.float16, or "fp32", "bf16", "fp16".
@@ -38,9 +37,13 @@ class Upscaler:
             raise ValueError(f"tile is {tile!r}, expected None: images are upscaled whole, tiles are not supported yet")
         self.device = _device(device)
         self.dtype = _dtype(dtype)
-        network = accelerate(model) if isinstance(model, nn.Module) else load_model(_full_name(model, scale))
+        if scale is not None and (not isinstance(scale, int) or scale < 1):
+            raise ValueError(f"scale is {scale!r}, expected a positive integer, or None for the model's own")
+        named = isinstance(model, (str, os.PathLike))
+        network = load_model(_full_name(model, scale)) if named else accelerate(model)
         if scale is not None and network.scale != scale:
-            raise ValueError(f"the model enlarges {network.scale} times, expected scale {scale}: choose another model")
+            name = model if named else "the model"
+            raise ValueError(f"{name} enlarges {network.scale} times, expected scale {scale}: choose another model")
         if network.in_chans not in (1, 3):
             raise ValueError(
                 f"the model takes {network.in_chans} channels, expected 3 (RGB) or 1 (one plane at a time)"
@@ -83,6 +86,8 @@ class Upscaler:
         # A network of one channel takes each colour as an image of its own.
         x = x[:, None] if self.model.in_chans == 1 else x.expand(3, -1, -1)[None]
         y = self.model(x.to(self.device)).float().cpu()
+        if not y.isfinite().all():
+            raise RuntimeError("the network returned NaN or infinity: the image, the weights or the dtype is to blame")
         y = y[:, 0] if self.model.in_chans == 1 else y[0]
         if grey and len(y) == 3:
             y = torch.einsum("c,chw->hw", torch.tensor(LUMA), y)[None]
@@ -97,13 +102,13 @@ def as_8_bit(image: Image.Image) -> Image.Image:
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise ValueError(f"the image has mode {image.mode}, expected 8 bits a channel: give 16 bits as a uint16 array")
-    if image.mode == "1":
-        return image.convert("L")
+    if image.mode in ("1", "La"):
+        return image.convert("L" if image.mode == "1" else "LA")
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 def _check_array(image: np.ndarray):
-    if image.dtype not in (np.uint8, np.uint16) and not np.issubdtype(image.dtype, np.floating):
+    if image.dtype.newbyteorder("=") not in (np.uint8, np.uint16) and not np.issubdtype(image.dtype, np.floating):
         raise TypeError(f"image has dtype {image.dtype}, expected uint8, uint16 or a floating type in [0, 1]")
     channels = image.shape[2] if image.ndim == 3 else 1
     if image.ndim not in (2, 3) or channels not in (1, 2, 3, 4) or 0 in image.shape:
@@ -138,6 +143,10 @@ def _device(device) -> torch.device:
         device = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device is {device!r}, expected auto, cpu, cuda or cuda:N ({error})") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device is {str(device)!r}, expected auto, cpu, cuda, cuda:N or mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device is 'mps', but torch finds no Apple GPU here: use device 'cpu'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {str(device)!r}, but torch finds no CUDA device here: use device 'cpu'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -148,7 +157,7 @@ def _device(device) -> torch.device:
 def _dtype(dtype) -> torch.dtype:
     if dtype is None:
         return torch.float32
-    dtype = DTYPES.get(dtype, dtype)
+    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype!r}, expected float32, bfloat16 or float16")
     return dtype
