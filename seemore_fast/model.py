@@ -96,7 +96,7 @@ class SeemoRe(plain.SeemoRe):
     group_class = ResGroup
 
     def _forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":  # measured faster by 1.3 to 1.8 times; on a GPU it is the other way round
+        if x.device.type == "cpu":  # faster there (benchmarks/bench_model.py); on GPUs it is the other way round
             # A copy, though it may have the layout already: a view of one image can have strides, of the batch's
             # dimension, that torch's convolutions do not take for channels_last.
             x = x.clone(memory_format=torch.channels_last)

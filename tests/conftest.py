@@ -4,6 +4,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,3 +59,45 @@ def small_model(device):
     from seemore_fast import SeemoRe
 
     return SeemoRe(**SMALL).to(device).eval()
+
+
+def pixels(channels):
+    return np.random.default_rng(0).integers(0, 256, (16, 20, channels), np.uint8).squeeze()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    from seemore_fast import SeemoRe
+    from seemore_fast.checkpoint import save_model
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    save_model(SeemoRe(**SMALL), path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder to work in, with photo.png, 20x16."""
+    from PIL import Image
+
+    Image.fromarray(pixels(3)).save(tmp_path / "photo.png")
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def upscale(weights, capsys):
+    """Run the command with the small model; return (exit status, all that was printed)."""
+    from seemore_fast.cli import main
+
+    def run(*arguments, model=weights):
+        try:
+            status = main(["upscale", "--device", "cpu", "--model", str(model), *map(str, arguments)])
+        except SystemExit as exit:
+            status = exit.code
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        return status, printed.out + printed.err
+
+    return run

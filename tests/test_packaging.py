@@ -77,5 +77,5 @@ def test_the_installed_wheel_works(installed, tmp_path):
 def test_the_suite_passes_on_the_installed_wheel(installed, tmp_path):
     """The tests are copied out of the tree, so that `seemore_fast` can only be the installed one."""
     run("cp", "-r", ROOT / "tests", tmp_path, cwd=tmp_path)
-    files = [f"tests/{name}" for name in ("test_model.py", "test_checkpoint.py", "test_cli.py", "test_upscaler.py")]
+    files = [f"tests/test_{stem}.py" for stem in ("model", "checkpoint", "cli", "image_files", "upscaler")]
     assert " passed" in run(installed, "-m", "pytest", "-q", "-x", "-m", "not slow", *files, cwd=tmp_path)

@@ -40,7 +40,7 @@ class Upscaler:
         if scale is not None and (not isinstance(scale, int) or scale < 1):
             raise ValueError(f"scale is {scale!r}, expected a positive integer, or None for the model's own")
         named = isinstance(model, (str, os.PathLike))
-        network = load_model(_full_name(model, scale)) if named else accelerate(model)
+        network = load_model(_full_name(model, scale)) if named else copy.deepcopy(accelerate(model))
         if scale is not None and network.scale != scale:
             name = model if named else "the model"
             raise ValueError(f"{name} enlarges {network.scale} times, expected scale {scale}: choose another model")
@@ -49,7 +49,7 @@ class Upscaler:
                 f"the model takes {network.in_chans} channels, expected 3 (RGB) or 1 (one plane at a time)"
             )
         self.scale = network.scale
-        self.model = copy.deepcopy(network).requires_grad_(False).to(self.device, self.dtype).eval()
+        self.model = network.requires_grad_(False).to(self.device, self.dtype).eval()
 
     def __call__(self, image: np.ndarray | Image.Image) -> np.ndarray | Image.Image:
         """Upscale one image.
@@ -80,7 +80,7 @@ class Upscaler:
 
     @torch.inference_mode()
     def _run(self, colours: np.ndarray) -> np.ndarray:
-        """Return float64 or float32 (scale * H, scale * W, C) of (H, W, C) with C 1 or 3."""
+        """Return float32 (scale * H, scale * W, C) of (H, W, C) with C 1 or 3."""
         x = torch.from_numpy(_to_unit(colours, np.float32)).permute(2, 0, 1)
         grey = len(x) == 1
         # A network of one channel takes each colour as an image of its own.
