@@ -1,18 +1,42 @@
-"""Which implementation of the operators runs, and why the others do not."""
+"""Which implementation of an operator runs, and why another does not."""
 
+import functools
+import importlib
+import importlib.util
+import os
 import platform
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from . import reference
+from . import native
 
-# Filled by what a build brings; the reference is always there.
-IMPLEMENTATIONS = {"reference": reference}
-UNAVAILABLE = {
-    "cpu": "the native CPU library is not part of this version",
-    "cuda": "the native CUDA library is not part of this version",
-    "triton": "the Triton kernels are not part of this version",
+ALL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class Kernel(NamedTuple):
+    """A backend that has an operator: on which devices, for which dtypes, and from how many elements of x on.
+
+    Below `least`, ``"auto"`` takes the reference, which has less overhead (measured: benchmarks/bench_<op>.py).
+    """
+
+    backend: str
+    device: str
+    dtypes: tuple[torch.dtype, ...] = ALL
+    least: int = 0
+
+
+# In the order in which "auto" prefers them. What is not here, the reference computes.
+KERNELS = {
+    "striped_conv": [
+        Kernel("cpu", "cpu", (torch.float32, torch.float64, torch.bfloat16)),
+        Kernel("cuda", "cuda"),
+        Kernel("triton", "cuda"),
+    ],
 }
+BACKENDS = ("cpu", "cuda", "triton")
 
 _chosen = "auto"
 
@@ -20,6 +44,7 @@ _chosen = "auto"
 class use_backend:
     """Choose the backend of every operator: ``"auto"`` (the fastest there is) or one by name.
 
+    An operator, device or dtype that the named backend has no kernel for runs on the reference.
     Takes effect at once; as a context manager it restores the earlier choice at the end:
 
         use_backend("reference")
@@ -30,11 +55,10 @@ class use_backend:
 
     def __init__(self, name: str):
         global _chosen
-        if name in UNAVAILABLE:
-            raise RuntimeError(f"backend {name!r} is not available: {UNAVAILABLE[name]}")
-        if name != "auto" and name not in IMPLEMENTATIONS:
-            known = ", ".join(["auto", *IMPLEMENTATIONS, *UNAVAILABLE])
-            raise ValueError(f"backend is {name!r}, expected one of: {known}")
+        if name not in ("auto", "reference", *BACKENDS):
+            raise ValueError(f"backend is {name!r}, expected one of: auto, reference, {', '.join(BACKENDS)}")
+        if name in BACKENDS and why_not(name):
+            raise RuntimeError(f"backend {name!r} is not available: {why_not(name)}")
         self._previous, _chosen = _chosen, name
         self._name = name
 
@@ -49,31 +73,102 @@ class use_backend:
         _chosen = self._previous
 
 
-def chosen_backend() -> str:
-    """Return the name of the backend that an operator uses now."""
-    return "reference" if _chosen == "auto" else _chosen
+@torch.compiler.assume_constant_result
+def why_not(backend: str) -> str | None:
+    """Return None for a backend that can be used, else the reason why not. Libraries are loaded at the first call."""
+    return _why_not(backend)
 
 
-def implementation(operator: str):
-    """Return the function that implements `operator` (its stem) in the backend chosen now."""
-    return getattr(IMPLEMENTATIONS[chosen_backend()], operator)
+@functools.cache
+def _why_not(backend: str) -> str | None:
+    if backend == "cpu":
+        return native.load_cpu()
+    if backend == "cuda":
+        return native.load_cuda()
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not interpreted() and not torch.cuda.is_available():
+        return "torch finds no usable NVIDIA GPU (with TRITON_INTERPRET=1 kernels run, slowly, on the CPU)"
+    return None
+
+
+def interpreted() -> bool:
+    """Tell whether Triton's kernels run in its interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def choose(operator: str, x: Tensor) -> str:
+    """Return the backend that computes `operator` (its stem) for `x` now."""
+    # Exported and traced graphs are for machines without this package: plain operators only.
+    if _chosen == "reference" or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "reference"
+    return _serving(operator, x, _chosen)
+
+
+def _serving(operator: str, x: Tensor, chosen: str) -> str:
+    for backend, device, dtypes, least in KERNELS.get(operator, ()):
+        at_home = x.device.type == device or (chosen == backend == "triton" and interpreted())
+        if chosen in ("auto", backend) and at_home and x.dtype in dtypes and why_not(backend) is None:
+            # A compiled graph may be for all sizes.
+            if chosen == "auto" and not torch.compiler.is_compiling() and x.numel() < least:
+                continue
+            return backend
+    return "reference"
+
+
+def chosen_backend(device: str | torch.device = "cpu") -> str:
+    """Return the backend that computes what it has kernels for on a device; the rest is the reference's."""
+    if _chosen != "auto":
+        return _chosen
+    kernels = (k for choices in KERNELS.values() for k in choices)
+    usable = (k.backend for k in kernels if k.device == torch.device(device).type and not why_not(k.backend))
+    return next(usable, "reference")
+
+
+def kernel(operator: str, x: Tensor, part: str = "") -> Callable:
+    """Return the function of the backend that computes `operator` for `x`; `part` is, say, ``"_backward"``.
+
+    Where the reference is chosen by now, a backward whose forward a kernel computed still runs on a kernel.
+    """
+    backend = _serving(operator, x, _chosen)
+    if backend == "reference":
+        backend = next(k.backend for k in KERNELS[operator] if k.device == x.device.type and not why_not(k.backend))
+    return getattr(_functions(backend, operator), operator + part)
+
+
+def _functions(backend: str, operator: str):
+    if backend == "triton":
+        return importlib.import_module(f"seemore_fast.kernels.{operator}")
+    return getattr(torch.ops, f"seemore_{backend}")
 
 
 def backend_info() -> dict:
     """Return what is available, what is not and why, and the versions that matter in a bug report."""
     from . import __version__
 
+    reasons = {name: why_not(name) for name in BACKENDS}
+    available = [name for name, reason in reasons.items() if reason is None]
     return {
         "seemore_fast": __version__,
-        "backend": chosen_backend(),
-        "available": list(IMPLEMENTATIONS),
-        "unavailable": dict(UNAVAILABLE),
+        "backend": _chosen,
+        "available": ["reference", *available],
+        "unavailable": {name: reason for name, reason in reasons.items() if reason},
+        "operators": {name: [k.backend for k in kernels if k.backend in available] for name, kernels in KERNELS.items()},
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
+        "build": native.build_info(),
+        "cpu": _cpu_info(),
         "cuda": _cuda_info(),
+        "triton": _triton_info(),
     }
+
+
+def _cpu_info() -> dict:
+    info = {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+    if why_not("cpu") is None:
+        info |= {"instruction_sets": native.instruction_sets(), "instruction_set": native.instruction_set()}
+    return info
 
 
 def _cuda_info() -> dict:
@@ -82,3 +177,12 @@ def _cuda_info() -> dict:
         return {"available": False, "reason": reason}
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"available": True, "version": torch.version.cuda, "devices": devices}
+
+
+def _triton_info() -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None

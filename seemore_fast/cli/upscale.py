@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
 
     done = len(jobs) - len(failures)
-    where = f"{upscaler.device}, {options.dtype}, backend {chosen_backend()}"
+    where = f"{upscaler.device}, {options.dtype}, backend {chosen_backend(upscaler.device)}"
     print(f"{done} of {len(jobs)} upscaled {upscaler.scale} times in {seconds:.1f} s ({where}), in {options.output}")
     for note in dict.fromkeys(notes):
         print(f"warning: {note}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..backends import implementation
+from .. import reference
 from .checks import check_at_least, check_tensors
 
 
@@ -29,7 +29,7 @@ def calibrate(
     )
     check_at_least("calibrate", "recursive", recursive, 1)
     check_aggregable("calibrate", "k", sizes["H"], sizes["W"], recursive)
-    return implementation("calibrate")(k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, recursive)
+    return reference.calibrate(k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, recursive)
 
 
 def check_aggregable(operator: str, name: str, height: int, width: int, recursive: int):

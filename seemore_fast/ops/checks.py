@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def check_tensors(operator: str, **arguments: tuple[Tensor | None, str]) -> dict[str, int]:
+def check_tensors(operator: str, one_dtype: bool = False, **arguments: tuple[Tensor | None, str]) -> dict[str, int]:
     """Check shapes, dtypes and devices of an operator's tensors; return what the letters of the shapes stand for.
 
     Each argument is ``name=(tensor, "C 1 1 K")``: numbers are themselves, a letter stands for the size that it
@@ -12,7 +12,7 @@ def check_tensors(operator: str, **arguments: tuple[Tensor | None, str]) -> dict
     ``"C ?"``, allows None.
 
     Raises TypeError for what is no floating tensor or differs in dtype from the first one (under autocast dtypes
-    may differ), ValueError for a shape or device that does not fit.
+    may differ, unless `one_dtype`), ValueError for a shape or device that does not fit.
     """
     sizes: dict[str, int] = {}
     first_name, first = None, None
@@ -28,7 +28,7 @@ def check_tensors(operator: str, **arguments: tuple[Tensor | None, str]) -> dict
             first_name, first = name, tensor
         else:
             check_device(operator, name, tensor, first_name, first)
-        if tensor.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+        if tensor.dtype != first.dtype and (one_dtype or not torch.is_autocast_enabled(first.device.type)):
             raise TypeError(
                 f"{operator}: {name} has dtype {tensor.dtype}, expected {first.dtype}, which {first_name} has"
             )

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..backends import implementation
+from .. import reference
 from .checks import check_tensors
 
 
@@ -32,6 +32,6 @@ def gated_ffn(
         weight_2=(weight_2, "C C 1 1"),
         bias_2=(bias_2, "C"),
     )
-    return implementation("gated_ffn")(
+    return reference.gated_ffn(
         x, norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2, eps=eps
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends import implementation
+from .. import reference
 from .checks import check_device, check_is_tensor, check_tensors
 
 
@@ -36,7 +36,7 @@ def low_rank_experts(
     )
     check_ranks("low_rank_experts", ranks, sizes["R"], sizes["E"])
     check_routing("low_rank_experts", expert_index, expert_weight, a)
-    return implementation("low_rank_experts")(
+    return reference.low_rank_experts(
         a, k, expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out, ranks
     )
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..backends import implementation
+from .. import reference
 from .checks import check_choice, check_pair, check_tensors
 
 
@@ -32,6 +32,6 @@ def norm_conv3x3(
     check_pair("norm_conv3x3", norm_weight=norm_weight, norm_bias=norm_bias)
     check_pair("norm_conv3x3", weight_pw=weight_pw, bias_pw=bias_pw)
     check_choice("norm_conv3x3", "activation", activation, (None, "gelu"))
-    return implementation("norm_conv3x3")(
+    return reference.norm_conv3x3(
         x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation=activation, eps=eps
     )

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..backends import implementation
+from .. import reference
 from .checks import check_choice, check_tensors
 
 
@@ -26,4 +26,4 @@ def norm_pointwise(
         bias=(bias, "D"),
     )
     check_choice("norm_pointwise", "activation", activation, (None, "gelu"))
-    return implementation("norm_pointwise")(x, norm_weight, norm_bias, weight, bias, activation=activation, eps=eps)
+    return reference.norm_pointwise(x, norm_weight, norm_bias, weight, bias, activation=activation, eps=eps)

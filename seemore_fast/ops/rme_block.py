@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..backends import implementation
+from .. import ops, reference
 from .calibrate import check_aggregable
 from .checks import check_at_least, check_odd, check_tensors
 from .low_rank_experts import check_ranks
@@ -95,7 +95,7 @@ def rme_block(
     check_top_k("rme_block", top_k, sizes["E"])
     check_at_least("rme_block", "recursive", recursive, 1)
     check_aggregable("rme_block", "x", sizes["H"], sizes["W"], recursive)
-    return implementation("rme_block")(
+    return reference.rme_block(
         x,
         norm_1_weight,
         norm_1_bias,
@@ -134,4 +134,5 @@ def rme_block(
         top_k=top_k,
         recursive=recursive,
         use_shuffle=use_shuffle,
+        parts=ops,
     )

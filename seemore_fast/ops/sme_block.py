@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..backends import implementation
+from .. import ops, reference
 from .checks import check_odd, check_tensors
 
 
@@ -51,7 +51,7 @@ def sme_block(
         bias_2=(bias_2, "C"),
     )
     check_odd("sme_block", "weight_row", sizes["K"])
-    return implementation("sme_block")(
+    return reference.sme_block(
         x,
         norm_1_weight,
         norm_1_bias,
@@ -71,4 +71,5 @@ def sme_block(
         bias_gate,
         weight_2,
         bias_2,
+        parts=ops,
     )

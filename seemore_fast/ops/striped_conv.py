@@ -1,9 +1,12 @@
 """Public operator `striped_conv`; formula and shapes in `seemore_fast.reference.striped_conv`."""
 
+import torch
 from torch import Tensor
 
-from ..backends import implementation
+from .. import reference
+from ..backends import choose, kernel
 from .checks import check_choice, check_odd, check_tensors
+from .library import cast_for_autocast, define, differentiate
 
 
 def striped_conv(
@@ -16,9 +19,16 @@ def striped_conv(
     activation: str | None = None,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """Depthwise 1xK, then Kx1, then activation (None or "gelu") and product with `gate`."""
+    """Depthwise 1xK, then Kx1, then activation (None or "gelu") and product with `gate`.
+
+    Under autocast all of it is done in autocast's dtype, like a convolution of torch.
+    """
+    x, weight_row, bias_row, weight_col, bias_col, gate = cast_for_autocast(
+        x, weight_row, bias_row, weight_col, bias_col, gate
+    )
     sizes = check_tensors(
         "striped_conv",
+        one_dtype=True,
         x=(x, "B C H W"),
         weight_row=(weight_row, "C 1 1 K"),
         bias_row=(bias_row, "C"),
@@ -28,6 +38,58 @@ def striped_conv(
     )
     check_odd("striped_conv", "weight_row", sizes["K"])
     check_choice("striped_conv", "activation", activation, (None, "gelu"))
-    return implementation("striped_conv")(
-        x, weight_row, bias_row, weight_col, bias_col, activation=activation, gate=gate
-    )
+    if choose("striped_conv", x) == "reference":
+        return reference.striped_conv(x, weight_row, bias_row, weight_col, bias_col, activation=activation, gate=gate)
+    return torch.ops.seemore_fast.striped_conv(x, weight_row, bias_row, weight_col, bias_col, activation, gate)
+
+
+def _forward(x, weight_row, bias_row, weight_col, bias_col, activation, gate):
+    y = torch.empty_like(x)
+    parameters = (p.contiguous() for p in (weight_row, bias_row, weight_col, bias_col))
+    kernel("striped_conv", x)(y, x, *parameters, activation, gate)
+    return y
+
+
+def _forward_fake(x, weight_row, bias_row, weight_col, bias_col, activation, gate):
+    torch._check(weight_row.shape[0] == x.shape[1], lambda: "striped_conv: weight_row and x differ in channels")
+    torch._check(weight_row.shape[3] == weight_col.shape[2], lambda: "striped_conv: the two weights differ in taps")
+    return torch.empty_like(x)
+
+
+def _backward(dy, x, weight_row, bias_row, weight_col, bias_col, activation, gate):
+    dx = torch.empty_like(x)
+    dgate = x.new_empty(0) if gate is None else torch.empty_like(gate)
+    parameters = (p.contiguous() for p in (weight_row, bias_row, weight_col, bias_col))
+    run = kernel("striped_conv", x, "_backward")
+    sums = run(dx, None if gate is None else dgate, dy, x, *parameters, activation, gate).sum(0).to(x.dtype)
+    taps = weight_row.shape[3]
+    dweight_row, dbias_row, dweight_col, dbias_col = (part.clone() for part in sums.split((taps, 1, taps, 1), dim=1))
+    return dx, dweight_row[:, None, None], dbias_row[:, 0], dweight_col[:, None, :, None], dbias_col[:, 0], dgate
+
+
+def _backward_fake(dy, x, weight_row, bias_row, weight_col, bias_col, activation, gate):
+    parameters = (p.new_empty(p.shape) for p in (weight_row, bias_row, weight_col, bias_col))
+    return torch.empty_like(x), *parameters, x.new_empty(0) if gate is None else torch.empty_like(gate)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.activation, gate = inputs
+    ctx.save_for_backward(*tensors, gate)
+
+
+def _gradients(ctx, dy):
+    *tensors, gate = ctx.saved_tensors
+    *gradients, dgate = torch.ops.seemore_fast.striped_conv_backward(dy, *tensors, ctx.activation, gate)
+    return *gradients, None, None if gate is None else dgate
+
+
+_INPUTS = "Tensor x, Tensor weight_row, Tensor bias_row, Tensor weight_col, Tensor bias_col, str? activation, Tensor? gate"
+define("striped_conv", f"({_INPUTS}) -> Tensor", _forward, _forward_fake)
+# dx, those of the parameters, dgate (empty without a gate)
+define(
+    "striped_conv_backward",
+    f"(Tensor dy, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+differentiate("striped_conv", _save, _gradients)

@@ -8,12 +8,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calibrate import calibrate
-from .gated_ffn import gated_ffn
-from .low_rank_experts import low_rank_experts
-from .norm_conv3x3 import norm_conv3x3
-from .router import router
-from .striped_conv import striped_conv
+from .. import reference
+
 
 
 def channel_shuffle(x: Tensor, groups: int = 2) -> Tensor:
@@ -64,6 +60,7 @@ def rme_block(
     top_k: int,
     recursive: int,
     use_shuffle: bool,
+    parts=None,
 ) -> Tensor:
     """Mixture of rank experts, then a gated feed-forward network, each behind a LayerNorm and a residual.
 
@@ -86,16 +83,19 @@ def rme_block(
 
     Shuffling the channels of u is the same as shuffling the rows of weight_expand and bias_expand, which is done
     here: it costs no pass over the image.
+
+    `parts` is the module whose operators it is made of: this package, or `seemore_fast.ops`, which picks kernels.
     """
+    parts = parts or reference
     if use_shuffle:
         weight_expand, bias_expand = (channel_shuffle(p[None])[0] for p in (weight_expand, bias_expand))
-    a, k = norm_conv3x3(
+    a, k = parts.norm_conv3x3(
         x, norm_1_weight, norm_1_bias, weight_conv, bias_conv, weight_expand, bias_expand, activation="gelu"
     ).chunk(2, dim=1)
-    a = striped_conv(a, weight_row, bias_row, weight_col, bias_col, activation="gelu")
-    k = calibrate(k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, recursive)
-    expert_index, expert_weight = router(a, weight_router, top_k)
+    a = parts.striped_conv(a, weight_row, bias_row, weight_col, bias_col, activation="gelu")
+    k = parts.calibrate(k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, recursive)
+    expert_index, expert_weight = parts.router(a, weight_router, top_k)
     experts = (weight_a, bias_a, weight_k, bias_k, weight_out, bias_out, ranks)
-    m = low_rank_experts(a, k, expert_index, expert_weight, *experts)
+    m = parts.low_rank_experts(a, k, expert_index, expert_weight, *experts)
     x = x + F.conv2d(m, weight_proj, bias_proj)
-    return gated_ffn(x, norm_2_weight, norm_2_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2)
+    return parts.gated_ffn(x, norm_2_weight, norm_2_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2)

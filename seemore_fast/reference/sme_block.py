@@ -6,9 +6,8 @@ In the paper: "Spatial Modulating Expert".
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gated_ffn import gated_ffn
-from .norm_pointwise import norm_pointwise
-from .striped_conv import striped_conv
+from .. import reference
+
 
 
 def sme_block(
@@ -31,6 +30,8 @@ def sme_block(
     bias_gate: Tensor,
     weight_2: Tensor,
     bias_2: Tensor,
+    *,
+    parts=None,
 ) -> Tensor:
     """Spatial enhancement (SEE), then a gated feed-forward network, each behind a LayerNorm and a residual.
 
@@ -45,8 +46,11 @@ def sme_block(
     | weight_row .. bias_col  | as `striped_conv` |
     | weight_proj             | (C, C, 1, 1)      |
     | norm_2_weight .. bias_2 | as `gated_ffn`    |
+
+    `parts` is the module whose operators it is made of: this package, or `seemore_fast.ops`, which picks kernels.
     """
-    q, v = norm_pointwise(x, norm_1_weight, norm_1_bias, weight_qv, bias_qv, activation="gelu").chunk(2, dim=1)
-    q = striped_conv(q, weight_row, bias_row, weight_col, bias_col, gate=v)
+    parts = parts or reference
+    q, v = parts.norm_pointwise(x, norm_1_weight, norm_1_bias, weight_qv, bias_qv, activation="gelu").chunk(2, dim=1)
+    q = parts.striped_conv(q, weight_row, bias_row, weight_col, bias_col, gate=v)
     x = x + F.conv2d(q, weight_proj, bias_proj)
-    return gated_ffn(x, norm_2_weight, norm_2_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2)
+    return parts.gated_ffn(x, norm_2_weight, norm_2_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2)

@@ -1,0 +1,110 @@
+// The instruction sets that the kernels were compiled for, and the choice between them.
+//
+// SEEMORE_INSTRUCTION_SETS is a list X(name) ..., best last, of the namespaces that hold a build of every kernel.
+
+#include <torch/csrc/stable/library.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace seemore {
+
+#define X(name)                 \
+  namespace name {              \
+  extern const Kernels kernels; \
+  }
+SEEMORE_INSTRUCTION_SETS
+#undef X
+
+namespace {
+
+bool runs_here(const std::string& instruction_set) {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (instruction_set == "avx2") return avx2;
+  if (instruction_set == "avx512") return avx512;
+  if (instruction_set == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  return instruction_set == "portable";
+}
+
+// The tables of the instruction sets that run here, best last.
+const std::vector<const Kernels*>& usable() {
+  static const std::vector<const Kernels*> found = [] {
+    std::vector<const Kernels*> tables;
+#define X(name) \
+  if (runs_here(#name)) tables.push_back(&name::kernels);
+    SEEMORE_INSTRUCTION_SETS
+#undef X
+    return tables;
+  }();
+  return found;
+}
+
+const Kernels* chosen = usable().back();
+
+std::string instruction_sets() {
+  std::string names;
+  for (const Kernels* kernels : usable()) names += (names.empty() ? "" : " ") + std::string(kernels->instruction_set);
+  return names;
+}
+
+std::string instruction_set() { return chosen->instruction_set; }
+
+void use_instruction_set(std::string name) {
+  for (const Kernels* kernels : usable()) {
+    if (kernels->instruction_set == name) {
+      chosen = kernels;
+      return;
+    }
+  }
+  throw std::runtime_error("expected an instruction set out of: " + instruction_sets() + "; got " + name);
+}
+
+// For the tests: an exception from the middle of a parallel loop of `count` must reach Python.
+void throw_in_parallel(int64_t count, int64_t at) {
+  parallel_for(
+      count,
+      [](const void* at, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          if (i == *static_cast<const int64_t*>(at)) throw std::runtime_error("thrown at " + std::to_string(i));
+        }
+      },
+      &at);
+}
+
+}  // namespace
+
+void striped_conv(const StripedConv& inputs, const Image& y, void* stream) {
+  chosen->striped_conv(inputs, y, stream);
+}
+
+StripedConvWorkspace striped_conv_workspace(const StripedConv& inputs) {
+  return chosen->striped_conv_workspace(inputs);
+}
+
+void striped_conv_backward(const StripedConv& inputs, const StripedConvGradients& gradients, void* stream) {
+  chosen->striped_conv_backward(inputs, gradients, stream);
+}
+
+}  // namespace seemore
+
+STABLE_TORCH_LIBRARY_FRAGMENT(seemore_cpu, m) {
+  m.def("instruction_sets() -> str");
+  m.def("instruction_set() -> str");
+  m.def("use_instruction_set(str name) -> ()");
+  m.def("throw_in_parallel(int count, int at) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(seemore_cpu, CompositeExplicitAutograd, m) {
+  m.impl("instruction_sets", TORCH_BOX(&seemore::instruction_sets));
+  m.impl("instruction_set", TORCH_BOX(&seemore::instruction_set));
+  m.impl("use_instruction_set", TORCH_BOX(&seemore::use_instruction_set));
+  m.impl("throw_in_parallel", TORCH_BOX(&seemore::throw_in_parallel));
+}

@@ -1,0 +1,12 @@
+// Loops on torch's own threads.
+#pragma once
+
+#include <cstdint>
+
+namespace seemore {
+
+// Call body(context, begin, end) for ranges that make up [0, count), in any order and at the same time. What the
+// body throws is thrown again here, once all have ended: torch's own loop would lose it.
+void parallel_for(int64_t count, void (*body)(const void*, int64_t, int64_t), const void* context);
+
+}  // namespace seemore

@@ -1,0 +1,68 @@
+"""The native libraries: loads them, tells why one cannot be used, and chooses the CPU's instruction set."""
+
+import os
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent
+
+
+def load(path: Path) -> str | None:
+    """Load the operators of a library; return None, or why it cannot be."""
+    if not path.exists():
+        return (
+            f"{path.name} was not built: reinstall where there is a compiler (for CUDA: nvcc), with "
+            "SEEMORE_FAST_NATIVE=1 (SEEMORE_FAST_CUDA=1) to be told what is missing"
+        )
+    try:
+        torch.ops.load_library(path)
+    except (OSError, RuntimeError) as error:
+        return f"{path} does not load in torch {torch.__version__}: {str(error).splitlines()[0]}"
+    return None
+
+
+def load_cpu() -> str | None:
+    """Load the CPU library and take the instruction set that SEEMORE_FAST_CPU names; return None, or why not."""
+    reason = load(FOLDER / "libseemore_cpu.so")
+    wanted = os.environ.get("SEEMORE_FAST_CPU")
+    if reason is None and wanted:
+        if wanted not in instruction_sets():
+            usable = ", ".join(instruction_sets())
+            return f"SEEMORE_FAST_CPU is {wanted!r}, expected one that this processor and this build have: {usable}"
+        use_instruction_set(wanted)
+    return reason
+
+
+def load_cuda() -> str | None:
+    """Load the CUDA library; return None, or why it cannot be used."""
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    reason = load(FOLDER / "libseemore_cuda.so")
+    if reason is None and not torch.cuda.is_available():
+        return "torch finds no usable NVIDIA GPU"
+    return reason or torch.ops.seemore_cuda.why_not() or None
+
+
+def instruction_sets() -> list[str]:
+    """Return the instruction sets that the CPU library has kernels for and this processor runs, the best one last."""
+    return torch.ops.seemore_cpu.instruction_sets().split()
+
+
+def instruction_set() -> str:
+    """Return the instruction set that the CPU kernels run in now."""
+    return torch.ops.seemore_cpu.instruction_set()
+
+
+def use_instruction_set(name: str):
+    """Run the CPU kernels in another instruction set; RuntimeError for one that cannot run here."""
+    torch.ops.seemore_cpu.use_instruction_set(name)
+
+
+def build_info() -> dict | str:
+    """Return what the libraries were built with, or why that is not known."""
+    try:
+        from . import _C
+    except ImportError as error:
+        return f"not known: {error}"
+    return {**_C.build_info(), "cpu_features": _C.cpu_features()}

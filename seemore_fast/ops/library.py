@@ -1,0 +1,47 @@
+"""What operators with kernels register with torch: schema, kernels, shapes, gradients. One namespace, one way.
+
+An operator <op> is `seemore_fast::<op>` and, for its gradients, `seemore_fast::<op>_backward`. Both run Python functions
+that allocate the results and hand them to the kernel of the backend chosen at that moment.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("seemore_fast", "DEF")
+
+
+def define(name: str, schema: str, implementation: Callable, fake: Callable):
+    """Register ``seemore_fast::<name><schema>``: what runs, and what gives shapes and strides to compilers."""
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"seemore_fast::{name}", fake, lib=LIBRARY)
+
+
+def differentiate(name: str, setup_context: Callable, backward: Callable):
+    """Register the gradient of an operator, and that its backward has none."""
+    torch.library.register_autograd(f"seemore_fast::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+    def refuse(ctx, *gradients):
+        raise RuntimeError(
+            f"{name}: its gradient is not differentiable, expected a single backward; "
+            'under seemore_fast.use_backend("reference") torch differentiates any number of times'
+        )
+
+    torch.library.register_autograd(f"seemore_fast::{name}_backward", refuse, lib=LIBRARY)
+
+
+def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, return the tensors in its dtype, as torch does for convolutions: all but float64 ones.
+
+    What is no tensor stays as it is: the check that follows refuses it.
+    """
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
