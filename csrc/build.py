@@ -149,12 +149,14 @@ def build(folder: Path, toolchain: dict, cuda: dict | None) -> dict[str, Path]:
     link("libseemore_cpu", objects, f"-L{torch}/lib -ltorch_cpu")
 
     if cuda:
-        objects = [compile("bindings.cpp", "cuda_bindings", f"{with_torch} -I{CSRC}/cuda")]
-        for source in sorted((CSRC / "cuda").glob("*.cu")):
-            objects.append(f"cuda_{source.stem}.o")
-            lines.append(f"build {objects[-1]} | {objects[-1]}.ptxas: nvcc {source}")
-        reports = " ".join(f"{name}.ptxas" for name in objects[1:])
-        lines.append(f"build ptxas.inc: embed {reports}")
+        objects = [
+            compile("bindings.cpp", "cuda_bindings", f"{with_torch} -I{CSRC}/cuda"),
+            compile("cuda/library.cpp", "cuda_library", with_torch),
+        ]
+        kernels = {f"cuda_{source.stem}.o": source for source in sorted((CSRC / "cuda").glob("*.cu"))}
+        lines += [f"build {name} | {name}.ptxas: nvcc {source}" for name, source in kernels.items()]
+        lines.append(f"build ptxas.inc: embed {' '.join(f'{name}.ptxas' for name in kernels)}")
+        objects += kernels
         lines.append(f"build libtorch_cuda.so: stub {CSRC}/cuda/libtorch_cuda_stub.c")
         flags = f"-L{torch}/lib -ltorch_cpu {cuda['libraries']} -lcudart_static -lrt -lpthread -ldl"
         link("libseemore_cuda", [*objects, "libtorch_cuda.so"], flags)

@@ -153,7 +153,9 @@ def backend_info() -> dict:
         "backend": _chosen,
         "available": ["reference", *available],
         "unavailable": {name: reason for name, reason in reasons.items() if reason},
-        "operators": {name: [k.backend for k in kernels if k.backend in available] for name, kernels in KERNELS.items()},
+        "operators": {
+            name: [k.backend for k in kernels if k.backend in available] for name, kernels in KERNELS.items()
+        },
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),

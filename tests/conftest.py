@@ -12,6 +12,11 @@ T = dict(num_experts=3, num_layers=6, embedding_dim=36, use_shuffle=True, lr_spa
 SMALL = {**T, "scale": 2, "num_layers": 2, "embedding_dim": 12}
 
 
+def pytest_configure(config):
+    if not config.getoption("--device").startswith("cuda"):
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels run on CPU tensors
+
+
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device the tests run on: cpu (default) or cuda")
     parser.addoption("--data", default=os.environ.get("SEEMORE_FAST_DATA"), help="folder with test/Set5 and train/")

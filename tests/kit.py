@@ -1,21 +1,21 @@
 """What the operator tests share: seeded tensors, layouts, naive float64 building blocks, comparisons, bad input.
 
 A test of an operator hands `backend` (see `each_backend`) to the helpers; a new backend is tested as soon as
-`backend_info()["available"]` lists it. The naive functions never call seemore_fast, and no convolution of torch.
+`seemore_fast.backends.KERNELS` lists it. The naive functions never call seemore_fast, and no convolution of torch.
 """
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 import torch
+from kit_backends import at_large_offsets, chosen, each_backend, each_kernel, guarded_results, uninitialised_is_nan
 from torch import Tensor
 
-from seemore_fast import backend_info, reference, use_backend
+from seemore_fast import reference
 
-each_backend = pytest.mark.parametrize("backend", backend_info()["available"])
+__all__ = ["chosen", "each_backend", "each_kernel"]
 each_narrow_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 # (batch, channels, height, width): one pixel, one line, no image at all, odd, wider than a vector or a warp
@@ -30,21 +30,6 @@ SHAPES = [
     (1, 2, 3, 70),
 ]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-
-DEVICES = {  # a backend that serves another device than the tensors' is skipped
-    "reference": {"cpu", "cuda"},
-    "cpu": {"cpu"},
-    "cuda": {"cuda"},
-    "triton": {"cpu", "cuda"} if os.environ.get("TRITON_INTERPRET") == "1" else {"cuda"},
-}
-
-
-def chosen(backend: str, device: str | torch.device) -> use_backend:
-    """Return the context in which operators run by `backend`; skip the test where that cannot serve `device`."""
-    if torch.device(device).type not in DEVICES[backend]:
-        pytest.skip(f"{backend} does not serve {device}")
-    return use_backend(backend)
-
 
 # Tensors
 
@@ -278,6 +263,60 @@ def assert_compiles(operator: Callable, *calls: dict[str, Tensor], **options):
     compiled = torch.compile(operator, fullgraph=True, backend="eager")
     for tensors in calls:
         torch.testing.assert_close(compiled(**tensors, **options), operator(**tensors, **options), rtol=0, atol=0)
+
+
+def dispatcher_arguments(operator: Callable, tensors: dict[str, Tensor], **options) -> tuple:
+    """Return the operator that torch's dispatcher knows and its positional arguments."""
+    known = getattr(torch.ops.seemore_fast, operator.__name__).default
+    given = tensors | options
+    return known, tuple(given.get(argument.name) for argument in known._schema.arguments)
+
+
+def assert_opcheck(operator: Callable, tensors: dict[str, Tensor], **options):
+    """torch.library.opcheck finds schema, fake, autograd and compilation of the operator consistent."""
+    wanted = {name: t.clone().requires_grad_() if t.is_floating_point() else t for name, t in tensors.items()}
+    torch.library.opcheck(*dispatcher_arguments(operator, wanted, **options))
+
+
+def assert_writes_its_results_only(operator: Callable, tensors: dict[str, Tensor], **options):
+    """Results and gradients are written whole and not beyond, and workspace is not read before it is written."""
+    expected = value_and_gradients(operator, tensors, **options)
+    with guarded_results(), uninitialised_is_nan():
+        actual = value_and_gradients(operator, tensors, **options)
+    for what, value in expected.items():
+        torch.testing.assert_close(actual[what], value, rtol=0, atol=0, msg=lambda text, what=what: f"{what}: {text}")
+
+
+def assert_large_offsets(operator: Callable, tensors: dict[str, Tensor], names: Iterable[str], **options):
+    """With the images of the tensors called `names` 2^31 elements apart, results and gradients are the same."""
+    expected = value_and_gradients(operator, tensors, **options)
+    far = {name: at_large_offsets(t) if name in names else t for name, t in tensors.items()}
+    for what, value in value_and_gradients(operator, far, **options).items():
+        torch.testing.assert_close(value, expected[what], rtol=0, atol=0, msg=lambda text, what=what: f"{what}: {text}")
+
+
+def assert_deterministic(operator: Callable, tensors: dict[str, Tensor], **options):
+    """Results and gradients are bit-equal in every run and for every number of threads."""
+    threads = torch.get_num_threads()
+    try:
+        runs = []
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            runs.append(value_and_gradients(operator, tensors, **options))
+    finally:
+        torch.set_num_threads(threads)
+    for what, value in runs[0].items():
+        assert all(torch.equal(run[what], value) for run in runs), what
+
+
+def assert_refuses_double_backward(operator: Callable, tensors: dict[str, Tensor], **options):
+    """A gradient of a gradient is an error that names the operator and the way out, never a silent zero."""
+    name, first = next((name, t) for name, t in tensors.items() if t.is_floating_point())
+    leaf = first.clone().requires_grad_()
+    y = operator(**tensors | {name: leaf}, **options)
+    (gradient,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match=rf"^{operator.__name__}: its gradient is not differentiable, .*use_backend"):
+        gradient.sum().backward()
 
 
 # Bad input

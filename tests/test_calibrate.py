@@ -50,14 +50,14 @@ def tensors_of(device, shape=(2, 3, 9, 14)):
     return kit.random_parameters({"k": shape} | kit.calibrate_shapes(shape[1]), device)
 
 
-@kit.each_backend
+@kit.each_backend("calibrate")
 @each_case
 def test_values(backend, device, shape, recursive):
     tensors = tensors_of(device, shape)
     kit.assert_close_to_naive(backend, calibrate, naive_calibrate, tensors, recursive=recursive)
 
 
-@kit.each_backend
+@kit.each_backend("calibrate")
 @kit.each_layout
 @pytest.mark.parametrize("shape, recursive", [((2, 3, 9, 14), 1), ((2, 3, 17, 20), 2)], ids=str)
 def test_layouts(backend, device, layout, shape, recursive):
@@ -65,7 +65,7 @@ def test_layouts(backend, device, layout, shape, recursive):
     kit.assert_close_to_naive(backend, calibrate, naive_calibrate, tensors, layout, recursive=recursive)
 
 
-@kit.each_backend
+@kit.each_backend("calibrate")
 @kit.each_narrow_dtype
 @pytest.mark.parametrize("layout", [None, "channels_last"])
 @pytest.mark.parametrize("recursive", [1, 2])
@@ -74,14 +74,14 @@ def test_narrow_dtypes(backend, device, dtype, layout, recursive):
     kit.assert_within_yardstick(backend, calibrate, naive_calibrate, tensors, dtype, layout, recursive=recursive)
 
 
-@kit.each_backend
+@kit.each_backend("calibrate")
 @pytest.mark.parametrize("shape, recursive", [((2, 2, 5, 9), 1), ((1, 1, 16, 18), 2)], ids=str)
 def test_gradcheck(backend, device, shape, recursive):
     with kit.chosen(backend, device):
         kit.assert_gradcheck(calibrate, tensors_of(device, shape), recursive=recursive)
 
 
-@kit.each_backend
+@kit.each_backend("calibrate")
 def test_compiles(backend, device):
     with kit.chosen(backend, device):
         kit.assert_compiles(calibrate, tensors_of(device), tensors_of(device, (3, 3, 11, 17)), recursive=1)

@@ -14,19 +14,19 @@ def tensors_of(device, shape=(2, 3, 6, 7)):
     return kit.random_parameters({"u": shape, "g": shape, "weight": (shape[1], 1, 3, 3), "bias": (shape[1],)}, device)
 
 
-@kit.each_backend
+@kit.each_backend("depthwise_gate")
 @kit.each_shape
 def test_values(backend, device, shape):
     kit.assert_close_to_naive(backend, depthwise_gate, naive_depthwise_gate, tensors_of(device, shape))
 
 
-@kit.each_backend
+@kit.each_backend("depthwise_gate")
 @kit.each_layout
 def test_layouts(backend, device, layout):
     kit.assert_close_to_naive(backend, depthwise_gate, naive_depthwise_gate, tensors_of(device), layout)
 
 
-@kit.each_backend
+@kit.each_backend("depthwise_gate")
 def test_halves_of_one_tensor(backend, device):
     """As GatedFFN calls it: u and g are the chunks of one tensor, strided over the batch."""
     tensors = tensors_of(device)
@@ -35,7 +35,7 @@ def test_halves_of_one_tensor(backend, device):
     kit.assert_close_to_naive(backend, depthwise_gate, naive_depthwise_gate, tensors)
 
 
-@kit.each_backend
+@kit.each_backend("depthwise_gate")
 @kit.each_narrow_dtype
 @pytest.mark.parametrize("layout", [None, "channels_last"])
 def test_narrow_dtypes(backend, device, dtype, layout):
@@ -43,13 +43,13 @@ def test_narrow_dtypes(backend, device, dtype, layout):
     kit.assert_within_yardstick(backend, depthwise_gate, naive_depthwise_gate, tensors, dtype, layout)
 
 
-@kit.each_backend
+@kit.each_backend("depthwise_gate")
 def test_gradcheck(backend, device):
     with kit.chosen(backend, device):
         kit.assert_gradcheck(depthwise_gate, tensors_of(device, (2, 2, 3, 4)))
 
 
-@kit.each_backend
+@kit.each_backend("depthwise_gate")
 def test_compiles(backend, device):
     with kit.chosen(backend, device):
         kit.assert_compiles(depthwise_gate, tensors_of(device), tensors_of(device, (3, 3, 9, 5)))

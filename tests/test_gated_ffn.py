@@ -18,25 +18,25 @@ def tensors_of(device, shape=(2, 3, 6, 7)):
     return kit.random_parameters({"x": shape} | kit.norm_shapes(shape[1]) | kit.ffn_shapes(shape[1]), device)
 
 
-@kit.each_backend
+@kit.each_backend("gated_ffn")
 @kit.each_shape
 def test_values(backend, device, shape):
     kit.assert_close_to_naive(backend, gated_ffn, naive_gated_ffn, tensors_of(device, shape))
 
 
-@kit.each_backend
+@kit.each_backend("gated_ffn")
 @pytest.mark.parametrize("eps", [1e-12, 0.5])
 def test_eps(backend, device, eps):
     kit.assert_close_to_naive(backend, gated_ffn, naive_gated_ffn, tensors_of(device), eps=eps)
 
 
-@kit.each_backend
+@kit.each_backend("gated_ffn")
 @kit.each_layout
 def test_layouts(backend, device, layout):
     kit.assert_close_to_naive(backend, gated_ffn, naive_gated_ffn, tensors_of(device), layout)
 
 
-@kit.each_backend
+@kit.each_backend("gated_ffn")
 @kit.each_narrow_dtype
 @pytest.mark.parametrize("layout", [None, "channels_last"])
 @pytest.mark.parametrize("spread", [1, 300])
@@ -47,13 +47,13 @@ def test_narrow_dtypes(backend, device, dtype, layout, spread):
     kit.assert_within_yardstick(backend, gated_ffn, naive_gated_ffn, tensors, dtype, layout)
 
 
-@kit.each_backend
+@kit.each_backend("gated_ffn")
 def test_gradcheck(backend, device):
     with kit.chosen(backend, device):
         kit.assert_gradcheck(gated_ffn, tensors_of(device, (2, 3, 2, 3)))
 
 
-@kit.each_backend
+@kit.each_backend("gated_ffn")
 def test_compiles(backend, device):
     with kit.chosen(backend, device):
         kit.assert_compiles(gated_ffn, tensors_of(device), tensors_of(device, (3, 3, 9, 5)))

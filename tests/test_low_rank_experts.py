@@ -36,7 +36,7 @@ def tensors_of(device, shape=(3, 5, 4, 6), ranks=(2, 4, 8), top_k=2):
     return tensors | {"expert_index": choice.argsort(dim=1)[:, :top_k].contiguous()}
 
 
-@kit.each_backend
+@kit.each_backend("low_rank_experts")
 @kit.each_shape
 @each_mixture
 def test_values(backend, device, shape, ranks, top_k):
@@ -44,7 +44,7 @@ def test_values(backend, device, shape, ranks, top_k):
     kit.assert_close_to_naive(backend, low_rank_experts, naive_low_rank_experts, tensors, ranks=ranks)
 
 
-@kit.each_backend
+@kit.each_backend("low_rank_experts")
 @pytest.mark.parametrize("chosen", [0, 1, 2])
 def test_experts_not_chosen_get_zero_gradients(backend, device, chosen):
     """Zeros, not None: Adam and DDP see the difference. And the chosen one gets some."""
@@ -59,7 +59,7 @@ def test_experts_not_chosen_get_zero_gradients(backend, device, chosen):
             assert torch.all(mine != 0 if e == chosen else mine == 0), f"{name} of expert {e}"
 
 
-@kit.each_backend
+@kit.each_backend("low_rank_experts")
 def test_values_of_experts_not_chosen_do_not_matter(backend, device):
     """Not even NaN: an expert that is not chosen is not multiplied by zero but left out."""
     tensors = tensors_of(device, ranks=(2, 4, 8), top_k=1)
@@ -72,14 +72,14 @@ def test_values_of_experts_not_chosen_do_not_matter(backend, device):
         assert torch.equal(low_rank_experts(**tensors, ranks=(2, 4, 8)), expected)
 
 
-@kit.each_backend
+@kit.each_backend("low_rank_experts")
 @kit.each_layout
 def test_layouts(backend, device, layout):
     tensors = tensors_of(device)
     kit.assert_close_to_naive(backend, low_rank_experts, naive_low_rank_experts, tensors, layout, ranks=(2, 4, 8))
 
 
-@kit.each_backend
+@kit.each_backend("low_rank_experts")
 @kit.each_narrow_dtype
 @pytest.mark.parametrize("layout", [None, "channels_last"])
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -91,7 +91,7 @@ def test_narrow_dtypes(backend, device, dtype, layout, top_k):
     )
 
 
-@kit.each_backend
+@kit.each_backend("low_rank_experts")
 @pytest.mark.parametrize("ranks, top_k", [((2,), 1), ((1, 2, 3), 1), ((1, 2, 3), 2), ((2, 1), 2)], ids=str)
 def test_gradcheck(backend, device, ranks, top_k):
     tensors = tensors_of(device, (2, 2, 2, 3), ranks, top_k)
@@ -99,7 +99,7 @@ def test_gradcheck(backend, device, ranks, top_k):
         kit.assert_gradcheck(low_rank_experts, tensors, ranks=ranks)
 
 
-@kit.each_backend
+@kit.each_backend("low_rank_experts")
 def test_compiles(backend, device):
     """With other experts chosen in the second call, too: the choice is data."""
     with kit.chosen(backend, device):

@@ -36,7 +36,7 @@ def case_of(device, shape=(2, 3, 6, 7), norm=True, pointwise=True, activation="g
     return kit.random_parameters(shapes, device), options
 
 
-@kit.each_backend
+@kit.each_backend("norm_conv3x3")
 @kit.each_shape
 @each_option
 def test_values(backend, device, shape, norm, pointwise, activation):
@@ -44,21 +44,21 @@ def test_values(backend, device, shape, norm, pointwise, activation):
     kit.assert_close_to_naive(backend, norm_conv3x3, naive_norm_conv3x3, tensors, **options)
 
 
-@kit.each_backend
+@kit.each_backend("norm_conv3x3")
 @pytest.mark.parametrize("middle, out", [(1, 1), (7, 2), (2, 19)])
 def test_numbers_of_channels(backend, device, middle, out):
     tensors, options = case_of(device, middle=middle, out=out)
     kit.assert_close_to_naive(backend, norm_conv3x3, naive_norm_conv3x3, tensors, **options)
 
 
-@kit.each_backend
+@kit.each_backend("norm_conv3x3")
 @pytest.mark.parametrize("eps", [1e-12, 0.5])
 def test_eps(backend, device, eps):
     tensors, options = case_of(device)
     kit.assert_close_to_naive(backend, norm_conv3x3, naive_norm_conv3x3, tensors, eps=eps, **options)
 
 
-@kit.each_backend
+@kit.each_backend("norm_conv3x3")
 def test_border_sees_zeros_after_the_norm(backend, device):
     """LN of one channel is its bias, 1: a sum over 3x3 of it counts the taps inside of the image."""
     one = torch.ones(1, dtype=torch.float64, device=device)
@@ -68,7 +68,7 @@ def test_border_sees_zeros_after_the_norm(backend, device):
     assert y.tolist() == [[[[4, 6, 4], [6, 9, 6], [4, 6, 4]]]]
 
 
-@kit.each_backend
+@kit.each_backend("norm_conv3x3")
 @kit.each_layout
 @each_option
 def test_layouts(backend, device, layout, norm, pointwise, activation):
@@ -76,7 +76,7 @@ def test_layouts(backend, device, layout, norm, pointwise, activation):
     kit.assert_close_to_naive(backend, norm_conv3x3, naive_norm_conv3x3, tensors, layout, **options)
 
 
-@kit.each_backend
+@kit.each_backend("norm_conv3x3")
 @kit.each_narrow_dtype
 @pytest.mark.parametrize("layout", [None, "channels_last"])
 @pytest.mark.parametrize("spread", [1, 300])
@@ -87,7 +87,7 @@ def test_narrow_dtypes(backend, device, dtype, layout, spread):
     kit.assert_within_yardstick(backend, norm_conv3x3, naive_norm_conv3x3, tensors, dtype, layout, **options)
 
 
-@kit.each_backend
+@kit.each_backend("norm_conv3x3")
 @each_option
 def test_gradcheck(backend, device, norm, pointwise, activation):
     tensors, options = case_of(device, (2, 3, 2, 3), norm, pointwise, activation, middle=2, out=3)
@@ -95,7 +95,7 @@ def test_gradcheck(backend, device, norm, pointwise, activation):
         kit.assert_gradcheck(norm_conv3x3, tensors, **options)
 
 
-@kit.each_backend
+@kit.each_backend("norm_conv3x3")
 @pytest.mark.parametrize("norm, pointwise", [(True, True), (False, False)])
 def test_compiles(backend, device, norm, pointwise):
     (small, options), (other, _) = (case_of(device, shape, norm, pointwise) for shape in [(2, 3, 6, 7), (3, 3, 9, 5)])

@@ -18,7 +18,7 @@ def tensors_of(device, shape=(2, 3, 6, 7), out=5):
     return kit.random_parameters({"x": shape} | kit.norm_shapes(shape[1]) | pointwise, device)
 
 
-@kit.each_backend
+@kit.each_backend("norm_pointwise")
 @kit.each_shape
 @each_activation
 def test_values(backend, device, shape, activation):
@@ -26,20 +26,20 @@ def test_values(backend, device, shape, activation):
     kit.assert_close_to_naive(backend, norm_pointwise, naive_norm_pointwise, tensors, activation=activation)
 
 
-@kit.each_backend
+@kit.each_backend("norm_pointwise")
 @pytest.mark.parametrize("out", [1, 3, 40])
 def test_numbers_of_output_channels(backend, device, out):
     tensors = tensors_of(device, out=out)
     kit.assert_close_to_naive(backend, norm_pointwise, naive_norm_pointwise, tensors, activation="gelu")
 
 
-@kit.each_backend
+@kit.each_backend("norm_pointwise")
 @pytest.mark.parametrize("eps", [1e-12, 0.5])
 def test_eps(backend, device, eps):
     kit.assert_close_to_naive(backend, norm_pointwise, naive_norm_pointwise, tensors_of(device), eps=eps)
 
 
-@kit.each_backend
+@kit.each_backend("norm_pointwise")
 @kit.each_layout
 @each_activation
 def test_layouts(backend, device, layout, activation):
@@ -48,7 +48,7 @@ def test_layouts(backend, device, layout, activation):
     )
 
 
-@kit.each_backend
+@kit.each_backend("norm_pointwise")
 @kit.each_narrow_dtype
 @pytest.mark.parametrize("layout", [None, "channels_last"])
 @pytest.mark.parametrize("spread", [1, 300])
@@ -61,14 +61,14 @@ def test_narrow_dtypes(backend, device, dtype, layout, spread):
     )
 
 
-@kit.each_backend
+@kit.each_backend("norm_pointwise")
 @each_activation
 def test_gradcheck(backend, device, activation):
     with kit.chosen(backend, device):
         kit.assert_gradcheck(norm_pointwise, tensors_of(device, (2, 3, 2, 3)), activation=activation)
 
 
-@kit.each_backend
+@kit.each_backend("norm_pointwise")
 def test_compiles(backend, device):
     with kit.chosen(backend, device):
         kit.assert_compiles(norm_pointwise, tensors_of(device), tensors_of(device, (3, 3, 9, 5)), activation="gelu")

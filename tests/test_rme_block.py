@@ -63,7 +63,7 @@ def tensors_of(device, shape=(3, 4, 6, 7), ranks=(2, 4, 8), use_shuffle=False):
     return p
 
 
-@kit.each_backend
+@kit.each_backend("rme_block")
 @pytest.mark.parametrize(
     "shape, recursive",
     [
@@ -83,7 +83,7 @@ def test_values(backend, device, shape, recursive, use_shuffle):
     kit.assert_close_to_naive(backend, rme_block, naive_rme_block, tensors, **options)
 
 
-@kit.each_backend
+@kit.each_backend("rme_block")
 @each_mixture
 @each_shuffle
 def test_mixtures(backend, device, ranks, top_k, use_shuffle):
@@ -92,7 +92,7 @@ def test_mixtures(backend, device, ranks, top_k, use_shuffle):
     kit.assert_close_to_naive(backend, rme_block, naive_rme_block, tensors, **options)
 
 
-@kit.each_backend
+@kit.each_backend("rme_block")
 @pytest.mark.parametrize("taps", [1, 7])
 def test_other_striped_kernels(backend, device, taps):
     tensors = tensors_of(device)
@@ -100,7 +100,7 @@ def test_other_striped_kernels(backend, device, taps):
     kit.assert_close_to_naive(backend, rme_block, naive_rme_block, tensors, **OPTIONS)
 
 
-@kit.each_backend
+@kit.each_backend("rme_block")
 @each_shuffle
 def test_each_image_is_routed_alone(backend, device, use_shuffle):
     """Images of a batch that choose different experts come out as they do one by one."""
@@ -114,7 +114,7 @@ def test_each_image_is_routed_alone(backend, device, use_shuffle):
     torch.testing.assert_close(batch, torch.cat(alone), rtol=1e-10, atol=1e-10)
 
 
-@kit.each_backend
+@kit.each_backend("rme_block")
 @kit.each_layout
 @each_shuffle
 def test_layouts(backend, device, layout, use_shuffle):
@@ -123,7 +123,7 @@ def test_layouts(backend, device, layout, use_shuffle):
     kit.assert_close_to_naive(backend, rme_block, naive_rme_block, tensors, layout, **options)
 
 
-@kit.each_backend
+@kit.each_backend("rme_block")
 @kit.each_narrow_dtype
 @pytest.mark.parametrize("layout", [None, "channels_last"])
 @pytest.mark.parametrize("spread", [1, 300])
@@ -138,7 +138,7 @@ def test_narrow_dtypes(backend, device, dtype, layout, spread):
     kit.assert_within_yardstick(backend, rme_block, naive_rme_block, tensors, dtype, layout, **options)
 
 
-@kit.each_backend
+@kit.each_backend("rme_block")
 @each_shuffle
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_gradcheck(backend, device, use_shuffle, top_k):
@@ -147,7 +147,7 @@ def test_gradcheck(backend, device, use_shuffle, top_k):
         kit.assert_gradcheck(rme_block, tensors_of(device, (2, 2, 4, 4), (1, 2), use_shuffle), **options)
 
 
-@kit.each_backend
+@kit.each_backend("rme_block")
 def test_experts_not_chosen_get_zero_gradients(backend, device):
     tensors = tensors_of(device, (1, 4, 6, 7))
     with kit.chosen(backend, device):
@@ -159,7 +159,7 @@ def test_experts_not_chosen_get_zero_gradients(backend, device):
         assert [bool(gradient.any()) for gradient in experts] == used.tolist(), name
 
 
-@kit.each_backend
+@kit.each_backend("rme_block")
 def test_compiles(backend, device):
     with kit.chosen(backend, device):
         kit.assert_compiles(

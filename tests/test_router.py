@@ -45,7 +45,7 @@ def assert_routes_like_naive(routed, a, weight, top_k, tolerance):
     torch.testing.assert_close(expert_weight.double().cpu(), naive_weight, rtol=tolerance, atol=tolerance)
 
 
-@kit.each_backend
+@kit.each_backend("router")
 @kit.each_shape
 @pytest.mark.parametrize("experts, top_k", [(1, 1), (3, 1), (3, 2), (3, 3), (6, 4)])
 def test_values(backend, device, shape, experts, top_k):
@@ -56,7 +56,7 @@ def test_values(backend, device, shape, experts, top_k):
     assert routed[1].dtype == torch.float64
 
 
-@kit.each_backend
+@kit.each_backend("router")
 @kit.each_layout
 def test_layouts(backend, device, layout):
     tensors = tensors_of(device)
@@ -67,7 +67,7 @@ def test_layouts(backend, device, layout):
     assert all(torch.equal(laid_out[name], tensor) for name, tensor in tensors.items()), "an input was modified"
 
 
-@kit.each_backend
+@kit.each_backend("router")
 def test_each_image_is_routed_alone(backend, device):
     tensors = tensors_of(device, (8, 5, 6, 7))
     with kit.chosen(backend, device):
@@ -78,7 +78,7 @@ def test_each_image_is_routed_alone(backend, device):
     torch.testing.assert_close(weight, torch.cat([w for _, w in alone]), rtol=1e-12, atol=0)
 
 
-@kit.each_backend
+@kit.each_backend("router")
 @kit.each_narrow_dtype
 @pytest.mark.parametrize("layout", [None, "channels_last"])
 def test_probabilities_are_float32(backend, device, dtype, layout):
@@ -91,7 +91,7 @@ def test_probabilities_are_float32(backend, device, dtype, layout):
     assert_routes_like_naive(routed, **tensors, top_k=3, tolerance=1e-5)
 
 
-@kit.each_backend
+@kit.each_backend("router")
 @kit.each_narrow_dtype
 def test_pool_does_not_overflow(backend, device, dtype):
     """The sum over the pixels is far beyond float16's 65504, and beyond the 8 bits of bfloat16."""
@@ -103,7 +103,7 @@ def test_pool_does_not_overflow(backend, device, dtype):
     assert_routes_like_naive(routed, a, weight, 2, tolerance=1e-3)
 
 
-@kit.each_backend
+@kit.each_backend("router")
 @kit.each_narrow_dtype
 def test_nearly_uniform_experts_are_told_apart(backend, device, dtype):
     """Probabilities that differ by 1e-4 are equal in 16 bits; the last expert is the best and must win."""
@@ -114,7 +114,7 @@ def test_nearly_uniform_experts_are_told_apart(backend, device, dtype):
     assert index.tolist() == [[2, 1, 0]] * 2
 
 
-@kit.each_backend
+@kit.each_backend("router")
 @pytest.mark.parametrize("experts, top_k", [(2, 1), (4, 2), (5, 5)])
 def test_ties_are_broken_as_by_topk(backend, device, experts, top_k):
     equal = torch.full((3, experts), 1 / experts, device=device)
@@ -124,7 +124,7 @@ def test_ties_are_broken_as_by_topk(backend, device, experts, top_k):
     torch.testing.assert_close(weight, equal[:, :top_k])
 
 
-@kit.each_backend
+@kit.each_backend("router")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_leaves_the_router_alone(backend, device, dtype):
     tensors = tensors_of(device, (3, 8, 17, 19))
@@ -135,7 +135,7 @@ def test_autocast_leaves_the_router_alone(backend, device, dtype):
     assert_routes_like_naive(routed, **tensors, top_k=3, tolerance=1e-5)
 
 
-@kit.each_backend
+@kit.each_backend("router")
 @kit.each_shape
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_gradients(backend, device, shape, top_k):
@@ -150,7 +150,7 @@ def test_gradients(backend, device, shape, top_k):
     kit.assert_close_to_naive(backend, expert_weight, naive_expert_weight, tensors | {"expert_index": index})
 
 
-@kit.each_backend
+@kit.each_backend("router")
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_gradcheck(backend, device, top_k):
     tensors = tensors_of(device, (2, 2, 3, 4), experts=3, sharpness=1)
@@ -158,7 +158,7 @@ def test_gradcheck(backend, device, top_k):
         kit.assert_gradcheck(lambda a, weight: router(a, weight, top_k)[1], tensors)
 
 
-@kit.each_backend
+@kit.each_backend("router")
 def test_compiles(backend, device):
     with kit.chosen(backend, device):
         kit.assert_compiles(router, tensors_of(device), tensors_of(device, (2, 5, 9, 4)), top_k=2)

@@ -42,20 +42,20 @@ def tensors_of(device, shape=(2, 3, 6, 7), taps=5):
     return kit.random_parameters(shapes, device)
 
 
-@kit.each_backend
+@kit.each_backend("sme_block")
 @kit.each_shape
 @pytest.mark.parametrize("taps", [1, 3, 11, 31])
 def test_values(backend, device, shape, taps):
     kit.assert_close_to_naive(backend, sme_block, naive_sme_block, tensors_of(device, shape, taps))
 
 
-@kit.each_backend
+@kit.each_backend("sme_block")
 @kit.each_layout
 def test_layouts(backend, device, layout):
     kit.assert_close_to_naive(backend, sme_block, naive_sme_block, tensors_of(device), layout)
 
 
-@kit.each_backend
+@kit.each_backend("sme_block")
 @kit.each_narrow_dtype
 @pytest.mark.parametrize("layout", [None, "channels_last"])
 @pytest.mark.parametrize("spread", [1, 300])
@@ -66,13 +66,13 @@ def test_narrow_dtypes(backend, device, dtype, layout, spread):
     kit.assert_within_yardstick(backend, sme_block, naive_sme_block, tensors, dtype, layout)
 
 
-@kit.each_backend
+@kit.each_backend("sme_block")
 def test_gradcheck(backend, device):
     with kit.chosen(backend, device):
         kit.assert_gradcheck(sme_block, tensors_of(device, (2, 2, 3, 3), taps=3))
 
 
-@kit.each_backend
+@kit.each_backend("sme_block")
 def test_compiles(backend, device):
     with kit.chosen(backend, device):
         kit.assert_compiles(sme_block, tensors_of(device), tensors_of(device, (3, 3, 9, 5)))

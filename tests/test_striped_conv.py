@@ -4,6 +4,7 @@ import kit
 import pytest
 import torch
 
+from seemore_fast import reference
 from seemore_fast.ops import striped_conv
 
 each_option = pytest.mark.parametrize(
@@ -22,7 +23,7 @@ def tensors_of(device, shape=(2, 3, 6, 7), taps=5, gated=True):
     return kit.random_parameters(images | kit.striped_shapes(shape[1], taps), device)
 
 
-@kit.each_backend
+@kit.each_backend("striped_conv")
 @kit.each_shape
 @pytest.mark.parametrize("taps", [1, 3, 7, 11, 31])
 def test_values(backend, device, shape, taps):
@@ -30,14 +31,14 @@ def test_values(backend, device, shape, taps):
     kit.assert_close_to_naive(backend, striped_conv, naive_striped_conv, tensors, activation="gelu")
 
 
-@kit.each_backend
+@kit.each_backend("striped_conv")
 @each_option
 def test_options(backend, device, activation, gated):
     tensors = tensors_of(device, gated=gated)
     kit.assert_close_to_naive(backend, striped_conv, naive_striped_conv, tensors, activation=activation)
 
 
-@kit.each_backend
+@kit.each_backend("striped_conv")
 def test_pixels_outside_are_zero_in_both_steps(backend, device):
     """One pixel of 0, bias_row 1, all taps 1: the column step sees bias_row once, zeros above and below."""
     ones = torch.ones(1, 1, 1, 3, dtype=torch.float64, device=device)
@@ -47,7 +48,7 @@ def test_pixels_outside_are_zero_in_both_steps(backend, device):
     assert y.tolist() == [[[[1.0]]]]
 
 
-@kit.each_backend
+@kit.each_backend("striped_conv")
 @kit.each_layout
 @each_option
 def test_layouts(backend, device, layout, activation, gated):
@@ -55,7 +56,7 @@ def test_layouts(backend, device, layout, activation, gated):
     kit.assert_close_to_naive(backend, striped_conv, naive_striped_conv, tensors, layout, activation=activation)
 
 
-@kit.each_backend
+@kit.each_backend("striped_conv")
 @kit.each_narrow_dtype
 @pytest.mark.parametrize("layout", [None, "channels_last"])
 @pytest.mark.parametrize("taps", [3, 11])
@@ -64,7 +65,7 @@ def test_narrow_dtypes(backend, device, dtype, layout, taps):
     kit.assert_within_yardstick(backend, striped_conv, naive_striped_conv, tensors, dtype, layout, activation="gelu")
 
 
-@kit.each_backend
+@kit.each_backend("striped_conv")
 @each_option
 def test_gradcheck(backend, device, activation, gated):
     tensors = tensors_of(device, (2, 2, 3, 4), gated=gated)
@@ -72,25 +73,114 @@ def test_gradcheck(backend, device, activation, gated):
         kit.assert_gradcheck(striped_conv, tensors, activation=activation)
 
 
-@kit.each_backend
+@kit.each_backend("striped_conv")
 def test_compiles(backend, device):
     with kit.chosen(backend, device):
         kit.assert_compiles(striped_conv, tensors_of(device), tensors_of(device, (3, 3, 9, 5)), activation="gelu")
 
 
+@kit.each_kernel("striped_conv")
+@each_option
+def test_opcheck(backend, device, activation, gated):
+    with kit.chosen(backend, device):
+        kit.assert_opcheck(striped_conv, tensors_of(device, gated=gated), activation=activation)
+        channels_last = {name: kit.LAYOUTS["channels_last"](t) for name, t in tensors_of(device, gated=gated).items()}
+        kit.assert_opcheck(striped_conv, channels_last, activation=activation)
+
+
+@kit.each_kernel("striped_conv")
+@each_option
+@pytest.mark.parametrize("layout", [None, "channels_last"])
+def test_writes_its_results_only(backend, device, activation, gated, layout):
+    tensors = tensors_of(device, (2, 9, 13, 19), 11, gated)
+    if layout:
+        tensors = {name: kit.LAYOUTS[layout](t) for name, t in tensors.items()}
+    with kit.chosen(backend, device):
+        kit.assert_writes_its_results_only(striped_conv, tensors, activation=activation)
+
+
+@kit.each_backend("striped_conv")
+def test_large_offsets(backend, device):
+    tensors = kit.cast(tensors_of(device, (2, 2, 3, 5), 3), torch.bfloat16)
+    with kit.chosen(backend, device):
+        kit.assert_large_offsets(striped_conv, tensors, ["x", "gate"], activation="gelu")
+
+
+@kit.each_kernel("striped_conv")
+def test_deterministic(backend, device):
+    tensors = kit.cast(tensors_of(device, (2, 3, 70, 40), 11), torch.float32)
+    with kit.chosen(backend, device):
+        kit.assert_deterministic(striped_conv, tensors, activation="gelu")
+
+
+@kit.each_backend("striped_conv")
+def test_double_backward(backend, device):
+    tensors = tensors_of(device)
+    with kit.chosen(backend, device):
+        if backend == "reference":
+            assert torch.autograd.gradgradcheck(
+                lambda x: striped_conv(**tensors | {"x": x}), tensors["x"].requires_grad_()
+            )
+        else:
+            kit.assert_refuses_double_backward(striped_conv, tensors)
+
+
+@kit.each_backend("striped_conv")
+def test_autocast(backend, device):
+    """All inputs are cast, as for torch's convolutions, but float64 ones; gradients have their own dtypes."""
+    tensors = kit.cast(tensors_of(device), torch.float32)
+    with kit.chosen(backend, device):
+        narrow = striped_conv(**kit.cast(tensors, torch.bfloat16), activation="gelu")
+        with torch.autocast(device, torch.bfloat16):
+            found = kit.value_and_gradients(striped_conv, tensors, activation="gelu")
+            with pytest.raises(
+                TypeError, match=r"^striped_conv: weight_row has dtype torch.bfloat16, expected torch.float64"
+            ):
+                striped_conv(**tensors | {"x": tensors["x"].double()})
+    assert torch.equal(found["y"], narrow)
+    assert all(value.dtype == torch.float32 for what, value in found.items() if what != "y")
+
+
+@kit.each_backend("striped_conv")
+def test_extreme_values(backend, device):
+    """Infinities and NaN come out where torch's own operators have them."""
+    tensors = kit.cast(tensors_of(device, (1, 1, 5, 40), 3), torch.float32)
+    for column, value in enumerate((torch.inf, -torch.inf, torch.nan, 1e30, -1e30, 1e-30)):
+        tensors["x"][0, 0, 2, 6 * column] = value
+    with kit.chosen(backend, device):
+        y = striped_conv(**tensors, activation="gelu")
+    expected = reference.striped_conv(**tensors, activation="gelu")
+    torch.testing.assert_close(y, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+@kit.each_backend("striped_conv")
 @kit.each_fault
-def test_bad_tensors(device, fault):
+def test_bad_tensors(backend, device, fault):
     exempt = ["gate"] if fault == "none" else []
-    kit.assert_refused(fault, striped_conv, tensors_of(device), exempt)
+    with kit.chosen(backend, device):
+        kit.assert_refused(fault, striped_conv, tensors_of(device), exempt)
 
 
-def test_bad_sizes(device):
-    kit.assert_sizes_refused(striped_conv, tensors_of(device))
+@kit.each_backend("striped_conv")
+def test_bad_sizes(backend, device):
+    with kit.chosen(backend, device):
+        kit.assert_sizes_refused(striped_conv, tensors_of(device))
 
 
+def test_another_device_is_refused(device):
+    tensors = tensors_of(device)
+    tensors["gate"] = tensors["gate"].to("meta")
+    with pytest.raises(ValueError, match=f"^striped_conv: gate is on meta, expected {device}.*, where x is"):
+        striped_conv(**tensors)
+
+
+@kit.each_backend("striped_conv")
 @pytest.mark.parametrize("taps", [0, 2, 4])
-def test_even_kernels_are_refused(device, taps):
-    with pytest.raises(ValueError, match=f"^striped_conv: weight_row has {taps} taps, expected an odd number"):
+def test_even_kernels_are_refused(backend, device, taps):
+    with (
+        kit.chosen(backend, device),
+        pytest.raises(ValueError, match=f"^striped_conv: weight_row has {taps} taps, expected an odd number"),
+    ):
         striped_conv(**tensors_of(device, taps=taps))
 
 

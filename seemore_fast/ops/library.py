@@ -1,6 +1,6 @@
 """What operators with kernels register with torch: schema, kernels, shapes, gradients. One namespace, one way.
 
-An operator <op> is `seemore_fast::<op>` and, for its gradients, `seemore_fast::<op>_backward`. Both run Python functions
+An operator <op> is `seemore_fast::<op>` and, for its gradients, `seemore_fast::<op>_backward`: Python functions
 that allocate the results and hand them to the kernel of the backend chosen at that moment.
 """
 

@@ -83,7 +83,9 @@ def _gradients(ctx, dy):
     return *gradients, None, None if gate is None else dgate
 
 
-_INPUTS = "Tensor x, Tensor weight_row, Tensor bias_row, Tensor weight_col, Tensor bias_col, str? activation, Tensor? gate"
+_INPUTS = (
+    "Tensor x, Tensor weight_row, Tensor bias_row, Tensor weight_col, Tensor bias_col, str? activation, Tensor? gate"
+)
 define("striped_conv", f"({_INPUTS}) -> Tensor", _forward, _forward_fake)
 # dx, those of the parameters, dgate (empty without a gate)
 define(

@@ -11,7 +11,6 @@ from torch import Tensor
 from .. import reference
 
 
-
 def channel_shuffle(x: Tensor, groups: int = 2) -> Tensor:
     """Interleave the channels of `groups` equal groups: channel g * C + c becomes c * groups + g.
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from .. import reference
 
 
-
 def sme_block(
     x: Tensor,
     norm_1_weight: Tensor,

@@ -1,0 +1,42 @@
+// How kernels are launched and come by shared memory. Macros, so that the very same kernels also run on the CPU:
+// a host compiler finds its own LAUNCH and DYNAMIC_SHARED, threads, barriers and shuffles in tests/cuda_host.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#ifdef __CUDACC__
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+inline void check_launch(const char* kernel) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
+}
+
+// A kernel with commas in its name goes in parentheses.
+#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                   \
+  do {                                                                                           \
+    kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
+    check_launch(#kernel);                                                                       \
+  } while (0)
+
+// `name` points to the launch's shared_bytes.
+#define DYNAMIC_SHARED(type, name)                                       \
+  extern __shared__ __align__(16) unsigned char dynamic_shared_memory[]; \
+  type* const name = reinterpret_cast<type*>(dynamic_shared_memory)
+
+#else
+#include "cuda_host.h"
+#endif
+
+// A one-dimensional grid, the only dimension in which millions of blocks fit.
+inline unsigned grid_of(int64_t blocks, const char* kernel) {
+  if (blocks > INT32_MAX) {
+    throw std::runtime_error(std::string(kernel) + ": a grid of " + std::to_string(blocks) +
+                             " blocks, expected at most " + std::to_string(INT32_MAX));
+  }
+  return static_cast<unsigned>(blocks);
+}

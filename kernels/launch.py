@@ -1,0 +1,139 @@
+"""A launch of a Triton kernel as data: run it, or compile it ahead of time for a GPU that is not there.
+
+An operator describes its launches once, so that what is compiled in a test is what runs:
+
+    def forward(y, x): yield Launch(kernel, programs, dict(y=y, x=x, ...))
+    run(forward(y, x), x.device)                         # on a GPU, or on the CPU under TRITON_INTERPRET=1
+    for launch in forward(y_meta, x_meta):               # tensors on the meta device do
+        compiled = launch.compile_for(90)                # no GPU needed, but TRITON_INTERPRET must not be set
+        assert compiled.resources().local == 0
+"""
+
+import contextlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+ALIGNED = [["tt.divisibility", 16]]
+
+
+class Resources(NamedTuple):
+    """What a kernel takes of a multiprocessor."""
+
+    registers: int  # per thread
+    local: int  # bytes per thread: spilled registers and arrays, which ptxas calls stack
+    shared: int  # bytes per block
+
+
+class Compiled(NamedTuple):
+    ptx: str
+    cubin: bytes
+    dynamic_shared: int  # bytes per block, asked for at launch; the cubin knows only static ones
+
+    def resources(self) -> Resources:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(self.cubin)
+            (found,) = (kernel for kernels in resources(file.name).values() for kernel in kernels.values())
+        return found._replace(shared=found.shared + self.dynamic_shared)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """`programs` instances of `kernel` with `arguments`, its parameters by name: tensors, integers, tuples, None."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    # enable_fp_fusion is stated because its default differs among versions of Triton
+    options: dict[str, Any] = field(default_factory=lambda: dict(num_warps=4, enable_fp_fusion=True))
+
+    def run(self):
+        self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+    def specialization(self) -> dict[str, dict]:
+        """Return signature, constexprs and attrs of the kernel that Triton compiles at this launch."""
+        signature, constexprs, attrs = {}, {}, {}
+        for position, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            if parameter.is_constexpr:
+                signature[parameter.name], constexprs[(position,)] = "constexpr", value
+            else:
+                signature[parameter.name] = specialize(value, (position,), constexprs, attrs)
+        return dict(signature=signature, constexprs=constexprs, attrs=attrs)
+
+    def compile_for(self, capability: int) -> Compiled:
+        """Compile for compute capability `capability` (90 is sm_90) by the ptxas that Triton brings."""
+        if not isinstance(self.kernel, triton.JITFunction):
+            raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled")
+        source = triton.compiler.ASTSource(self.kernel, **self.specialization())
+        target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+        compiled = triton.compile(source, target=target, options=self.options)
+        return Compiled(compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def run(launches: Iterable[Launch], device: torch.device):
+    """Run `launches` in order on the current stream of `device`."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        for launch in launches:
+            launch.run()
+
+
+def specialize(value: Any, path: tuple[int, ...], constexprs: dict, attrs: dict) -> str | tuple:
+    """Return the type of an argument, as Triton does at a launch: 1 and None are constants, multiples of 16 known."""
+    if isinstance(value, tuple):
+        return tuple(specialize(item, (*path, i), constexprs, attrs) for i, item in enumerate(value))
+    if value is None or (isinstance(value, int) and value == 1):
+        constexprs[path] = value
+        return "constexpr"
+    if isinstance(value, Tensor):  # memory itself is aligned; meta tensors have no address to ask for
+        offset, kind = value.storage_offset() * value.element_size(), POINTERS[value.dtype]
+    else:
+        offset, kind = value, "i32" if -(2**31) <= value < 2**31 else "i64"
+    if offset % 16 == 0:
+        attrs[path] = ALIGNED
+    return kind
+
+
+def cuobjdump() -> str:
+    """Return the path of cuobjdump: Triton's own, or the CUDA toolkit's on PATH."""
+    shipped = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    found = shipped if shipped.exists() else shutil.which("cuobjdump")
+    if not found:
+        raise FileNotFoundError(f"cuobjdump is neither {shipped} nor on PATH")
+    return str(found)
+
+
+def resources(binary: str | Path) -> dict[str, dict[str, Resources]]:
+    """Return {"sm_90": {mangled name of a kernel: what it takes, shared memory static only}, ...}.
+
+    `binary` is a cubin (then the architecture is "") or a library or program with CUDA code for some architectures.
+    """
+    command = [cuobjdump(), "-res-usage", str(binary)]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {finished.stderr.strip() or finished.stdout.strip()}")
+    return parse_resources(finished.stdout)
+
+
+def parse_resources(text: str) -> dict[str, dict[str, Resources]]:
+    """Read what `cuobjdump -res-usage` prints; see `resources`."""
+    found, architecture, name = {}, "", None
+    for line in text.splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r" Function (\S+):", line):
+            name = match[1]
+        elif match := re.match(r"  REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, shared, local = map(int, match.groups())
+            found.setdefault(architecture, {})[name] = Resources(registers, stack + local, shared)
+    return found

@@ -1,0 +1,272 @@
+"""Triton kernels of `striped_conv`; formula and shapes in `seemore_fast.reference.striped_conv`.
+
+    r  = row(x)                                   dr = transposed column(ds)
+    s  = column(r)                                dx = transposed row(dr)
+    y  = gate * activation(s)                     ds, dgate = dy * gate * activation'(s), dy * activation(s)
+
+Every arrow is one launch; what lies between two of them is a workspace in the accumulation dtype: float32, or float64
+for that. Images have any strides. A program works on a tile of lines x columns, where a line is one (batch, channel,
+row), so that small images fill a tile, too. Offsets are 64-bit, lines only where they must be: dividing is dear.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch, run
+
+TILE = 1024  # pixels of a program
+WIDEST = 64  # columns of a tile at most
+PART = 4096  # pixels whose tap gradients one program adds up, at most
+PRODUCTS = 2048  # (tap, pixel) pairs that such a program holds at a time
+
+
+# Public functions: the caller has checked all arguments and allocated the results; weights are contiguous
+
+
+def striped_conv(
+    y: Tensor,
+    x: Tensor,
+    weight_row: Tensor,
+    bias_row: Tensor,
+    weight_col: Tensor,
+    bias_col: Tensor,
+    activation: str | None,
+    gate: Tensor | None,
+) -> None:
+    """Write y (B, C, H, W)."""
+    run(forward(y, x, weight_row, bias_row, weight_col, bias_col, activation, gate), x.device)
+
+
+def striped_conv_backward(
+    dx: Tensor,
+    dgate: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    weight_row: Tensor,
+    bias_row: Tensor,
+    weight_col: Tensor,
+    bias_col: Tensor,
+    activation: str | None,
+    gate: Tensor | None,
+) -> Tensor:
+    """Write dx and, if there is a gate, dgate; return the gradients of the parameters, to be summed over parts.
+
+    Returns (parts, C, 2K + 2) of the accumulation dtype: per channel weight_row's K, bias_row's, weight_col's K and
+    bias_col's over one part of the image. There are no parts, if there are no pixels.
+    """
+    partial = new_partial(x, weight_row)
+    parameters = weight_row, bias_row, weight_col, bias_col
+    run(backward(partial, dx, dgate, dy, x, *parameters, activation, gate), x.device)
+    return partial
+
+
+def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
+    """Yield all launches, by name, for images like x; it may be on the meta device."""
+    channels, taps = x.shape[1], 11
+    weight_row, weight_col = x.new_empty(channels, 1, 1, taps), x.new_empty(channels, 1, taps, 1)
+    parameters = weight_row, x.new_empty(channels), weight_col, x.new_empty(channels)
+    image = torch.empty_like(x)
+    partial = new_partial(x, weight_row)
+    for activation, gate in [("gelu", image), ("gelu", None), (None, image), (None, None)]:
+        options = f"{activation}{' gated' if gate is not None else ''}"
+        for number, launch in enumerate(forward(image, x, *parameters, activation, gate)):
+            yield f"forward {number} {options}", launch
+        dgate = None if gate is None else image
+        for number, launch in enumerate(backward(partial, image, dgate, image, x, *parameters, activation, gate)):
+            yield f"backward {number} {options}", launch
+
+
+# What is launched
+
+
+def forward(y, x, weight_row, bias_row, weight_col, bias_col, activation, gate) -> Iterator[Launch]:
+    if x.numel() == 0:
+        return
+    r = new_workspace(x)
+    yield convolution(r, x, weight_row, bias_row, vertical=False)
+    yield convolution(y, r, weight_col, bias_col, vertical=True, activation=activation, gate=gate)
+
+
+def backward(
+    partial, dx, dgate, dy, x, weight_row, bias_row, weight_col, bias_col, activation, gate
+) -> Iterator[Launch]:
+    if x.numel() == 0:
+        return
+    r, ds = new_workspace(x), dy
+    yield convolution(r, x, weight_row, bias_row, vertical=False)
+    if activation is not None or gate is not None:
+        s = new_workspace(x)
+        yield convolution(s, r, weight_col, bias_col, vertical=True)
+        ds = s  # overwritten by its gradient
+        images = strided(dgate=dgate, dy=dy, gate=gate)
+        yield over_tiles(activation_backward, x, dict(s=s, s_strides=s.stride(), **images, ACTIVATION=activation))
+    yield tap_gradient(partial, ds, r, vertical=True)
+    dr = new_workspace(x)
+    yield convolution(dr, ds, weight_col, vertical=True, transposed=True)
+    yield tap_gradient(partial, dr, x, vertical=False)
+    yield convolution(dx, dr, weight_row, vertical=False, transposed=True)
+
+
+def convolution(
+    y, x, weight, bias=None, *, vertical: bool, transposed: bool = False, activation=None, gate=None
+) -> Launch:
+    arguments = strided(y=y, x=x, gate=gate) | dict(weight=weight, bias=bias, TAPS=weight.numel() // len(weight))
+    options = dict(VERTICAL=vertical, TRANSPOSED=transposed, ACTIVATION=activation)
+    return over_tiles(convolve, x, arguments | options)
+
+
+def over_tiles(kernel, x: Tensor, arguments: dict) -> Launch:
+    """Describe a launch with one program per tile of images like x."""
+    batch, channels, height, width = x.shape
+    columns = min(WIDEST, max(16, triton.next_power_of_2(width)))
+    sizes = dict(lines=batch * channels * height, channels=channels, height=height, width=width)
+    tile = dict(LINES=TILE // columns, COLUMNS=columns, INDEX=index_type(sizes["lines"] + TILE))
+    programs = triton.cdiv(sizes["lines"], tile["LINES"]) * triton.cdiv(width, columns)
+    return Launch(kernel, programs, arguments | sizes | tile)
+
+
+def tap_gradient(partial: Tensor, dy: Tensor, x: Tensor, *, vertical: bool) -> Launch:
+    batch, channels, height, width = x.shape
+    pixels, taps = batch * height * width, partial.shape[2] // 2 - 1
+    rows = triton.next_power_of_2(taps + 1)
+    sizes = dict(channels=channels, height=height, width=width, pixels=pixels)
+    tile = dict(ROWS=rows, PIXELS=max(16, PRODUCTS // rows), PART=part_size(x), INDEX=index_type(pixels + PART))
+    images = strided(dy=dy, x=x)
+    arguments = dict(partial=partial, **images, **sizes, **tile, TAPS=taps, VERTICAL=vertical)
+    return Launch(convolve_taps, len(partial) * channels, arguments)
+
+
+def part_size(x: Tensor) -> int:
+    """Return how many pixels of a channel (batch, row, column) one program adds up."""
+    return min(PART, triton.next_power_of_2(x.numel() // x.shape[1]))
+
+
+def index_type(largest: int) -> tl.dtype:
+    return tl.int64 if largest >= 2**31 else tl.int32
+
+
+def strided(**images: Tensor | None) -> dict:
+    """Return each image and its strides as the kernels' arguments `name` and `name_strides`."""
+    strides = {f"{name}_strides": None if image is None else image.stride() for name, image in images.items()}
+    return images | strides
+
+
+def new_workspace(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def new_partial(x: Tensor, weight: Tensor) -> Tensor:
+    batch, channels, height, width = x.shape
+    parts = triton.cdiv(batch * height * width, part_size(x)) if x.numel() else 0
+    columns = 2 * (weight.numel() // len(weight)) + 2
+    return x.new_empty((parts, channels, columns), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+# Kernels
+
+
+@triton.jit
+def convolve(
+    y, y_strides, x, x_strides, gate, gate_strides, weight, bias, lines, channels, height, width,
+    TAPS: tl.constexpr, VERTICAL: tl.constexpr, TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr,
+    LINES: tl.constexpr, COLUMNS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """y = gate * activation(bias + sum over k of weight[channel, k] * x at k - TAPS // 2 along one axis)."""
+    batch, channel, row, column, inside = locate(lines, channels, height, width, LINES, COLUMNS, INDEX)
+    ACCUMULATION: tl.constexpr = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
+    total = tl.zeros((LINES, COLUMNS), ACCUMULATION)
+    if bias is not None:
+        total += tl.load(bias + channel).to(ACCUMULATION)
+    position, size = (row, height) if VERTICAL else (column, width)
+    step = tl.full((), 1, tl.int64) * x_strides[2 if VERTICAL else 3]
+    centre = at(x, x_strides, batch, channel, row, column)
+    taps = weight + channel * TAPS
+    for k in tl.static_range(TAPS):
+        shift = k - TAPS // 2
+        there = position + shift
+        exists = inside & (there >= 0) & (there < size)
+        seen = tl.load(centre + shift * step, mask=exists, other=0).to(ACCUMULATION)
+        total += tl.load(taps + (TAPS - 1 - k if TRANSPOSED else k)).to(ACCUMULATION) * seen
+    if ACTIVATION == "gelu":
+        total *= normal_cdf(total)
+    if gate is not None:
+        factor = tl.load(at(gate, gate_strides, batch, channel, row, column), mask=inside, other=0)
+        total *= factor.to(ACCUMULATION)
+    tl.store(at(y, y_strides, batch, channel, row, column), total, mask=inside)
+
+
+@triton.jit
+def activation_backward(
+    s, s_strides, dgate, dgate_strides, dy, dy_strides, gate, gate_strides, lines, channels, height, width,
+    ACTIVATION: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """dgate = dy * activation(s), and s becomes its gradient dy * gate * activation'(s)."""
+    batch, channel, row, column, inside = locate(lines, channels, height, width, LINES, COLUMNS, INDEX)
+    s_pointer = at(s, s_strides, batch, channel, row, column)
+    value = tl.load(s_pointer, mask=inside, other=0)
+    gradient = tl.load(at(dy, dy_strides, batch, channel, row, column), mask=inside, other=0).to(value.dtype)
+    activated = value
+    slope = tl.full(value.shape, 1, value.dtype)
+    if ACTIVATION == "gelu":
+        cdf = normal_cdf(value)
+        activated = value * cdf
+        slope = cdf + value * tl.exp(-0.5 * value * value) * 0.3989422804014327  # 1 / sqrt(2 pi)
+    if gate is not None:
+        tl.store(at(dgate, dgate_strides, batch, channel, row, column), gradient * activated, mask=inside)
+        factor = tl.load(at(gate, gate_strides, batch, channel, row, column), mask=inside, other=0)
+        gradient *= factor.to(value.dtype)
+    tl.store(s_pointer, gradient * slope, mask=inside)
+
+
+@triton.jit
+def convolve_taps(
+    partial, dy, dy_strides, x, x_strides, channels, height, width, pixels,
+    TAPS: tl.constexpr, VERTICAL: tl.constexpr,
+    ROWS: tl.constexpr, PIXELS: tl.constexpr, PART: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """partial[part, channel] = sums over a part of the pixels of dy * x at k - TAPS // 2 for each k, then of dy.
+
+    The sums are rows of one tensor; row TAPS is the bias's, where x counts as 1.
+    """
+    part, channel = tl.program_id(0) // channels, tl.program_id(0) % channels
+    k = tl.arange(0, ROWS)[:, None]
+    shift = k - TAPS // 2
+    step = shift.to(tl.int64) * x_strides[2 if VERTICAL else 3]
+    total = tl.zeros((ROWS, PIXELS), partial.dtype.element_ty)
+    for start in range(0, PART, PIXELS):
+        pixel = part.to(INDEX) * PART + start + tl.arange(0, PIXELS)[None, :]
+        line, column = pixel // width, pixel % width
+        batch, row = line // height, line % height
+        gradient = tl.load(at(dy, dy_strides, batch, channel, row, column), mask=pixel < pixels, other=0)
+        there = (row if VERTICAL else column) + shift
+        exists = (pixel < pixels) & (k < TAPS) & (there >= 0) & (there < (height if VERTICAL else width))
+        seen = tl.load(at(x, x_strides, batch, channel, row, column) + step, mask=exists, other=0)
+        total += gradient.to(total.dtype) * tl.where(k == TAPS, 1, seen.to(total.dtype))
+    sums = partial + tl.program_id(0).to(tl.int64) * (2 * TAPS + 2) + (TAPS + 1 if VERTICAL else 0)
+    tl.store(sums + tl.arange(0, ROWS), tl.sum(total, axis=1), mask=tl.arange(0, ROWS) <= TAPS)
+
+
+@triton.jit
+def locate(lines, channels, height, width, LINES: tl.constexpr, COLUMNS: tl.constexpr, INDEX: tl.constexpr):
+    """Return batch, channel, row (LINES, 1) and column (1, COLUMNS) of a tile, and which of its pixels are real."""
+    tiles = (width + COLUMNS - 1) // COLUMNS
+    line = (tl.program_id(0) // tiles).to(INDEX) * LINES + tl.arange(0, LINES)[:, None]
+    column = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    image = line // height
+    return image // channels, image % channels, line % height, column, (line < lines) & (column < width)
+
+
+@triton.jit
+def at(image, strides, batch, channel, row, column):
+    """Return pointers; offsets are 64-bit."""
+    line = batch.to(tl.int64) * strides[0] + channel.to(tl.int64) * strides[1] + row.to(tl.int64) * strides[2]
+    return image + line + column.to(tl.int64) * strides[3]
+
+
+@triton.jit
+def normal_cdf(x):
+    return 0.5 * (1 + tl.math.erf(x * 0.7071067811865476))

@@ -1,0 +1,284 @@
+// Runs CUDA kernels on the CPU, so that their indices, bounds and barriers are tested where there is no GPU.
+//
+// Each thread of a block is a fiber that runs until it waits at a barrier or a shuffle, or is done; then comes the next
+// one. CUDA_HOST_ORDER says in which order: forward (default), backward or shuffled, blocks likewise. A block finds its
+// shared memory full of NaN (all bits set). So a missing barrier gives NaN, or another result in another order.
+// Under AddressSanitizer, what is read or written out of bounds is reported, in shared memory too.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <link.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#undef __shared__
+#ifdef __SANITIZE_ADDRESS__
+#define __shared__ static  // with red zones around it, which thread_local variables lack
+#else
+#define __shared__ static thread_local  // only so that fill_static_shared finds all of them
+#endif
+#define __launch_bounds__(...)
+
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+
+namespace cuda_host {
+
+constexpr int kWarp = 32;
+constexpr size_t kStackBytes = 128 * 1024, kMaxSharedBytes = 48 * 1024;
+
+struct Fiber {
+  jmp_buf state;  // of a fiber that does not run; unlike swapcontext, a jump makes no system call
+  std::unique_ptr<char[]> stack;
+  ucontext_t start;
+  bool started = false;
+  const void* bottom = nullptr;  // of the stack, for AddressSanitizer
+  size_t size = 0;
+};
+
+enum class State { runs, at_shuffle, at_barrier, done };
+
+struct Thread {
+  uint3 index;
+  Fiber* fiber;
+  State state;
+  int line;            // where it waits
+  unsigned shuffles;   // so far
+  uint64_t offers[2];  // to the other lanes: of this shuffle, and of the last, which slower lanes still read
+};
+
+struct Block {
+  std::function<void()> kernel;
+  std::vector<Thread> threads;
+  std::vector<int> order;  // of threads
+  size_t started;          // of `order`
+  Thread* current;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Fiber*> idle;
+  Fiber scheduler;
+  unsigned char* shared;
+};
+inline Block block;
+inline std::mutex one_launch_at_a_time;
+
+__attribute__((noinline)) inline void jump(Fiber& from, Fiber& to) {
+#ifdef __SANITIZE_ADDRESS__
+  void* fake_stack;
+  __sanitizer_start_switch_fiber(&fake_stack, to.bottom, to.size);
+#endif
+  if (_setjmp(from.state) == 0) {
+    if (to.started) _longjmp(to.state, 1);
+    to.started = true;
+    setcontext(&to.start);
+  }
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+#endif
+}
+
+// A fiber starts one thread after another, until one waits: where no thread waits, one fiber serves them all.
+inline void run_fiber() {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(nullptr, &block.scheduler.bottom, &block.scheduler.size);
+#endif
+  for (;;) {
+    Fiber* const self = block.idle.back();
+    block.idle.pop_back();
+    while (block.started < block.order.size()) {
+      block.current = &block.threads[block.order[block.started++]];
+      block.current->fiber = self;
+      threadIdx = block.current->index;
+      block.kernel();
+      block.current->state = State::done;
+    }
+    block.idle.push_back(self);
+    jump(*self, block.scheduler);
+  }
+}
+
+inline Fiber& idle_fiber() {
+  if (block.idle.empty()) {
+    block.fibers.push_back(std::make_unique<Fiber>());
+    Fiber& fiber = *block.fibers.back();
+    fiber.stack.reset(new char[kStackBytes]);
+    fiber.bottom = fiber.stack.get();
+    fiber.size = kStackBytes;
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = kStackBytes;
+    makecontext(&fiber.start, run_fiber, 0);
+    block.idle.push_back(&fiber);
+  }
+  return *block.idle.back();
+}
+
+inline void wait(State state, int line) {
+  Thread& self = *block.current;
+  self.state = state;
+  self.line = line;
+  jump(*self.fiber, block.scheduler);
+}
+
+// Lets threads [first, end) go on if all of them wait, at one place.
+inline bool release(size_t first, size_t end, State state) {
+  const auto begin = block.threads.begin();
+  const bool together = std::all_of(begin + first, begin + end, [&](const Thread& thread) {
+    return thread.state == state && thread.line == block.threads[first].line;
+  });
+  for (size_t i = first; together && i < end; ++i) block.threads[i].state = State::runs;
+  return together;
+}
+
+template <typename T>
+void put_in_order(std::vector<T>& numbers) {
+  static std::mt19937 generator(0);
+  const char* const variable = std::getenv("CUDA_HOST_ORDER");
+  const std::string order = variable ? variable : "forward";
+  std::iota(numbers.begin(), numbers.end(), T(0));
+  if (order == "backward") {
+    std::reverse(numbers.begin(), numbers.end());
+  } else if (order == "shuffled") {
+    std::shuffle(numbers.begin(), numbers.end(), generator);
+  } else if (order != "forward") {
+    throw std::runtime_error("CUDA_HOST_ORDER is " + order + ", expected forward, backward or shuffled");
+  }
+}
+
+inline void run_block(const std::string& name) {
+  const size_t count = block.threads.size();
+  for (auto& thread : block.threads) thread.state = State::runs, thread.shuffles = 0;
+  put_in_order(block.order);
+  block.started = 0;
+  block.scheduler.started = true;  // it is the thread we are in
+  while (block.started < count) jump(block.scheduler, idle_fiber());
+  for (;;) {
+    const auto is_done = [](const Thread& thread) { return thread.state == State::done; };
+    if (std::all_of(block.threads.begin(), block.threads.end(), is_done)) return;
+    bool released = release(0, count, State::at_barrier);
+    for (size_t i = 0; i < count; i += kWarp) {
+      released |= release(i, std::min(i + kWarp, count), State::at_shuffle);
+    }
+    if (!released) {
+      block.fibers.clear();  // threads that wait for ever
+      block.idle.clear();
+      throw std::runtime_error(name + ": threads wait at different barriers, or some left before one");
+    }
+    put_in_order(block.order);
+    for (const int i : block.order) {
+      if (block.threads[i].state != State::runs) continue;
+      block.current = &block.threads[i];
+      threadIdx = block.current->index;
+      jump(block.scheduler, *block.current->fiber);
+    }
+  }
+}
+
+// All __shared__ variables are this library's thread-local memory.
+inline void fill_static_shared() {
+#ifndef __SANITIZE_ADDRESS__
+  [[maybe_unused]] static thread_local volatile char anchor;
+  anchor = 0;  // the memory is there from its first use on
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* code) {
+        const ElfW(Phdr)* tls = nullptr;
+        bool is_this = false;
+        for (int i = 0; i < info->dlpi_phnum; ++i) {
+          const ElfW(Phdr) & segment = info->dlpi_phdr[i];
+          const auto offset = reinterpret_cast<uintptr_t>(code) - info->dlpi_addr - segment.p_vaddr;
+          is_this |= segment.p_type == PT_LOAD && offset < segment.p_memsz;
+          if (segment.p_type == PT_TLS) tls = &segment;
+        }
+        if (is_this) std::memset(info->dlpi_tls_data, 0xff, tls->p_memsz);
+        return static_cast<int>(is_this);
+      },
+      reinterpret_cast<void*>(&run_block));
+#endif
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(const std::string& name, dim3 grid, dim3 threads, size_t shared_bytes, void (*kernel)(Parameters...),
+            Arguments... arguments) {
+  const std::lock_guard lock(one_launch_at_a_time);
+  const size_t count = size_t(threads.x) * threads.y * threads.z, blocks = size_t(grid.x) * grid.y * grid.z;
+  if (count == 0 || count > 1024 || threads.z > 64 || shared_bytes > kMaxSharedBytes || blocks == 0 ||
+      grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) {
+    throw std::runtime_error(name + ": invalid configuration argument");
+  }
+  gridDim = grid;
+  blockDim = threads;
+  block.kernel = [&] { kernel(arguments...); };
+  block.threads.resize(count);
+  block.order.resize(count);
+  for (unsigned i = 0; i < count; ++i) {
+    block.threads[i].index = {i % threads.x, i / threads.x % threads.y, i / threads.x / threads.y};
+  }
+  const std::unique_ptr<unsigned char[]> shared(new unsigned char[shared_bytes]);
+  block.shared = shared.get();
+  std::vector<size_t> order(blocks);
+  put_in_order(order);
+  for (const size_t i : order) {
+    blockIdx = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
+    std::memset(shared.get(), 0xff, shared_bytes);
+    fill_static_shared();
+    run_block(name);
+  }
+}
+
+// What lane source(lane) offers; a lane's own value where there is no such lane.
+template <typename T, typename Source>
+T shuffle(unsigned mask, T value, Source source, int line) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  Thread& self = *block.current;
+  if (mask != 0xffffffff) {  // nothing can be thrown out of a fiber
+    std::fputs("cuda_host: a shuffle of some lanes only is not supported\n", stderr);
+    std::abort();
+  }
+  const unsigned which = self.shuffles++ % 2;
+  std::memcpy(&self.offers[which], &value, sizeof(T));
+  wait(State::at_shuffle, line);
+  const size_t number = &self - block.threads.data(), lane = number % kWarp, other = source(lane);
+  if (other < kWarp && number - lane + other < block.threads.size()) {
+    std::memcpy(&value, &block.threads[number - lane + other].offers[which], sizeof(T));
+  }
+  return value;
+}
+
+}  // namespace cuda_host
+
+inline void __syncthreads(int line = __builtin_LINE()) { cuda_host::wait(cuda_host::State::at_barrier, line); }
+
+inline void __syncwarp(unsigned mask = 0xffffffff, int line = __builtin_LINE()) {
+  cuda_host::shuffle(mask, 0, [](size_t lane) { return lane; }, line);
+}
+
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int line = __builtin_LINE()) {
+  return cuda_host::shuffle(mask, value, [delta](size_t lane) { return lane + delta; }, line);
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()) {
+  return cuda_host::shuffle(mask, value, [lanes](size_t lane) { return lane ^ lanes; }, line);
+}
+
+#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  (static_cast<void>(stream), cuda_host::launch(#kernel, (grid), (block), (shared_bytes), (kernel), ##__VA_ARGS__))
+
+#define DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(cuda_host::block.shared)

@@ -1,0 +1,100 @@
+"""The CUDA kernels compile for every architecture, all of their variables in registers."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[1] / "csrc"
+SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+MINUTES = [75, 80, 86, 89, 100, 120]  # 4 s each and file
+ARCHITECTURES = [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in MINUTES)]
+
+KERNEL = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
+FIGURES = {
+    "stack": re.compile(r"(\d+) bytes stack frame"),
+    "spill stores": re.compile(r"(\d+) bytes spill stores"),
+    "spill loads": re.compile(r"(\d+) bytes spill loads"),
+    "registers": re.compile(r"Used (\d+) registers"),
+    "shared": re.compile(r"(\d+) bytes smem"),  # static; kernels assert that their dynamic one fits
+}
+WITHOUT = {"shared"}  # not printed where it is 0
+
+
+def resources(source: Path, architecture: int, *flags: str) -> dict[str, dict[str, int]]:
+    """Compile with nvcc and return what ptxas tells of each kernel."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ["PATH"]]))
+    if nvcc is None:
+        pytest.skip("no nvcc on PATH or in CUDA_HOME")
+    command = [nvcc, "-cubin", f"-arch=sm_{architecture}", "-std=c++17", "-O3", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
+    command += ["-Xptxas", "-v", "-Werror", "all-warnings", *flags, "-o", os.devnull, str(source)]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return figures(finished.stderr, architecture)
+
+
+def figures(output: str, architecture: int) -> dict[str, dict[str, int]]:
+    _, *parts = KERNEL.split(output)
+    kernels = {}
+    for name, compiled_for, text in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        assert int(compiled_for) == architecture
+        found = {what: pattern.search(text) for what, pattern in FIGURES.items()}
+        missing = [what for what, match in found.items() if not match and what not in WITHOUT]
+        assert not missing, f"ptxas does not tell {missing} of {name}: {text}"
+        kernels[name] = {what: int(match[1]) if match else 0 for what, match in found.items()}
+    return kernels
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_everything_in_registers(source, architecture):
+    kernels = resources(source, architecture)
+    assert len(kernels) >= source.read_text().count("__global__")
+    for name, used in kernels.items():
+        assert (used["stack"], used["spill stores"], used["spill loads"]) == (0, 0, 0), f"{name}: {used}"
+        assert used["shared"] <= 48 * 1024, f"{name}: {used}"
+
+
+def test_there_are_sources():
+    assert SOURCES
+
+
+def test_memory_that_is_no_register_is_found(tmp_path):
+    """An array with computed indices needs a stack frame, many values in few registers spill."""
+    (tmp_path / "wrong.cu").write_text(
+        """
+        __global__ void frame(float* x, const int* index) {
+          float values[64];
+          for (int i = 0; i < 64; ++i) values[i] = x[i];
+          for (int i = 0; i < 64; ++i) x[i] = values[index[i]];
+        }
+        __global__ void spill(float* x) {
+          float values[64];
+          for (int i = 0; i < 64; ++i) values[i] = x[i * blockDim.x];
+          __syncthreads();
+          for (int i = 0; i < 64; ++i) x[i * blockDim.x] = values[63 - i];
+        }
+        __global__ void shared(float* x) {
+          __shared__ float values[1024];
+          values[threadIdx.x] = x[threadIdx.x];
+          __syncthreads();
+          x[threadIdx.x] = values[1023 - threadIdx.x];
+        }
+        """
+    )
+    kernels = resources(tmp_path / "wrong.cu", 90, "-maxrregcount=32")
+    used = {
+        kernel: figures
+        for name, figures in kernels.items()
+        for kernel in ("frame", "spill", "shared")
+        if kernel in name
+    }
+    assert used["frame"]["stack"] >= 256
+    assert used["spill"]["spill stores"] > 0
+    assert used["spill"]["spill loads"] > 0
+    assert used["shared"]["shared"] == 4096
+    assert used["shared"]["stack"] == 0

@@ -1,0 +1,300 @@
+"""The CUDA kernels on the CPU (tests/cuda_host): faults show there, and our kernels have none."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_host
+import kit
+import pytest
+import torch
+from torch import Tensor
+
+from seemore_fast import reference
+
+ORDERS = ["forward", "backward", "shuffled"]
+
+
+def available(build, *arguments, **options):
+    try:
+        return build(*arguments, **options)
+    except cuda_host.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def run_python(code: str, *arguments, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent)
+
+
+# The shim, by the kernels of faults.cu: y and x have one element for each thread
+
+BLOCKS, THREADS = 2, 1024
+X = list(range(BLOCKS * THREADS))
+
+LAUNCH = """
+import ctypes, json, sys
+path, kernel, blocks, threads, shared_bytes = sys.argv[1:]
+count = int(blocks) * int(threads)
+y, x = (ctypes.c_float * count)(), (ctypes.c_float * count)(*range(count))
+run = ctypes.CDLL(path).run
+run.restype = ctypes.c_char_p
+error = run(kernel.encode(), y, x, int(blocks), int(threads), int(shared_bytes))
+print(json.dumps([list(y), error and error.decode()]))
+"""
+
+
+def process(kernel: str, order="forward", threads=THREADS, shared_bytes=4 * THREADS, sanitize=False):
+    """Launch in a process of its own, which a fault may end."""
+    sources = [cuda_host.HERE / "faults.cu"]
+    path = available(cuda_host.compile_library, "faults", sources, cuda_host.CACHE, sanitize=sanitize)
+    environment = available(cuda_host.asan_environment) if sanitize else dict(os.environ)
+    arguments = [path, kernel, BLOCKS, threads, shared_bytes]
+    return run_python(LAUNCH, *arguments, environment=environment | {"CUDA_HOST_ORDER": order})
+
+
+def launch(kernel: str, *arguments, **options) -> tuple[list[float], str | None]:
+    """Return y and the error."""
+    finished = process(kernel, *arguments, **options)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)
+
+
+EXPECTED = {
+    "reverse": [*X[THREADS - 1 :: -1], *X[: THREADS - 1 : -1]],
+    "shift": [0 if number % THREADS == 0 else number for number in range(1, len(X) + 1)],
+    "warp_sum": [sum(X[number // 32 * 32 :][:32]) for number in X],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "kernel", [*EXPECTED, "copy_static", "copy_dynamic", "copy_global_from", "copy_global_to", "leave"]
+)
+def test_right_kernels(kernel, order):
+    assert launch(kernel, order) == [EXPECTED.get(kernel, X), None]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_missing_barrier_before_reading(order):
+    y, error = launch("reverse without barrier", order)
+    assert error is None
+    assert sum(map(math.isnan, y)) >= 2 * BLOCKS
+    assert y != EXPECTED["reverse"]
+
+
+def test_missing_barrier_before_writing():
+    """Shared memory is written everywhere, so nothing is NaN; in one order the result is even right."""
+    results = {order: launch("shift without barrier", order) for order in ORDERS}
+    assert results["forward"] == [EXPECTED["shift"], None]
+    for order in ("backward", "shuffled"):
+        y, error = results[order]
+        assert error is None
+        assert y != EXPECTED["shift"]
+
+
+@pytest.mark.parametrize("memory", ["static", "dynamic"])
+def test_uninitialised_shared_memory_is_nan_in_every_block(memory):
+    """The first block writes all elements, and the second, which writes 1000, does not find them."""
+    y, error = launch(f"copy_{memory} uninitialised")
+    assert error is None
+    assert y[: THREADS + 1000] == X[: THREADS + 1000]
+    assert len(y) == 2 * THREADS
+    assert all(map(math.isnan, y[THREADS + 1000 :]))
+
+
+@pytest.mark.parametrize("kernel", ["leave before a barrier", "warp_sum of some lanes", "divergent barriers"])
+def test_threads_that_do_not_meet(kernel):
+    _, error = launch(kernel)
+    assert error == "kernel: threads wait at different barriers, or some left before one"
+
+
+def test_shuffles_of_a_mask_end_the_process():
+    finished = process("warp_sum with a mask")
+    assert finished.returncode < 0
+    assert "a shuffle of some lanes only is not supported" in finished.stderr
+
+
+@pytest.mark.parametrize("options", [{"threads": 0}, {"threads": 1025}, {"shared_bytes": 48 * 1024 + 1}], ids=str)
+def test_launches_that_cuda_refuses(options):
+    assert launch("copy_static", **options)[1] == "kernel: invalid configuration argument"
+
+
+def test_unknown_orders_are_refused():
+    assert launch("copy_static", "sideways")[1] == "CUDA_HOST_ORDER is sideways, expected forward, backward or shuffled"
+
+
+@pytest.mark.parametrize("kernel", ["copy_static", "copy_dynamic", "copy_global_from", "copy_global_to"])
+def test_out_of_bounds(kernel):
+    """AddressSanitizer lets the right twin pass and reports the fault, in the kernel."""
+    assert launch(kernel, sanitize=True) == [X, None]
+    finished = process(f"{kernel} out of bounds", sanitize=True)
+    assert finished.returncode != 0
+    assert "ERROR: AddressSanitizer: " in finished.stderr
+    kind = "global" if kernel == "copy_static" else "heap"
+    assert f"{kind}-buffer-overflow" in finished.stderr
+    assert "WRITE of size 4" in finished.stderr if kernel.endswith("to") else "READ of size 4" in finished.stderr
+    assert f" in {kernel}" in finished.stderr or f"::{kernel}" in finished.stderr
+
+
+@pytest.mark.parametrize("kernel", ["reverse", "shift", "warp_sum"])
+def test_fibers_under_address_sanitizer(kernel):
+    finished = process(kernel, sanitize=True)
+    assert finished.stderr == ""
+    assert json.loads(finished.stdout) == [EXPECTED[kernel], None]
+
+
+# The library
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(cuda_host.Unavailable, match=r"^no g\+\+ on PATH"):
+        cuda_host.library()
+
+
+def test_headers_are_those_of_cuda_home(monkeypatch, tmp_path):
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_bf16.h").touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert cuda_host.cuda_headers() == tmp_path / "include"
+
+
+def test_a_changed_source_is_compiled_again(tmp_path):
+    source, folder = tmp_path / "answer.cu", tmp_path / "cache"
+    source.write_text("int answer() { return 1; }")
+    first = available(cuda_host.compile_library, "answer", [source], folder)
+    written = first.stat().st_mtime_ns
+    assert cuda_host.compile_library("answer", [source], folder) == first
+    assert first.stat().st_mtime_ns == written
+    source.write_text("int answer() { return 2; }")
+    second = cuda_host.compile_library("answer", [source], folder)
+    assert list(folder.iterdir()) == [second] != [first]
+
+
+def test_an_error_of_the_compiler_is_shown(tmp_path):
+    source = tmp_path / "wrong.cu"
+    source.write_text("int answer() { return question; }")
+    available(cuda_host.cuda_headers)
+    with pytest.raises(RuntimeError, match="was not declared in this scope"):
+        cuda_host.compile_library("wrong", [source], tmp_path)
+
+
+# striped_conv. Values and gradients: test_striped_conv.py, backend cuda_host.
+
+
+def load(path: Path):
+    torch.ops.load_library(str(path))
+    return torch.ops.seemore_cuda_host
+
+
+@pytest.fixture(scope="module")
+def operators():
+    return load(available(cuda_host.library))
+
+
+def striped_tensors(shape: tuple[int, ...], taps: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    shapes = {"x": shape, "gate": shape, "dy": shape, **kit.striped_shapes(shape[1], taps)}
+    return kit.cast(kit.random_parameters(shapes, "cpu"), dtype)
+
+
+def run_striped_conv(operators, tensors: dict[str, Tensor], activation="gelu") -> dict[str, Tensor]:
+    """Return all results; those that are images lie in larger tensors of NaN, whose margins stay NaN."""
+    tensors = dict(tensors)
+    x, gate, dy = (tensors.pop(name) for name in ("x", "gate", "dy"))
+    larger = {name: x.new_full([size + 2 for size in x.shape], torch.nan) for name in ("y", "dx", "dgate")}
+    inside = (slice(1, -1),) * x.dim()
+    results = {name: tensor[inside] for name, tensor in larger.items()}
+    operators.striped_conv(results["y"], x, *tensors.values(), activation, gate)
+    outputs = [results["dx"], results["dgate"]]
+    partial = operators.striped_conv_backward(*outputs, dy, x, *tensors.values(), activation, gate)
+    results = {name: tensor.clone() for name, tensor in results.items()}
+    for name, tensor in larger.items():
+        tensor[inside] = torch.nan
+        assert tensor.isnan().all(), f"wrote beside {name}"
+    return results | {"partial": partial}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape, taps", [((2, 3, 40, 70), 11), ((1, 2, 17, 33), 31), ((2, 2, 5, 6), 1)], ids=str)
+def test_striped_conv_does_not_depend_on_the_order_of_threads(operators, monkeypatch, shape, taps, dtype):
+    results = []
+    for order in [*ORDERS, "shuffled"]:
+        monkeypatch.setenv("CUDA_HOST_ORDER", order)
+        results.append(run_striped_conv(operators, striped_tensors(shape, taps, dtype)))
+    for name, first in results[0].items():
+        assert first.isfinite().all(), name
+        for other in results[1:]:
+            assert torch.equal(first, other[name]), name
+
+
+@pytest.mark.parametrize("dim", range(4))
+def test_striped_conv_offsets_beyond_32_bits(operators, tmp_path, dim):
+    """Images in a file with a hole of 4 GB: the two halves along `dim` lie before and behind it."""
+    file = tmp_path / "sparse"
+    file.touch()
+    os.truncate(file, 2**32 + 2**12)
+    memory = torch.from_file(str(file), shared=True, size=2**31 + 2**11, dtype=torch.bfloat16)
+    tensors = striped_tensors((2, 2, 2, 2), 3, torch.bfloat16)
+    expected = run_striped_conv(operators, tensors)
+    strides = [8, 4, 2, 1]
+    strides[dim] = 2**31 + 1024
+    names = ["x", "gate", "dy", "y", "dx", "dgate"]
+    far = {name: memory.as_strided((2, 2, 2, 2), strides, 16 * number) for number, name in enumerate(names)}
+    for name in names[:3]:
+        far[name].copy_(tensors.pop(name))
+    x, gate, dy, y, dx, dgate = far.values()
+    operators.striped_conv(y, x, *tensors.values(), "gelu", gate)
+    far["partial"] = operators.striped_conv_backward(dx, dgate, dy, x, *tensors.values(), "gelu", gate)
+    for name, value in expected.items():
+        assert torch.equal(far[name], value), name
+
+
+@pytest.mark.parametrize(
+    "shape, taps, message",
+    [
+        ((1, 1, 3, 3), 33, "33 taps, expected at most 31"),
+        ((70_000, 70_000, 1, 1), 1, "a grid of 4900000000 blocks, expected at most 2147483647"),
+        ((1, 1, 2**31, 1), 1, "an image of 2147483648 x 1, expected sides below"),
+    ],
+    ids=str,
+)
+def test_striped_conv_refuses_what_it_cannot_launch(operators, shape, taps, message):
+    image = torch.zeros(1, 1, 1, 1).expand(shape)
+    parameters = [torch.zeros(size) for size in kit.striped_shapes(shape[1], taps).values()]
+    with pytest.raises(RuntimeError, match=message):
+        operators.striped_conv(image, image, *parameters, None, None)
+
+
+SANITIZED_SHAPES = [(2, 3, 17, 33), (1, 2, 16, 32), (1, 2, 3, 70), (0, 2, 3, 4), (1, 1, 40, 1), (1, 1, 1, 1)]
+
+
+def run_sanitized(path: str, short: str) -> None:
+    """In a process of its own: y as the reference has it. `short` names a tensor to make one column too narrow."""
+    operators = load(Path(path))
+    for shape in SANITIZED_SHAPES:
+        for taps in (1, 11, 31):
+            tensors = striped_tensors(shape, taps, torch.float32)
+            inputs = {name: tensor for name, tensor in tensors.items() if name != "dy"}
+            expected = reference.striped_conv(**inputs, activation="gelu")
+            if short:
+                tensors[short] = tensors[short][..., :-1].contiguous()
+            y = run_striped_conv(operators, tensors)["y"]
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    print("clean")
+
+
+@pytest.mark.parametrize("short", ["", pytest.param("gate", marks=pytest.mark.slow)])
+def test_striped_conv_under_address_sanitizer(short):
+    """It is clean; and not because nothing is ever found: where a tensor is too short, that is reported."""
+    path = available(cuda_host.library, sanitize=True)
+    code = "import sys, test_cuda_host; test_cuda_host.run_sanitized(*sys.argv[1:])"
+    finished = run_python(code, path, short, environment=available(cuda_host.asan_environment))
+    if short:
+        assert "heap-buffer-overflow" in finished.stderr
+        assert finished.returncode != 0
+    else:
+        assert (finished.stdout, finished.returncode) == ("clean\n", 0), finished.stderr
