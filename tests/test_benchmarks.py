@@ -1,37 +1,342 @@
-"""The benchmarks run; what they time is none of a test's business."""
+"""The benchmarks check before they time, take turns and write; what they time is none of a test's business."""
 
+import importlib.util
+import itertools
 import json
+import os
+import runpy
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.mark.slow
-def test_bench_model_checks_times_and_writes(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks/bench_model.py", "--device", "cpu", "--quick", "--runs", "2"]
-    done = subprocess.run(
-        [*map(str, command), "--results", str(tmp_path)], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(next(tmp_path.glob("*/model.json")).read_text())
-    for case in facts["cases"].values():
-        assert case["seemore-fast"]["ms"] > 0
-        assert case["seemore-fast"]["max_error"] < 1e-5
-        assert set(case["published eager"]) & {"ms", "absent"}
-    assert facts["commit"]
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+CPU = torch.device("cpu")
 
 
+@pytest.fixture
+def harness(monkeypatch):
+    """benchmarks/harness.py; nothing that it sets for the process outlives a test."""
+    spec = importlib.util.spec_from_file_location("harness", BENCHMARKS / "harness.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "keep_memory", lambda: None)
+    threads = torch.get_num_threads()
+    with module.functorch_config.patch(donated_buffer=True):
+        yield module
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def case_of(harness):
+    """Function from providers of 3x + gate, to which it adds eager PyTorch, to a Case with three input sets."""
+
+    def case(providers, dtype=torch.float32, backward=False):
+        shapes = dict.fromkeys(["x", "gate", *(["upstream"] if backward else [])], (2, 3, 5))
+        inputs = [harness.random_tensors(shapes, dtype, CPU, seed) for seed in range(3)]
+        providers = {"torch eager": harness.operator(scaled_sum, backward), **providers}
+        return harness.operator_case(providers, inputs, scaled_sum, backward, operations=90)
+
+    return case
+
+
+def scaled_sum(x, gate):
+    return 3 * x + gate
+
+
+class WrongGradient(torch.autograd.Function):
+    """The right value, and a gradient of `gate` that is 0.1% off."""
+
+    @staticmethod
+    def forward(context, x, gate):
+        return scaled_sum(x, gate)
+
+    @staticmethod
+    def backward(context, upstream):
+        return 3 * upstream, 1.001 * upstream
+
+
+def out_of_order(x, gate):
+    raise RuntimeError("out of order\nand a second line")
+
+
+def without_a_word(x, gate):
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize("dtype, factor", [(torch.float32, 1 + 1e-5), (torch.bfloat16, 1.02)], ids=str)
+def test_a_wrong_provider_is_not_timed(harness, case_of, dtype, factor):
+    wrong = harness.operator(lambda x, gate: factor * scaled_sum(x, gate))
+    right = harness.operator(lambda x, gate: scaled_sum(x.float(), gate.float()).to(dtype))
+    lines = harness.run_case(case_of({"seemore-fast cpu": wrong, "other": right}, dtype), CPU, runs=2)
+    assert lines["seemore-fast cpu"].keys() == {"wrong"}
+    assert lines["seemore-fast cpu"]["wrong"].startswith("result 0 errs by")
+    assert lines["other"]["ms"] > 0
+    assert lines["other"]["x_ours"] is None
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, gate: torch.where(x == x[0, 0, 0], torch.nan, scaled_sum(x, gate)),
+        lambda x, gate: (scaled_sum(x, gate), x),
+        lambda x, gate: scaled_sum(x, gate)[:, :, :4],
+        lambda x, gate: scaled_sum(x, gate).mean(),
+        lambda x, gate: None,
+    ],
+    ids=["nan", "one_more_result", "smaller", "scalar", "none"],
+)
+def test_nor_is_one_with_strange_results(harness, case_of, function):
+    lines, calls = harness.check(case_of({"other": harness.operator(function)}))
+    assert {"wrong", "failed"} & set(lines["other"])
+    assert list(calls) == ["torch eager"]
+
+
+def test_a_wrong_gradient_is_found_where_the_value_is_right(harness, case_of):
+    def line(backward):
+        provider = harness.operator(lambda x, gate: WrongGradient.apply(x, gate), backward)
+        return harness.check(case_of({"other": provider}, backward=backward))[0]["other"]
+
+    assert line(backward=False).keys() == {"max_error"}
+    assert line(backward=True)["wrong"].startswith("result 1 errs by")
+
+
+def test_eager_in_any_layout_is_the_yardstick_unless_it_is_nan(harness, case_of):
+    rough = harness.operator(lambda x, gate: 1.01 * scaled_sum(x, gate))
+    rougher = harness.operator(lambda x, gate: 1.015 * scaled_sum(x, gate))
+    nan = harness.operator(lambda x, gate: torch.nan * x)
+    lines, _ = harness.check(case_of({"other": rougher, "torch eager channels_last": rough}))
+    assert all("max_error" in line for line in lines.values())
+    lines, _ = harness.check(case_of({"other": rougher, "torch eager channels_last": nan}))
+    assert [name for name, line in lines.items() if "wrong" in line] == ["other", "torch eager channels_last"]
+
+
+def test_failing_and_absent_providers_are_reported(harness, case_of, capsys):
+    providers = {
+        "one": harness.operator(out_of_order),
+        "two": harness.operator(without_a_word),
+        "three": "not installed",
+    }
+    lines = harness.run_case(case_of(providers), CPU, runs=1)
+    assert lines["one"] == {"failed": "RuntimeError: out of order"}
+    assert lines["two"]["failed"].startswith("NotImplementedError")
+    assert lines["three"] == {"absent": "not installed"}
+    assert list(lines) == ["torch eager", *providers, "clone", "matmul fp32"]
+    harness.print_table("a case", lines)
+    printed = capsys.readouterr().out
+    assert "failed: RuntimeError: out of order" in printed
+    assert "absent: not installed" in printed
+
+
+def test_everyone_runs_once_a_round_in_changing_order_on_changing_inputs(harness, case_of):
+    names, log, runs = ["a", "b", "c"], [], 20
+
+    def provider(name):
+        def call(tensors):
+            log.append((name, tensors["x"].data_ptr()))
+            return scaled_sum(**tensors)
+
+        return lambda tensors: lambda: call(tensors)
+
+    case = case_of({name: provider(name) for name in names})
+    case.bytes = None  # no floors
+    case.providers["torch eager"] = "left out"
+    harness.run_case(case, CPU, runs)
+    checked, turns = log[:3], log[3:]
+    assert [name for name, _ in checked] == names
+    rounds = [[name for name, _ in turns[i : i + 3]] for i in range(0, len(turns), 3)]
+    assert len(rounds) == harness.WARM_UP + runs
+    assert all(sorted(order) == names for order in rounds)
+    neighbours = list(itertools.pairwise(turns))
+    assert {before + after for (before, _), (after, _) in neighbours} >= {"ab", "ac", "ba", "bc", "ca", "cb"}
+    assert all(inputs != next_inputs for (_, inputs), (_, next_inputs) in neighbours)
+
+
+def test_the_median_after_the_warm_up_counts(harness, case_of, monkeypatch):
+    case = case_of({"seemore-fast cpu": harness.operator(scaled_sum)})
+    case.providers["torch eager"] = "left out"
+    times = itertools.cycle([8, 4, 2])
+    monkeypatch.setattr(harness, "measure", lambda call, device, kernels_only: (next(times), None))
+    monkeypatch.setattr(harness.random.Random, "sample", lambda self, names, count: names)
+    monkeypatch.setattr(harness, "WARM_UP", 3)
+    lines = harness.run_case(case, CPU, runs=1)
+    assert [lines[name]["ms"] for name in ("seemore-fast cpu", "clone", "matmul fp32")] == [8, 4, 2]
+    assert (lines["clone"]["x_ours"], lines["matmul fp32"]["x_ours"]) == (0.5, None)
+    assert case.bytes == 3 * 30 * 4  # x, gate and the result
+    assert lines["seemore-fast cpu"]["gb_s"] == pytest.approx(case.bytes / 8e-3 / 1e9)
+    assert lines["seemore-fast cpu"]["gflop_s"] == pytest.approx(90 / 8e-3 / 1e9)
+
+    case.bytes, times = None, iter([99, 99, 99, 5, 1, 2])
+    line = harness.run_case(case, CPU, runs=3)["seemore-fast cpu"]
+    assert (line["ms"], line["ms_min"], line["ms_max"]) == (2, 1, 5)
+
+
+def test_input_sets_exceed_the_cache_within_bounds(harness, monkeypatch):
+    monkeypatch.setattr(harness, "CPU_CACHE", 1000)
+
+    def count(elements):
+        return len(harness.input_sets(lambda seed: {"x": torch.full((elements,), float(seed))}, CPU))
+
+    assert [count(elements) for elements in (1, 100, 250, 10000)] == [harness.MAX_SETS, 6, 3, 1]
+
+
+def test_ours_prepares_and_runs_on_every_backend_and_instruction_set(harness, monkeypatch):
+    current, seen = [], []
+
+    @contextmanager
+    def use(name):
+        current.append(name)
+        yield
+        current.pop()
+
+    def provider(tensors):
+        seen.append([*current, native.chosen])
+        return lambda: seen.append([*current, native.chosen])
+
+    class native:
+        chosen = "avx2"
+
+        def instruction_set():
+            return native.chosen
+
+        def use_instruction_set(name):
+            native.chosen = name
+
+    info = {
+        "available": ["reference", "cpu", "cuda"],
+        "unavailable": {"triton": "not here"},
+        "cpu": {"instruction_sets": ["portable", "avx2"]},
+    }
+    monkeypatch.setattr(harness.seemore_fast, "backend_info", lambda: info)
+    monkeypatch.setattr(harness.seemore_fast, "use_backend", use)
+    monkeypatch.setattr(harness.seemore_fast, "native", native, raising=False)
+    table = harness.ours(provider, CPU, instruction_sets=True)
+    assert list(table) == ["seemore-fast cpu", "seemore-fast cpu portable", "seemore-fast cpu avx2"]
+    table["seemore-fast cpu portable"]({})()
+    assert seen == [["cpu", "portable"]] * 2
+    assert (current, native.chosen) == ([], "avx2")
+    assert list(harness.ours(provider, CPU)) == ["seemore-fast cpu"]
+    on_cuda = harness.ours(provider, torch.device("cuda"), instruction_sets=True)
+    assert list(on_cuda) == ["seemore-fast cuda", "seemore-fast triton"]
+    assert on_cuda["seemore-fast triton"] == "not here"
+    info |= {"available": ["reference"], "unavailable": {"cpu": "no compiler"}}
+    assert harness.ours(provider, CPU, instruction_sets=True) == {"seemore-fast cpu": "no compiler"}
+
+
+def test_backward_runs_alone_more_than_once_and_in_its_layout(harness):
+    calls = []
+
+    def function(x, gate):
+        calls.append(x)
+        return x * gate
+
+    tensors = harness.random_tensors(dict.fromkeys(["x", "gate", "upstream"], (1, 2, 3, 4)), torch.float64, CPU, 0)
+    before = dict(tensors)
+    harness.operator(scaled_sum, backward=True)(tensors)
+    assert tensors == before
+    run = harness.operator(function, backward=True, layout=torch.channels_last)(tensors)
+    for dx, dgate in (run(), run()):
+        torch.testing.assert_close(dx, tensors["upstream"] * tensors["gate"])
+        torch.testing.assert_close(dgate, tensors["upstream"] * tensors["x"])
+    assert len(calls) == 1
+    assert calls[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_operations_of_striped_conv(harness, monkeypatch):
+    monkeypatch.setitem(sys.modules, "harness", harness)
+    module = runpy.run_path(str(BENCHMARKS / "bench_striped_conv.py"))
+    forward, convolution = module["Setting"]((1, 2, 3, 4), taps=5), 2 * 5 * 24  # a multiply-add counts two
+    backward = forward._replace(backward=True)
+    settings = [forward, backward, backward._replace(gated=True), backward._replace(activation="gelu")]
+    counted = [module["operations"](setting) / convolution for setting in settings]
+    assert counted == [2, 5, 6, 6]
+
+
+# The command lines
+
+
+@pytest.fixture
+def bench(harness, monkeypatch, capsys):
+    """Run benchmarks/bench_<name>.py on tiny cases; return what it printed."""
+
+    def run(name, *arguments):
+        arguments = ["--device", "cpu", "--quick", "--runs", "1", *map(str, arguments)]
+        monkeypatch.setitem(sys.modules, "harness", harness)
+        monkeypatch.setattr(sys, "argv", [f"bench_{name}.py", *arguments])
+        runpy.run_path(str(BENCHMARKS / f"bench_{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def figures(path):
+    facts = json.loads(path.read_text())
+    assert facts.keys() >= {"device", "date", "commit", "uncommitted", "backend_info", "versions", "runs", "cases"}
+    return facts["cases"]
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_bench_model(bench, tmp_path, compiled):
+    printed = bench("model", "--results", tmp_path, "--compile" if compiled else "--no-compile")
+    cases = figures(next(tmp_path.glob("*/model.json")))
+    assert len(cases) == 2
+    for title, lines in cases.items():
+        assert title in printed
+        assert lines["seemore-fast"]["ms"] > 0
+        assert lines["seemore-fast"]["max_error"] < 1e-5
+        assert lines["reference eager"]["x_ours"] > 0
+        assert set(lines["published eager"]) & {"ms", "absent"}
+        assert ("reference torch.compile" in lines) == compiled
+
+
+def test_bench_striped_conv(bench, tmp_path):
+    bench("striped_conv", "--results", tmp_path, "--threads", 1)
+    cases = figures(next(tmp_path.glob("*/striped_conv.json")))
+    assert [title.split()[0] for title in cases] == ["forward"] * 3 + ["backward"] * 3
+    for lines in cases.values():
+        assert set(lines["seemore-fast cpu"]) & {"ms", "absent"}
+        for provider in ("torch eager", "torch eager channels_last"):
+            line = lines[provider]
+            assert min(line["ms"], line["gb_s"], line["gflop_s"]) > 0
+            assert line["max_error"] < 0.05
+        assert lines["clone"]["gb_s"] > 0
+        assert "max_error" not in lines["clone"]
+
+
+def test_a_partial_run_writes_only_where_it_is_told(bench):
+    results = {path: path.stat().st_mtime_ns for path in BENCHMARKS.glob("results/*/*")}
+    printed = bench("striped_conv", "--case", "K=3")
+    assert printed.count("torch eager channels_last") == 2
+    assert "figures in" not in printed
+    assert {path: path.stat().st_mtime_ns for path in BENCHMARKS.glob("results/*/*")} == results
+
+
+def test_a_case_that_does_not_exist_is_an_error(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench("striped_conv", "--case", "K=4")
+    assert "no case has 'K=4' in its title" in capsys.readouterr().err
+
+
+def test_ours_being_wrong_is_an_exit_status(harness, bench, monkeypatch, tmp_path):
+    wrong = harness.operator(lambda **tensors: tensors["x"])
+    monkeypatch.setattr(harness, "ours", lambda *arguments: {"seemore-fast cpu": wrong})
+    with pytest.raises(SystemExit, match="seemore-fast is wrong or fails"):
+        bench("striped_conv", "--case", "forward", "--results", tmp_path)
+    lines = next(iter(figures(next(tmp_path.glob("*/*.json"))).values()))
+    assert "errs by" in lines["seemore-fast cpu"]["wrong"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_without_a_gpu_it_says_so():
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device here")
-    command = [sys.executable, str(ROOT / "benchmarks/bench_model.py")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "bench_model.py"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)},
+    )
     assert done.returncode == 1
     assert "no CUDA device here" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,0 +1,274 @@
+"""What the benchmarks share: a check before any timing, providers that take turns, clocks, the table and the file.
+
+A provider is a function of one input set (tensors by name) that returns the call to time; what it does before it
+returns, another layout or an autograd graph, is not timed. A text in its place says why a provider is absent.
+"""
+
+import argparse
+import ctypes
+import json
+import math
+import platform
+import random
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._functorch import config as functorch_config
+
+import seemore_fast
+
+OURS = "seemore-fast"
+SERVES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # backend: type of the device that it is timed on
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+COLUMNS = {"ms": "10.3f", "x_ours": "8.2f", "gb_s": "8.1f", "gflop_s": "9.1f", "peak_mb": "9.0f", "max_error": "11.1e"}
+CPU_CACHE = 64 * 2**20  # torch does not tell: larger than most last levels
+WARM_UP, MAX_SETS = 3, 32
+
+InputSet = dict[str, Tensor]
+Provider = Callable[[InputSet], Callable[[], object]]
+
+
+@dataclass
+class Case:
+    """One table: what runs, on which inputs, and what the results should be.
+
+    A result may miss the truth by twice what eager PyTorch in the same dtype misses it by, plus `atol`, all relative to
+    the largest value of that result. Names of eager providers begin with `yardstick`; the worst of them counts.
+    A list of tensors within `truth`, as the gradients of a network, is one result. `bytes` has each tensor once.
+    """
+
+    providers: dict[str, Provider | str]
+    inputs: list[InputSet]
+    truth: list[Tensor | list[Tensor]]
+    yardstick: str
+    atol: float
+    bytes: int | None = None
+    operations: int | None = None
+    kernels_only: bool = True  # not the host's launches on CUDA, not fresh pages on the CPU
+
+
+def operator(function: Callable, backward: bool = False, layout: torch.memory_format | None = None) -> Provider:
+    """Return a provider of an operator's forward, or of its backward alone; for that input sets have "upstream"."""
+
+    def prepare(tensors: InputSet) -> Callable:
+        if layout:
+            tensors = {key: t.contiguous(memory_format=layout) if t.dim() == 4 else t for key, t in tensors.items()}
+        if not backward:
+            return torch.no_grad()(partial(function, **tensors))
+        tensors = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
+        upstream = tensors.pop("upstream").detach()
+        y, leaves = function(**tensors), [t for t in tensors.values() if t.requires_grad]
+        return partial(torch.autograd.grad, y, leaves, upstream, retain_graph=True)
+
+    return prepare
+
+
+def inside(context: Callable, provider: Provider) -> Provider:
+    """Return a provider that prepares and runs inside of `context()`."""
+
+    def run(function: Callable, *arguments):
+        with context():
+            return function(*arguments)
+
+    return lambda tensors: partial(run, run(provider, tensors))
+
+
+def ours(provider: Provider, device: torch.device, instruction_sets: bool = False) -> dict[str, Provider | str]:
+    """Return `provider` on each backend that serves `device` and, if asked, on each of the CPU's instruction sets."""
+    info, table = seemore_fast.backend_info(), {}
+    for backend in (name for name, kind in SERVES.items() if kind == device.type):
+        there = inside(partial(seemore_fast.use_backend, backend), provider)
+        table[f"{OURS} {backend}"] = info["unavailable"].get(backend, there)
+    if instruction_sets and callable(table.get(f"{OURS} cpu")):
+        for name in info["cpu"].get("instruction_sets", []):
+            table[f"{OURS} cpu {name}"] = inside(partial(instruction_set, name), table[f"{OURS} cpu"])
+    return table
+
+
+@contextmanager
+def instruction_set(name: str):
+    native = seemore_fast.native
+    before = native.instruction_set()
+    native.use_instruction_set(name)
+    try:
+        yield
+    finally:
+        native.use_instruction_set(before)
+
+
+def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device, seed: int) -> InputSet:
+    """Return normal tensors; weights are scaled so that results are near 1."""
+    generator = torch.Generator(device).manual_seed(seed)
+    scale = {name: math.prod(shape[1:]) ** -0.5 if name.startswith("weight") else 1 for name, shape in shapes.items()}
+    tensors = {name: torch.randn(shape, generator=generator, device=device) for name, shape in shapes.items()}
+    return {name: (scale[name] * t).to(dtype) for name, t in tensors.items()}
+
+
+def input_sets(make: Callable[[int], InputSet], device: torch.device) -> list[InputSet]:
+    """Return make(0), make(1), ..., over twice the last-level cache together: none is there from its last use."""
+    first = make(0)
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else CPU_CACHE
+    count = min(2 * cache // sum(t.nbytes for t in first.values()) + 1, MAX_SETS)
+    return [first, *map(make, range(1, count))]
+
+
+def operator_case(providers: dict, inputs: list, reference: Callable, backward: bool, operations: int) -> Case:
+    """Return the Case of one operator; its yardstick is "torch eager"."""
+    wide = {name: t.double().contiguous() if t.is_floating_point() else t for name, t in inputs[0].items()}
+    truth = as_list(operator(reference, backward)(wide)())
+    dtype = next(iter(inputs[0].values())).dtype
+    traffic = sum(t.nbytes for t in inputs[0].values()) + sum(t.numel() for t in truth) * dtype.itemsize
+    atol = max(torch.finfo(dtype).eps / 2, 1e-6)  # half a rounding step; in float32, another order of summation
+    return Case(providers, inputs, truth, "torch eager", atol, traffic, operations)
+
+
+def as_list(results: object) -> list:
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+def deviation(actual: Tensor | list[Tensor], exact: Tensor | list[Tensor]) -> float:
+    """Return the largest difference, relative to the largest exact value."""
+    actual, exact = (torch.cat([t.double().flatten() for t in as_list(tensors)]) for tensors in (actual, exact))
+    return (actual - exact).abs().max().item() / (exact.abs().max().item() or 1)
+
+
+def check(case: Case) -> tuple[dict, dict]:
+    """Return every provider's line of figures and, of those that are right, the calls, one per input set."""
+    lines, calls, allowed = {}, {}, [case.atol] * len(case.truth)
+    for name, provider in sorted(case.providers.items(), key=lambda item: not item[0].startswith(case.yardstick)):
+        if isinstance(provider, str):
+            lines[name] = {"absent": provider}
+            continue
+        try:
+            ready = [provider(tensors) for tensors in case.inputs]
+            errors = [deviation(*pair) for pair in zip(as_list(ready[0]()), case.truth, strict=True)]
+        except Exception as failure:  # a provider that breaks is a result, not the end of the benchmark
+            lines[name] = {"failed": f"{type(failure).__name__}: {failure}".splitlines()[0]}
+            continue
+        if name.startswith(case.yardstick) and all(map(math.isfinite, errors)):
+            allowed = [max(limit, case.atol + 2 * error) for limit, error in zip(allowed, errors, strict=True)]
+        # not <=: NaN is wrong, too
+        wrong = [f"result {i} errs by {e:.1e} > {allowed[i]:.1e}" for i, e in enumerate(errors) if not e <= allowed[i]]
+        lines[name] = {"wrong": "; ".join(wrong)} if wrong else {"max_error": max(errors)}
+        calls |= {} if wrong else {name: ready}
+    return {name: lines[name] for name in case.providers}, calls
+
+
+def keep_memory():
+    """Have glibc keep freed memory: results on fresh pages, which only some calls get, can take five times as long."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def run_case(case: Case, device: torch.device, runs: int) -> dict:
+    """Return every provider's line of figures: checked, then timed in turns; the median of `runs` counts."""
+    if case.kernels_only:
+        keep_memory()
+        functorch_config.donated_buffer = False  # lets a compiled backward run more than once on a graph
+    lines, calls = check(case)
+    work = dict.fromkeys(calls, (case.bytes, case.operations))
+    if case.bytes:  # what the machine reaches in the same minutes: copying the first tensor, multiplying matrices
+        firsts = [next(iter(tensors.values())) for tensors in case.inputs]
+        size = 64 if case.operations < 1e6 else 4096 if device.type == "cuda" else 1024
+        matrix = torch.rand(size, size, device=device)
+        calls |= {"clone": [t.clone for t in firsts], "matmul fp32": [partial(torch.mm, matrix, matrix)]}
+        work |= {"clone": (2 * firsts[0].nbytes, None), "matmul fp32": (None, 2 * size**3)}
+    times, peaks, shuffled = {name: [] for name in calls}, {}, random.Random(0)
+    # Each round has its own order, so that nobody always runs after the same other; each turn has the next inputs.
+    turns = [name for _ in range(WARM_UP + runs) for name in shuffled.sample(list(calls), len(calls))]
+    for turn, name in enumerate(turns):
+        milliseconds, peaks[name] = measure(calls[name][turn % len(calls[name])], device, case.kernels_only)
+        times[name].append(milliseconds)
+    times = {name: sorted(values[WARM_UP:]) for name, values in times.items()}
+    best = min((statistics.median(values) for name, values in times.items() if name.startswith(OURS)), default=None)
+    for name, values in times.items():
+        ms, (traffic, operations) = statistics.median(values), work[name]
+        ratio = ms / best if best and name != "matmul fp32" else None  # that one is other work
+        line = {"ms": ms, "ms_min": values[0], "ms_max": values[-1], "x_ours": ratio}
+        line |= {"gb_s": traffic and traffic / ms / 1e6, "gflop_s": operations and operations / ms / 1e6}
+        lines[name] = lines.get(name, {}) | line | {"peak_mb": peaks[name]}
+    return lines
+
+
+def measure(call: Callable, device: torch.device, kernels_only: bool) -> tuple[float, float | None]:
+    """Return milliseconds of one call and, on CUDA, how many MB it added to those in use at most."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        kept = call()  # noqa: F841 - freed after the clock has stopped
+        return 1000 * (time.perf_counter() - start), None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if kernels_only:
+        torch.cuda._sleep(1_000_000)  # half a millisecond or so, in which the host queues what follows
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end), (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def print_table(title: str, lines: dict):
+    widths = {key: int(form.split(".")[0]) for key, form in COLUMNS.items()}
+    print(f"\n{title}\n{'':30}" + "".join(f"{key:>{width}}" for key, width in widths.items()))
+    for name, line in lines.items():
+        reason = next((f"  {key}: {line[key]}" for key in ("absent", "failed", "wrong") if key in line), None)
+        cells = (" " * widths[key] if line.get(key) is None else f"{line[key]:{form}}" for key, form in COLUMNS.items())
+        print(f"  {name:28}" + (reason or "".join(cells)))
+
+
+def main(name: str, description: str, cases: dict[str, dict], build: Callable, compiled: bool = False):
+    """Run the command line: build(cases["quick" | "cpu" | "cuda"][title], device, options) makes each Case."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny cases, to see that it runs")
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--case", default="", help="run only the cases with this text in their titles")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=compiled, help="time torch.compile")
+    parser.add_argument("--instruction-sets", action="store_true", help="time each one that the CPU library has")
+    parser.add_argument("--results", type=Path, help="folder to write to (by default, only a complete run writes)")
+    options = parser.parse_args()
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit("torch finds no CUDA device here: run with --device cpu --quick to try the benchmark itself")
+    device, results = torch.device(options.device), {}
+    torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    chosen = {t: s for t, s in cases["quick" if options.quick else device.type].items() if options.case in t}
+    if not chosen:
+        parser.error(f"no case has {options.case!r} in its title")
+    for title, setting in chosen.items():
+        if options.compile:
+            torch.compiler.reset()  # else code of an earlier case is compiled for dynamic shapes, or no more
+        results[title] = run_case(build(setting, device, options), device, options.runs)
+        print_table(title, results[title])
+    shell = partial(subprocess.run, shell=True, capture_output=True, text=True, cwd=Path(__file__).parent)
+    facts = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "commit": shell("git rev-parse HEAD").stdout.strip() or None,
+        "uncommitted": shell("git status --porcelain -- .. :!results").stdout.splitlines(),
+        "backend_info": seemore_fast.backend_info(),
+        "versions": {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
+        "runs": options.runs,
+        "cases": results,
+    }
+    if options.results or not (options.quick or options.case):
+        folder = re.sub(r"[^A-Za-z0-9]+", "-", facts["device"]).strip("-").lower()
+        path = (options.results or Path(__file__).parent / "results") / folder / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(facts, indent=2) + "\n")
+        print(f"\nfigures in {path}")
+    bad = [key for lines in results.values() for key in lines if {"wrong", "failed"} & set(lines[key])]
+    if any(key.startswith(OURS) for key in bad):
+        raise SystemExit("seemore-fast is wrong or fails: see above")
