@@ -73,10 +73,14 @@ class use_backend:
         _chosen = self._previous
 
 
-@torch.compiler.assume_constant_result
 def why_not(backend: str) -> str | None:
     """Return None for a backend that can be used, else the reason why not. Libraries are loaded at the first call."""
     return _why_not(backend)
+
+
+# torch.compiler.assume_constant_result, which would import all of torch's compiler here: torch.compile takes the
+# answer as it is instead of tracing how a library is loaded.
+why_not._dynamo_marked_constant = True
 
 
 @functools.cache

@@ -1,0 +1,198 @@
+"""Triton kernels compiled ahead of time: legal, without spills and within shared memory, for GPUs that are not here.
+
+Their numbers are tested by the operators' own tests, with the backend "triton" and TRITON_INTERPRET=1. With that set
+nothing compiles; so this file, run as a program, compiles in a process of its own.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from seemore_fast.kernels.launch import Launch, Resources, parse_resources
+
+from seemore_fast import kernels
+
+SHARED = 99 * 1024  # bytes that a block can have on every architecture
+IMAGES = {  # (B, C, H, W) and memory format
+    "aligned": ((2, 36, 64, 64), torch.contiguous_format),
+    "odd": ((1, 5, 45, 77), torch.contiguous_format),
+    "channels_last": ((2, 36, 64, 64), torch.channels_last),
+    "wide index": ((2**16, 2, 2**15, 2), torch.contiguous_format),  # more than 2**31 lines; on the meta device
+}
+QUICK = [(80, "float32"), (90, "bfloat16"), (100, "bfloat16"), (120, "float32")]
+ALL = [(capability, dtype) for capability in (80, 90, 100, 120) for dtype in ("float32", "bfloat16", "float16")]
+SLOW = [
+    *[(*target, "aligned") for target in ALL if target not in QUICK],
+    *[(90, "float64", image) for image in IMAGES],
+    *[(80, "bfloat16", image) for image in IMAGES if image != "aligned"],
+]
+
+CUOBJDUMP = """
+Fatbin elf code:
+================
+arch = sm_80
+host = linux
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _Z1kILi64EEvPfi:
+  REG:24 STACK:448 SHARED:256 LOCAL:0 CONSTANT[0]:364 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _Z1kILi32EEvPfi:
+  REG:31 STACK:0 SHARED:128 LOCAL:8 CONSTANT[0]:364 TEXTURE:0 SURFACE:0 SAMPLER:0
+
+Fatbin ptx code:
+================
+arch = sm_90
+
+Fatbin elf code:
+================
+arch = sm_90
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _Z1kILi64EEvPfi:
+  REG:31 STACK:0 SHARED:1280 LOCAL:0 CONSTANT[0]:540 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+
+# In a process of its own
+
+
+def launches(dtype: str, image: str) -> dict[str, Launch]:
+    """Return the launches of all operators' kernels by name, each specialization once."""
+    size, memory_format = IMAGES[image]
+    x = torch.empty(size, dtype=getattr(torch, dtype), device="meta", memory_format=memory_format)
+    found = {}
+    for operator in operators():
+        for name, launch in importlib.import_module(f"seemore_fast.kernels.{operator}").specializations(x):
+            key = repr((launch.kernel.__name__, launch.specialization(), launch.options))
+            found.setdefault(key, (f"{operator} {name}: {launch.kernel.__name__}", launch))
+    return dict(found.values())
+
+
+def compile_all(capability: int, dtype: str, image: str) -> dict[str, dict]:
+    return {name: compiled(launch, capability) for name, launch in launches(dtype, image).items()}
+
+
+def compiled(launch: Launch, capability: int) -> dict:
+    code = launch.compile_for(capability)
+    loads, stores = (len(re.findall(rf"\b{word}\.global[\w.:]*\.v4\.", code.ptx)) for word in ("ld", "st"))
+    return code.resources()._asdict() | {"loads of 16 bytes": loads, "stores of 16 bytes": stores}
+
+
+def compile_with_few_registers() -> dict:
+    launch = launches("float32", "aligned")["striped_conv forward 0 gelu gated: convolve"]
+    return compiled(dataclasses.replace(launch, options=launch.options | {"maxnreg": 24}), 90)
+
+
+def unlike_jit() -> list[str]:
+    """Return the launches that Triton would specialize otherwise than we do, by its own functions (not public)."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    unlike = []
+    for image in IMAGES:
+        for name, launch in launches("bfloat16", image).items():
+            arguments = launch.arguments | launch.options | {"debug": False}
+            bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+            packed = launch.kernel._pack_args(backend, arguments, *bind(**arguments))
+            signature, constexprs, attrs = packed[1:]
+            theirs = dict(signature=signature, constexprs=constexprs, attrs={k: v for k, v in attrs.items() if v})
+            if theirs != launch.specialization():
+                unlike.append(f"{name}, {image}: {theirs}, ours {launch.specialization()}")
+    return unlike
+
+
+if __name__ == "__main__":
+    function, *arguments = json.loads(sys.argv[1])
+    print(json.dumps(globals()[function](*arguments)))
+    sys.exit()
+
+
+# Tests
+
+
+def operators() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(kernels.__path__) if module.name != "launch"]
+
+
+def without_interpreter(*call):
+    """Return what `call`, the name of a function above and its arguments, gives where TRITON_INTERPRET is not set."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, json.dumps(call)]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)
+
+
+@pytest.fixture(scope="module")
+def quick() -> dict[tuple[int, str], dict[str, dict]]:
+    """What the kernels take on each of QUICK: one process per architecture, as many at a time as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(lambda target: without_interpreter("compile_all", *target, "aligned"), QUICK)
+        return dict(zip(QUICK, results, strict=True))
+
+
+def assert_fits(kernels: dict[str, dict]):
+    assert {name.split()[0] for name in kernels} == set(operators())
+    for name, takes in kernels.items():
+        assert 0 < takes["registers"] <= 255, name
+        assert takes["local"] == 0, f"{name} spills: {takes}"
+        assert takes["shared"] <= SHARED, f"{name}: {takes}"
+    # Sums over all threads of a program go through shared memory: it is seen if it is there.
+    assert any(takes["shared"] > 0 for takes in kernels.values())
+
+
+@pytest.mark.parametrize("target", QUICK, ids=lambda target: "sm_{}-{}".format(*target))
+def test_kernels_compile_and_fit(quick, target):
+    assert_fits(quick[target])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", SLOW, ids=lambda target: "sm_{}-{}-{}".format(*target))
+def test_more_kernels_compile_and_fit(target):
+    assert_fits(without_interpreter("compile_all", *target))
+
+
+@pytest.mark.parametrize("target", QUICK, ids=lambda target: "sm_{}-{}".format(*target))
+def test_aligned_images_are_read_and_written_16_bytes_at_a_time(quick, target):
+    convolutions = {name: takes for name, takes in quick[target].items() if name.startswith("striped_conv forward")}
+    assert len(convolutions) >= 2  # row and column
+    for name, takes in convolutions.items():
+        assert takes["loads of 16 bytes"] > 0 and takes["stores of 16 bytes"] > 0, name
+
+
+def test_spills_are_seen():
+    takes = without_interpreter("compile_with_few_registers")
+    assert takes["registers"] <= 24 and takes["local"] > 0
+
+
+def test_what_compiles_is_what_a_launch_would_compile():
+    assert without_interpreter("unlike_jit") == []
+
+
+def test_resources_of_a_library():
+    assert parse_resources(CUOBJDUMP) == {
+        "sm_80": {"_Z1kILi64EEvPfi": Resources(24, 448, 256), "_Z1kILi32EEvPfi": Resources(31, 8, 128)},
+        "sm_90": {"_Z1kILi64EEvPfi": Resources(31, 0, 1280)},
+    }
+
+
+def test_interpreted_kernels_do_not_compile():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        Launch(kernel=print, programs=1, arguments={}).compile_for(90)
