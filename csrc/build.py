@@ -25,7 +25,7 @@ rule cxx
   depfile = $out.d
   deps = gcc
 rule nvcc
-  command = $nvcc $nvccflags -Xptxas -v -MD -MF $out.d -c $in -o $out 2> $out.ptxas || (cat $out.ptxas; false)
+  command = $nvcc $nvccflags -MD -MF $out.d -c $in -o $out 2> $out.ptxas || (cat $out.ptxas; false)
   depfile = $out.d
   deps = gcc
 rule link
@@ -42,7 +42,10 @@ class Missing(Exception):
 
 
 def output_of(*command) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise Missing(f"{shlex.join(command)} fails: {done.stderr.strip() or done.returncode}")
+    return done.stdout
 
 
 def find_toolchain() -> dict:
@@ -126,7 +129,8 @@ def build(folder: Path, toolchain: dict, cuda: dict | None) -> dict[str, Path]:
     if cuda:
         architectures = " ".join(cuda["architectures"].values())
         lines.append(f"nvcc = {cuda['nvcc']}")
-        lines.append(f"nvccflags = -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -I{CSRC} {architectures}")
+        lines.append(f"nvccflags = -std=c++17 -O3 --threads 4 -Xptxas -v -I{CSRC} {architectures} $")
+        lines.append("  -Xcompiler -fPIC,-fvisibility=hidden")
     lines.append(RULES)
 
     def compile(source, name: str, flags: str) -> str:
@@ -158,7 +162,9 @@ def build(folder: Path, toolchain: dict, cuda: dict | None) -> dict[str, Path]:
         lines.append(f"build ptxas.inc: embed {' '.join(f'{name}.ptxas' for name in kernels)}")
         objects += kernels
         lines.append(f"build libtorch_cuda.so: stub {CSRC}/cuda/libtorch_cuda_stub.c")
-        flags = f"-L{torch}/lib -ltorch_cpu {cuda['libraries']} -lcudart_static -lrt -lpthread -ldl"
+        flags = (
+            f"-L{torch}/lib -ltorch_cpu {cuda['libraries']} -lcudart_static -lrt -lpthread -ldl -Wl,--exclude-libs,ALL"
+        )
         link("libseemore_cuda", [*objects, "libtorch_cuda.so"], flags)
 
     if toolchain["has_python_headers"]:

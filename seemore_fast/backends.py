@@ -17,14 +17,16 @@ ALL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class Kernel(NamedTuple):
-    """A backend that has an operator: on which devices, for which dtypes, and from how many elements of x on.
+    """A backend that has an operator: on which devices, for which dtypes and kernel sizes, from which size of x on.
 
-    Below `least`, ``"auto"`` takes the reference, which has less overhead (measured: benchmarks/bench_<op>.py).
+    For fewer than `least` elements ``"auto"`` takes the reference, which has less overhead (measured:
+    benchmarks/bench_<op>.py).
     """
 
     backend: str
     device: str
     dtypes: tuple[torch.dtype, ...] = ALL
+    most_taps: int = 2**31
     least: int = 0
 
 
@@ -32,7 +34,7 @@ class Kernel(NamedTuple):
 KERNELS = {
     "striped_conv": [
         Kernel("cpu", "cpu", (torch.float32, torch.float64, torch.bfloat16)),
-        Kernel("cuda", "cuda"),
+        Kernel("cuda", "cuda", most_taps=31),
         Kernel("triton", "cuda"),
     ],
 }
@@ -101,23 +103,31 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def choose(operator: str, x: Tensor) -> str:
-    """Return the backend that computes `operator` (its stem) for `x` now."""
+def choose(operator: str, x: Tensor, taps: int = 1) -> str:
+    """Return the backend that computes `operator` (its stem) for `x`, with a kernel of `taps`, now."""
     # Exported and traced graphs are for machines without this package: plain operators only.
     if _chosen == "reference" or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "reference"
-    return _serving(operator, x, _chosen)
-
-
-def _serving(operator: str, x: Tensor, chosen: str) -> str:
-    for backend, device, dtypes, least in KERNELS.get(operator, ()):
-        at_home = x.device.type == device or (chosen == backend == "triton" and interpreted())
-        if chosen in ("auto", backend) and at_home and x.dtype in dtypes and why_not(backend) is None:
-            # A compiled graph may be for all sizes.
-            if chosen == "auto" and not torch.compiler.is_compiling() and x.numel() < least:
-                continue
-            return backend
+    for kernel in _serving(operator, x, taps):
+        if kernel.backend == _chosen:
+            return kernel.backend
+        # A compiled graph may be for all sizes.
+        large = torch.compiler.is_compiling() or x.numel() >= kernel.least
+        if _chosen == "auto" and large and kernel.device == x.device.type:
+            return kernel.backend
     return "reference"
+
+
+def _serving(operator: str, x: Tensor, taps: int) -> list[Kernel]:
+    """Return the kernels that can compute `operator` for `x`, Triton's in the interpreter among them."""
+    return [
+        kernel
+        for kernel in KERNELS.get(operator, ())
+        if (kernel.device == x.device.type or (kernel.backend == "triton" and interpreted()))
+        and x.dtype in kernel.dtypes
+        and taps <= kernel.most_taps
+        and why_not(kernel.backend) is None
+    ]
 
 
 def chosen_backend(device: str | torch.device = "cpu") -> str:
@@ -129,14 +139,13 @@ def chosen_backend(device: str | torch.device = "cpu") -> str:
     return next(usable, "reference")
 
 
-def kernel(operator: str, x: Tensor, part: str = "") -> Callable:
-    """Return the function of the backend that computes `operator` for `x`; `part` is, say, ``"_backward"``.
+def kernel_for(operator: str, x: Tensor, taps: int = 1, part: str = "") -> Callable:
+    """Return the function of the kernel that computes `operator` for `x`; `part` is, say, ``"_backward"``.
 
-    Where the reference is chosen by now, a backward whose forward a kernel computed still runs on a kernel.
+    A backward whose forward a kernel computed runs on a kernel, whatever is chosen by then.
     """
-    backend = _serving(operator, x, _chosen)
-    if backend == "reference":
-        backend = next(k.backend for k in KERNELS[operator] if k.device == x.device.type and not why_not(k.backend))
+    serving = _serving(operator, x, taps)
+    backend = next((kernel.backend for kernel in serving if kernel.backend == _chosen), serving[0].backend)
     return getattr(_functions(backend, operator), operator + part)
 
 

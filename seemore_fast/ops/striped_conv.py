@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import choose, kernel
+from ..backends import choose, kernel_for
 from .checks import check_choice, check_odd, check_tensors
 from .library import cast_for_autocast, define, differentiate
 
@@ -38,7 +38,7 @@ def striped_conv(
     )
     check_odd("striped_conv", "weight_row", sizes["K"])
     check_choice("striped_conv", "activation", activation, (None, "gelu"))
-    if choose("striped_conv", x) == "reference":
+    if choose("striped_conv", x, sizes["K"]) == "reference":
         return reference.striped_conv(x, weight_row, bias_row, weight_col, bias_col, activation=activation, gate=gate)
     return torch.ops.seemore_fast.striped_conv(x, weight_row, bias_row, weight_col, bias_col, activation, gate)
 
@@ -46,7 +46,7 @@ def striped_conv(
 def _forward(x, weight_row, bias_row, weight_col, bias_col, activation, gate):
     y = torch.empty_like(x)
     parameters = (p.contiguous() for p in (weight_row, bias_row, weight_col, bias_col))
-    kernel("striped_conv", x)(y, x, *parameters, activation, gate)
+    kernel_for("striped_conv", x, weight_row.shape[3])(y, x, *parameters, activation, gate)
     return y
 
 
@@ -60,9 +60,9 @@ def _backward(dy, x, weight_row, bias_row, weight_col, bias_col, activation, gat
     dx = torch.empty_like(x)
     dgate = x.new_empty(0) if gate is None else torch.empty_like(gate)
     parameters = (p.contiguous() for p in (weight_row, bias_row, weight_col, bias_col))
-    run = kernel("striped_conv", x, "_backward")
-    sums = run(dx, None if gate is None else dgate, dy, x, *parameters, activation, gate).sum(0).to(x.dtype)
     taps = weight_row.shape[3]
+    run = kernel_for("striped_conv", x, taps, "_backward")
+    sums = run(dx, None if gate is None else dgate, dy, x, *parameters, activation, gate).sum(0).to(x.dtype)
     dweight_row, dbias_row, dweight_col, dbias_col = (part.clone() for part in sums.split((taps, 1, taps, 1), dim=1))
     return dx, dweight_row[:, None, None], dbias_row[:, 0], dweight_col[:, None, :, None], dbias_col[:, 0], dgate
 
