@@ -4,7 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 METADATA := pyproject.toml setup.py constraints.txt
+SOURCES := $(shell find csrc -type f -not -name '*.pyc')
 INTEGRATIONS := .venv-integrations
+NEWEST := .venv-newest
 
 .PHONY: demo test test-all lint format gpu-check clean
 
@@ -14,7 +16,7 @@ demo: $(VENV)/.runs
 test: $(VENV)/.tests
 	$(BIN)/python -m pytest -q
 
-test-all: $(VENV)/.tests $(INTEGRATIONS)/.tests
+test-all: $(VENV)/.tests $(INTEGRATIONS)/.tests $(NEWEST)/.tests
 	$(BIN)/python -m pytest -q -m "slow or not slow"
 	$(INTEGRATIONS)/bin/python -m pytest -q -m slow tests/test_integrations.py
 
@@ -34,13 +36,13 @@ gpu-check:
 	PYTHONPATH=. $(PYTHON) benchmarks/bench_model.py --device cuda
 
 clean:
-	rm -rf $(VENV) $(INTEGRATIONS) build dist demo_output *.egg-info
+	rm -rf $(VENV) $(INTEGRATIONS) $(NEWEST) build dist demo_output *.egg-info seemore_fast/*.so
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.runs: $(METADATA) | $(VENV)/bin/python
-	$(PIP) torch setuptools
+$(VENV)/.runs: $(METADATA) $(SOURCES) | $(VENV)/bin/python
+	$(PIP) torch setuptools ninja pybind11
 	$(PIP) --no-build-isolation -e .
 	touch $@
 
@@ -51,6 +53,12 @@ $(VENV)/.tests: $(VENV)/.runs
 
 $(VENV)/.lints: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) ruff clang-format
+	touch $@
+
+# The libraries built with the torch of constraints.txt are tested in the newest one, too (several GB).
+$(NEWEST)/.tests: pyproject.toml
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet torch numpy pillow safetensors tqdm pytest
 	touch $@
 
 # BasicSR and spandrel want torchvision and old habits: an environment of their own.

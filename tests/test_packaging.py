@@ -1,5 +1,8 @@
 """The built sdist and wheel, each installed where nothing of the tree can be imported."""
 
+import json
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -7,13 +10,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 
 
-def run(*command, cwd):
-    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True)
+def run(*command, cwd, env=None):
+    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -22,41 +26,54 @@ def run(*command, cwd):
 def archives(tmp_path_factory):
     """Return (sdist, wheel); the wheel is built of the sdist, so the sdist is whole."""
     folder = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--outdir", folder, ROOT, cwd=folder)
+    one_architecture = {**os.environ, "TORCH_CUDA_ARCH_LIST": "8.0+PTX"}
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder, env=one_architecture)
     return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
+
+
+def names_in(wheel):
+    return zipfile.ZipFile(wheel).namelist()
 
 
 def test_contents(archives):
     sdist, wheel = archives
-    in_wheel = zipfile.ZipFile(wheel).namelist()
     for name in (
         "weights/seemore_t_x2.safetensors",
         "weights/seemore_t_x2.md",
         "demo/chelsea.png",
         "kernels/__init__.py",
+        "kernels/striped_conv.py",
+        "libseemore_cpu.so",
     ):
-        assert f"seemore_fast/{name}" in in_wheel
-    assert {name.split("/")[0].split("-")[0] for name in in_wheel} == {"seemore_fast"}, "no other top-level module"
+        assert f"seemore_fast/{name}" in names_in(wheel)
+    assert ("seemore_fast/libseemore_cuda.so" in names_in(wheel)) == bool(shutil.which("nvcc"))
+    assert "linux" in wheel.name
+    assert {name.split("/")[0].split("-")[0] for name in names_in(wheel)} == {"seemore_fast"}, "no other module"
     assert sum(info.compress_size for info in zipfile.ZipFile(wheel).infolist()) < 5e6
     with tarfile.open(sdist) as archive:
         in_sdist = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"kernels/__init__.py", "csrc/README.md", "tests/conftest.py", "Makefile", "LICENSE", "NOTICE"} <= in_sdist
+    wanted = {"kernels/__init__.py", "csrc/build.py", "csrc/views.h", "csrc/cpu/simd.h", "csrc/cuda/striped_conv.cu"}
+    assert wanted | {"tests/conftest.py", "Makefile", "LICENSE", "NOTICE"} <= in_sdist
+    assert not any(name.endswith((".so", ".o")) for name in in_sdist)
 
 
-@pytest.fixture(scope="module")
-def installed(archives, tmp_path_factory):
+def install(wheel, folder):
     """Return the Python of a fresh virtual environment with the wheel; torch and the rest come from this one."""
-    folder = tmp_path_factory.mktemp("venv")
     run(sys.executable, "-m", "venv", folder, cwd=folder)
     python = folder / "bin" / "python"
     here = run(
         sys.executable, "-c", "import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])", cwd=folder
     )
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])", cwd=folder)
-    run(python, "-m", "pip", "install", "--no-deps", archives[1], cwd=folder)
+    run(python, "-m", "pip", "install", "--no-deps", wheel, cwd=folder)
     # Only now, and behind the new environment's own packages; editable installs of `here` do not come along.
     Path(site.strip(), "dependencies.pth").write_text(here)
     return python
+
+
+@pytest.fixture(scope="module")
+def installed(archives, tmp_path_factory):
+    return install(archives[1], tmp_path_factory.mktemp("venv"))
 
 
 def test_the_installed_wheel_works(installed, tmp_path):
@@ -77,5 +94,99 @@ def test_the_installed_wheel_works(installed, tmp_path):
 def test_the_suite_passes_on_the_installed_wheel(installed, tmp_path):
     """The tests are copied out of the tree, so that `seemore_fast` can only be the installed one."""
     run("cp", "-r", ROOT / "tests", tmp_path, cwd=tmp_path)
-    files = [f"tests/test_{stem}.py" for stem in ("model", "checkpoint", "cli", "image_files", "upscaler")]
-    assert " passed" in run(installed, "-m", "pytest", "-q", "-x", "-m", "not slow", *files, cwd=tmp_path)
+    stems = "model", "checkpoint", "cli", "image_files", "upscaler", "striped_conv", "backends"
+    files = [f"tests/test_{stem}.py" for stem in stems]
+    options = "-q", "-x", "-m", "not slow", "-k", "not triton and not cuda_host"  # those need the tree's csrc/
+    assert " passed" in run(installed, "-m", "pytest", *options, *files, cwd=tmp_path)
+
+
+FACTS = (
+    "import json, torch, seemore_fast; info = seemore_fast.backend_info(); "
+    "y = seemore_fast.load_model('seemore_t_x2')(torch.full((1, 3, 20, 24), 0.5)); "
+    "print(json.dumps([info['available'], info['unavailable'], list(y.shape)]))"
+)
+
+
+def facts(python, folder):
+    return json.loads(run(python, "-c", FACTS, cwd=folder).splitlines()[-1])
+
+
+def test_the_installed_wheel_has_the_native_libraries(installed, tmp_path):
+    available, unavailable, shape = facts(installed, tmp_path)
+    assert available[:2] == ["reference", "cpu"]
+    assert "was not built" not in unavailable.get("cuda", "was not built" if shutil.which("nvcc") else "")
+    assert shape == [1, 3, 40, 48]
+
+
+@pytest.mark.parametrize("library", ["libseemore_cpu.so", "_C*.so"])
+def test_a_broken_library_does_not_stop_the_package(archives, tmp_path, library):
+    python = install(archives[1], tmp_path)
+    (path,) = tmp_path.glob(f"lib/*/site-packages/seemore_fast/{library}")
+    path.write_bytes(b"foreign")
+    available, unavailable, shape = facts(python, tmp_path)
+    assert shape == [1, 3, 40, 48]
+    if library == "libseemore_cpu.so":
+        assert available == ["reference"]
+        assert "libseemore_cpu.so does not load in torch" in unavailable["cpu"]
+    else:
+        assert available[:2] == ["reference", "cpu"]
+
+
+def build_wheel(folder, *options, path=None, **environment):
+    """Build from a copy of the tree without nvcc on PATH or, with `path`, with only the programs linked there."""
+    source = folder / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info", "__pycache__", "tests")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    tools = folder / "bin"
+    tools.mkdir()
+    for tool in path or ():
+        (tools / tool).symlink_to(shutil.which(tool))
+    hidden = {"CUDA_HOME", "CUDA_PATH", "CXX", "SEEMORE_FAST_NATIVE", "SEEMORE_FAST_CUDA"}
+    env = {key: value for key, value in os.environ.items() if key not in hidden}
+    env |= {"PATH": str(tools), **environment}
+    command = "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", folder, *options, source
+    return run(sys.executable, *command, cwd=folder, env=env), next(folder.glob("*.whl"))
+
+
+COMPILER = "g++", "gcc", "as", "ld", "sh"
+
+
+def test_with_nvcc_hidden_the_cpu_library_is_built_alone(tmp_path):
+    printed, wheel = build_wheel(tmp_path, path=COMPILER)
+    assert "the CUDA library is left out: there is no nvcc" in printed
+    assert "seemore_fast/libseemore_cpu.so" in names_in(wheel)
+    assert "seemore_fast/libseemore_cuda.so" not in names_in(wheel)
+
+
+@pytest.mark.parametrize("case", ["no compiler", "switched off"])
+def test_a_pure_wheel_works(tmp_path, case):
+    if case == "no compiler":
+        printed, wheel = build_wheel(tmp_path)
+        assert "the native libraries are left out: there is no C++ compiler" in printed
+    else:
+        printed, wheel = build_wheel(tmp_path, path=COMPILER, SEEMORE_FAST_NATIVE="0")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not any(name.endswith(".so") for name in names_in(wheel))
+    environment = tmp_path / "environment"
+    environment.mkdir()
+    available, unavailable, shape = facts(install(wheel, environment), tmp_path)
+    assert (available, shape) == (["reference"], [1, 3, 40, 48])
+    assert "was not built" in unavailable["cpu"]
+
+
+def test_the_same_wheel_works_in_the_newest_torch(archives, tmp_path):
+    """`make test-all` makes the environment; the wheel was built with the torch of this one."""
+    python = Path(os.environ.get("SEEMORE_FAST_NEWEST", ROOT / ".venv-newest"), "bin", "python")
+    if not python.exists():
+        pytest.skip("no environment with the newest torch: `make test-all` makes one")
+    run(python, "-m", "pip", "install", "--no-deps", "--force-reinstall", archives[1], cwd=tmp_path)
+    newest = run(python, "-c", "import torch; print(torch.__version__)", cwd=tmp_path).strip()
+    assert newest != torch.__version__
+    available, unavailable, shape = facts(python, tmp_path)
+    assert available[:2] == ["reference", "cpu"]
+    assert shape == [1, 3, 40, 48]
+    if "cuda" not in available:  # loaded, then found no GPU
+        assert unavailable["cuda"] == "torch finds no usable NVIDIA GPU"
+    run("cp", "-r", ROOT / "tests", tmp_path, cwd=tmp_path)
+    options = "-q", "-x", "-k", "not triton and not cuda_host", "tests/test_striped_conv.py"
+    assert " passed" in run(python, "-m", "pytest", *options, cwd=tmp_path)
