@@ -70,16 +70,16 @@ void striped_conv(Tensor y, Tensor x, Tensor weight_row, Tensor bias_row, Tensor
 }
 
 Tensor striped_conv_backward(Tensor dx, std::optional<Tensor> dgate, Tensor dy, Tensor x, Tensor weight_row,
-                             Tensor bias_row, Tensor weight_col, Tensor bias_col,
-                             std::optional<std::string> activation, std::optional<Tensor> gate) {
+                             Tensor bias_row, Tensor weight_col, Tensor bias_col, std::optional<std::string> activation,
+                             std::optional<Tensor> gate) {
   const OnDevice device(x);
   const auto inputs = striped_conv_inputs(x, weight_row, bias_row, weight_col, bias_col, activation, gate);
   const auto workspace = seemore::striped_conv_workspace(inputs);
   const auto partial =
       torch::stable::new_empty(x, {workspace.parts, x.size(1), 2 * inputs.taps + 2}, accumulation_type(x));
   const auto scratch = torch::stable::new_empty(x, {workspace.scratch}, accumulation_type(x));
-  const seemore::StripedConvGradients gradients{image(dy),           image(dx),           image(dgate),
-                                                partial.data_ptr(), scratch.data_ptr()};
+  const seemore::StripedConvGradients gradients{image(dy), image(dx), image(dgate), partial.data_ptr(),
+                                                scratch.data_ptr()};
   seemore::striped_conv_backward(inputs, gradients, device.stream);
   return partial;
 }

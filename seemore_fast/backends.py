@@ -103,10 +103,17 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def is_plain() -> bool:
+    """Tell whether nothing but the reference may run now.
+
+    Exported and traced graphs are for machines without this package: plain operators only.
+    """
+    return _chosen == "reference" or torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def choose(operator: str, x: Tensor, taps: int = 1) -> str:
     """Return the backend that computes `operator` (its stem) for `x`, with a kernel of `taps`, now."""
-    # Exported and traced graphs are for machines without this package: plain operators only.
-    if _chosen == "reference" or torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if is_plain():
         return "reference"
     for kernel in _serving(operator, x, taps):
         if kernel.backend == _chosen:

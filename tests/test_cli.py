@@ -13,6 +13,7 @@ from conftest import SMALL, pixels
 from PIL import Image
 
 from seemore_fast import SeemoRe, Upscaler
+from seemore_fast.backends import chosen_backend
 from seemore_fast.cli import main
 
 
@@ -20,7 +21,7 @@ def test_result_is_the_upscalers(photos, upscale, weights):
     status, printed = upscale(photos / "photo.png", "-o", photos / "big.png")
     assert status == 0
     assert "1 of 1 upscaled 2 times" in printed
-    assert "backend reference" in printed
+    assert f"backend {chosen_backend()}" in printed
     expected = Upscaler(weights, device="cpu")(pixels(3))
     np.testing.assert_array_equal(np.asarray(Image.open(photos / "big.png")), expected)
 
@@ -156,7 +157,7 @@ def test_an_assumption_about_the_model_is_said(photos, upscale):
 def test_info_is_json(capsys):
     assert main(["info"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["backend"] == "reference"
+    assert facts["backend"] == "auto"
     assert "seemore_t_x2" in facts["models"]
 
 

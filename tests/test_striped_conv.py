@@ -31,6 +31,15 @@ def test_values(backend, device, shape, taps):
     kit.assert_close_to_naive(backend, striped_conv, naive_striped_conv, tensors, activation="gelu")
 
 
+@kit.each_kernel("striped_conv")
+@pytest.mark.parametrize(
+    "shape, layout", [((1, 1, 530, 3), None), ((1, 1, 2, 1060), None), ((1, 70, 3, 150), "channels_last")]
+)
+def test_more_than_one_tile(backend, device, shape, layout):
+    """Bands of 256 lines, columns of 1024 (64 where channels lie side by side), 64 channels: the CPU's tiles."""
+    kit.assert_close_to_naive(backend, striped_conv, naive_striped_conv, tensors_of(device, shape, 7), layout)
+
+
 @kit.each_backend("striped_conv")
 @each_option
 def test_options(backend, device, activation, gated):

@@ -81,9 +81,7 @@ void throw_in_parallel(int64_t count, int64_t at) {
 
 }  // namespace
 
-void striped_conv(const StripedConv& inputs, const Image& y, void* stream) {
-  chosen->striped_conv(inputs, y, stream);
-}
+void striped_conv(const StripedConv& inputs, const Image& y, void* stream) { chosen->striped_conv(inputs, y, stream); }
 
 StripedConvWorkspace striped_conv_workspace(const StripedConv& inputs) {
   return chosen->striped_conv_workspace(inputs);

@@ -17,7 +17,7 @@ class Rows {
  public:
   Rows(int64_t count, int64_t length)
       : stride_(round_up(length, kLanes<A>) + kLanes<A>),
-        data_(static_cast<A*>(::operator new(count* stride_ * sizeof(A), std::align_val_t{64}))) {
+        data_(static_cast<A*>(::operator new(count * stride_ * sizeof(A), std::align_val_t{64}))) {
     std::memset(data_, 0, count * stride_ * sizeof(A));
   }
   ~Rows() { ::operator delete(data_, std::align_val_t{64}); }
@@ -31,7 +31,7 @@ class Rows {
   A* data_;
 };
 
-// The last `count` rows of a stream: window[0] is the oldest. At most `kMost`, but for the heap beyond.
+// The last `count` rows of a stream: window[0] is the oldest.
 template <class A>
 class Window {
  public:
@@ -103,7 +103,8 @@ inline void load_rows(A* out, const Image& image, const Size& size, const Place&
     int64_t c = 0, columns = 1;
     if (image.channel == 1 && i + 4 <= end) {
       columns = 4;
-      for (; c + 4 <= place.channels; c += 4) transpose_load(out + c * place.span + i, place.span, pixel + c, image.column);
+      for (; c + 4 <= place.channels; c += 4)
+        transpose_load(out + c * place.span + i, place.span, pixel + c, image.column);
     }
     for (; c < place.channels; ++c) {
       for (int64_t j = 0; j < columns; ++j) {
@@ -133,7 +134,8 @@ inline void store_rows(const Image& image, const Place& place, const A* rows, in
     int64_t c = 0, columns = 1;
     if (image.channel == 1 && i + 4 <= count) {
       columns = 4;
-      for (; c + 4 <= place.channels; c += 4) transpose_store(pixel + c, image.column, rows + c * place.span + i, place.span);
+      for (; c + 4 <= place.channels; c += 4)
+        transpose_store(pixel + c, image.column, rows + c * place.span + i, place.span);
     }
     for (; c < place.channels; ++c) {
       for (int64_t j = 0; j < columns; ++j) {

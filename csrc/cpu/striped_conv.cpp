@@ -55,11 +55,9 @@ Tiling tiling_of(const StripedConv& in) {
 }
 
 // The four parameters of `channels` channels in the accumulation type, each also backwards for the transposed passes.
-template <class A>
+template <class T, class A = Accumulate<T>>
 struct Parameters {
-  template <class T>
-  Parameters(const StripedConv& in, const T*, int64_t c, int64_t channels)
-      : taps(in.taps), rows(6, channels * in.taps) {
+  Parameters(const StripedConv& in, int64_t c, int64_t channels) : taps(in.taps), rows(6, channels * in.taps) {
     const auto *weight_row = static_cast<const T*>(in.weight_row), *weight_col = static_cast<const T*>(in.weight_col);
     const auto *bias_row = static_cast<const T*>(in.bias_row), *bias_col = static_cast<const T*>(in.bias_col);
     for (int64_t i = 0; i < channels; ++i) {
@@ -87,7 +85,7 @@ void forward(const StripedConv& in, const Image& y, const Tile& tile) {
   const int64_t half = in.taps / 2, channels = tile.channels;
   const int64_t width = round_up(tile.w1 - tile.w0, kLanes<A>), padded = width + 2 * half;
   const int64_t span = round_up(padded, kLanes<A>);
-  Parameters<A> parameters(in, static_cast<const T*>(nullptr), tile.c, channels);
+  Parameters<T> parameters(in, tile.c, channels);
   Window<A> intermediate(in.taps + R - 1, channels * span);  // at step h: lines h - half .. h + half + R - 1
   Rows<A> x(1, channels * span), gate(1, channels * span), result(R, channels * span);
   A* const out[R] = {result[0], result[1], result[2], result[3]};
@@ -133,7 +131,7 @@ void backward(const StripedConv& in, const StripedConvGradients& grad, const Til
   const int64_t width = round_up(tile.w1 - tile.w0, kLanes<A>);
   const int64_t wide = round_up(width + 2 * half, kLanes<A>), widest = wide + 2 * half;
   const int64_t span = round_up(widest, kLanes<A>);
-  Parameters<A> parameters(in, static_cast<const T*>(nullptr), tile.c, channels);
+  Parameters<T> parameters(in, tile.c, channels);
   Window<A> r_window(taps + R - 1, channels * span);   // at step h: lines h .. h + 2 * half + R - 1
   Window<A> ds_window(taps + R - 1, channels * span);  // at step h: lines h - half .. h + half + R - 1
   Rows<A> x(1, channels * span), gate(1, channels * span), s_rows(R, channels * span), dr_rows(R, channels * span);
@@ -261,9 +259,7 @@ void striped_conv(const StripedConv& in, const Image& y, void*) {
   });
 }
 
-StripedConvWorkspace striped_conv_workspace(const StripedConv& in) {
-  return {tiling_of(in).parts(), 0};
-}
+StripedConvWorkspace striped_conv_workspace(const StripedConv& in) { return {tiling_of(in).parts(), 0}; }
 
 void striped_conv_backward(const StripedConv& in, const StripedConvGradients& grad, void*) {
   choose(in, [&](auto* type, auto taps) {

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .. import ops, reference
+from ..backends import is_plain
 from .calibrate import check_aggregable
 from .checks import check_at_least, check_odd, check_tensors
 from .low_rank_experts import check_ranks
@@ -134,5 +135,5 @@ def rme_block(
         top_k=top_k,
         recursive=recursive,
         use_shuffle=use_shuffle,
-        parts=ops,
+        parts=reference if is_plain() else ops,
     )

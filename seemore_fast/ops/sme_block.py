@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from .. import ops, reference
+from ..backends import is_plain
 from .checks import check_odd, check_tensors
 
 
@@ -71,5 +72,5 @@ def sme_block(
         bias_gate,
         weight_2,
         bias_2,
-        parts=ops,
+        parts=reference if is_plain() else ops,
     )
