@@ -54,8 +54,13 @@ class Launch:
     kernel: Any
     programs: int
     arguments: dict[str, Any]
-    # enable_fp_fusion is stated because its default differs among versions of Triton
-    options: dict[str, Any] = field(default_factory=lambda: dict(num_warps=4, enable_fp_fusion=True))
+    num_warps: int = 4
+    more_options: dict[str, Any] = field(default_factory=dict)  # of the compiler, such as maxnreg
+
+    @property
+    def options(self) -> dict[str, Any]:
+        # enable_fp_fusion is stated because its default differs among versions of Triton
+        return dict(num_warps=self.num_warps, enable_fp_fusion=True) | self.more_options
 
     def run(self):
         self.kernel[(self.programs,)](**self.arguments, **self.options)

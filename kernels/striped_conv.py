@@ -1,12 +1,13 @@
 """Triton kernels of `striped_conv`; formula and shapes in `seemore_fast.reference.striped_conv`.
 
-    r  = row(x)                                   dr = transposed column(ds)
-    s  = column(r)                                dx = transposed row(dr)
-    y  = gate * activation(s)                     ds, dgate = dy * gate * activation'(s), dy * activation(s)
+    forward   r = row(x)                              s = column(r)                            y = gate * activation(s)
+    backward  dgate = dy * activation(s)              ds = dy * gate * activation'(s)
+              dr = transposed column(ds)              dx = transposed row(dr)
 
-Every arrow is one launch; what lies between two of them is a workspace in the accumulation dtype: float32, or float64
-for that. Images have any strides. A program works on a tile of lines x columns, where a line is one (batch, channel,
-row), so that small images fill a tile, too. Offsets are 64-bit, lines only where they must be: dividing is dear.
+Each line's left and right side are a launch, except that y comes out of the column step and dgate with ds. What
+passes between launches is a workspace of the accumulation dtype: float32, or float64 for float64. Images have any
+strides. A program works on a tile of lines x columns; a line is one (batch, channel, row), so that small images fill a
+tile, too. Offsets are 64-bit. Lines are counted in 64 bits only where they must be, because counts are divided.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from torch import Tensor
 from .launch import Launch, run
 
 TILE = 1024  # pixels of a program
-WIDEST = 64  # columns of a tile at most
+WARPS = 8  # so 4 pixels per thread: loads of 16 bytes, and few enough that an unrolled loop over taps does not spill
+WIDEST = 64  # columns of a tile, at most
 PART = 4096  # pixels whose tap gradients one program adds up, at most
 PRODUCTS = 2048  # (tap, pixel) pairs that such a program holds at a time
 
@@ -28,55 +30,41 @@ PRODUCTS = 2048  # (tap, pixel) pairs that such a program holds at a time
 
 
 def striped_conv(
-    y: Tensor,
-    x: Tensor,
-    weight_row: Tensor,
-    bias_row: Tensor,
-    weight_col: Tensor,
-    bias_col: Tensor,
-    activation: str | None,
-    gate: Tensor | None,
-) -> None:
+    y: Tensor, x: Tensor, weight_row: Tensor, bias_row: Tensor, weight_col: Tensor, bias_col: Tensor,
+    activation: str | None, gate: Tensor | None,
+) -> None:  # fmt: skip
     """Write y (B, C, H, W)."""
     run(forward(y, x, weight_row, bias_row, weight_col, bias_col, activation, gate), x.device)
 
 
 def striped_conv_backward(
-    dx: Tensor,
-    dgate: Tensor | None,
-    dy: Tensor,
-    x: Tensor,
-    weight_row: Tensor,
-    bias_row: Tensor,
-    weight_col: Tensor,
-    bias_col: Tensor,
-    activation: str | None,
-    gate: Tensor | None,
-) -> Tensor:
-    """Write dx and, if there is a gate, dgate; return the gradients of the parameters, to be summed over parts.
+    dx: Tensor, dgate: Tensor | None, dy: Tensor,
+    x: Tensor, weight_row: Tensor, bias_row: Tensor, weight_col: Tensor, bias_col: Tensor,
+    activation: str | None, gate: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Write dx and, if there is a gate, dgate, and return gradients of the parameters, to be summed over parts.
 
-    Returns (parts, C, 2K + 2) of the accumulation dtype: per channel weight_row's K, bias_row's, weight_col's K and
-    bias_col's over one part of the image. There are no parts, if there are no pixels.
+    Returns (parts, C, 2K + 2) of the accumulation dtype: for each channel weight_row's K, bias_row's, weight_col's K
+    and bias_col's over one part of the pixels. Without pixels there are no parts.
     """
     partial = new_partial(x, weight_row)
-    parameters = weight_row, bias_row, weight_col, bias_col
-    run(backward(partial, dx, dgate, dy, x, *parameters, activation, gate), x.device)
+    inputs = x, weight_row, bias_row, weight_col, bias_col, activation, gate
+    run(backward(partial, dx, dgate, dy, *inputs), x.device)
     return partial
 
 
 def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
     """Yield all launches, by name, for images like x; it may be on the meta device."""
     channels, taps = x.shape[1], 11
-    weight_row, weight_col = x.new_empty(channels, 1, 1, taps), x.new_empty(channels, 1, taps, 1)
-    parameters = weight_row, x.new_empty(channels), weight_col, x.new_empty(channels)
-    image = torch.empty_like(x)
-    partial = new_partial(x, weight_row)
+    weight_row, bias = x.new_empty(channels, 1, 1, taps), x.new_empty(channels)
+    image, partial = torch.empty_like(x), new_partial(x, weight_row)
     for activation, gate in [("gelu", image), ("gelu", None), (None, image), (None, None)]:
-        options = f"{activation}{' gated' if gate is not None else ''}"
-        for number, launch in enumerate(forward(image, x, *parameters, activation, gate)):
-            yield f"forward {number} {options}", launch
+        inputs = x, weight_row, bias, weight_row.transpose(2, 3), bias, activation, gate
         dgate = None if gate is None else image
-        for number, launch in enumerate(backward(partial, image, dgate, image, x, *parameters, activation, gate)):
+        options = f"{activation}{' gated' if gate is not None else ''}"
+        for number, launch in enumerate(forward(image, *inputs)):
+            yield f"forward {number} {options}", launch
+        for number, launch in enumerate(backward(partial, image, dgate, image, *inputs)):
             yield f"backward {number} {options}", launch
 
 
@@ -102,8 +90,8 @@ def backward(
         s = new_workspace(x)
         yield convolution(s, r, weight_col, bias_col, vertical=True)
         ds = s  # overwritten by its gradient
-        images = strided(dgate=dgate, dy=dy, gate=gate)
-        yield over_tiles(activation_backward, x, dict(s=s, s_strides=s.stride(), **images, ACTIVATION=activation))
+        images = strided(s=s, dgate=dgate, dy=dy, gate=gate)
+        yield over_tiles(activation_backward, x, images | dict(ACTIVATION=activation))
     yield tap_gradient(partial, ds, r, vertical=True)
     dr = new_workspace(x)
     yield convolution(dr, ds, weight_col, vertical=True, transposed=True)
@@ -114,7 +102,7 @@ def backward(
 def convolution(
     y, x, weight, bias=None, *, vertical: bool, transposed: bool = False, activation=None, gate=None
 ) -> Launch:
-    arguments = strided(y=y, x=x, gate=gate) | dict(weight=weight, bias=bias, TAPS=weight.numel() // len(weight))
+    arguments = strided(y=y, x=x, gate=gate) | dict(weight=weight, bias=bias, TAPS=weight[0].numel())
     options = dict(VERTICAL=vertical, TRANSPOSED=transposed, ACTIVATION=activation)
     return over_tiles(convolve, x, arguments | options)
 
@@ -126,7 +114,7 @@ def over_tiles(kernel, x: Tensor, arguments: dict) -> Launch:
     sizes = dict(lines=batch * channels * height, channels=channels, height=height, width=width)
     tile = dict(LINES=TILE // columns, COLUMNS=columns, INDEX=index_type(sizes["lines"] + TILE))
     programs = triton.cdiv(sizes["lines"], tile["LINES"]) * triton.cdiv(width, columns)
-    return Launch(kernel, programs, arguments | sizes | tile)
+    return Launch(kernel, programs, arguments | sizes | tile, WARPS)
 
 
 def tap_gradient(partial: Tensor, dy: Tensor, x: Tensor, *, vertical: bool) -> Launch:
@@ -137,7 +125,7 @@ def tap_gradient(partial: Tensor, dy: Tensor, x: Tensor, *, vertical: bool) -> L
     tile = dict(ROWS=rows, PIXELS=max(16, PRODUCTS // rows), PART=part_size(x), INDEX=index_type(pixels + PART))
     images = strided(dy=dy, x=x)
     arguments = dict(partial=partial, **images, **sizes, **tile, TAPS=taps, VERTICAL=vertical)
-    return Launch(convolve_taps, len(partial) * channels, arguments)
+    return Launch(convolve_taps, len(partial) * channels, arguments, WARPS)
 
 
 def part_size(x: Tensor) -> int:
@@ -159,11 +147,11 @@ def new_workspace(x: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def new_partial(x: Tensor, weight: Tensor) -> Tensor:
+def new_partial(x: Tensor, weight_row: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
     parts = triton.cdiv(batch * height * width, part_size(x)) if x.numel() else 0
-    columns = 2 * (weight.numel() // len(weight)) + 2
-    return x.new_empty((parts, channels, columns), dtype=torch.promote_types(x.dtype, torch.float32))
+    sums = 2 * weight_row.shape[-1] + 2
+    return x.new_empty((parts, channels, sums), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 # Kernels

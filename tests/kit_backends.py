@@ -38,18 +38,23 @@ def usable() -> dict[str, str | None]:
     return {"reference": None, **reasons}
 
 
-def each_backend(operator: str):
-    """Parametrise `backend` over the backends that have `operator` and can be tested here."""
-    return pytest.mark.parametrize("backend", ["reference", *kernels_of(operator)])
+def each_backend(operator: str, interpreted: bool = True):
+    """Parametrise `backend` over the backends that have `operator` and can be tested here.
+
+    With `interpreted` false, Triton's interpreter is left out, which takes minutes for some tests.
+    """
+    return pytest.mark.parametrize("backend", ["reference", *kernels_of(operator, interpreted)])
 
 
-def each_kernel(operator: str):
+def each_kernel(operator: str, interpreted: bool = True):
     """The same without the reference, which promises less: no determinism, no operator of torch's dispatcher."""
-    return pytest.mark.parametrize("backend", kernels_of(operator))
+    return pytest.mark.parametrize("backend", kernels_of(operator, interpreted))
 
 
-def kernels_of(operator: str) -> list[str]:
+def kernels_of(operator: str, interpreted: bool) -> list[str]:
     have = {kernel.backend for kernel in backends.KERNELS.get(operator, ())}
+    if backends.interpreted() and not interpreted:
+        have.discard("triton")
     return [name for name, reason in usable().items() if reason is None and name.split()[0].split("_")[0] in have]
 
 

@@ -31,7 +31,7 @@ def test_values(backend, device, shape, taps):
     kit.assert_close_to_naive(backend, striped_conv, naive_striped_conv, tensors, activation="gelu")
 
 
-@kit.each_kernel("striped_conv")
+@kit.each_kernel("striped_conv", interpreted=False)
 @pytest.mark.parametrize(
     "shape, layout", [((1, 1, 530, 3), None), ((1, 1, 2, 1060), None), ((1, 70, 3, 150), "channels_last")]
 )
@@ -74,7 +74,7 @@ def test_narrow_dtypes(backend, device, dtype, layout, taps):
     kit.assert_within_yardstick(backend, striped_conv, naive_striped_conv, tensors, dtype, layout, activation="gelu")
 
 
-@kit.each_backend("striped_conv")
+@kit.each_backend("striped_conv", interpreted=False)
 @each_option
 def test_gradcheck(backend, device, activation, gated):
     tensors = tensors_of(device, (2, 2, 3, 4), gated=gated)
@@ -115,7 +115,7 @@ def test_large_offsets(backend, device):
         kit.assert_large_offsets(striped_conv, tensors, ["x", "gate"], activation="gelu")
 
 
-@kit.each_kernel("striped_conv")
+@kit.each_kernel("striped_conv", interpreted=False)
 def test_deterministic(backend, device):
     tensors = kit.cast(tensors_of(device, (2, 3, 70, 40), 11), torch.float32)
     with kit.chosen(backend, device):

@@ -19,6 +19,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton.language as tl
+from seemore_fast.kernels import striped_conv
 from seemore_fast.kernels.launch import Launch, Resources, parse_resources
 
 from seemore_fast import kernels
@@ -28,15 +30,18 @@ IMAGES = {  # (B, C, H, W) and memory format
     "aligned": ((2, 36, 64, 64), torch.contiguous_format),
     "odd": ((1, 5, 45, 77), torch.contiguous_format),
     "channels_last": ((2, 36, 64, 64), torch.channels_last),
+    "one pixel": ((1, 1, 1, 1), torch.contiguous_format),  # sizes and strides of 1 are constants to the compiler
     "wide index": ((2**16, 2, 2**15, 2), torch.contiguous_format),  # more than 2**31 lines; on the meta device
 }
-QUICK = [(80, "float32"), (90, "bfloat16"), (100, "bfloat16"), (120, "float32")]
+TARGETS = [(80, "float32"), (90, "bfloat16"), (100, "bfloat16"), (120, "float32")]
+QUICK = [*[("compile_all", *target, "aligned") for target in TARGETS], ("compile_with_few_registers",), ("unlike_jit",)]
 ALL = [(capability, dtype) for capability in (80, 90, 100, 120) for dtype in ("float32", "bfloat16", "float16")]
 SLOW = [
-    *[(*target, "aligned") for target in ALL if target not in QUICK],
+    *[(*target, "aligned") for target in ALL if target not in TARGETS],
     *[(90, "float64", image) for image in IMAGES],
     *[(80, "bfloat16", image) for image in IMAGES if image != "aligned"],
 ]
+each_target = pytest.mark.parametrize("target", TARGETS, ids=lambda target: "sm_{}-{}".format(*target))
 
 CUOBJDUMP = """
 Fatbin elf code:
@@ -68,6 +73,10 @@ Resource usage:
 """
 
 
+def operators() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(kernels.__path__) if module.name != "launch"]
+
+
 # In a process of its own
 
 
@@ -89,13 +98,18 @@ def compile_all(capability: int, dtype: str, image: str) -> dict[str, dict]:
 
 def compiled(launch: Launch, capability: int) -> dict:
     code = launch.compile_for(capability)
-    loads, stores = (len(re.findall(rf"\b{word}\.global[\w.:]*\.v4\.", code.ptx)) for word in ("ld", "st"))
-    return code.resources()._asdict() | {"loads of 16 bytes": loads, "stores of 16 bytes": stores}
+    return code.resources()._asdict() | {"load": widest("ld", code.ptx), "store": widest("st", code.ptx)}
+
+
+def widest(instruction: str, ptx: str) -> int:
+    """Return how many bytes a thread moves at a time by the widest `instruction` on global memory."""
+    found = re.findall(rf"\b{instruction}\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)\b", ptx)
+    return max((int(lanes or 1) * int(bits) // 8 for lanes, bits in found), default=0)
 
 
 def compile_with_few_registers() -> dict:
-    launch = launches("float32", "aligned")["striped_conv forward 0 gelu gated: convolve"]
-    return compiled(dataclasses.replace(launch, options=launch.options | {"maxnreg": 24}), 90)
+    launch = launches("float32", "aligned")["striped_conv forward 1 gelu gated: convolve"]
+    return compiled(dataclasses.replace(launch, more_options={"maxnreg": 24}), 90)
 
 
 def unlike_jit() -> list[str]:
@@ -119,33 +133,29 @@ def unlike_jit() -> list[str]:
 
 
 if __name__ == "__main__":
-    function, *arguments = json.loads(sys.argv[1])
-    print(json.dumps(globals()[function](*arguments)))
+    print(json.dumps([globals()[function](*arguments) for function, *arguments in json.loads(sys.argv[1])]))
     sys.exit()
 
 
 # Tests
 
 
-def operators() -> list[str]:
-    return [module.name for module in pkgutil.iter_modules(kernels.__path__) if module.name != "launch"]
-
-
-def without_interpreter(*call):
-    """Return what `call`, the name of a function above and its arguments, gives where TRITON_INTERPRET is not set."""
+def without_interpreter(*calls: tuple) -> dict[tuple, dict | list]:
+    """Return what functions above give where TRITON_INTERPRET is not set, by call: a name and arguments."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, json.dumps(call)]
+    command = [sys.executable, __file__, json.dumps(calls)]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout)
+    return dict(zip(calls, json.loads(finished.stdout), strict=True))
 
 
 @pytest.fixture(scope="module")
-def quick() -> dict[tuple[int, str], dict[str, dict]]:
-    """What the kernels take on each of QUICK: one process per architecture, as many at a time as there are cores."""
+def quick() -> dict[tuple, dict | list]:
+    """The results of the calls in QUICK, by call: a process per target, as many at a time as there are cores."""
+    processes = [QUICK[i :: len(TARGETS)] for i in range(len(TARGETS))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda target: without_interpreter("compile_all", *target, "aligned"), QUICK)
-        return dict(zip(QUICK, results, strict=True))
+        results = list(pool.map(lambda calls: without_interpreter(*calls), processes))
+    return {call: result for of_process in results for call, result in of_process.items()}
 
 
 def assert_fits(kernels: dict[str, dict]):
@@ -158,32 +168,34 @@ def assert_fits(kernels: dict[str, dict]):
     assert any(takes["shared"] > 0 for takes in kernels.values())
 
 
-@pytest.mark.parametrize("target", QUICK, ids=lambda target: "sm_{}-{}".format(*target))
+@each_target
 def test_kernels_compile_and_fit(quick, target):
-    assert_fits(quick[target])
+    assert_fits(quick[("compile_all", *target, "aligned")])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", SLOW, ids=lambda target: "sm_{}-{}-{}".format(*target))
 def test_more_kernels_compile_and_fit(target):
-    assert_fits(without_interpreter("compile_all", *target))
+    call = ("compile_all", *target)
+    assert_fits(without_interpreter(call)[call])
 
 
-@pytest.mark.parametrize("target", QUICK, ids=lambda target: "sm_{}-{}".format(*target))
-def test_aligned_images_are_read_and_written_16_bytes_at_a_time(quick, target):
-    convolutions = {name: takes for name, takes in quick[target].items() if name.startswith("striped_conv forward")}
-    assert len(convolutions) >= 2  # row and column
-    for name, takes in convolutions.items():
-        assert takes["loads of 16 bytes"] > 0 and takes["stores of 16 bytes"] > 0, name
+@each_target
+def test_aligned_images_are_read_and_written_four_pixels_at_a_time(quick, target):
+    """For each thread; the workspace is float32, which the row step writes and the column step reads."""
+    takes = quick[("compile_all", *target, "aligned")]
+    row, column = (takes[f"striped_conv forward {step} gelu gated: convolve"] for step in (0, 1))
+    size = 4 * getattr(torch, target[1]).itemsize
+    assert (row["load"], row["store"], column["load"], column["store"]) == (size, 16, 16, size)
 
 
-def test_spills_are_seen():
-    takes = without_interpreter("compile_with_few_registers")
+def test_spills_are_seen(quick):
+    takes = quick[("compile_with_few_registers",)]
     assert takes["registers"] <= 24 and takes["local"] > 0
 
 
-def test_what_compiles_is_what_a_launch_would_compile():
-    assert without_interpreter("unlike_jit") == []
+def test_what_compiles_is_what_a_launch_would_compile(quick):
+    assert quick[("unlike_jit",)] == []
 
 
 def test_resources_of_a_library():
@@ -196,3 +208,22 @@ def test_resources_of_a_library():
 def test_interpreted_kernels_do_not_compile():
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         Launch(kernel=print, programs=1, arguments={}).compile_for(90)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the CPU with TRITON_INTERPRET=1")
+def test_wide_indices_give_the_same(monkeypatch):
+    x, weight_row, bias_row, weight_col, bias_col = (
+        torch.randn(shape) for shape in [(2, 3, 6, 7), (3, 1, 1, 5), (3,), (3, 1, 5, 1), (3,)]
+    )
+
+    def results():
+        y, dx, dgate = (torch.full_like(x, torch.nan) for _ in range(3))
+        inputs = x, weight_row, bias_row, weight_col, bias_col, "gelu", x
+        striped_conv.striped_conv(y, *inputs)
+        partial = striped_conv.striped_conv_backward(dx, dgate, x, *inputs)
+        return torch.cat([result.flatten() for result in (y, dx, dgate, partial)])
+
+    narrow = results()
+    used = []
+    monkeypatch.setattr(striped_conv, "index_type", lambda largest: used.append(largest) or tl.int64)
+    assert torch.equal(results(), narrow) and used
