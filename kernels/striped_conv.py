@@ -20,7 +20,7 @@ from torch import Tensor
 from .launch import Launch, run
 
 TILE = 1024  # pixels of a program
-WARPS = 8  # so 4 pixels per thread: loads of 16 bytes, and few enough that an unrolled loop over taps does not spill
+WARPS = 8  # so 4 pixels per thread: one load of 16 bytes
 WIDEST = 64  # columns of a tile, at most
 PART = 4096  # pixels whose tap gradients one program adds up, at most
 PRODUCTS = 2048  # (tap, pixel) pairs that such a program holds at a time
@@ -173,7 +173,8 @@ def convolve(
     step = tl.full((), 1, tl.int64) * x_strides[2 if VERTICAL else 3]
     centre = at(x, x_strides, batch, channel, row, column)
     taps = weight + channel * TAPS
-    for k in tl.static_range(TAPS):
+    # 4: rows aligned to 16 bytes stay so every fourth tap, registers suffice, and any K compiles at once
+    for k in tl.range(0, TAPS, loop_unroll_factor=4):
         shift = k - TAPS // 2
         there = position + shift
         exists = inside & (there >= 0) & (there < size)

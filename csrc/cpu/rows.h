@@ -80,9 +80,9 @@ inline void load_rows(A* out, const Image& image, const Size& size, const Place&
   }
   const int64_t begin = smaller(larger(0, -place.w), count);
   const int64_t end = larger(begin, smaller(count, size.width - place.w));
-  for (int64_t c = 0; c < place.channels; ++c) {
-    std::memset(out + c * place.span, 0, begin * sizeof(A));
-    std::memset(out + c * place.span + end, 0, (count - end) * sizeof(A));
+  for (int64_t c = 0; c < place.channels; ++c) {  // by whole vectors: rows have room, and memset costs a call
+    for (int64_t i = 0; i < begin; i += kLanes<A>) store(out + c * place.span + i, Vec<A>{});
+    for (int64_t i = end; i < count; i += kLanes<A>) store(out + c * place.span + i, Vec<A>{});
   }
   const T* from = at<T>(image, place.b, place.c, place.h, place.w);
   if (image.column == 1) {
@@ -115,27 +115,37 @@ inline void load_rows(A* out, const Image& image, const Size& size, const Place&
   }
 }
 
-// image[w + i] = rows[c][i] for i < count
-template <class T, class A = Accumulate<T>>
-inline void store_rows(const Image& image, const Place& place, const A* rows, int64_t count) {
+// image[w + i] = epilogue(rows[c][i], offset of that element) for i < count; the epilogue takes vectors. Rows may
+// change.
+template <class T, class Epilogue, class A = Accumulate<T>>
+inline void store_rows(const Image& image, const Place& place, A* rows, int64_t count, const Epilogue& epilogue) {
   T* to = at<T>(image, place.b, place.c, place.h, place.w);
   if (image.column == 1) {
     for (int64_t c = 0; c < place.channels; ++c) {
-      const A* row = rows + c * place.span;
+      A* row = rows + c * place.span;
       T* line = to + c * image.channel;
       int64_t i = 0;
-      for (; i + kLanes<A> <= count; i += kLanes<A>) store(line + i, load(row + i));
+      for (; i + kLanes<A> <= count; i += kLanes<A>) {
+        __builtin_prefetch(line + i + 4 * image.row, 1, 2);
+        store(line + i, epilogue(load(row + i), c * place.span + i));
+      }
+      if (i < count) store(row + i, epilogue(load(row + i), c * place.span + i));
       for (; i < count; ++i) store_one(line + i, row[i]);
     }
     return;
+  }
+  for (int64_t c = 0; c < place.channels; ++c) {
+    A* row = rows + c * place.span;
+    for (int64_t i = 0; i < count; i += kLanes<A>) store(row + i, epilogue(load(row + i), c * place.span + i));
   }
   for (int64_t i = 0; i < count;) {
     T* pixel = to + i * image.column;
     int64_t c = 0, columns = 1;
     if (image.channel == 1 && i + 4 <= count) {
       columns = 4;
-      for (; c + 4 <= place.channels; c += 4)
+      for (; c + 4 <= place.channels; c += 4) {
         transpose_store(pixel + c, image.column, rows + c * place.span + i, place.span);
+      }
     }
     for (; c < place.channels; ++c) {
       for (int64_t j = 0; j < columns; ++j) {
@@ -144,6 +154,11 @@ inline void store_rows(const Image& image, const Place& place, const A* rows, in
     }
     i += columns;
   }
+}
+
+template <class T, class A = Accumulate<T>>
+inline void store_rows(const Image& image, const Place& place, A* rows, int64_t count) {
+  store_rows<T>(image, place, rows, count, [](Vec<A> v, int64_t) { return v; });
 }
 
 // The taps of a stencil along one axis; K > 0 is known to the compiler, K = 0 stands for `count`.
@@ -256,11 +271,8 @@ inline Vec<A> row_sum(const A* row, int64_t length) {
 }
 
 template <class A>
-inline void gelu_row(A* row, int64_t length) {
-  for (int64_t i = 0; i < length; i += kLanes<A>) {
-    const Vec<A> x = load(row + i);
-    store(row + i, x * normal(x).distribution);
-  }
+inline Vec<A> gelu(Vec<A> x) {
+  return x * normal(x).distribution;
 }
 
 // row[i] *= factor[i]

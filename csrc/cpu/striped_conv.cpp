@@ -89,6 +89,8 @@ void forward(const StripedConv& in, const Image& y, const Tile& tile) {
   Window<A> intermediate(in.taps + R - 1, channels * span);  // at step h: lines h - half .. h + half + R - 1
   Rows<A> x(1, channels * span), gate(1, channels * span), result(R, channels * span);
   A* const out[R] = {result[0], result[1], result[2], result[3]};
+  const bool is_gelu = in.activation == Activation::gelu;
+  const A* factor = in.gate.data ? gate[0] : nullptr;
 
   for (int64_t h = tile.h0 - round_up(2 * half, R); h < tile.h1; h += R) {
     intermediate.advance(R);
@@ -110,12 +112,11 @@ void forward(const StripedConv& in, const Image& y, const Tile& tile) {
     }
     for (int64_t r = 0; r < smaller(R, tile.h1 - h); ++r) {
       const Place place{tile.b, tile.c, channels, h + r, tile.w0, span};
-      if (in.gate.data) load_rows<T>(gate[0], in.gate, in.size, place, width);
-      for (int64_t c = 0; c < channels; ++c) {
-        if (in.activation == Activation::gelu) gelu_row(out[r] + c * span, width);
-        if (in.gate.data) gate_row(out[r] + c * span, gate[0] + c * span, width);
-      }
-      store_rows<T>(y, place, out[r], tile.w1 - tile.w0);
+      if (factor) load_rows<T>(gate[0], in.gate, in.size, place, width);
+      store_rows<T>(y, place, out[r], tile.w1 - tile.w0, [is_gelu, factor](Vec<A> v, int64_t i) {
+        if (is_gelu) v = gelu<A>(v);
+        return factor ? v * load(factor + i) : v;
+      });
     }
   }
 }
@@ -138,7 +139,7 @@ void backward(const StripedConv& in, const StripedConvGradients& grad, const Til
   Rows<A> zero(1, channels * span), dx(1, channels * span), sum_rows(channels, sums * kLanes<A>);
   A* const s[R] = {s_rows[0], s_rows[1], s_rows[2], s_rows[3]};
   A* const dr[R] = {dr_rows[0], dr_rows[1], dr_rows[2], dr_rows[3]};
-  const bool gelu = in.activation == Activation::gelu, gated = in.gate.data;
+  const bool is_gelu = in.activation == Activation::gelu, gated = in.gate.data;
   const auto sum_of = [&](int64_t c, int64_t first) { return reinterpret_cast<Vec<A>*>(sum_rows[c]) + first; };
 
   for (int64_t h = tile.h0 - round_up(4 * half, R); h < tile.h1; h += R) {
@@ -155,7 +156,7 @@ void backward(const StripedConv& in, const StripedConvGradients& grad, const Til
     }
     ds_window.advance(R);
     if (h + half + R > tile.h0 - half) {
-      for (int64_t c = 0; (gelu || gated) && c < channels; ++c) {
+      for (int64_t c = 0; (is_gelu || gated) && c < channels; ++c) {
         column_taps<K, R>(s, r_window.rows(), parameters.col(c), c * span, wide);
       }
       const A* own[R];  // the lines of ds that are this tile's, for the weights
@@ -168,7 +169,7 @@ void backward(const StripedConv& in, const StripedConvGradients& grad, const Til
         load_rows<T>(ds, grad.dy, in.size, place, wide);
         if (gated) load_rows<T>(gate[0], in.gate, in.size, place, wide);
         for (int64_t c = 0; c < channels; ++c) {
-          if (gelu) {
+          if (is_gelu) {
             gelu_gradient_row(s[r] + c * span, ds + c * span, wide);
           } else if (gated) {
             gate_row(s[r] + c * span, ds + c * span, wide);
