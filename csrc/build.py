@@ -175,12 +175,13 @@ def build(folder: Path, toolchain: dict, cuda: dict | None) -> dict[str, Path]:
             "NVCC": cuda["version"] if cuda else "",
             "ARCHITECTURES": " ".join(cuda["architectures"]) if cuda else "",
         }
-        flags = f"-O2 -I. -isystem {toolchain['pybind11']} -isystem {PYTHON_HEADERS}"
+        flags = f"-O2 -isystem {toolchain['pybind11']} -isystem {PYTHON_HEADERS}"
         flags += "".join(f" '-DSEEMORE_{name}=\"{value}\"'" for name, value in facts.items())
-        info = compile("info.cpp", "info", flags + " -DSEEMORE_PTXAS" * bool(cuda))
+        objects = [compile("info.cpp", "info", flags)]
+        objects.append(compile("ptxas_report.cpp", "ptxas_report", "-I. -DSEEMORE_PTXAS" if cuda else ""))
         if cuda:
             lines[-1] = lines[-1].replace("\n", " | ptxas.inc\n", 1)
-        link("_C", [info], "-undefined dynamic_lookup" if platform.system() == "Darwin" else "")
+        link("_C", objects, "-undefined dynamic_lookup" if platform.system() == "Darwin" else "")
 
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join([*lines, ""])

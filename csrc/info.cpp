@@ -8,6 +8,8 @@
 
 namespace py = pybind11;
 
+extern const char* const ptxas_report;
+
 namespace {
 
 py::list words(const std::string& text) {
@@ -48,10 +50,7 @@ py::list cpu_features() {
 // What ptxas said of every kernel: {(kernel, architecture): {"registers": ..., "stack": ..., "spills": ...}}.
 py::dict kernel_resources() {
   py::dict kernels;
-#ifdef SEEMORE_PTXAS
-  std::istringstream report(
-#include "ptxas.inc"
-  );
+  std::istringstream report(ptxas_report);
   const std::regex compiling("Compiling entry function '(\\S+)' for '(\\S+)'");
   const std::regex stack("(\\d+) bytes stack frame, (\\d+) bytes spill stores, (\\d+) bytes spill loads");
   const std::regex registers("Used (\\d+) registers");
@@ -68,7 +67,6 @@ py::dict kernel_resources() {
       current["registers"] = std::stoi(match[1]);
     }
   }
-#endif
   return kernels;
 }
 
