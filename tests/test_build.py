@@ -145,3 +145,16 @@ def test_products():
     assert native.products(with_headers, None) == ["_C", "libseemore_cpu"]
     assert native.products(without, {}) == ["libseemore_cpu"]
     assert native.products(with_headers, {"nvcc": "nvcc"}) == ["_C", "libseemore_cpu", "libseemore_cuda"]
+
+
+def test_cuda_kernels_keep_everything_in_registers():
+    """As ptxas said when the library was built, for every kernel and architecture."""
+    info = pytest.importorskip("seemore_fast._C", reason="_C was not built")
+    resources = info.kernel_resources()
+    if not resources:
+        pytest.skip("the CUDA library was not built")
+    built = {f"sm_{name.removesuffix('+PTX').replace('.', '')}" for name in info.build_info()["cuda_architectures"]}
+    assert {architecture for _, architecture in resources} == built
+    for kernel, taken in resources.items():
+        assert taken["stack"] == taken["spills"] == 0, kernel
+        assert 0 < taken["registers"] <= 255, kernel
