@@ -120,9 +120,10 @@ def over_tiles(kernel, x: Tensor, arguments: dict) -> Launch:
 def tap_gradient(partial: Tensor, dy: Tensor, x: Tensor, *, vertical: bool) -> Launch:
     batch, channels, height, width = x.shape
     pixels, taps = batch * height * width, partial.shape[2] // 2 - 1
-    rows = triton.next_power_of_2(taps + 1)
+    rows, part = triton.next_power_of_2(taps + 1), part_size(x)
     sizes = dict(channels=channels, height=height, width=width, pixels=pixels)
-    tile = dict(ROWS=rows, PIXELS=max(16, PRODUCTS // rows), PART=part_size(x), INDEX=index_type(pixels + PART))
+    at_a_time = min(part, max(16, PRODUCTS // rows))  # powers of 2, so it divides the part
+    tile = dict(ROWS=rows, PIXELS=at_a_time, PART=part, INDEX=index_type(pixels + part))
     images = strided(dy=dy, x=x)
     arguments = dict(partial=partial, **images, **sizes, **tile, TAPS=taps, VERTICAL=vertical)
     return Launch(convolve_taps, len(partial) * channels, arguments, WARPS)
@@ -130,7 +131,7 @@ def tap_gradient(partial: Tensor, dy: Tensor, x: Tensor, *, vertical: bool) -> L
 
 def part_size(x: Tensor) -> int:
     """Return how many pixels of a channel (batch, row, column) one program adds up."""
-    return min(PART, triton.next_power_of_2(x.numel() // x.shape[1]))
+    return min(PART, max(16, triton.next_power_of_2(x.numel() // x.shape[1])))
 
 
 def index_type(largest: int) -> tl.dtype:

@@ -210,20 +210,31 @@ def test_interpreted_kernels_do_not_compile():
         Launch(kernel=print, programs=1, arguments={}).compile_for(90)
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the CPU with TRITON_INTERPRET=1")
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 is not set")
+
+
+def results_of_striped_conv() -> tuple[torch.Tensor, ...]:
+    """Return y, dx, dgate and the partial sums of the parameters' gradients for some float64 tensors."""
+    torch.manual_seed(0)
+    shapes = [(2, 3, 6, 7), (3, 1, 1, 5), (3,), (3, 1, 5, 1), (3,)]
+    x, *parameters = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    y, dx, dgate = (torch.full_like(x, torch.nan) for _ in range(3))
+    striped_conv.striped_conv(y, x, *parameters, "gelu", x)
+    return y, dx, dgate, striped_conv.striped_conv_backward(dx, dgate, x, x, *parameters, "gelu", x)
+
+
+@interpreted
 def test_wide_indices_give_the_same(monkeypatch):
-    x, weight_row, bias_row, weight_col, bias_col = (
-        torch.randn(shape) for shape in [(2, 3, 6, 7), (3, 1, 1, 5), (3,), (3, 1, 5, 1), (3,)]
-    )
-
-    def results():
-        y, dx, dgate = (torch.full_like(x, torch.nan) for _ in range(3))
-        inputs = x, weight_row, bias_row, weight_col, bias_col, "gelu", x
-        striped_conv.striped_conv(y, *inputs)
-        partial = striped_conv.striped_conv_backward(dx, dgate, x, *inputs)
-        return torch.cat([result.flatten() for result in (y, dx, dgate, partial)])
-
-    narrow = results()
+    narrow = results_of_striped_conv()
     used = []
     monkeypatch.setattr(striped_conv, "index_type", lambda largest: used.append(largest) or tl.int64)
-    assert torch.equal(results(), narrow) and used
+    assert all(map(torch.equal, results_of_striped_conv(), narrow)) and used
+
+
+@interpreted
+def test_parts_add_up(monkeypatch):
+    *_, whole = results_of_striped_conv()
+    monkeypatch.setattr(striped_conv, "PART", 16)
+    *_, parts = results_of_striped_conv()
+    assert (len(whole), len(parts)) == (1, 6)  # 84 pixels
+    torch.testing.assert_close(parts.sum(0), whole[0], rtol=1e-12, atol=1e-12)
