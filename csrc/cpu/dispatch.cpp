@@ -91,6 +91,16 @@ void striped_conv_backward(const StripedConv& inputs, const StripedConvGradients
   chosen->striped_conv_backward(inputs, gradients, stream);
 }
 
+NetworkSizes network_sizes(const NetworkConfig& config) { return chosen->network_sizes(config); }
+
+void network_pack(const NetworkConfig& config, const float* parameters, void* weights) {
+  chosen->network_pack(config, parameters, weights);
+}
+
+int64_t network_workspace(const Network& network) { return chosen->network_workspace(network); }
+
+bool network(const Network& network, void* workspace) { return chosen->network(network, workspace); }
+
 }  // namespace seemore
 
 STABLE_TORCH_LIBRARY_FRAGMENT(seemore_cpu, m) {

@@ -10,8 +10,19 @@ namespace seemore::SEEMORE_ISA {
 decltype(seemore::striped_conv) striped_conv;
 decltype(seemore::striped_conv_workspace) striped_conv_workspace;
 decltype(seemore::striped_conv_backward) striped_conv_backward;
+decltype(seemore::network_sizes) network_sizes;
+decltype(seemore::network_pack) network_pack;
+decltype(seemore::network_workspace) network_workspace;
+decltype(seemore::network) network;
 
 extern const Kernels kernels;
-const Kernels kernels{SEEMORE_NAME(SEEMORE_ISA), striped_conv, striped_conv_workspace, striped_conv_backward};
+const Kernels kernels{SEEMORE_NAME(SEEMORE_ISA),
+                      striped_conv,
+                      striped_conv_workspace,
+                      striped_conv_backward,
+                      network_sizes,
+                      network_pack,
+                      network_workspace,
+                      network};
 
 }  // namespace seemore::SEEMORE_ISA

@@ -1,6 +1,7 @@
 // The kernels of one instruction set; dispatch.cpp chooses between these tables.
 #pragma once
 
+#include "network.h"
 #include "striped_conv.h"
 
 namespace seemore {
@@ -10,6 +11,10 @@ struct Kernels {
   decltype(&seemore::striped_conv) striped_conv;
   decltype(&seemore::striped_conv_workspace) striped_conv_workspace;
   decltype(&seemore::striped_conv_backward) striped_conv_backward;
+  decltype(&seemore::network_sizes) network_sizes;
+  decltype(&seemore::network_pack) network_pack;
+  decltype(&seemore::network_workspace) network_workspace;
+  decltype(&seemore::network) network;
 };
 
 }  // namespace seemore

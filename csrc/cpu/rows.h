@@ -270,11 +270,6 @@ inline Vec<A> row_sum(const A* row, int64_t length) {
   return sum;
 }
 
-template <class A>
-inline Vec<A> gelu(Vec<A> x) {
-  return x * normal(x).distribution;
-}
-
 // row[i] *= factor[i]
 template <class A>
 inline void gate_row(A* row, const A* factor, int64_t length) {

@@ -1,0 +1,220 @@
+// Lines of an image that stream through a chain of stages, and what a chain does to one line.
+//
+// A tile of the image is worked on in strips, from left to right, and each strip line by line, so that what a stage
+// needs of the one before is still in the cache. A stage that looks at pixels around its own lags behind: by as many
+// lines as it looks ahead, and by as many columns. So every stage makes `width` new columns of every line, all at the
+// same place in its buffer, and nothing is computed twice; the few last columns of a line that the next strip will look
+// back at are kept in between.
+#pragma once
+
+#include "matrix.h"
+#include "rows.h"
+
+namespace seemore::SEEMORE_ISA {
+
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : data_(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64}))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator T*() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// The strip that a chain works on, and the tile it is part of.
+struct Strip {
+  int64_t height, columns;      // of the image
+  int64_t first_row, last_row;  // of the tile and the lines around it that take part: [first_row, last_row)
+  int64_t widest;               // of the tile's strips
+  int64_t begin, width;         // of this strip: a stage without lag makes the columns [begin, begin + width)
+
+  bool has_row(int64_t row) const { return row >= 0 && row < height; }
+};
+
+// The last `lines` lines that a stage made, `cells` for each pixel. A stage of lag L has the image's column
+// strip.begin + i - L at place i; places from -reach on can be read.
+template <class Cell>
+class Ring {
+ public:
+  Ring(const Strip& strip, int64_t lines, int64_t cells, int64_t lag, int64_t reach)
+      : strip_(strip),
+        lines_(lines),
+        cells_(cells),
+        lag_(lag),
+        edge_(round_up(reach, kWidth)),
+        stride_(strip.widest + edge_),
+        data_(lines * cells * stride_ + edge_),
+        zeros_(cells * stride_ + edge_),
+        edges_((strip.last_row - strip.first_row) * cells * edge_) {
+    std::memset(zeros_, 0, (cells * stride_ + edge_) * sizeof(Cell));
+  }
+
+  int64_t stride() const { return stride_; }
+
+  // The line to be filled.
+  Cell* open(int64_t row) {
+    Cell* line = place(row);
+    const Cell* edge = kept(row);
+    const bool is_first = strip_.begin == 0;
+    for (int64_t c = 0; c < cells_ && edge_; ++c) {
+      if (is_first) {
+        std::memset(line + c * stride_ - edge_, 0, edge_ * sizeof(Cell));
+      } else {
+        copy(line + c * stride_ - edge_, edge + c * edge_);
+      }
+    }
+    return line;
+  }
+
+  // It is filled: clear what lies outside the image, which convolutions see as zero, and keep what the next strip needs.
+  void close(int64_t row) {
+    Cell* line = place(row);
+    const int64_t begin = smaller(larger(lag_ - strip_.begin, 0), strip_.width);
+    const int64_t end = larger(begin, smaller(strip_.width, strip_.columns + lag_ - strip_.begin));
+    for (int64_t c = 0; c < cells_; ++c) {
+      if (begin > 0) std::memset(line + c * stride_, 0, begin * sizeof(Cell));
+      if (end < strip_.width) std::memset(line + c * stride_ + end, 0, (strip_.width - end) * sizeof(Cell));
+    }
+    Cell* edge = kept(row);
+    for (int64_t c = 0; c < cells_ && edge_; ++c) copy(edge + c * edge_, line + c * stride_ + strip_.width - edge_);
+  }
+
+  // A line that was filled; zeros above and below the image.
+  const Cell* operator[](int64_t row) const { return strip_.has_row(row) ? place(row) : zeros_ + edge_; }
+
+ private:
+  Cell* place(int64_t row) const { return data_ + edge_ + row % lines_ * cells_ * stride_; }
+  Cell* kept(int64_t row) const { return edges_ + (row - strip_.first_row) * cells_ * edge_; }
+  void copy(Cell* to, const Cell* from) {
+    for (int64_t i = 0; i < edge_; i += kWidth) std::memcpy(to + i, from + i, sizeof(Vec<float>));
+  }
+
+  const Strip& strip_;
+  int64_t lines_, cells_, lag_, edge_, stride_;
+  Buffer<Cell> data_, zeros_, edges_;
+};
+
+// What to do with the sums of a product's rows: those below `split` go to one line, the rest to another.
+
+struct Lines {
+  float *first, *second;
+  int64_t first_stride, second_stride, split, rows;
+
+  float* operator[](int64_t row) const {
+    return row < split ? first + row * first_stride : second + (row - split) * second_stride;
+  }
+};
+
+// to = sums, or GELU(sums)
+template <bool is_gelu>
+struct Keep {
+  Lines to;
+  template <int R, int V>
+  void operator()(int64_t row, int64_t i, const Vec<float> (&sums)[R][V]) const {
+    for (int r = 0; r < R && row + r < to.rows; ++r) {
+      float* line = to[row + r] + i;
+      for (int v = 0; v < V; ++v) store(line + v * kWidth, is_gelu ? gelu<float>(sums[r][v]) : sums[r][v]);
+    }
+  }
+};
+
+// to = x + sums, or x + GELU(sums); `x` may be `to`
+template <bool is_gelu>
+struct Add {
+  float* to;
+  const float* x;
+  int64_t stride, x_stride, rows;
+  template <int R, int V>
+  void operator()(int64_t row, int64_t i, const Vec<float> (&sums)[R][V]) const {
+    for (int r = 0; r < R && row + r < rows; ++r) {
+      for (int v = 0; v < V; ++v) {
+        const int64_t place = i + v * kWidth;
+        const Vec<float> y = is_gelu ? gelu<float>(sums[r][v]) : sums[r][v];
+        store(to + (row + r) * stride + place, load(x + (row + r) * x_stride + place) + y);
+      }
+    }
+  }
+};
+
+// GELU(sums) as cells
+template <class Cell>
+struct Activate {
+  Cell* to;
+  int64_t stride, rows;
+  template <int R, int V>
+  void operator()(int64_t row, int64_t i, const Vec<float> (&sums)[R][V]) const {
+    constexpr int G = kChannels<Cell>;
+    for (int r = 0; r < R && row + r < rows; r += G) {
+      for (int v = 0; v < V; ++v) {
+        Vec<float> y[G];
+        for (int g = 0; g < G; ++g) y[g] = gelu<float>(sums[r + g][v]);
+        store_cells(to + (row + r) / G * stride + i + v * kWidth, y);
+      }
+    }
+  }
+};
+
+// LayerNorm over the channels of V vectors of pixels; weight and bias may be null: then they are in what follows.
+template <int V, class Cell>
+inline void normalise_columns(Cell* to, int64_t to_stride, const float* x, int64_t stride, int64_t channels,
+                              const float* weight, const float* bias) {
+  constexpr int G = kChannels<Cell>;
+  Vec<float> mean[V]{}, variance[V]{}, scale[V];
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int v = 0; v < V; ++v) mean[v] += load(x + c * stride + v * kWidth);
+  }
+  for (int v = 0; v < V; ++v) mean[v] /= static_cast<float>(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int v = 0; v < V; ++v) {
+      const Vec<float> d = load(x + c * stride + v * kWidth) - mean[v];
+      variance[v] += d * d;
+    }
+  }
+  for (int v = 0; v < V; ++v) {
+    const Vec<float> wide = variance[v] / static_cast<float>(channels) + 1e-6f;
+    for (int64_t i = 0; i < kWidth; ++i) scale[v][i] = std::sqrt(wide[i]);
+    scale[v] = 1.f / scale[v];
+  }
+  for (int64_t c = 0; c < channels; c += G) {
+    for (int v = 0; v < V; ++v) {
+      Vec<float> y[G]{};
+      for (int g = 0; g < G && c + g < channels; ++g) {
+        y[g] = (load(x + (c + g) * stride + v * kWidth) - mean[v]) * scale[v];
+        if (weight) y[g] = y[g] * weight[c + g] + bias[c + g];
+      }
+      store_cells(to + c / G * to_stride + v * kWidth, y);
+    }
+  }
+}
+
+template <class Cell>
+inline void normalise(Cell* to, int64_t to_stride, const float* x, int64_t stride, int64_t channels, int64_t width,
+                      const float* weight, const float* bias) {
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= width; i += 4 * kWidth) {
+    normalise_columns<4>(to + i, to_stride, x + i, stride, channels, weight, bias);
+  }
+  for (; i < width; i += kWidth) normalise_columns<1>(to + i, to_stride, x + i, stride, channels, weight, bias);
+}
+
+// Product of the channels' stencils with `factor`: cells(c) = factor[c] * stencil(c, i), a vector at place i.
+template <class Cell, class Stencil>
+inline void gate_line(Cell* to, int64_t to_stride, const float* factor, int64_t factor_stride, int64_t channels,
+                      int64_t width, const Stencil& stencil) {
+  constexpr int G = kChannels<Cell>;
+  for (int64_t c = 0; c < channels; c += G) {
+    const auto first = stencil(c), second = stencil(smaller(c + G, channels) - 1);
+    for (int64_t i = 0; i < width; i += kWidth) {
+      Vec<float> y[G]{};
+      y[0] = first(i) * load(factor + c * factor_stride + i);
+      if (G == 2 && c + 1 < channels) y[G - 1] = second(i) * load(factor + (c + 1) * factor_stride + i);
+      store_cells(to + c / G * to_stride + i, y);
+    }
+  }
+}
+
+}  // namespace seemore::SEEMORE_ISA

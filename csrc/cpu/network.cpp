@@ -1,0 +1,253 @@
+// The whole network for inference: one sweep over the image between two global pools.
+//
+//   head    conv_1(image)                          -> first half of group 0's MoE block
+//   middle  experts, FFN, SEE, FFN of group g      -> first half of group g + 1's MoE block
+//   tail    experts, FFN, SEE, FFN of the last one -> conv_2, + conv_1(image), upsampler, pixels
+//
+// A sweep overwrites the state in place, each thread a band of lines. What a band needs of its neighbours' lines is
+// copied before.
+
+#include "network.h"
+
+#include "network_chains.h"
+#include "parallel.h"
+
+namespace seemore::SEEMORE_ISA {
+namespace {
+
+constexpr int64_t kStripWidth = 112;  // about: the lines of a strip stay in the second-level cache
+
+template <class Body>
+void for_each(int64_t count, const Body& body) {
+  parallel_for(
+      count,
+      [](const void* context, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) (*static_cast<const Body*>(context))(i);
+      },
+      &body);
+}
+
+constexpr int64_t parts(int64_t whole, int64_t most) { return (whole + most - 1) / most; }
+
+// How images are cut and how far stages lag behind. Strips, whose sums are added up, depend on the size alone.
+struct Plan {
+  Plan(const Network& net, int64_t batch)
+      : half(net.config.taps / 2),
+        start((4 - (3 + half) % 4) % 4),
+        around(4 + half),
+        units(parts(net.size.width + start + around, kUnit)),
+        strips(parts(units * kUnit, kStripWidth)),
+        margin(round_up(start + around, 16)),
+        stride(round_up(margin + units * kUnit, 16)),
+        images(smaller(batch, net.threads)),
+        bands(images ? larger(1, smaller(parts(net.threads, images), net.size.height / 4)) : 1) {}
+
+  static constexpr int64_t kUnit = kTileVectors == 2 ? 2 * kWidth : kWidth;
+  int64_t half;
+  int64_t start;   // lag, in columns, of a group's first line: such that k's, where it is aggregated, divides by four
+  int64_t around;  // how far a group and what follows look around, in lines and columns
+  int64_t units, strips, margin, stride;
+  int64_t images, bands;  // images at a time; bands of each
+};
+
+template <class Cell>
+class Run {
+ public:
+  Run(const Network& net, void* workspace)
+      : net_(net), config_(net.config), plan_(net, net.size.batch), weights_(outer_weights(net)) {
+    Arena arena(workspace);
+    state_ = take_state(arena, plan_.images * net.size.height);
+    frames_ = take_state(arena, plan_.bands > 1 ? plan_.images * plan_.bands * 2 * plan_.around : 0);
+    sums_ = arena.take<float>(plan_.images * sums_size());
+    finite_ = arena.take<int64_t>(plan_.images * plan_.bands);
+    table_ = arena.take<char>(table_bytes());
+    routes_ = arena.take<char>(plan_.images * route_bytes());
+    bytes_ = arena.bytes();
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+  // Returns whether all pixels are numbers, where they are integers.
+  bool operator()() {
+    bool is_finite = true;
+    Arena table(table_);
+    const ColumnTable up(table, plan_.units * Plan::kUnit, net_.size.width, map_columns());
+    for (int64_t first = 0; first < net_.size.batch; first += plan_.images) {
+      const int64_t images = smaller(plan_.images, net_.size.batch - first);
+      clear(images);
+      for (int64_t group = 0; group <= config_.groups; ++group) {
+        if (group > 0) {
+          route(images, group - 1);
+          if (plan_.bands > 1) copy_frames(images);
+        }
+        for_each(images * plan_.bands, [&](int64_t task) { sweep(task, first, group, up); });
+      }
+      for (int64_t i = 0; i < images * plan_.bands; ++i) is_finite &= finite_[i];
+    }
+    return is_finite;
+  }
+
+ private:
+  static NetworkWeights<Cell> outer_weights(const Network& net) {
+    Arena arena(const_cast<void*>(net.weights));
+    return NetworkWeights<Cell>(arena, net.config);
+  }
+
+  State<Cell> take_state(Arena& arena, int64_t lines) const {
+    State<Cell> state{config_.channels, all_ranks(config_), plan_.stride, plan_.margin, nullptr, nullptr, nullptr};
+    state.x = arena.take<float>(lines * state.channels * state.stride);
+    state.a = arena.take<Cell>(lines * cells_of<Cell>(state.channels) * state.stride);
+    state.k = arena.take<float>(lines * state.ranks * state.stride);
+    return state;
+  }
+
+  int64_t sums_size() const { return net_.size.height * plan_.strips * config_.channels; }
+  int64_t map_columns() const {
+    int64_t columns = net_.size.width;
+    for (int64_t i = 0; i < config_.recursive; ++i) columns /= 4;
+    return columns;
+  }
+  int64_t table_bytes() const {
+    Arena arena(nullptr);
+    ColumnTable(arena, plan_.units * Plan::kUnit, 1, 1);
+    return arena.bytes();
+  }
+  int64_t route_bytes() const {
+    Arena arena(nullptr);
+    Route<Cell>(arena, config_, net_.size);
+    return arena.bytes();
+  }
+  Route<Cell> route_of(int64_t image) const {
+    Arena arena(routes_ + image * route_bytes());
+    return Route<Cell>(arena, config_, net_.size);
+  }
+  Pooled pooled_of(int64_t image) const { return route_of(image).pooled(sums_ + image * sums_size(), plan_.strips); }
+
+  // Lines that begin at the image's first, or that are moved by so many.
+  static State<Cell> moved(State<Cell> state, int64_t lines) {
+    const int64_t margin = state.margin;
+    state.margin = 0;
+    state = state.at(lines);
+    state.margin = margin;
+    return state;
+  }
+
+  Band<Cell> band_of(int64_t task) const {
+    const int64_t image = task / plan_.bands, band = task % plan_.bands, height = net_.size.height;
+    const auto edge = [&](int64_t i) { return i == plan_.bands ? height : i * (height / 4) / plan_.bands * 4; };
+    return {image,
+            edge(band),
+            edge(band + 1),
+            moved(state_, image * height),
+            moved(frames_, task * 2 * plan_.around),
+            plan_.around};
+  }
+
+  // What no sweep writes must still be numbers: columns beyond the image are computed with, though never used.
+  void clear(int64_t images) {
+    for_each(images * net_.size.height, [&](int64_t line) {
+      const State<Cell> end = moved(state_, line + 1), begin = moved(state_, line);
+      std::memset(begin.x, 0, (end.x - begin.x) * sizeof(float));
+      std::memset(begin.a, 0, (end.a - begin.a) * sizeof(Cell));
+      std::memset(begin.k, 0, (end.k - begin.k) * sizeof(float));
+    });
+  }
+
+  void copy_frames(int64_t images) {
+    for_each(images * plan_.bands, [&](int64_t task) {
+      const Band<Cell> band = band_of(task);
+      for (int64_t i = 0; i < 2 * plan_.around; ++i) {
+        const int64_t row = i < plan_.around ? band.top - plan_.around + i : band.bottom + i - plan_.around;
+        if (row < 0 || row >= net_.size.height) continue;
+        const State<Cell> from = moved(band.state, row), next = moved(band.state, row + 1), to = moved(band.frames, i);
+        std::memcpy(to.x, from.x, (next.x - from.x) * sizeof(float));
+        std::memcpy(to.a, from.a, (next.a - from.a) * sizeof(Cell));
+        std::memcpy(to.k, from.k, (next.k - from.k) * sizeof(float));
+      }
+    });
+  }
+
+  void route(int64_t images, int64_t group) {
+    const GroupWeights<Cell> weights = group_weights<Cell>(config_, net_.weights, group);
+    for_each(images * config_.channels, [&](int64_t i) {
+      route_of(i / config_.channels).calibrate(weights, i % config_.channels);
+    });
+    for_each(images, [&](int64_t image) {
+      route_of(image).choose(weights.experts, sums_ + image * sums_size(), plan_.strips);
+    });
+  }
+
+  // The sweep of a band after group - 1, or from the image; up to the pool of group `group`, or to the pixels.
+  void sweep(int64_t task, int64_t first_image, int64_t group, const ColumnTable& up) {
+    Band<Cell> band = band_of(task);
+    const Pooled pooled = pooled_of(band.image);
+    const Route<Cell> route = route_of(band.image);
+    const int64_t channels = config_.channels, lag = plan_.start + plan_.half + 2;
+    const int64_t first_row = larger(0, band.top - plan_.around);
+    const int64_t last_row = smaller(net_.size.height, band.bottom + plan_.around);
+    Strip strip{net_.size.height, net_.size.width, first_row, last_row, parts(plan_.units, plan_.strips) * Plan::kUnit,
+                0, 0};
+    const auto with_source = [&](auto& source) {
+      if (group == config_.groups) {
+        band.image += first_image;
+        Tail<Cell> tail(strip, band, net_, weights_, lag);
+        stream(band, strip, source, tail);
+        finite_[task] = tail.is_finite();
+      } else {
+        const GroupWeights<Cell> weights = group_weights<Cell>(config_, net_.weights, group);
+        Pool<Cell> pool(strip, band, weights, pooled, channels, lag);
+        stream(band, strip, source, pool);
+      }
+    };
+    if (group == 0) {
+      Band<Cell> of_batch = band;
+      of_batch.image += first_image;
+      Head<Cell> head(strip, of_batch, net_, weights_.conv_1, lag);
+      with_source(head);
+    } else {
+      const GroupWeights<Cell> weights = group_weights<Cell>(config_, net_.weights, group - 1);
+      Group<Cell> source(strip, band, weights, route, up, channels, plan_.start);
+      with_source(source);
+    }
+  }
+
+  template <class From, class To>
+  void stream(const Band<Cell>& band, Strip& strip, From& source, To& sink) const {
+    const auto takes_part = [&](int64_t row, int64_t around) {
+      return strip.has_row(row) && row >= band.top - around && row < band.bottom + around;
+    };
+    for (int64_t s = 0; s < plan_.strips; ++s) {
+      strip.begin = s * plan_.units / plan_.strips * Plan::kUnit;
+      strip.width = (s + 1) * plan_.units / plan_.strips * Plan::kUnit - strip.begin;
+      for (int64_t t = band.top - 2 - source.delay; t < band.bottom + 2 + source.delay; ++t) {
+        source.step(t);
+        const int64_t row = t - source.delay;
+        if (takes_part(row, 2)) sink.push(row, source);
+        if (takes_part(row - 1, 1)) sink.pull(row - 1);
+        if (takes_part(row - 2, 0)) sink.finish(row - 2, s);
+      }
+    }
+  }
+
+  const Network& net_;
+  const NetworkConfig& config_;
+  const Plan plan_;
+  const NetworkWeights<Cell> weights_;
+  State<Cell> state_, frames_;
+  float* sums_;
+  int64_t* finite_;
+  char *table_, *routes_;
+  int64_t bytes_;
+};
+
+}  // namespace
+
+int64_t network_workspace(const Network& net) {
+  return net.config.is_bfloat16 ? Run<Pair>(net, nullptr).bytes() : Run<float>(net, nullptr).bytes();
+}
+
+bool network(const Network& net, void* workspace) {
+  return net.config.is_bfloat16 ? Run<Pair>(net, workspace)() : Run<float>(net, workspace)();
+}
+
+}  // namespace seemore::SEEMORE_ISA

@@ -1,0 +1,78 @@
+// The network's operators. Arguments were checked in Python (seemore_fast/engine.py).
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+#include "network.h"
+
+namespace {
+
+using seemore::Image;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// [scale, in_channels, channels, groups, taps, recursive, top_k, is_shuffled, is_bfloat16, ranks ...]
+seemore::NetworkConfig config_of(const std::vector<int64_t>& values) {
+  constexpr int64_t fixed = 9;
+  STD_TORCH_CHECK(values.size() > fixed, "expected more than nine numbers");
+  return {values[0], values[1], values[2], values[3], values[4], values[5], values[6],
+          static_cast<int64_t>(values.size()) - fixed, values.data() + fixed, values[7] != 0, values[8] != 0};
+}
+
+Image image(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
+
+Tensor pack(Tensor parameters, std::vector<int64_t> config) {
+  const auto network = config_of(config);
+  const auto sizes = seemore::network_sizes(network);
+  STD_TORCH_CHECK(parameters.numel() == sizes.parameters && parameters.scalar_type() == ScalarType::Float,
+                  "expected ", sizes.parameters, " float32 parameters, got ", parameters.numel());
+  const auto weights = torch::stable::new_empty(parameters, {sizes.weights / 4});
+  seemore::network_pack(network, static_cast<const float*>(parameters.data_ptr()), weights.data_ptr());
+  return weights;
+}
+
+int64_t memory(std::vector<int64_t> config, int64_t batch, int64_t height, int64_t width, int64_t threads) {
+  seemore::Network network{};
+  network.config = config_of(config);
+  network.size = {batch, network.config.in_channels, height, width};
+  network.threads = threads;
+  return seemore::network_workspace(network);
+}
+
+bool run(Tensor y, Tensor x, Tensor weights, Tensor mean, double img_range, std::vector<int64_t> config) {
+  const auto type = x.scalar_type();
+  const auto network = seemore::Network{config_of(config),
+                                        {x.size(0), x.size(1), x.size(2), x.size(3)},
+                                        type == ScalarType::Byte     ? 255
+                                        : type == ScalarType::UInt16 ? 65535
+                                                                     : 0,
+                                        image(x),
+                                        image(y),
+                                        static_cast<const float*>(mean.data_ptr()),
+                                        static_cast<float>(img_range),
+                                        weights.data_ptr(),
+                                        static_cast<int64_t>(torch::stable::get_num_threads())};
+  const auto workspace = torch::stable::new_empty(weights, {(seemore::network_workspace(network) + 3) / 4});
+  return seemore::network(network, workspace.data_ptr());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(seemore_cpu, m) {
+  m.def("network_pack(Tensor parameters, int[] config) -> Tensor");
+  m.def("network_memory(int[] config, int batch, int height, int width, int threads) -> int");
+  m.def(
+      "network(Tensor(a!) y, Tensor x, Tensor weights, Tensor mean, float img_range, int[] config) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(seemore_cpu, CPU, m) {
+  m.impl("network_pack", TORCH_BOX(&pack));
+  m.impl("network", TORCH_BOX(&run));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(seemore_cpu, CompositeExplicitAutograd, m) {
+  m.impl("network_memory", TORCH_BOX(&memory));
+}

@@ -1,0 +1,41 @@
+// The whole network for inference, as the CPU library sees it; its definition is seemore_fast/reference/model.py.
+#pragma once
+
+#include "views.h"
+
+namespace seemore {
+
+struct NetworkConfig {
+  int64_t scale, in_channels, channels, groups, taps, recursive, top_k, experts;
+  const int64_t* ranks;  // of the experts
+  bool is_shuffled;
+  bool is_bfloat16;  // operands of the dense and pointwise convolutions; all else is float32
+};
+
+// Elements of `parameters`, the model's in the order of its state dict, and bytes of the packed weights.
+struct NetworkSizes {
+  int64_t parameters, weights;
+};
+
+NetworkSizes network_sizes(const NetworkConfig& config);
+
+// Fold what folds exactly and put the weights into the order in which they are used.
+void network_pack(const NetworkConfig& config, const float* parameters, void* weights);
+
+struct Network {
+  NetworkConfig config;
+  Size size;                  // of x; height and width are at least 4^recursive
+  int64_t whole;     // of x and y: 0 for float32, 255 for uint8, 65535 for uint16, which stands for 1
+  Image x, y;                 // y: (B, in_channels, scale * H, scale * W)
+  const float* mean;          // in_channels
+  float img_range;
+  const void* weights;        // from network_pack
+  int64_t threads;            // into how many bands to cut the images; results do not depend on it
+};
+
+// Bytes of the workspace that a run needs.
+int64_t network_workspace(const Network& network);
+// Returns whether all pixels are numbers, where y holds integers.
+bool network(const Network& network, void* workspace);
+
+}  // namespace seemore
