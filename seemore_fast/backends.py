@@ -37,6 +37,7 @@ KERNELS = {
         Kernel("cuda", "cuda", most_taps=31),
         Kernel("triton", "cuda"),
     ],
+    "network": [Kernel("cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16))],
 }
 BACKENDS = ("cpu", "cuda", "triton")
 

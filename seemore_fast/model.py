@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from . import ops
+from . import engine, ops
 from .reference import model as plain
 
 
@@ -12,12 +12,12 @@ def _affine(*modules: nn.Module) -> list[Tensor]:
     return [parameter for module in modules for parameter in (module.weight, module.bias)]
 
 
-class FusedBlock(nn.Module):
-    """What RME and SME share: one operator for the block, or the plain modules where someone changed them.
+class Fused(nn.Module):
+    """What can be computed by one operator, or by its plain modules where someone changed them.
 
-    A hook, a `forward` of its own, a parametrization or another module put in place of one of those the block was
-    built with sends the block down the plain path: the same result, and everything that was added runs. Attributes
-    that a module was built with (padding, stride, ...) are not looked at again: to change one, put in another module.
+    A hook, a `forward` of its own, a parametrization or another module put in place of one of those that it was built
+    with sends it down the plain path: the same result, and everything that was added runs. Attributes that a module
+    was built with (padding, stride, ...) are not looked at again: to change one, put in another module.
     """
 
     def _remember(self):
@@ -30,9 +30,16 @@ class FusedBlock(nn.Module):
         return (
             self._built_with == modules
             and self._built_of == tuple(map(type, modules))
-            and self.norm_1.eps == self.norm_2.eps == 1e-6
-            and not plain.is_customised(self)
+            and all(m.eps == 1e-6 for m in modules if isinstance(m, plain.LayerNorm))
+            and not any(map(plain.has_additions, modules[1:]))
         )
+
+
+class FusedBlock(Fused):
+    """What RME and SME share."""
+
+    def is_untouched(self) -> bool:
+        return super().is_untouched() and not plain.has_additions(self)
 
     def _ffn_parameters(self) -> list[Tensor]:
         return _affine(self.norm_2, self.ffn.fn_1[0], self.ffn.gate, self.ffn.fn_2[0])
@@ -86,16 +93,72 @@ class ResGroup(plain.ResGroup):
     local_class, global_class = RME, SME
 
 
-class SeemoRe(plain.SeemoRe):
+class SeemoRe(Fused, plain.SeemoRe):
     """The drop-in SeemoRe: same arguments, state dict, outputs and gradients as the published one.
 
     (B, in_chans, H, W) in [0, 1] -> (B, in_chans, scale * H, scale * W), at least float32. The arguments and what is
     done with small images are described at `seemore_fast.reference.SeemoRe`.
+
+    In eval mode, on a CPU and without gradients, the whole network is one operator. Its weights are packed at every
+    call; `prepare` freezes them.
     """
 
     group_class = ResGroup
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._frozen = {}
+        self._remember()
+
+    def prepare(self) -> "SeemoRe":
+        """Freeze a packed copy of the weights for inference on the CPU, and return the model.
+
+        Later changes of the parameters are not seen until train(), load_state_dict() or to() (any conversion) unfreeze
+        it. A copy or a pickle of the model is not frozen. RuntimeError in training mode.
+        """
+        if self.training:
+            raise RuntimeError("the model is in training mode, expected inference: model.eval().prepare()")
+        with torch.no_grad():
+            self._frozen = {"parameters": [parameter.detach().clone() for parameter in self.parameters()]}
+        return self
+
+    def frozen_weights(self, config: list[int]) -> Tensor | None:
+        """Return the packed weights that `prepare` froze, for a configuration of the engine; None if it did not."""
+        if not self._frozen:
+            return None
+        key = tuple(config)
+        if key not in self._frozen:
+            self._frozen[key] = engine.pack(self._frozen["parameters"], config)
+        return self._frozen[key]
+
+    def train(self, mode: bool = True) -> "SeemoRe":
+        if mode:
+            self._frozen = {}
+        return super().train(mode)
+
+    def load_state_dict(self, *args, **kwargs):
+        self._frozen = {}
+        return super().load_state_dict(*args, **kwargs)
+
+    def _apply(self, *args, **kwargs):  # to(), float(), cuda(), ...
+        self._frozen = {}
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_frozen": {}}
+
+    def is_untouched(self) -> bool:
+        """Tell whether all modules inside are those it was built with, as they were built."""
+        c = self.config
+        return super().is_untouched() and all(
+            (block.recursive, block.use_shuffle, block.moe_layer.gate.top_k)
+            == (c["recursive"], c["use_shuffle"], c["topk"])
+            for block in (group.local_block.block for group in self.body)
+        )
+
     def _forward(self, x: Tensor) -> Tensor:
+        if engine.why_not(self, x) is None:
+            return engine.run(self, x)
         if x.device.type == "cpu":  # faster there (benchmarks/bench_model.py); on GPUs it is the other way round
             # A copy, though it may have the layout already: a view of one image can have strides, of the batch's
             # dimension, that torch's convolutions do not take for channels_last.

@@ -30,12 +30,15 @@ def expert_ranks(lr_space: str, num_experts: int) -> tuple[int, ...]:
     return tuple(LR_SPACES[lr_space](i) for i in range(num_experts))
 
 
+def has_additions(module: nn.Module) -> bool:
+    """Tell whether a hook or a `forward` of its own sits on `module`."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks or "forward" in vars(module))
+
+
 def is_customised(module: nn.Module) -> bool:
     """Tell whether a hook or a `forward` of its own sits on `module` or on anything inside it."""
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
-        for m in module.modules()
-    )
+    return any(map(has_additions, module.modules()))
 
 
 class LayerNorm(nn.Module):
