@@ -54,8 +54,9 @@ if toolchain is None and os.environ.get("SEEMORE_FAST_CUDA") == "1":
     raise SystemExit("SEEMORE_FAST_CUDA=1, but there is no native build to put it in (SEEMORE_FAST_NATIVE)")
 
 setup(
-    packages=[*find_packages(include=["seemore_fast*"]), "seemore_fast.kernels"],
-    package_dir={"seemore_fast.kernels": "kernels"},  # never a module named `kernels`
+    packages=[*find_packages(include=["seemore_fast*"]), "seemore_fast.kernels", "seemore_fast.benchmarks"],
+    # never modules named `kernels` or `benchmarks`
+    package_dir={"seemore_fast.kernels": "kernels", "seemore_fast.benchmarks": "benchmarks"},
     ext_modules=[Extension(f"seemore_fast.{name}", sources=[]) for name in native.products(toolchain, cuda)],
     cmdclass={"build_ext": BuildNative},
 )

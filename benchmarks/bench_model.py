@@ -5,15 +5,14 @@
 A training step is checked by its output and all gradients.
 """
 
-import importlib.util
 from functools import partial
 from typing import NamedTuple
 
-import harness
 import torch
 import torch.nn.functional as F
 
 import seemore_fast
+from seemore_fast.benchmarks import harness
 from seemore_fast.presets import PRESETS
 
 
@@ -59,20 +58,12 @@ def models(config: dict, weights: dict, device: torch.device, compile: bool) -> 
     found = {"seemore-fast": load(seemore_fast.SeemoRe), "reference eager": load(seemore_fast.reference.SeemoRe)}
     if compile:
         found["reference torch.compile"] = torch.compile(load(seemore_fast.reference.SeemoRe))
-    if importlib.util.find_spec("seemore") and importlib.util.find_spec("cv2"):
-        from seemore.module import SeemoRe as Published
-
-        found["published eager"] = load(Published)
-        found["published channels_last"] = load(Published).to(memory_format=torch.channels_last)
-    else:
-        found |= dict.fromkeys(["published eager", "published channels_last"], "not installed (PyPI's seemore, cv2)")
+    published = harness.published()
+    if isinstance(published, str):
+        return found | dict.fromkeys(["published eager", "published channels_last"], published)
+    found["published eager"] = load(published)
+    found["published channels_last"] = load(published).to(memory_format=torch.channels_last)
     return found
-
-
-def memory_format(model) -> torch.memory_format:
-    """Return the layout that a model's dense convolutions have, for its input."""
-    channels_last = model.conv_2.weight.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def inference(model, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -102,7 +93,8 @@ def build(setting: Setting, device: torch.device, options) -> harness.Case:
         if isinstance(model, str):
             return model
         model.train(setting.training)
-        return lambda tensors: partial(step, model, tensors["x"].contiguous(memory_format=memory_format(model)), dtype)
+        layout = harness.memory_format(model)
+        return lambda tensors: partial(step, model, tensors["x"].contiguous(memory_format=layout), dtype)
 
     def make(seed: int) -> harness.InputSet:
         return {"x": torch.rand(setting.batch, 3, setting.height, setting.width).to(device)}

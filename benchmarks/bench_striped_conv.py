@@ -8,10 +8,10 @@ Backward is timed alone, on graphs that are built before.
 from functools import partial
 from typing import NamedTuple
 
-import harness
 import torch
 
 from seemore_fast import ops, reference
+from seemore_fast.benchmarks import harness
 
 
 class Setting(NamedTuple):

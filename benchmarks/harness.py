@@ -6,6 +6,8 @@ returns, another layout or an autograd graph, is not timed. A text in its place 
 
 import argparse
 import ctypes
+import importlib
+import importlib.metadata
 import json
 import math
 import platform
@@ -13,6 +15,7 @@ import random
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -29,7 +32,13 @@ import seemore_fast
 OURS = "seemore-fast"
 SERVES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # backend: type of the device that it is timed on
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-COLUMNS = {"ms": "10.3f", "x_ours": "8.2f", "gb_s": "8.1f", "gflop_s": "9.1f", "peak_mb": "9.0f", "max_error": "11.1e"}
+COLUMNS = {
+    **{"ms": "10.3f", "ms_min": "10.3f", "ms_max": "10.3f", "x_ours": "8.2f", "gb_s": "8.1f", "gflop_s": "9.1f"},
+    **{"of_matmul": "11.0%", "ns_pixel": "10.1f", "x_pixel": "9.2f", "peak_mb": "9.0f", "max_error": "11.1e"},
+}
+HERE = Path(__file__).parent
+IS_INSTALLED = not (HERE.parent / "setup.py").exists()  # as seemore_fast.benchmarks, outside of a checkout
+RUNTIMES = ("onnxruntime", "openvino", "seemore")  # whose versions a file of results tells beside torch's
 CPU_CACHE = 64 * 2**20  # torch does not tell: larger than most last levels
 WARM_UP, MAX_SETS = 3, 32
 
@@ -44,16 +53,20 @@ class Case:
     A result may miss the truth by twice what eager PyTorch in the same dtype misses it by, plus `atol`, all relative to
     the largest value of that result. Names of eager providers begin with `yardstick`; the worst of them counts.
     A list of tensors within `truth`, as the gradients of a network, is one result. `bytes` has each tensor once.
+    Without a yardstick, `()`, `atol` is all that is allowed.
     """
 
     providers: dict[str, Provider | str]
     inputs: list[InputSet]
     truth: list[Tensor | list[Tensor]]
-    yardstick: str
+    yardstick: str | tuple[()]
     atol: float
     bytes: int | None = None
     operations: int | None = None
+    pixels: int | None = None  # of the input, where time per pixel is the question
     kernels_only: bool = True  # not the host's launches on CUDA, not fresh pages on the CPU
+    pause: float = 0  # seconds between turns, for other runtimes' threads to stop spinning
+    patience: float = math.inf  # seconds that one provider may take in all its turns; then it gets no more of them
 
 
 def operator(function: Callable, backward: bool = False, layout: torch.memory_format | None = None) -> Provider:
@@ -103,6 +116,26 @@ def instruction_set(name: str):
         yield
     finally:
         native.use_instruction_set(before)
+
+
+def missing(module: str) -> str | None:
+    """Return None for a module that can be imported, else why not and what installs it."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        more = " and pip install --no-deps seemore" if module.startswith("seemore") else ""
+        return f"{error}: pip install 'seemore-fast[bench]'{more}"
+
+
+def published() -> type | str:
+    """Return the SeemoRe of PyPI's `seemore`, a port of the published code, or why it cannot be imported."""
+    return missing("seemore.module") or sys.modules["seemore.module"].SeemoRe
+
+
+def memory_format(model: torch.nn.Module) -> torch.memory_format:
+    """Return the layout that a SeemoRe's dense convolutions have, for its input."""
+    channels_last = model.conv_2.weight.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device, seed: int) -> InputSet:
@@ -170,34 +203,85 @@ def keep_memory():
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def run_case(case: Case, device: torch.device, runs: int) -> dict:
-    """Return every provider's line of figures: checked, then timed in turns; the median of `runs` counts."""
-    if case.kernels_only:
+def run_case(cases: Case | list[Case], device: torch.device, runs: int) -> dict:
+    """Return every provider's line of figures: checked, then timed in turns; the median of `runs` counts.
+
+    Several cases take turns together, each with providers, inputs, truth and tolerance of its own.
+    """
+    cases = [cases] if isinstance(cases, Case) else cases
+    first = cases[0]
+    if first.kernels_only:
         keep_memory()
         functorch_config.donated_buffer = False  # lets a compiled backward run more than once on a graph
-    lines, calls = check(case)
-    work = dict.fromkeys(calls, (case.bytes, case.operations))
-    if case.bytes:  # what the machine reaches in the same minutes: copying the first tensor, multiplying matrices
-        firsts = [next(iter(tensors.values())) for tensors in case.inputs]
-        size = 64 if case.operations < 1e6 else 4096 if device.type == "cuda" else 1024
-        matrix = torch.rand(size, size, device=device)
-        calls |= {"clone": [t.clone for t in firsts], "matmul fp32": [partial(torch.mm, matrix, matrix)]}
-        work |= {"clone": (2 * firsts[0].nbytes, None), "matmul fp32": (None, 2 * size**3)}
+    lines, calls, case_of = {}, {}, {}
+    for case in cases:
+        checked, ready = check(case)
+        lines, calls, case_of = lines | checked, calls | ready, case_of | dict.fromkeys(ready, case)
+    work = {name: (case.bytes, case.operations) for name, case in case_of.items()}
+    for name, (ready, *amounts) in floors(first, device).items():
+        calls[name], work[name] = ready, amounts
     times, peaks, shuffled = {name: [] for name in calls}, {}, random.Random(0)
     # Each round has its own order, so that nobody always runs after the same other; each turn has the next inputs.
     turns = [name for _ in range(WARM_UP + runs) for name in shuffled.sample(list(calls), len(calls))]
     for turn, name in enumerate(turns):
-        milliseconds, peaks[name] = measure(calls[name][turn % len(calls[name])], device, case.kernels_only)
+        if sum(times[name]) > 1000 * first.patience:
+            continue
+        time.sleep(first.pause)
+        milliseconds, peaks[name] = measure(calls[name][turn % len(calls[name])], device, first.kernels_only)
         times[name].append(milliseconds)
-    times = {name: sorted(values[WARM_UP:]) for name, values in times.items()}
-    best = min((statistics.median(values) for name, values in times.items() if name.startswith(OURS)), default=None)
+    times = {name: sorted(values[WARM_UP:] or values[-1:]) for name, values in times.items()}
+    best = {}  # of ours, among those that did the same work
+    for name, case in case_of.items():
+        if name.startswith(OURS):
+            best[id(case)] = min(statistics.median(times[name]), best.get(id(case), math.inf))
     for name, values in times.items():
         ms, (traffic, operations) = statistics.median(values), work[name]
-        ratio = ms / best if best and name != "matmul fp32" else None  # that one is other work
-        line = {"ms": ms, "ms_min": values[0], "ms_max": values[-1], "x_ours": ratio}
+        case = case_of.get(name, first)
+        same_work = id(case) in best and not case.pixels and name != "matmul fp32"
+        line = {
+            "ms": ms,
+            "ms_min": values[0],
+            "ms_max": values[-1],
+            "ms_quartiles": quartiles(values),
+            "runs": len(values),
+        }
+        line |= {"x_ours": ms / best[id(case)] if same_work else None}
         line |= {"gb_s": traffic and traffic / ms / 1e6, "gflop_s": operations and operations / ms / 1e6}
+        line |= {"ns_pixel": ms / case.pixels * 1e6 if case.pixels and name in case_of else None}
         lines[name] = lines.get(name, {}) | line | {"peak_mb": peaks[name]}
+    relate(lines)
     return lines
+
+
+def floors(case: Case, device: torch.device) -> dict[str, tuple]:
+    """Return (calls, bytes, operations) by name, to see what this machine reaches in the same minutes.
+
+    Copying the first tensor, if the case tells its bytes; multiplying matrices, if it tells its operations.
+    """
+    found = {}
+    if case.bytes:
+        firsts = [next(iter(tensors.values())) for tensors in case.inputs]
+        found["clone"] = [t.clone for t in firsts], 2 * firsts[0].nbytes, None
+    if case.operations:
+        size = 64 if case.operations < 1e6 else 4096 if device.type == "cuda" else 1024
+        matrix = torch.rand(size, size, device=device)
+        found["matmul fp32"] = [partial(torch.mm, matrix, matrix)], None, 2 * size**3
+    return found
+
+
+def relate(lines: dict):
+    """Add what relates lines to each other: to the best multiplication of matrices, and to the first time per pixel."""
+    matmul = lines.get("matmul fp32", {})
+    pixel = next((line["ns_pixel"] for line in lines.values() if line.get("ns_pixel")), None)
+    for line in lines.values():
+        if line.get("gflop_s") and matmul:
+            line["of_matmul"] = line["gflop_s"] / (matmul["gflop_s"] * matmul["ms"] / matmul["ms_min"])
+        if line.get("ns_pixel"):
+            line["x_pixel"] = line["ns_pixel"] / pixel
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
 
 
 def measure(call: Callable, device: torch.device, kernels_only: bool) -> tuple[float, float | None]:
@@ -219,26 +303,43 @@ def measure(call: Callable, device: torch.device, kernels_only: bool) -> tuple[f
 
 
 def print_table(title: str, lines: dict):
-    widths = {key: int(form.split(".")[0]) for key, form in COLUMNS.items()}
-    print(f"\n{title}\n{'':30}" + "".join(f"{key:>{width}}" for key, width in widths.items()))
+    shown = {key: form for key, form in COLUMNS.items() if any(line.get(key) is not None for line in lines.values())}
+    widths = {key: int(form.split(".")[0]) for key, form in shown.items()}
+    print(f"\n{title}\n{'':34}" + "".join(f"{key:>{width}}" for key, width in widths.items()))
     for name, line in lines.items():
         reason = next((f"  {key}: {line[key]}" for key in ("absent", "failed", "wrong") if key in line), None)
-        cells = (" " * widths[key] if line.get(key) is None else f"{line[key]:{form}}" for key, form in COLUMNS.items())
-        print(f"  {name:28}" + (reason or "".join(cells)))
+        cells = (" " * widths[key] if line.get(key) is None else f"{line[key]:{form}}" for key, form in shown.items())
+        print(f"  {name:32}" + (reason or "".join(cells)))
 
 
 def main(name: str, description: str, cases: dict[str, dict], build: Callable, compiled: bool = False):
-    """Run the command line: build(cases["quick" | "cpu" | "cuda"][title], device, options) makes each Case."""
+    """Run a command line with every option: see `run`."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=compiled, help="time torch.compile")
+    run(name, parser, cases, build)
+
+
+def run(
+    name: str,
+    parser: argparse.ArgumentParser,
+    cases: dict[str, dict],
+    build: Callable,
+    draw: Callable | None = None,
+    arguments: list[str] | None = None,
+):
+    """Run a command line: build(cases["quick" | "cpu" | "cuda"][title], device, options) makes a table's Case or Cases.
+
+    `parser` gives `device` and `compile`; the other options are added to it. draw(facts, path) makes a picture of what
+    was written.
+    """
     parser.add_argument("--quick", action="store_true", help="tiny cases, to see that it runs")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--case", default="", help="run only the cases with this text in their titles")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=compiled, help="time torch.compile")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
     parser.add_argument("--instruction-sets", action="store_true", help="time each one that the CPU library has")
     parser.add_argument("--results", type=Path, help="folder to write to (by default, only a complete run writes)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit("torch finds no CUDA device here: run with --device cpu --quick to try the benchmark itself")
     device, results = torch.device(options.device), {}
@@ -252,23 +353,44 @@ def main(name: str, description: str, cases: dict[str, dict], build: Callable, c
             torch.compiler.reset()  # else code of an earlier case is compiled for dynamic shapes, or no more
         results[title] = run_case(build(setting, device, options), device, options.runs)
         print_table(title, results[title])
-    shell = partial(subprocess.run, shell=True, capture_output=True, text=True, cwd=Path(__file__).parent)
-    facts = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        "commit": shell("git rev-parse HEAD").stdout.strip() or None,
-        "uncommitted": shell("git status --porcelain -- .. :!results").stdout.splitlines(),
-        "backend_info": seemore_fast.backend_info(),
-        "versions": {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
-        "runs": options.runs,
-        "cases": results,
-    }
     if options.results or not (options.quick or options.case):
+        facts = {**machine_facts(device), "runs": options.runs, "cases": results}
         folder = re.sub(r"[^A-Za-z0-9]+", "-", facts["device"]).strip("-").lower()
-        path = (options.results or Path(__file__).parent / "results") / folder / f"{name}.json"
+        path = (options.results or (Path() if IS_INSTALLED else HERE / "results")) / folder / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(facts, indent=2) + "\n")
         print(f"\nfigures in {path}")
+        if draw:
+            draw(facts, path.with_suffix(".png"))
     bad = [key for lines in results.values() for key in lines if {"wrong", "failed"} & set(lines[key])]
     if any(key.startswith(OURS) for key in bad):
         raise SystemExit("seemore-fast is wrong or fails: see above")
+
+
+def machine_facts(device: torch.device) -> dict:
+    """Return what a figure depends on beside the code that made it, and which code that is."""
+    shell = partial(subprocess.run, shell=True, capture_output=True, text=True, cwd=HERE)
+    commit = None if IS_INSTALLED else shell("git rev-parse HEAD").stdout.strip() or None
+    versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    for package in RUNTIMES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "processor": processor(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "commit": commit,
+        "uncommitted": shell("git status --porcelain -- .. :!results").stdout.splitlines() if commit else [],
+        "backend_info": seemore_fast.backend_info(),
+        "versions": versions,
+    }
+
+
+def processor() -> str:
+    """Return the CPU's name as far as the system tells it."""
+    try:
+        return re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()

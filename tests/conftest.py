@@ -59,6 +59,18 @@ def exact_float32():
 
 
 @pytest.fixture
+def harness(monkeypatch):
+    """benchmarks/harness.py; nothing that it sets for the process outlives a test."""
+    from seemore_fast.benchmarks import harness
+
+    monkeypatch.setattr(harness, "keep_memory", lambda: None)
+    threads = torch.get_num_threads()
+    with harness.functorch_config.patch(donated_buffer=True):
+        yield harness
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def small_model(device):
     """A SeemoRe of two groups of 12 channels, in evaluation mode."""
     from seemore_fast import SeemoRe

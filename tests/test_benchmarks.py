@@ -1,6 +1,5 @@
 """The benchmarks check before they time, take turns and write; what they time is none of a test's business."""
 
-import importlib.util
 import itertools
 import json
 import os
@@ -15,19 +14,6 @@ import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def harness(monkeypatch):
-    """benchmarks/harness.py; nothing that it sets for the process outlives a test."""
-    spec = importlib.util.spec_from_file_location("harness", BENCHMARKS / "harness.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "keep_memory", lambda: None)
-    threads = torch.get_num_threads()
-    with module.functorch_config.patch(donated_buffer=True):
-        yield module
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -142,7 +128,7 @@ def test_everyone_runs_once_a_round_in_changing_order_on_changing_inputs(harness
         return lambda tensors: lambda: call(tensors)
 
     case = case_of({name: provider(name) for name in names})
-    case.bytes = None  # no floors
+    case.bytes = case.operations = None  # no floors
     case.providers["torch eager"] = "left out"
     harness.run_case(case, CPU, runs)
     checked, turns = log[:3], log[3:]
@@ -169,9 +155,61 @@ def test_the_median_after_the_warm_up_counts(harness, case_of, monkeypatch):
     assert lines["seemore-fast cpu"]["gb_s"] == pytest.approx(case.bytes / 8e-3 / 1e9)
     assert lines["seemore-fast cpu"]["gflop_s"] == pytest.approx(90 / 8e-3 / 1e9)
 
-    case.bytes, times = None, iter([99, 99, 99, 5, 1, 2])
-    line = harness.run_case(case, CPU, runs=3)["seemore-fast cpu"]
-    assert (line["ms"], line["ms_min"], line["ms_max"]) == (2, 1, 5)
+    case.bytes = case.operations = None
+    times = iter([99, 99, 99, 5, 1, 2, 3, 4])
+    line = harness.run_case(case, CPU, runs=5)["seemore-fast cpu"]
+    assert (line["ms"], line["ms_min"], line["ms_max"], line["ms_quartiles"]) == (3, 1, 5, [2, 4])
+
+
+def test_cases_take_turns_and_are_compared_each_with_its_own(harness, case_of, monkeypatch):
+    first, second = (case_of({f"seemore-fast {name}": harness.operator(scaled_sum)}) for name in "ab")
+    first.providers["other"] = harness.operator(scaled_sum)
+    first.bytes = None
+    for case in (first, second):
+        case.providers["torch eager"] = "left out"
+    second.operations = 180
+    times = itertools.cycle([4, 12, 6, 3])
+    monkeypatch.setattr(harness, "measure", lambda call, device, kernels_only: (next(times), None))
+    monkeypatch.setattr(harness.random.Random, "sample", lambda self, names, count: names)
+    lines = harness.run_case([first, second], CPU, runs=1)
+    timed = ["seemore-fast a", "other", "seemore-fast b", "matmul fp32"]
+    assert [(lines[name]["ms"], lines[name]["x_ours"]) for name in timed] == [(4, 1), (12, 3), (6, 1), (3, None)]
+    matmul = 2 * 64**3 / 3e6
+    shares = [lines[name]["of_matmul"] * matmul for name in timed]
+    assert shares == pytest.approx([90 / 4e6, 90 / 12e6, 180 / 6e6, matmul])
+
+    del first.providers["other"]
+    first.pixels, second.pixels, times = 30, 60, itertools.cycle([4, 6, 3])
+    lines = harness.run_case([first, second], CPU, runs=1)
+    assert [lines[name].get("x_pixel") for name in timed if name != "other"] == [1, 0.75, None]
+    assert [lines[name]["x_ours"] for name in timed if name != "other"] == [None] * 3
+
+
+def test_patience_ends(harness, case_of, monkeypatch):
+    case = case_of({"other": harness.operator(scaled_sum)})
+    case.bytes = case.operations = None
+    case.patience = 25
+    times = {"torch eager": itertools.repeat(10_000), "other": itertools.count(1)}
+    monkeypatch.setattr(harness, "measure", lambda call, device, kernels_only: (next(times[call]), None))
+    monkeypatch.setattr(harness, "check", lambda case: ({}, {name: [name] for name in times}))
+    lines = harness.run_case(case, CPU, runs=7)
+    assert [lines[name]["runs"] for name in times] == [1, 7]
+    assert [lines[name]["ms"] for name in times] == [10_000, 3 + 4]
+
+
+def test_without_a_yardstick_only_the_tolerance_counts(harness, case_of):
+    case = case_of({"torch eager": harness.operator(lambda x, gate: 1.001 * scaled_sum(x, gate))})
+    assert "max_error" in harness.check(case)[0]["torch eager"]
+    case.yardstick = ()
+    assert "errs by" in harness.check(case)[0]["torch eager"]["wrong"]
+
+
+def test_what_is_missing_comes_with_the_command_that_installs_it(harness, monkeypatch):
+    assert harness.missing("torch") is None
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setitem(sys.modules, "seemore.module", None)
+    assert harness.missing("openvino").endswith(": pip install 'seemore-fast[bench]'")
+    assert harness.published().endswith(": pip install 'seemore-fast[bench]' and pip install --no-deps seemore")
 
 
 def test_input_sets_exceed_the_cache_within_bounds(harness, monkeypatch):
@@ -245,8 +283,7 @@ def test_backward_runs_alone_more_than_once_and_in_its_layout(harness):
     assert calls[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_operations_of_striped_conv(harness, monkeypatch):
-    monkeypatch.setitem(sys.modules, "harness", harness)
+def test_operations_of_striped_conv():
     module = runpy.run_path(str(BENCHMARKS / "bench_striped_conv.py"))
     forward, convolution = module["Setting"]((1, 2, 3, 4), taps=5), 2 * 5 * 24  # a multiply-add counts two
     backward = forward._replace(backward=True)
@@ -264,7 +301,6 @@ def bench(harness, monkeypatch, capsys):
 
     def run(name, *arguments):
         arguments = ["--device", "cpu", "--quick", "--runs", "1", *map(str, arguments)]
-        monkeypatch.setitem(sys.modules, "harness", harness)
         monkeypatch.setattr(sys, "argv", [f"bench_{name}.py", *arguments])
         runpy.run_path(str(BENCHMARKS / f"bench_{name}.py"), run_name="__main__")
         return capsys.readouterr().out

@@ -20,10 +20,10 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton.language as tl
-from seemore_fast.kernels import striped_conv
-from seemore_fast.kernels.launch import Launch, Resources, parse_resources
 
 from seemore_fast import kernels
+from seemore_fast.kernels import striped_conv
+from seemore_fast.kernels.launch import Launch, Resources, parse_resources
 
 SHARED = 99 * 1024  # bytes that a block can have on every architecture
 IMAGES = {  # (B, C, H, W) and memory format
