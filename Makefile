@@ -54,7 +54,7 @@ $(VENV)/.runs: $(METADATA) $(SOURCES) | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.tests: $(VENV)/.runs
-	$(PIP) build -e '.[test]' --no-build-isolation
+	$(PIP) build -e '.[test,bench]' --no-build-isolation
 	$(PIP) --no-deps seemore
 	touch $@
 

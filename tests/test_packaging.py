@@ -50,10 +50,12 @@ def test_contents(archives):
         "demo/chelsea.png",
         "kernels/__init__.py",
         "kernels/striped_conv.py",
+        "benchmarks/compare_peers.py",
         "libseemore_cpu.so",
     ):
         assert f"seemore_fast/{name}" in names_in(wheel)
     assert ("seemore_fast/libseemore_cuda.so" in names_in(wheel)) == bool(shutil.which("nvcc"))
+    assert not any("/results/" in name for name in names_in(wheel))
     assert "linux" in wheel.name
     assert {name.split("/")[0].split("-")[0] for name in names_in(wheel)} == {"seemore_fast"}, "no other module"
     assert sum(info.compress_size for info in zipfile.ZipFile(wheel).infolist()) < 5e6
@@ -96,6 +98,8 @@ def test_the_installed_wheel_works(installed, tmp_path):
     run(command, "upscale", tmp_path / "demo/chelsea_x2.png", "-o", tmp_path / "big.png", cwd=tmp_path)
     assert (tmp_path / "big.png").stat().st_size > 10_000
     assert '"seemore_t_x2"' in run(command, "info", cwd=tmp_path)
+    options = "--quick", "--no-compile", "--runs", "1", "--case", "growth", "--results", tmp_path
+    assert f"figures in {tmp_path}" in run(command, "benchmark", "inference", *options, cwd=tmp_path)
 
 
 def test_the_suite_passes_on_the_installed_wheel(installed, tmp_path):

@@ -1,0 +1,73 @@
+"""The figures of a comparison as bars, in a PNG."""
+
+from pathlib import Path
+
+from seemore_fast.benchmarks import harness
+
+OURS, OTHERS, INK, QUIET = "#d9480f", "#adb5bd", "#343a40", "#868e96"
+LONGEST = 12
+
+
+def draw(facts: dict, path: Path):
+    """Draw a panel per table: medians as bars, and lines from the fastest to the slowest run."""
+    absent = harness.missing("matplotlib")
+    if absent:
+        print(f"no chart: {absent}")
+        return
+    from matplotlib.figure import Figure
+
+    tables = {title: bars(lines) for title, lines in facts["cases"].items()}
+    tables = {title: rows for title, rows in tables.items() if rows}
+    if not tables:
+        return
+    heights = [len(rows) for rows in tables.values()]
+    height = 0.26 * sum(heights) + 0.45 * len(heights) + 1
+    figure = Figure(figsize=(9, height), layout="constrained")  # drawn by Agg: needs no display
+    threads = facts["backend_info"]["cpu"]["threads"]
+    figure.suptitle(
+        f"SeemoRe inference on {facts['processor']}, {threads} thread{'s'[: threads - 1]}", color=INK, weight="bold"
+    )
+    axes = figure.subplots(len(tables), squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (title, rows) in zip(axes, tables.items(), strict=True):
+        names, values, spreads, labels = zip(*cut(rows), strict=True)
+        ours = [name.startswith(harness.OURS) for name in names]
+        axis.barh(names, values, color=[OURS if own else OTHERS for own in ours], height=0.75)
+        axis.hlines(names, *zip(*spreads, strict=True), color=INK, linewidth=1)
+        for row, (spread, label) in enumerate(zip(spreads, labels, strict=True)):
+            axis.annotate(
+                label, (spread[1], row), (5, 0), textcoords="offset points", va="center", color=INK, fontsize=8
+            )
+        for tick, own in zip(axis.get_yticklabels(), ours, strict=True):
+            tick.set(color=OURS if own else INK, weight="bold" if own else "normal")
+        axis.set_title(title, loc="left", color=INK, fontsize=10, weight="bold")
+        axis.set_xlim(0, 1.2 * max(spread[1] for spread in spreads))
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.tick_params(left=False, bottom=False, labelbottom=False, labelsize=8)
+        axis.spines[:].set_visible(False)
+    note = f"median, fastest and slowest of up to {facts['runs']} runs; in brackets: beside ours in the same precision"
+    figure.supxlabel(note, color=QUIET, fontsize=8)
+    figure.savefig(path, dpi=150)
+    print(f"chart in {path}")
+
+
+def bars(lines: dict) -> list[tuple[str, float, tuple[float, float], str]]:
+    """Return (name, value, (least, most), label) of what was timed, the fastest first; sizes as they are given."""
+    rows = []
+    for name, line in lines.items():
+        if "ms" not in line or "max_error" not in line:  # not right, or a floor
+            continue
+        if line["ns_pixel"]:
+            unit, label = line["ns_pixel"] / line["ms"], f"{line['ns_pixel']:.0f} ns per pixel ({line['x_pixel']:.2f}x)"
+        else:
+            unit, label = 1, f"{line['ms']:.3g} ms" + (f" ({line['x_ours']:.2f}x)" if line["x_ours"] else "")
+        rows.append((name, unit * line["ms"], (unit * line["ms_min"], unit * line["ms_max"]), label))
+    return rows if any(line.get("ns_pixel") for line in lines.values()) else sorted(rows, key=lambda row: row[1])
+
+
+def cut(rows: list[tuple]) -> list[tuple]:
+    """Return the rows with bars that end at `LONGEST` times the shortest; those that do not fit say so."""
+    end = LONGEST * min(value for _, value, _, _ in rows)
+    return [
+        (name, min(value, end), (min(least, end), min(most, end)), label if value <= end else f"cut: {label}")
+        for name, value, (least, most), label in rows
+    ]
