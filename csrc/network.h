@@ -24,13 +24,13 @@ void network_pack(const NetworkConfig& config, const float* parameters, void* we
 
 struct Network {
   NetworkConfig config;
-  Size size;                  // of x; height and width are at least 4^recursive
-  int64_t whole;     // of x and y: 0 for float32, 255 for uint8, 65535 for uint16, which stands for 1
-  Image x, y;                 // y: (B, in_channels, scale * H, scale * W)
-  const float* mean;          // in_channels
+  Size size;          // of x; height and width are at least 4^recursive
+  int64_t whole;      // of x and y: 0 for float32, 255 for uint8, 65535 for uint16, which stands for 1
+  Image x, y;         // y: (B, in_channels, scale * H, scale * W)
+  const float* mean;  // in_channels
   float img_range;
-  const void* weights;        // from network_pack
-  int64_t threads;            // into how many bands to cut the images; results do not depend on it
+  const void* weights;  // from network_pack
+  int64_t threads;      // into how many bands to cut the images; results do not depend on it
 };
 
 // Bytes of the workspace that a run needs.

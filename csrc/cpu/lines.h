@@ -12,24 +12,12 @@
 
 namespace seemore::SEEMORE_ISA {
 
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) : data_(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64}))) {}
-  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  operator T*() const { return data_; }
-
- private:
-  T* data_;
-};
-
 // The strip that a chain works on, and the tile it is part of.
 struct Strip {
   int64_t height, columns;      // of the image
   int64_t first_row, last_row;  // of the tile and the lines around it that take part: [first_row, last_row)
   int64_t widest;               // of the tile's strips
+  Arena* memory;                // for the buffers of the stages; from null, they are only counted
   int64_t begin, width;         // of this strip: a stage without lag makes the columns [begin, begin + width)
 
   bool has_row(int64_t row) const { return row >= 0 && row < height; }
@@ -47,10 +35,10 @@ class Ring {
         lag_(lag),
         edge_(round_up(reach, kWidth)),
         stride_(strip.widest + edge_),
-        data_(lines * cells * stride_ + edge_),
-        zeros_(cells * stride_ + edge_),
-        edges_((strip.last_row - strip.first_row) * cells * edge_) {
-    std::memset(zeros_, 0, (cells * stride_ + edge_) * sizeof(Cell));
+        data_(strip.memory->take<Cell>(lines * cells * stride_ + edge_)),
+        zeros_(strip.memory->take<Cell>(cells * stride_ + edge_)),
+        edges_(strip.memory->take<Cell>((strip.last_row - strip.first_row) * cells * edge_)) {
+    if (zeros_) std::memset(zeros_, 0, (cells * stride_ + edge_) * sizeof(Cell));
   }
 
   int64_t stride() const { return stride_; }
@@ -70,7 +58,8 @@ class Ring {
     return line;
   }
 
-  // It is filled: clear what lies outside the image, which convolutions see as zero, and keep what the next strip needs.
+  // It is filled: clear what lies outside the image, which convolutions see as zero, and keep what the next strip
+  // needs.
   void close(int64_t row) {
     Cell* line = place(row);
     const int64_t begin = smaller(larger(lag_ - strip_.begin, 0), strip_.width);
@@ -95,7 +84,7 @@ class Ring {
 
   const Strip& strip_;
   int64_t lines_, cells_, lag_, edge_, stride_;
-  Buffer<Cell> data_, zeros_, edges_;
+  Cell *data_, *zeros_, *edges_;
 };
 
 // What to do with the sums of a product's rows: those below `split` go to one line, the rest to another.

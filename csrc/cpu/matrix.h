@@ -44,7 +44,7 @@ inline void store_cells(Pair* to, const Vec<float> (&v)[2]) {
 #else
   Vec<uint32_t> rounded[2];
   for (int i = 0; i < 2; ++i) {
-    const Vec<uint32_t> bits = bit_cast<Vec<uint32_t>>(v[i]);
+    const Vec<uint32_t> bits = bit_cast<Vec<uint32_t> >(v[i]);
     rounded[i] = v[i] == v[i] ? bits + 0x7fff + ((bits >> 16) & 1) : Vec<uint32_t>{} + 0x7fc00000u;
   }
   const Vec<uint32_t> pairs = (rounded[0] >> 16) | (rounded[1] & 0xffff0000u);
@@ -80,7 +80,7 @@ struct Product<Pair> {
   explicit Product(const Pair* cells) {
     Vec<uint32_t> bits;
     std::memcpy(&bits, cells, sizeof(bits));
-    low = bit_cast<Vec<float>>(bits << 16), high = bit_cast<Vec<float>>(bits & 0xffff0000u);
+    low = bit_cast<Vec<float> >(bits << 16), high = bit_cast<Vec<float> >(bits & 0xffff0000u);
   }
   void add(Vec<float>& sum, Pair weight) const {
     sum += low * bit_cast<float>(weight.bits << 16);
@@ -112,6 +112,37 @@ struct Matrix {
   int64_t size() const { return rows * ((sources - 1) * cells + last_cells); }
 };
 
+// Hands out the parts of a block of memory; from null, it only counts.
+class Arena {
+ public:
+  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* part = memory_ ? reinterpret_cast<T*>(memory_ + bytes_) : nullptr;
+    bytes_ += round_up(count * sizeof(T), 64);
+    return part;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* memory_;
+  int64_t bytes_ = 0;
+};
+
+template <class Cell>
+Matrix<Cell> take_matrix(Arena& arena, int64_t rows, int64_t sources, int64_t channels, int64_t last_channels) {
+  Matrix<Cell> matrix{round_up(rows, 2), sources, cells_of<Cell>(channels), cells_of<Cell>(last_channels),
+                      nullptr,           nullptr};
+  matrix.weights = arena.take<Cell>(matrix.size());
+  matrix.bias = arena.take<float>(matrix.rows);
+  return matrix;
+}
+
+template <class Cell>
+Matrix<Cell> take_matrix(Arena& arena, int64_t rows, int64_t sources, int64_t channels) {
+  return take_matrix<Cell>(arena, rows, sources, channels, channels);
+}
+
 // element(row, source, channel) gives the weights; rows and channels beyond are zero.
 template <class Cell, class Element>
 inline void pack(const Matrix<Cell>& matrix, int64_t rows, int64_t channels, int64_t last_channels,
@@ -135,20 +166,14 @@ inline void pack(const Matrix<Cell>& matrix, int64_t rows, int64_t channels, int
   }
 }
 
-// finish(row, i, sums): sums of R rows from `row` on and V vectors of pixels from i on.
-template <int R, int V, class Cell, class Finish>
-inline void multiply_tile(const Matrix<Cell>& matrix, const Cell* weight, int64_t row, const Source<Cell>* sources,
-                          int64_t i, const Finish& finish) {
-  Vec<float> sums[R][V];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sums[r][v] = broadcast(matrix.bias[row + r]);
-  }
-  for (int64_t s = 0; s < matrix.sources; ++s) {
+// sums += weights * sources, for R rows and V vectors of pixels from i on; returns the weights that follow.
+template <int R, int V, class Cell>
+inline const Cell* add_products(Vec<float> (&sums)[R][V], const Cell* weight, const Source<Cell>* sources,
+                                int64_t count, int64_t cells, int64_t last_cells, int64_t i) {
+  for (int64_t s = 0; s < count; ++s) {
     const Cell* x = sources[s].cells + i;
     const int64_t stride = sources[s].stride;
-    for (int64_t c = s == matrix.sources - 1 ? matrix.last_cells : matrix.cells; c > 0; --c, x += stride, weight += R) {
+    for (int64_t c = s == count - 1 ? last_cells : cells; c > 0; --c, x += stride, weight += R) {
       if constexpr (V == 1) {
         const Product<Cell> p0(x);
 #pragma GCC unroll 8
@@ -165,36 +190,52 @@ inline void multiply_tile(const Matrix<Cell>& matrix, const Cell* weight, int64_
       }
     }
   }
+  return weight;
+}
+
+// finish(row, i, sums): sums of R rows from `row` on and V vectors of pixels from i on.
+template <int R, int V, class Cell, class Finish>
+inline void multiply_tile(const Matrix<Cell>& matrix, const Cell* weight, int64_t row, const Source<Cell>* sources,
+                          int64_t i, const Finish& finish) {
+  Vec<float> sums[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sums[r][v] = broadcast(matrix.bias[row + r]);
+  }
+  add_products(sums, weight, sources, matrix.sources, matrix.cells, matrix.last_cells, i);
   finish(row, i, sums);
 }
 
-template <int V, class Cell, class Finish>
-inline void multiply_columns(const Matrix<Cell>& matrix, const Source<Cell>* sources, int64_t i, const Finish& finish) {
-  const int64_t inputs = (matrix.sources - 1) * matrix.cells + matrix.last_cells;
-  int64_t row = 0;
-  for (; row + 6 <= matrix.rows; row += 6) {
-    multiply_tile<6, V>(matrix, matrix.weights + row * inputs, row, sources, i, finish);
-  }
-  if (row + 4 == matrix.rows) multiply_tile<4, V>(matrix, matrix.weights + row * inputs, row, sources, i, finish);
-  if (row + 2 == matrix.rows) multiply_tile<2, V>(matrix, matrix.weights + row * inputs, row, sources, i, finish);
-}
+constexpr int kTileVectors = kVectorBytes == 64 ? 4 : 2;  // with 6 rows, the sums of a tile just fit the registers
 
-// Multiply `width` pixels, a multiple of a vector; sums of 6 rows and kTileVectors vectors stay in registers.
-constexpr int kTileVectors = kVectorBytes == 64 ? 4 : 2;
-
-template <class Cell, class Finish>
-inline void multiply(const Matrix<Cell>& matrix, const Source<Cell>* sources, int64_t width, const Finish& finish) {
+// tile(Constant<R>, Constant<V>, row, i) for the tiles of `rows` times `width` pixels, a multiple of a vector.
+template <class Tile>
+inline void for_each_tile(int64_t rows, int64_t width, const Tile& tile) {
+  const auto all_rows = [&](auto vectors, int64_t i) {
+    int64_t row = 0;
+    for (; row + 6 <= rows; row += 6) tile(Constant<6>(), vectors, row, i);
+    if (row + 4 == rows) tile(Constant<4>(), vectors, row, i);
+    if (row + 2 == rows) tile(Constant<2>(), vectors, row, i);
+  };
   int64_t i = 0;
-  for (; i + kTileVectors * kWidth <= width; i += kTileVectors * kWidth) {
-    multiply_columns<kTileVectors>(matrix, sources, i, finish);
-  }
+  for (; i + kTileVectors * kWidth <= width; i += kTileVectors * kWidth) all_rows(Constant<kTileVectors>(), i);
   if constexpr (kTileVectors > 2) {
     if (i + 2 * kWidth <= width) {
-      multiply_columns<2>(matrix, sources, i, finish);
+      all_rows(Constant<2>(), i);
       i += 2 * kWidth;
     }
   }
-  if (i < width) multiply_columns<1>(matrix, sources, i, finish);
+  if (i < width) all_rows(Constant<1>(), i);
+}
+
+template <class Cell, class Finish>
+inline void multiply(const Matrix<Cell>& matrix, const Source<Cell>* sources, int64_t width, const Finish& finish) {
+  const int64_t inputs = (matrix.sources - 1) * matrix.cells + matrix.last_cells;
+  for_each_tile(matrix.rows, width, [&](auto r, auto v, int64_t row, int64_t i) {
+    multiply_tile<decltype(r)::value, decltype(v)::value>(matrix, matrix.weights + row * inputs, row, sources, i,
+                                                          finish);
+  });
 }
 
 }  // namespace seemore::SEEMORE_ISA

@@ -37,8 +37,7 @@ struct Plan {
         around(4 + half),
         units(parts(net.size.width + start + around, kUnit)),
         strips(parts(units * kUnit, kStripWidth)),
-        margin(round_up(start + around, 16)),
-        stride(round_up(margin + units * kUnit, 16)),
+        stride(round_up(units * kUnit + around, 16)),
         images(smaller(batch, net.threads)),
         bands(images ? larger(1, smaller(parts(net.threads, images), net.size.height / 4)) : 1) {}
 
@@ -46,7 +45,7 @@ struct Plan {
   int64_t half;
   int64_t start;   // lag, in columns, of a group's first line: such that k's, where it is aggregated, divides by four
   int64_t around;  // how far a group and what follows look around, in lines and columns
-  int64_t units, strips, margin, stride;
+  int64_t units, strips, stride;
   int64_t images, bands;  // images at a time; bands of each
 };
 
@@ -62,6 +61,8 @@ class Run {
     finite_ = arena.take<int64_t>(plan_.images * plan_.bands);
     table_ = arena.take<char>(table_bytes());
     routes_ = arena.take<char>(plan_.images * route_bytes());
+    scratch_bytes_ = scratch_bytes();
+    scratch_ = arena.take<char>(plan_.images * plan_.bands * scratch_bytes_);
     bytes_ = arena.bytes();
   }
 
@@ -94,7 +95,8 @@ class Run {
   }
 
   State<Cell> take_state(Arena& arena, int64_t lines) const {
-    State<Cell> state{config_.channels, all_ranks(config_), plan_.stride, plan_.margin, nullptr, nullptr, nullptr};
+    const int64_t lag = plan_.start + plan_.around - 2;
+    State<Cell> state{config_.channels, all_ranks(config_), plan_.stride, lag, nullptr, nullptr, nullptr};
     state.x = arena.take<float>(lines * state.channels * state.stride);
     state.a = arena.take<Cell>(lines * cells_of<Cell>(state.channels) * state.stride);
     state.k = arena.take<float>(lines * state.ranks * state.stride);
@@ -121,32 +123,23 @@ class Run {
     Arena arena(routes_ + image * route_bytes());
     return Route<Cell>(arena, config_, net_.size);
   }
-  Pooled pooled_of(int64_t image) const { return route_of(image).pooled(sums_ + image * sums_size(), plan_.strips); }
 
-  // Lines that begin at the image's first, or that are moved by so many.
-  static State<Cell> moved(State<Cell> state, int64_t lines) {
-    const int64_t margin = state.margin;
-    state.margin = 0;
-    state = state.at(lines);
-    state.margin = margin;
-    return state;
-  }
-
-  Band<Cell> band_of(int64_t task) const {
+  Band<Cell> band_of(int64_t task, int64_t first_image = 0) const {
     const int64_t image = task / plan_.bands, band = task % plan_.bands, height = net_.size.height;
     const auto edge = [&](int64_t i) { return i == plan_.bands ? height : i * (height / 4) / plan_.bands * 4; };
     return {image,
+            first_image + image,
             edge(band),
             edge(band + 1),
-            moved(state_, image * height),
-            moved(frames_, task * 2 * plan_.around),
+            state_.from_line(image * height),
+            frames_.from_line(task * 2 * plan_.around),
             plan_.around};
   }
 
   // What no sweep writes must still be numbers: columns beyond the image are computed with, though never used.
   void clear(int64_t images) {
     for_each(images * net_.size.height, [&](int64_t line) {
-      const State<Cell> end = moved(state_, line + 1), begin = moved(state_, line);
+      const State<Cell> end = state_.from_line(line + 1), begin = state_.from_line(line);
       std::memset(begin.x, 0, (end.x - begin.x) * sizeof(float));
       std::memset(begin.a, 0, (end.a - begin.a) * sizeof(Cell));
       std::memset(begin.k, 0, (end.k - begin.k) * sizeof(float));
@@ -159,7 +152,8 @@ class Run {
       for (int64_t i = 0; i < 2 * plan_.around; ++i) {
         const int64_t row = i < plan_.around ? band.top - plan_.around + i : band.bottom + i - plan_.around;
         if (row < 0 || row >= net_.size.height) continue;
-        const State<Cell> from = moved(band.state, row), next = moved(band.state, row + 1), to = moved(band.frames, i);
+        const State<Cell> from = band.state.from_line(row), next = band.state.from_line(row + 1),
+                          to = band.frames.from_line(i);
         std::memcpy(to.x, from.x, (next.x - from.x) * sizeof(float));
         std::memcpy(to.a, from.a, (next.a - from.a) * sizeof(Cell));
         std::memcpy(to.k, from.k, (next.k - from.k) * sizeof(float));
@@ -169,62 +163,86 @@ class Run {
 
   void route(int64_t images, int64_t group) {
     const GroupWeights<Cell> weights = group_weights<Cell>(config_, net_.weights, group);
-    for_each(images * config_.channels, [&](int64_t i) {
-      route_of(i / config_.channels).calibrate(weights, i % config_.channels);
-    });
+    for_each(images * config_.channels,
+             [&](int64_t i) { route_of(i / config_.channels).calibrate(weights, i % config_.channels); });
     for_each(images, [&](int64_t image) {
       route_of(image).choose(weights.experts, sums_ + image * sums_size(), plan_.strips);
     });
   }
 
-  // The sweep of a band after group - 1, or from the image; up to the pool of group `group`, or to the pixels.
-  void sweep(int64_t task, int64_t first_image, int64_t group, const ColumnTable& up) {
-    Band<Cell> band = band_of(task);
-    const Pooled pooled = pooled_of(band.image);
+  // Builds the chain of a band's sweep that begins after group - 1, or with the image, and ends at the pool of group
+  // `group`, or with the pixels; calls body(source, sink).
+  template <class Body>
+  void with_chain(const Band<Cell>& band, Strip& strip, int64_t group, const ColumnTable& up, const Body& body) const {
+    const int64_t channels = config_.channels, lag = state_.lag;
+    const GroupWeights<Cell> before = group_weights<Cell>(config_, net_.weights, larger(0, group - 1));
+    const GroupWeights<Cell> next = group_weights<Cell>(config_, net_.weights, group);  // of the last, only counted
     const Route<Cell> route = route_of(band.image);
-    const int64_t channels = config_.channels, lag = plan_.start + plan_.half + 2;
-    const int64_t first_row = larger(0, band.top - plan_.around);
-    const int64_t last_row = smaller(net_.size.height, band.bottom + plan_.around);
-    Strip strip{net_.size.height, net_.size.width, first_row, last_row, parts(plan_.units, plan_.strips) * Plan::kUnit,
-                0, 0};
     const auto with_source = [&](auto& source) {
       if (group == config_.groups) {
-        band.image += first_image;
         Tail<Cell> tail(strip, band, net_, weights_, lag);
-        stream(band, strip, source, tail);
-        finite_[task] = tail.is_finite();
+        body(source, tail);
       } else {
-        const GroupWeights<Cell> weights = group_weights<Cell>(config_, net_.weights, group);
-        Pool<Cell> pool(strip, band, weights, pooled, channels, lag);
-        stream(band, strip, source, pool);
+        Pool<Cell> pool(strip, band, next, route.pooled(sums_ + band.image * sums_size(), plan_.strips), channels, lag);
+        body(source, pool);
       }
     };
     if (group == 0) {
-      Band<Cell> of_batch = band;
-      of_batch.image += first_image;
-      Head<Cell> head(strip, of_batch, net_, weights_.conv_1, lag);
+      Head<Cell> head(strip, band, net_, weights_.conv_1, lag);
       with_source(head);
     } else {
-      const GroupWeights<Cell> weights = group_weights<Cell>(config_, net_.weights, group - 1);
-      Group<Cell> source(strip, band, weights, route, up, channels, plan_.start);
+      Group<Cell> source(strip, band, before, route, up, channels, plan_.start);
       with_source(source);
     }
   }
 
+  Strip strip_of(const Band<Cell>& band, Arena& scratch) const {
+    const int64_t first_row = larger(0, band.top - plan_.around);
+    const int64_t last_row = smaller(net_.size.height, band.bottom + plan_.around);
+    const int64_t widest = parts(plan_.units, plan_.strips) * Plan::kUnit;
+    return {net_.size.height, net_.size.width, first_row, last_row, widest, &scratch, 0, 0};
+  }
+
+  // Of the largest chain of any band.
+  int64_t scratch_bytes() const {
+    Arena nothing(nullptr);
+    const ColumnTable up(nothing, 0, 1, 1);
+    int64_t most = 0;
+    for (int64_t task = 0; task < plan_.bands; ++task) {
+      for (int64_t group = 0; group <= config_.groups; ++group) {
+        Arena counted(nullptr);
+        const Band<Cell> band = band_of(task);
+        Strip strip = strip_of(band, counted);
+        with_chain(band, strip, group, up, [](auto&, auto&) {});
+        most = larger(most, counted.bytes());
+      }
+    }
+    return most;
+  }
+
+  void sweep(int64_t task, int64_t first_image, int64_t group, const ColumnTable& up) {
+    const Band<Cell> band = band_of(task, first_image);
+    Arena scratch(scratch_ + task * scratch_bytes_);
+    Strip strip = strip_of(band, scratch);
+    with_chain(band, strip, group, up, [&](auto& source, auto& sink) {
+      stream(band, strip, source, sink);
+      finite_[task] = sink.is_finite();
+    });
+  }
+
   template <class From, class To>
   void stream(const Band<Cell>& band, Strip& strip, From& source, To& sink) const {
-    const auto takes_part = [&](int64_t row, int64_t around) {
-      return strip.has_row(row) && row >= band.top - around && row < band.bottom + around;
-    };
     for (int64_t s = 0; s < plan_.strips; ++s) {
       strip.begin = s * plan_.units / plan_.strips * Plan::kUnit;
       strip.width = (s + 1) * plan_.units / plan_.strips * Plan::kUnit - strip.begin;
-      for (int64_t t = band.top - 2 - source.delay; t < band.bottom + 2 + source.delay; ++t) {
-        source.step(t);
-        const int64_t row = t - source.delay;
-        if (takes_part(row, 2)) sink.push(row, source);
-        if (takes_part(row - 1, 1)) sink.pull(row - 1);
-        if (takes_part(row - 2, 0)) sink.finish(row - 2, s);
+      // Convolutions make two lines at once, and bands begin at even ones: after line 2n + 1 they make 2n - 1 and 2n,
+      // and what follows them, which looks one line around, 2n - 2 and 2n - 1.
+      for (int64_t row = band.top - 2 - 2 * source.delay; row < band.bottom + 3; ++row) {
+        source.step(row + source.delay);
+        if (band.takes_part(row, 2, strip)) sink.push(row, source);
+        if (row % 2 == 0 || row < band.top) continue;
+        if (row - 2 <= band.bottom) sink.pull(row - 2);
+        if (row - 3 >= band.top) sink.finish(row - 3, s);
       }
     }
   }
@@ -236,8 +254,8 @@ class Run {
   State<Cell> state_, frames_;
   float* sums_;
   int64_t* finite_;
-  char *table_, *routes_;
-  int64_t bytes_;
+  char *table_, *routes_, *scratch_;
+  int64_t scratch_bytes_, bytes_;
 };
 
 }  // namespace

@@ -18,8 +18,17 @@ using torch::stable::Tensor;
 seemore::NetworkConfig config_of(const std::vector<int64_t>& values) {
   constexpr int64_t fixed = 9;
   STD_TORCH_CHECK(values.size() > fixed, "expected more than nine numbers");
-  return {values[0], values[1], values[2], values[3], values[4], values[5], values[6],
-          static_cast<int64_t>(values.size()) - fixed, values.data() + fixed, values[7] != 0, values[8] != 0};
+  return {values[0],
+          values[1],
+          values[2],
+          values[3],
+          values[4],
+          values[5],
+          values[6],
+          static_cast<int64_t>(values.size()) - fixed,
+          values.data() + fixed,
+          values[7] != 0,
+          values[8] != 0};
 }
 
 Image image(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
@@ -27,8 +36,8 @@ Image image(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x
 Tensor pack(Tensor parameters, std::vector<int64_t> config) {
   const auto network = config_of(config);
   const auto sizes = seemore::network_sizes(network);
-  STD_TORCH_CHECK(parameters.numel() == sizes.parameters && parameters.scalar_type() == ScalarType::Float,
-                  "expected ", sizes.parameters, " float32 parameters, got ", parameters.numel());
+  STD_TORCH_CHECK(parameters.numel() == sizes.parameters && parameters.scalar_type() == ScalarType::Float, "expected ",
+                  sizes.parameters, " float32 parameters, got ", parameters.numel());
   const auto weights = torch::stable::new_empty(parameters, {sizes.weights / 4});
   seemore::network_pack(network, static_cast<const float*>(parameters.data_ptr()), weights.data_ptr());
   return weights;
@@ -64,8 +73,7 @@ bool run(Tensor y, Tensor x, Tensor weights, Tensor mean, double img_range, std:
 STABLE_TORCH_LIBRARY_FRAGMENT(seemore_cpu, m) {
   m.def("network_pack(Tensor parameters, int[] config) -> Tensor");
   m.def("network_memory(int[] config, int batch, int height, int width, int threads) -> int");
-  m.def(
-      "network(Tensor(a!) y, Tensor x, Tensor weights, Tensor mean, float img_range, int[] config) -> bool");
+  m.def("network(Tensor(a!) y, Tensor x, Tensor weights, Tensor mean, float img_range, int[] config) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seemore_cpu, CPU, m) {
@@ -73,6 +81,4 @@ STABLE_TORCH_LIBRARY_IMPL(seemore_cpu, CPU, m) {
   m.impl("network", TORCH_BOX(&run));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(seemore_cpu, CompositeExplicitAutograd, m) {
-  m.impl("network_memory", TORCH_BOX(&memory));
-}
+STABLE_TORCH_LIBRARY_IMPL(seemore_cpu, CompositeExplicitAutograd, m) { m.impl("network_memory", TORCH_BOX(&memory)); }

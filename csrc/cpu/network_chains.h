@@ -8,10 +8,17 @@ namespace seemore::SEEMORE_ISA {
 // The lines of an image that one sweep makes, and where it reads what was made before.
 template <class Cell>
 struct Band {
-  int64_t image, top, bottom;
+  int64_t image;   // of those that are worked on at a time
+  int64_t number;  // of the image in the batch
+  int64_t top, bottom;
   State<Cell> state;   // of the image
   State<Cell> frames;  // copies of the `around` lines above the band and below it, which other sweeps overwrite
   int64_t around;
+
+  // Whether a line is the band's, or of the image and at most so many lines above or below.
+  bool takes_part(int64_t row, int64_t lines, const Strip& strip) const {
+    return strip.has_row(row) && row >= top - lines && row < bottom + lines;
+  }
 
   State<Cell> line(int64_t row) const {
     if (row < top) return frames.at(row - top + around);
@@ -24,8 +31,13 @@ struct Band {
 class First {
  public:
   First(const Strip& strip, const Network& net, const Matrix<float>& conv, int64_t image, int64_t lag)
-      : strip_(strip), net_(net), conv_(conv), image_(image), lag_(lag), stride_(strip.widest + 2),
-        lines_(3 * net.config.in_channels * stride_ + kWidth) {}
+      : strip_(strip),
+        net_(net),
+        conv_(conv),
+        image_(image),
+        lag_(lag),
+        stride_(strip.widest + 2),
+        lines_(strip.memory->take<float>(3 * net.config.in_channels * stride_ + kWidth)) {}
 
   void make(int64_t row, float* to, int64_t stride) const {
     const int64_t channels = net_.config.in_channels;
@@ -66,7 +78,7 @@ class First {
   const Network& net_;
   const Matrix<float>& conv_;
   int64_t image_, lag_, stride_;
-  Buffer<float> lines_;
+  float* lines_;
 };
 
 // The head of the network: the line of features that begins everything.
@@ -74,7 +86,7 @@ template <class Cell>
 class Head {
  public:
   Head(const Strip& strip, const Band<Cell>& band, const Network& net, const Matrix<float>& conv, int64_t lag)
-      : delay(0), first_(strip, net, conv, band.image, lag) {}
+      : delay(0), first_(strip, net, conv, band.number, lag) {}
   void step(int64_t) {}
   void make(int64_t row, float* to, int64_t stride) const { first_.make(row, to, stride); }
   const int64_t delay;  // lines that `make` lags behind `step`
@@ -101,22 +113,22 @@ class Group {
         local_ffn_(strip, weights.local_ffn, channels, lag),
         see_(strip, weights, channels, lag + 1),
         global_ffn_(strip, weights.global_ffn, channels, lag + delay - 1),
-        rank_a_(route.ranks() * strip.widest),
-        small_(route.map_columns()),
-        cells_(cells_of<Cell>(route.ranks()) * strip.widest) {}
+        rank_a_(strip.memory->take<float>(weights.experts.ranks * strip.widest)),
+        small_(strip.memory->take<float>(route.map_columns())),
+        cells_(strip.memory->take<Cell>(cells_of<Cell>(weights.experts.ranks) * strip.widest)) {}
 
   // Take the line `row`; every stage goes as far as that allows.
   void step(int64_t row) {
     const int64_t half = delay - 2;
-    if (takes_part(row, 2 + delay)) {
+    if (band_.takes_part(row, 2 + delay, strip_)) {
       mix(row, local_ffn_.open(row), local_ffn_.stride());
       local_ffn_.push(row);
     }
-    if (takes_part(row - 1, 1 + delay)) {
+    if (band_.takes_part(row - 1, 1 + delay, strip_)) {
       local_ffn_.pull(row - 1, see_.open(row - 1), see_.stride());
       see_.push(row - 1);
     }
-    if (takes_part(row - 1 - half, 3)) {
+    if (band_.takes_part(row - 1 - half, 3, strip_)) {
       see_.pull(row - 1 - half, global_ffn_.open(row - 1 - half), global_ffn_.stride());
       global_ffn_.push(row - 1 - half);
     }
@@ -126,14 +138,9 @@ class Group {
   const int64_t delay;
 
  private:
-  bool takes_part(int64_t row, int64_t around) const {
-    return strip_.has_row(row) && row >= band_.top - around && row < band_.bottom + around;
-  }
-
   // x + weight_proj (a + experts(a, k)) + bias_proj, the experts' last matrix folded into the projection
   void mix(int64_t row, float* to, int64_t stride) {
-    State<Cell> line = band_.line(row);
-    line.x += strip_.begin - lag_, line.a += strip_.begin - lag_, line.k += strip_.begin - lag_;
+    const State<Cell> line = band_.line(row).from_column(strip_.begin - lag_);
     const Source<Cell> sources[]{{line.a, line.stride}, {cells_, strip_.widest}};
     const int64_t ranks = route_.ranks();
     multiply(project_a_, sources, strip_.width,
@@ -173,8 +180,8 @@ class Group {
   Ffn<Cell> local_ffn_;
   See<Cell> see_;
   Ffn<Cell> global_ffn_;
-  Buffer<float> rank_a_, small_;
-  Buffer<Cell> cells_;
+  float *rank_a_, *small_;
+  Cell* cells_;
 };
 
 // The end of a group's chain: its lines go to the state, and on through half of the next group's MoE block.
@@ -188,18 +195,31 @@ class Pool {
         pooled_(pooled),
         lag_(lag),
         local_(strip, weights, channels, lag),
-        spare_(channels * strip.widest) {}
+        spare_(strip.memory->take<float>(channels * strip.widest)) {}
 
   template <class Source>
   void push(int64_t row, Source& source) {
-    const bool is_own = row >= band_.top && row < band_.bottom;
+    const bool is_own = band_.takes_part(row, 0, strip_);
     float* to = is_own ? band_.state.at(row).x + strip_.begin - lag_ : spare_;
     const int64_t stride = is_own ? band_.state.stride : strip_.widest;
     source.make(row, to, stride);
     local_.push(row, to, stride);
   }
-  void pull(int64_t row) { local_.pull(row, band_.state, pooled_, row >= band_.top && row < band_.bottom); }
-  void finish(int64_t row, int64_t strip) { local_.finish(row, band_.state, pooled_, strip); }
+  // Lines `row` and row + 1, those of them that take part.
+  void pull(int64_t row) {
+    local_.pull(row);
+    for (int64_t y = row; y < row + 2; ++y) {
+      if (band_.takes_part(y, 1, strip_)) {
+        local_.expand(y, y > row, band_.state, pooled_, band_.takes_part(y, 0, strip_));
+      }
+    }
+  }
+  void finish(int64_t row, int64_t strip) {
+    for (int64_t y = row; y < row + 2; ++y) {
+      if (band_.takes_part(y, 0, strip_)) local_.finish(y, band_.state, pooled_, strip);
+    }
+  }
+  bool is_finite() const { return true; }  // not asked before the pixels
 
  private:
   const Strip& strip_;
@@ -207,7 +227,7 @@ class Pool {
   const Pooled pooled_;
   int64_t lag_;
   Local<Cell> local_;
-  Buffer<float> spare_;
+  float* spare_;
 };
 
 // The tail of the network: LayerNorm, conv_2, + conv_1(image), upsampler, and the pixels where they belong.
@@ -216,15 +236,15 @@ class Tail {
  public:
   Tail(const Strip& strip, const Band<Cell>& band, const Network& net, const NetworkWeights<Cell>& weights, int64_t lag)
       : strip_(strip),
+        band_(band),
         net_(net),
-        weights_(weights),
-        image_(band.image),
         lag_(lag),
         conv_2_(strip, weights.norm, weights.conv_2, net.config.channels, lag),
-        first_(strip, net, weights.conv_1, band.image, lag + 1),
-        y_(strip, 3, net.config.channels, lag + 1, 2),
-        spare_(net.config.channels * strip.widest),
-        pixels_(outputs() * strip.widest) {}
+        first_(strip, net, weights.conv_1, band.number, lag + 1),
+        y_(strip, 4, net.config.channels, lag + 1, 2),
+        upsampler_(strip, weights.upsampler, net.config.channels),
+        spare_(strip.memory->take<float>(net.config.channels * y_.stride())),
+        pixels_(strip.memory->take<float>(2 * outputs() * strip.widest)) {}
 
   template <class Source>
   void push(int64_t row, Source& source) {
@@ -232,19 +252,38 @@ class Tail {
     conv_2_.push(row, spare_, strip_.widest);
   }
 
+  // Lines `row` and row + 1, those of them that take part.
   void pull(int64_t row) {
-    float* y = y_.open(row);
-    first_.make(row, y, y_.stride());
-    conv_2_.pull(row, Add<false>{y, y, y_.stride(), y_.stride(), net_.config.channels});
-    y_.close(row);
+    float* y[2];
+    for (int64_t i = 0; i < 2; ++i) {
+      const bool takes_part = band_.takes_part(row + i, 1, strip_);
+      y[i] = takes_part ? y_.open(row + i) : spare_;
+      if (takes_part) first_.make(row + i, y[i], y_.stride());
+    }
+    const int64_t stride = y_.stride(), channels = net_.config.channels;
+    conv_2_.pull(row, Add<false>{y[0], y[0], stride, stride, channels},
+                 Add<false>{y[1], y[1], stride, stride, channels});
+    for (int64_t i = 0; i < 2; ++i) {
+      if (band_.takes_part(row + i, 1, strip_)) y_.close(row + i);
+    }
   }
 
   void finish(int64_t row, int64_t) {
-    const Lines lines{pixels_, pixels_, strip_.widest, strip_.widest, outputs(), outputs()};
-    multiply(weights_.upsampler, Sources3x3<float>(y_, row).all, strip_.width, Keep<false>{lines});
-    if (net_.whole == 255) return write<uint8_t>(row);
-    if (net_.whole == 65535) return write<uint16_t>(row);
-    write<float>(row);
+    const int64_t stride = strip_.widest;
+    float* second = pixels_ + outputs() * stride;
+    upsampler_(y_, row, Keep<false>{{pixels_, pixels_, stride, stride, outputs(), outputs()}},
+               Keep<false>{{second, second, stride, stride, outputs(), outputs()}});
+    for (int64_t y = row; y < row + 2; ++y) {
+      if (!band_.takes_part(y, 0, strip_)) continue;
+      float* lines = y > row ? second : pixels_;
+      if (net_.whole == 255) {
+        write<uint8_t>(y, lines);
+      } else if (net_.whole == 65535) {
+        write<uint16_t>(y, lines);
+      } else {
+        write<float>(y, lines);
+      }
+    }
   }
 
   // Whether all pixels were numbers: integers cannot tell.
@@ -262,12 +301,12 @@ class Tail {
   }
 
   template <class T>
-  void write(int64_t row) {
+  void write(int64_t row, float* lines) {
     const int64_t scale = net_.config.scale, first = strip_.begin - lag_ - 2;
     const int64_t begin = larger(0, -first), end = smaller(strip_.width, strip_.columns - first);
     for (int64_t o = 0; o < outputs(); ++o) {
       const int64_t channel = o / (scale * scale), y = o / scale % scale, x = o % scale;
-      float* line = pixels_ + o * strip_.widest;
+      float* line = lines + o * strip_.widest;
       if (net_.whole && !are_finite(line + begin, end - begin)) is_finite_ = false;
       for (int64_t i = 0; i < strip_.width; i += kWidth) {
         Vec<float> v = load(line + i) / net_.img_range + net_.mean[channel];
@@ -278,20 +317,21 @@ class Tail {
         }
         store(line + i, v);
       }
-      T* to = at<T>(net_.y, image_, channel, row * scale + y, (first + begin) * scale + x);
+      T* to = at<T>(net_.y, band_.number, channel, row * scale + y, (first + begin) * scale + x);
       const int64_t step = scale * net_.y.column;
       for (int64_t i = begin; i < end; ++i) to[(i - begin) * step] = static_cast<T>(line[i]);
     }
   }
 
   const Strip& strip_;
+  const Band<Cell>& band_;
   const Network& net_;
-  const NetworkWeights<Cell>& weights_;
-  int64_t image_, lag_;
+  int64_t lag_;
   NormConv<Cell> conv_2_;
   First first_;
   Ring<float> y_;
-  Buffer<float> spare_, pixels_;
+  Conv3x3<float> upsampler_;
+  float *spare_, *pixels_;
   bool is_finite_ = true;
 };
 

@@ -36,15 +36,20 @@ double product(const float* left, const float* right, int64_t n, int64_t columns
 }
 
 template <class Cell>
-void pack_conv3x3(const Matrix<Cell>& to, const Layer& from, int64_t rows, int64_t channels) {
-  pack(to, rows, channels, channels, [&](int64_t r, int64_t s, int64_t c) { return from(r, c * 9 + s); });
+void copy_bias(const Matrix<Cell>& to, const Layer& from, int64_t rows) {
   for (int64_t r = 0; r < to.rows; ++r) to.bias[r] = r < rows ? from.bias[r] : 0;
+}
+
+template <class Cell>
+void pack_conv3x3(const Matrix<Cell>& to, const Layer& from, int64_t rows, int64_t channels) {
+  pack_conv3x3(to, rows, channels, [&](int64_t r, int64_t c, int64_t tap) { return from(r, c * 9 + tap); });
+  copy_bias(to, from, rows);
 }
 
 template <class Cell>
 void pack_pointwise(const Matrix<Cell>& to, const Layer& from, int64_t rows, int64_t channels) {
   pack(to, rows, channels, channels, [&](int64_t r, int64_t, int64_t c) { return from(r, c); });
-  for (int64_t r = 0; r < to.rows; ++r) to.bias[r] = r < rows ? from.bias[r] : 0;
+  copy_bias(to, from, rows);
 }
 
 // W (norm.weight * x + norm.bias) + b
@@ -133,7 +138,7 @@ void pack_group(const NetworkConfig& config, const GroupWeights<Cell>& to, Param
   });
   for (int64_t r = 0; r < to.expand.rows; ++r) {
     const int64_t k = r - 2 * c;
-    to.expand.bias[r] = k < 0                ? expand.bias[expand_row(r)]
+    to.expand.bias[r] = k < 0               ? expand.bias[expand_row(r)]
                         : k < experts.ranks ? bias_k[k] + product(weight_k, bias_expand_k, c, 1, k, 0)
                                             : 0;
   }
@@ -154,7 +159,10 @@ void pack_network(const NetworkConfig& config, const float* from, void* weights)
   Arena arena(weights);
   const NetworkWeights<Cell> to(arena, config);
   const int64_t c = config.channels, outputs = config.in_channels * config.scale * config.scale;
-  pack_conv3x3(to.conv_1, Layer(parameters, c, config.in_channels * 9), c, config.in_channels);
+  const Layer conv_1(parameters, c, config.in_channels * 9);
+  pack(to.conv_1, c, config.in_channels, config.in_channels,
+       [&](int64_t r, int64_t tap, int64_t channel) { return conv_1(r, channel * 9 + tap); });
+  copy_bias(to.conv_1, conv_1, c);
   for (int64_t group = 0; group < config.groups; ++group) {
     pack_group(config, group_weights<Cell>(config, weights, group), parameters);
   }
@@ -175,7 +183,8 @@ int64_t parameters_count(const NetworkConfig& config) {
   const int64_t c = config.channels, outputs = config.in_channels * config.scale * config.scale;
   const int64_t ffn = 2 * c + 2 * c * c + 2 * c + c * c + c + 10 * c;
   int64_t local = 2 * c + 9 * c * c + c + 2 * c * c + 2 * c + 17 * c + 10 * c + c * c + c + 8 * c + config.experts * c;
-  for (int64_t e = 0; e < config.experts; ++e) local += 2 * (config.ranks[e] * c + config.ranks[e]) + config.ranks[e] * c + c;
+  for (int64_t e = 0; e < config.experts; ++e)
+    local += 2 * (config.ranks[e] * c + config.ranks[e]) + config.ranks[e] * c + c;
   local += c * c + c + ffn;
   const int64_t global = 2 * c + c * c + c + 2 * c * c + 2 * c + 2 * (config.taps + 1) * c + ffn;
   const int64_t outer = 9 * config.in_channels * c + c + 2 * c + 9 * c * c + c + 9 * c * outputs + outputs;

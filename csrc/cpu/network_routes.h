@@ -8,7 +8,9 @@ namespace seemore::SEEMORE_ISA {
 // Where the columns of an image lie on a narrower map (bilinear, align_corners = False).
 struct ColumnTable {
   ColumnTable(Arena& arena, int64_t count, int64_t columns, int64_t map_columns)
-      : count(count), left(arena.take<int32_t>(count)), right(arena.take<int32_t>(count)),
+      : count(count),
+        left(arena.take<int32_t>(count)),
+        right(arena.take<int32_t>(count)),
         share(arena.take<float>(count)) {
     if (!left) return;
     for (int64_t i = 0; i < count; ++i) {
@@ -41,8 +43,13 @@ template <class Cell>
 class Route {
  public:
   Route(Arena& arena, const NetworkConfig& config, const Size& size)
-      : config_(config), height_(size.height), pixels_(size.height * size.width), rows_(size.height / 4),
-        columns_(size.width / 4), map_rows_(size.height), map_columns_(size.width) {
+      : config_(config),
+        height_(size.height),
+        pixels_(size.height * size.width),
+        rows_(size.height / 4),
+        columns_(size.width / 4),
+        map_rows_(size.height),
+        map_columns_(size.width) {
     for (int64_t i = 0; i < config.recursive; ++i) map_rows_ /= 4, map_columns_ /= 4;
     const int64_t c = config.channels, ranks = all_ranks(config);
     for (float*& maps : maps_) maps = arena.take<float>(c * rows_ * columns_);
@@ -58,7 +65,7 @@ class Route {
   int64_t map_columns() const { return map_columns_; }
 
   // For what the chosen experts do: rows of the packed projections, in cells of two or one; k's row of each.
-  int64_t ranks() const { return *count_; }
+  int64_t ranks() const { return count_ ? *count_ : 0; }  // null: memory is only counted
   int64_t row_of_k(int64_t i) const { return chosen_[i]; }
   const float* small_map(int64_t i, int64_t row) const { return s_ + (i * map_rows_ + row) * map_columns_; }
   Matrix<Cell> project_a() const {

@@ -22,7 +22,11 @@ inline void with_taps(int64_t taps, const Body& body) {
 template <int K>
 struct ColumnStencil {
   ColumnStencil(const Taps<float>& taps, const Ring<float>& lines, int64_t row, int64_t channel)
-      : count(K ? K : taps.count), bias(taps.bias), stride(channel * lines.stride()), lines(lines), top(row - count / 2) {
+      : count(K ? K : taps.count),
+        bias(taps.bias),
+        stride(channel * lines.stride()),
+        lines(lines),
+        top(row - count / 2) {
     for (int k = 0; k < K; ++k) weight[k] = taps.weight[k], at[k] = lines[top + k] + stride;
     weights = taps.weight;
   }
@@ -67,15 +71,6 @@ struct Stencil3x3 {
   const float* at[3];
 };
 
-// The nine sources of a 3x3 convolution around place i - 1 of line `row`.
-template <class Cell>
-struct Sources3x3 {
-  Sources3x3(const Ring<Cell>& lines, int64_t row) {
-    for (int s = 0; s < 9; ++s) all[s] = {lines[row - 1 + s / 3] + s % 3 - 2, lines.stride()};
-  }
-  Source<Cell> all[9];
-};
-
 // GatedFFN with its LayerNorm and residual; looks one pixel around.
 template <class Cell>
 class Ffn {
@@ -86,7 +81,7 @@ class Ffn {
         channels_(channels),
         x_(strip, 2, channels, lag, 1),
         ug_(strip, 3, 2 * channels, lag, 2),
-        cells_(cells_of<Cell>(channels) * strip.widest) {}
+        cells_(strip.memory->take<Cell>(cells_of<Cell>(channels) * strip.widest)) {}
 
   float* open(int64_t row) { return x_.open(row); }
   int64_t stride() const { return x_.stride(); }
@@ -94,16 +89,16 @@ class Ffn {
   void push(int64_t row) {
     x_.close(row);
     float* ug = ug_.open(row);
-    normalise(cells_ + 0, strip_.widest, x_[row], x_.stride(), channels_, strip_.width, nullptr, nullptr);
+    normalise(cells_, strip_.widest, x_[row], x_.stride(), channels_, strip_.width, nullptr, nullptr);
     const Source<Cell> source{cells_, strip_.widest};
-    multiply(weights_.expand, &source, strip_.width, Keep<true>{{ug, ug, ug_.stride(), ug_.stride(), 2 * channels_, 2 * channels_}});
+    multiply(weights_.expand, &source, strip_.width,
+             Keep<true>{{ug, ug, ug_.stride(), ug_.stride(), 2 * channels_, 2 * channels_}});
     ug_.close(row);
   }
 
   void pull(int64_t row, float* to, int64_t stride) {
-    gate_line(cells_ + 0, strip_.widest, ug_[row] - 1, ug_.stride(), channels_, strip_.width, [&](int64_t c) {
-      return Stencil3x3(weights_.gate[c], ug_, row, (channels_ + c) * ug_.stride());
-    });
+    gate_line(cells_, strip_.widest, ug_[row] - 1, ug_.stride(), channels_, strip_.width,
+              [&](int64_t c) { return Stencil3x3(weights_.gate[c], ug_, row, (channels_ + c) * ug_.stride()); });
     const Source<Cell> source{cells_, strip_.widest};
     multiply(weights_.project, &source, strip_.width, Add<true>{to, x_[row] - 1, stride, x_.stride(), channels_});
   }
@@ -113,7 +108,7 @@ class Ffn {
   const FfnWeights<Cell>& weights_;
   int64_t channels_;
   Ring<float> x_, ug_;
-  Buffer<Cell> cells_;
+  Cell* cells_;
 };
 
 // SEE with its LayerNorm and residual; looks taps / 2 pixels around.
@@ -129,7 +124,7 @@ class See {
         v_(strip, half_ + 1, channels, lag, half_),
         q_(strip, 1, channels, lag, 2 * half_),
         rows_(strip, 2 * half_ + 1, channels, lag + half_, 0),
-        cells_(cells_of<Cell>(channels) * strip.widest) {}
+        cells_(strip.memory->take<Cell>(cells_of<Cell>(channels) * strip.widest)) {}
 
   float* open(int64_t row) { return x_.open(row); }
   int64_t stride() const { return x_.stride(); }
@@ -137,9 +132,10 @@ class See {
   void push(int64_t row) {
     x_.close(row);
     float *q = q_.open(row), *v = v_.open(row), *rows = rows_.open(row);
-    normalise(cells_ + 0, strip_.widest, x_[row], x_.stride(), channels_, strip_.width, nullptr, nullptr);
+    normalise(cells_, strip_.widest, x_[row], x_.stride(), channels_, strip_.width, nullptr, nullptr);
     const Source<Cell> source{cells_, strip_.widest};
-    multiply(weights_.to_qv, &source, strip_.width, Keep<true>{{q, v, q_.stride(), v_.stride(), channels_, 2 * channels_}});
+    multiply(weights_.to_qv, &source, strip_.width,
+             Keep<true>{{q, v, q_.stride(), v_.stride(), channels_, 2 * channels_}});
     q_.close(row);
     v_.close(row);
     with_taps(weights_.striped_row.count, [&](auto taps) {
@@ -152,7 +148,7 @@ class See {
 
   void pull(int64_t row, float* to, int64_t stride) {
     with_taps(weights_.striped_col.count, [&](auto taps) {
-      gate_line(cells_ + 0, strip_.widest, v_[row] - half_, v_.stride(), channels_, strip_.width, [&](int64_t c) {
+      gate_line(cells_, strip_.widest, v_[row] - half_, v_.stride(), channels_, strip_.width, [&](int64_t c) {
         return ColumnStencil<decltype(taps)::value>(weights_.striped_col[c], rows_, row, c);
       });
     });
@@ -165,7 +161,7 @@ class See {
   const GroupWeights<Cell>& weights_;
   int64_t channels_, half_;
   Ring<float> x_, v_, q_, rows_;
-  Buffer<Cell> cells_;
+  Cell* cells_;
 };
 
 // LayerNorm and dense 3x3 convolution; looks one pixel around.
@@ -175,55 +171,66 @@ class NormConv {
   NormConv(const Strip& strip, const Affine& norm, const Matrix<Cell>& conv, int64_t channels, int64_t lag)
       : strip_(strip),
         norm_(norm),
-        conv_(conv),
         channels_(channels),
-        lines_(strip, 3, cells_of<Cell>(channels), lag, 2) {}
+        conv_(strip, conv, cells_of<Cell>(channels)),
+        lines_(strip, 4, cells_of<Cell>(channels), lag, 2) {}
 
   void push(int64_t row, const float* x, int64_t stride) {
     normalise(lines_.open(row), lines_.stride(), x, stride, channels_, strip_.width, norm_.weight, norm_.bias);
     lines_.close(row);
   }
 
-  template <class Finish>
-  void pull(int64_t row, const Finish& finish) const {
-    multiply(conv_, Sources3x3<Cell>(lines_, row).all, strip_.width, finish);
+  // Lines `row` and row + 1.
+  template <class First, class Second>
+  void pull(int64_t row, const First& first, const Second& second) const {
+    conv_(lines_, row, first, second);
   }
 
  private:
   const Strip& strip_;
   const Affine& norm_;
-  const Matrix<Cell>& conv_;
   int64_t channels_;
+  Conv3x3<Cell> conv_;
   Ring<Cell> lines_;
 };
 
 // What a group keeps of an image until all of it has been pooled, line by line: x, a, and k projected for all experts.
-// Lines have room for `margin` columns to the left of the image.
+// Their lines begin as many columns before the image as x, a and k lag, so that strips are stored at whole vectors.
 template <class Cell>
 struct State {
-  int64_t channels, ranks, stride, margin;
+  int64_t channels, ranks, stride, lag;
   float* x;
   Cell* a;
   float* k;
 
+  // The place of column 0 in a line.
   State at(int64_t row) const {
+    const State line = from_line(row);
+    return {channels, ranks, stride, lag, line.x + lag, line.a + lag + 2, line.k + lag + 1};
+  }
+  State from_line(int64_t row) const {
     State moved = *this;
-    moved.x += row * channels * stride + margin;
-    moved.a += row * cells_of<Cell>(channels) * stride + margin;
-    moved.k += row * ranks * stride + margin;
+    moved.x += row * channels * stride;
+    moved.a += row * cells_of<Cell>(channels) * stride;
+    moved.k += row * ranks * stride;
+    return moved;
+  }
+  State from_column(int64_t column) const {
+    State moved = *this;
+    moved.x += column, moved.a += column, moved.k += column;
     return moved;
   }
 };
 
 // Sums over the image that the lines of a group leave behind.
 struct Pooled {
-  float* sums;       // [row][strip][channel] of a
-  float* aggregate;  // [channel][row / 4][column / 4] of k, before GELU
+  float* sums;                    // [row][strip][channel] of a
+  float* aggregate;               // [channel][row / 4][column / 4] of k, before GELU
   int64_t strips, rows, columns;  // rows, columns: of the aggregate
 };
 
-// The end of a chain: the first half of the next group's MoE block, up to what its router must wait for. Looks one pixel
-// around (conv), and one more (striped).
+// The end of a chain: the first half of the next group's MoE block, up to what its router must wait for. Looks one
+// pixel around (conv), and one more (striped).
 template <class Cell>
 class Local {
  public:
@@ -235,18 +242,23 @@ class Local {
         lag_(lag),
         conv_(strip, weights.norm_1, weights.conv, channels, lag),
         a_(strip, 1, channels, lag + 1, 2),
-        rows_(strip, 3, channels, lag + 2, 0),
-        k_((channels + ranks_) * strip.widest),
-        aggregate_(channels * strip.widest),
-        cells_(cells_of<Cell>(channels) * strip.widest) {}
+        rows_(strip, 4, channels, lag + 2, 0),
+        k_(strip.memory->take<float>((channels + ranks_) * strip.widest)),
+        aggregate_(strip.memory->take<float>(channels * strip.widest)),
+        cells_(strip.memory->take<Cell>(2 * cells_of<Cell>(channels) * strip.widest)) {}
 
   void push(int64_t row, const float* x, int64_t stride) { conv_.push(row, x, stride); }
 
-  // Makes the line of k, and what `finish` needs of that of a. Aggregates lines of the tile only.
-  void pull(int64_t row, const State<Cell>& state, const Pooled& pooled, bool is_own) {
-    conv_.pull(row, Activate<Cell>{cells_, strip_.widest, channels_});
+  // Convolves lines `row` and row + 1, for `expand`.
+  void pull(int64_t row) {
+    conv_.pull(row, Activate<Cell>{convolved(0), strip_.widest, channels_},
+               Activate<Cell>{convolved(1), strip_.widest, channels_});
+  }
+
+  // Makes the line of k, and what `finish` needs of that of a; `second` of those pulled. Keeps lines of the band only.
+  void expand(int64_t row, bool second, const State<Cell>& state, const Pooled& pooled, bool is_own) {
     float* a = a_.open(row);
-    const Source<Cell> source{cells_, strip_.widest};
+    const Source<Cell> source{convolved(second), strip_.widest};
     const Lines to{a, k_, a_.stride(), strip_.widest, channels_, 2 * channels_ + ranks_};
     multiply(weights_.expand, &source, strip_.width, Keep<false>{to});
     a_.close(row);
@@ -271,9 +283,9 @@ class Local {
     const State<Cell> line = state.at(row);
     float* sums = pooled.sums + (row * pooled.strips + strip) * channels_;
     for (int64_t c = 0; c < channels_; c += G) {
-      const ColumnStencil<3> stencils[]{{weights_.col[c], rows_, row, c},
-                                        {weights_.col[smaller(c + G, channels_) - 1], rows_, row,
-                                         smaller(c + G, channels_) - 1}};
+      const ColumnStencil<3> stencils[]{
+          {weights_.col[c], rows_, row, c},
+          {weights_.col[smaller(c + G, channels_) - 1], rows_, row, smaller(c + G, channels_) - 1}};
       Vec<float> sum[G]{};
       for (int64_t i = 0; i < strip_.width; i += kWidth) {
         Vec<float> y[G]{};
@@ -292,6 +304,8 @@ class Local {
   }
 
  private:
+  Cell* convolved(int64_t line) const { return cells_ + line * cells_of<Cell>(channels_) * strip_.widest; }
+
   // Four lines and four columns of k make one element; their columns come whole, since lag + 1 is a multiple of four.
   void aggregate(int64_t row, const Pooled& pooled) {
     const int64_t y = row % 4, first = strip_.begin - lag_ - 1;
@@ -319,8 +333,8 @@ class Local {
   int64_t channels_, ranks_, lag_;
   NormConv<Cell> conv_;
   Ring<float> a_, rows_;
-  Buffer<float> k_, aggregate_;
-  Buffer<Cell> cells_;
+  float *k_, *aggregate_;
+  Cell* cells_;
 };
 
 }  // namespace seemore::SEEMORE_ISA

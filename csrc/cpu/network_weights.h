@@ -1,41 +1,10 @@
 // The network's weights as the engine uses them: in one block of memory, folded and packed.
 #pragma once
 
-#include "lines.h"
+#include "conv3x3.h"
 #include "network.h"
 
 namespace seemore::SEEMORE_ISA {
-
-// Hands out the parts of a block of memory; from null, it only counts.
-class Arena {
- public:
-  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* part = memory_ ? reinterpret_cast<T*>(memory_ + bytes_) : nullptr;
-    bytes_ += round_up(count * sizeof(T), 64);
-    return part;
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  char* memory_;
-  int64_t bytes_ = 0;
-};
-
-template <class Cell>
-Matrix<Cell> take_matrix(Arena& arena, int64_t rows, int64_t sources, int64_t channels, int64_t last_channels) {
-  Matrix<Cell> matrix{round_up(rows, 2),          sources, cells_of<Cell>(channels), cells_of<Cell>(last_channels),
-                      nullptr, nullptr};
-  matrix.weights = arena.take<Cell>(matrix.size());
-  matrix.bias = arena.take<float>(matrix.rows);
-  return matrix;
-}
-
-template <class Cell>
-Matrix<Cell> take_matrix(Arena& arena, int64_t rows, int64_t sources, int64_t channels) {
-  return take_matrix<Cell>(arena, rows, sources, channels, channels);
-}
 
 // Depthwise weights, [channel][tap], and biases.
 struct Depthwise {
@@ -83,10 +52,10 @@ struct ExpertWeights {
         weight_proj(arena.take<float>(config.channels * config.channels)),
         bias_proj(arena.take<float>(config.channels)) {}
   int64_t ranks;
-  float* router;                  // (E, C)
-  float *weight_a, *bias_a;       // (R, C), R
-  float *weight_s, *bias_s;       // of the small map: weight_k @ weight_pw
-  float *weight_out, *bias_out;   // (C, R), (E, C): weight_proj @ weight_out, @ bias_out
+  float* router;                 // (E, C)
+  float *weight_a, *bias_a;      // (R, C), R
+  float *weight_s, *bias_s;      // of the small map: weight_k @ weight_pw
+  float *weight_out, *bias_out;  // (C, R), (E, C): weight_proj @ weight_out, @ bias_out
   float *weight_proj, *bias_proj;
 };
 
@@ -94,7 +63,7 @@ template <class Cell>
 struct GroupWeights {
   GroupWeights(Arena& arena, const NetworkConfig& config)
       : norm_1(arena, config.channels),
-        conv(take_matrix<Cell>(arena, config.channels, 9, config.channels)),
+        conv(take_conv3x3<Cell>(arena, config.channels, config.channels)),
         expand(take_matrix<Cell>(arena, 2 * config.channels + all_ranks(config), 1, config.channels)),
         aggregate(arena, config.channels, 16),
         calibrate(arena, config.channels, 9),
@@ -123,8 +92,8 @@ struct NetworkWeights {
   NetworkWeights(Arena& arena, const NetworkConfig& config)
       : conv_1(take_matrix<float>(arena, config.channels, 9, config.in_channels)),
         norm(arena, config.channels),
-        conv_2(take_matrix<Cell>(arena, config.channels, 9, config.channels)),
-        upsampler(take_matrix<float>(arena, config.in_channels * config.scale * config.scale, 9, config.channels)),
+        conv_2(take_conv3x3<Cell>(arena, config.channels, config.channels)),
+        upsampler(take_conv3x3<float>(arena, config.in_channels * config.scale * config.scale, config.channels)),
         groups(arena.bytes()) {}
   Matrix<float> conv_1;
   Affine norm;

@@ -31,6 +31,19 @@ class Rows {
   A* data_;
 };
 
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : data_(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64}))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator T*() const { return data_; }
+
+ private:
+  T* data_;
+};
+
 // The last `count` rows of a stream: window[0] is the oldest.
 template <class A>
 class Window {
