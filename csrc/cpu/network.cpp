@@ -15,7 +15,7 @@
 namespace seemore::SEEMORE_ISA {
 namespace {
 
-constexpr int64_t kStripWidth = 112;  // about: the lines of a strip stay in the second-level cache
+constexpr int64_t kStripWidth = 128;  // whole tiles, whose lines stay in the second-level cache; the last is wider
 
 template <class Body>
 void for_each(int64_t count, const Body& body) {
@@ -35,17 +35,19 @@ struct Plan {
       : half(net.config.taps / 2),
         start((4 - (3 + half) % 4) % 4),
         around(4 + half),
-        units(parts(net.size.width + start + around, kUnit)),
-        strips(parts(units * kUnit, kStripWidth)),
-        stride(round_up(units * kUnit + around, 16)),
+        columns(round_up(net.size.width + start + around, kTileVectors == 2 ? 2 * kWidth : kWidth)),
+        strips(larger(1, columns / kStripWidth)),
+        stride(round_up(columns + around, 16)),
         images(smaller(batch, net.threads)),
         bands(images ? larger(1, smaller(parts(net.threads, images), net.size.height / 4)) : 1) {}
 
-  static constexpr int64_t kUnit = kTileVectors == 2 ? 2 * kWidth : kWidth;
+  int64_t begin(int64_t strip) const { return strip == strips ? columns : strip * kStripWidth; }
+  int64_t widest() const { return columns - begin(strips - 1); }
+
   int64_t half;
   int64_t start;   // lag, in columns, of a group's first line: such that k's, where it is aggregated, divides by four
   int64_t around;  // how far a group and what follows look around, in lines and columns
-  int64_t units, strips, stride;
+  int64_t columns, strips, stride;
   int64_t images, bands;  // images at a time; bands of each
 };
 
@@ -72,7 +74,7 @@ class Run {
   bool operator()() {
     bool is_finite = true;
     Arena table(table_);
-    const ColumnTable up(table, plan_.units * Plan::kUnit, net_.size.width, map_columns());
+    const ColumnTable up(table, plan_.columns, net_.size.width, map_columns());
     for (int64_t first = 0; first < net_.size.batch; first += plan_.images) {
       const int64_t images = smaller(plan_.images, net_.size.batch - first);
       clear(images);
@@ -111,7 +113,7 @@ class Run {
   }
   int64_t table_bytes() const {
     Arena arena(nullptr);
-    ColumnTable(arena, plan_.units * Plan::kUnit, 1, 1);
+    ColumnTable(arena, plan_.columns, 1, 1);
     return arena.bytes();
   }
   int64_t route_bytes() const {
@@ -199,8 +201,7 @@ class Run {
   Strip strip_of(const Band<Cell>& band, Arena& scratch) const {
     const int64_t first_row = larger(0, band.top - plan_.around);
     const int64_t last_row = smaller(net_.size.height, band.bottom + plan_.around);
-    const int64_t widest = parts(plan_.units, plan_.strips) * Plan::kUnit;
-    return {net_.size.height, net_.size.width, first_row, last_row, widest, &scratch, 0, 0};
+    return {net_.size.height, net_.size.width, first_row, last_row, plan_.widest(), &scratch, 0, 0};
   }
 
   // Of the largest chain of any band.
@@ -233,8 +234,8 @@ class Run {
   template <class From, class To>
   void stream(const Band<Cell>& band, Strip& strip, From& source, To& sink) const {
     for (int64_t s = 0; s < plan_.strips; ++s) {
-      strip.begin = s * plan_.units / plan_.strips * Plan::kUnit;
-      strip.width = (s + 1) * plan_.units / plan_.strips * Plan::kUnit - strip.begin;
+      strip.begin = plan_.begin(s);
+      strip.width = plan_.begin(s + 1) - strip.begin;
       // Convolutions make two lines at once, and bands begin at even ones: after line 2n + 1 they make 2n - 1 and 2n,
       // and what follows them, which looks one line around, 2n - 2 and 2n - 1.
       for (int64_t row = band.top - 2 - 2 * source.delay; row < band.bottom + 3; ++row) {

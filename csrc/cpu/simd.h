@@ -269,6 +269,17 @@ inline Normal<double> normal(Vec<double> x) {
   return result;
 }
 
+// a / b where neither b nor its reciprocal overflows; within 2 units in the last place.
+inline Vec<float> divide(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  // Dividing takes longer than all the rest of GELU there: 14 bits of the reciprocal, doubled by a step of Newton's.
+  const Vec<float> reciprocal = (Vec<float>)_mm512_rcp14_ps((__m512)b);
+  return a * (reciprocal * (2.f - b * reciprocal));
+#else
+  return a / b;
+#endif
+}
+
 template <class A>
 inline Vec<A> gelu(Vec<A> x) {
   return x * normal(x).distribution;
@@ -291,7 +302,7 @@ inline Vec<float> gelu<float>(Vec<float> x) {
   p = p * s + 0.797884464f;
   q = q * s + 1.f;
   // The bound comes first: what is not a number passes through.
-  const Vec<float> e = larger(broadcast(-1.f), smaller(broadcast(1.f), x * p / q));
+  const Vec<float> e = larger(broadcast(-1.f), smaller(broadcast(1.f), divide(x * p, q)));
   const Vec<float> half = 0.5f * x;
   return half * e + half;
 }
