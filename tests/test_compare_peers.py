@@ -169,22 +169,28 @@ GIGA = {  # multiply-adds at 1280x720 pixels of output, as the paper's tables co
 }  # fmt: skip
 
 
+def operations(config, expert):
+    """Count them at 32x32 pixels with this expert in all groups."""
+
+    def force(group, gate, inputs, choice):
+        return torch.full_like(choice[0], expert), choice[1]
+
+    model = compare_peers.seeded(config)
+    with compare_peers.hooks(model, "register_forward_hook", force):
+        return compare_peers.solve(model, torch.rand(1, 3, 32, 32))[1]
+
+
 @pytest.mark.parametrize("preset, scale", GIGA)
 def test_operations_are_the_published_ones_with_the_largest_expert(preset, scale):
-    model, x = compare_peers.seeded({**PRESETS[preset], "scale": scale}), torch.rand(1, 3, 32, 32)
-
-    def counted(expert):
-        def force(group, gate, inputs, choice):
-            return torch.full_like(choice[0], expert), choice[1]
-
-        with compare_peers.hooks(model, "register_forward_hook", force):
-            return compare_peers.solve(model, x)[1]
-
-    operations = [counted(expert) for expert in range(3)]
+    counted = operations({**PRESETS[preset], "scale": scale}, expert=2)
     pixels = 1280 * 720 // scale**2
-    assert round(operations[2] / 2 * pixels / 32**2 / 1e9, 1) == GIGA[preset, scale]
-    rank = 2 * 3 * len(model.body) * model.config["embedding_dim"] * 32**2  # of all groups, a multiply-add counts two
-    assert [operations[2] - fewer for fewer in operations] == [6 * rank, 4 * rank, 0]
+    assert round(counted / 2 * pixels / 32**2 / 1e9, 1) == GIGA[preset, scale]
+
+
+def test_operations_are_those_of_the_chosen_experts():
+    small, middle, large = (operations(TINY, expert) for expert in range(3))
+    rank = 2 * 3 * TINY["num_layers"] * TINY["embedding_dim"] * 32**2  # three matrices; a multiply-add counts two
+    assert (large - middle, large - small) == (4 * rank, 6 * rank)
 
 
 @pytest.mark.parametrize("size", [(40, 32), (33, 70), (96, 96)], ids=str)
