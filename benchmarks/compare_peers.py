@@ -27,7 +27,7 @@ from seemore_fast.presets import PRESETS
 Size = tuple[int, int]  # width, height
 ATOL = 1e-5  # the contract's for float32, beside twice eager PyTorch's error
 WIDE = 10**6  # pixels up to which the truth is computed in float64; beyond it would not fit into memory: float32
-PATIENCE = 150  # seconds for one provider in one table: bfloat16 where there are no instructions for it takes 20 a run
+PATIENCE = 40  # seconds for one provider in one table: bfloat16 where there are no instructions for it takes 20 a run
 PAUSE = 0.15  # seconds between turns: ONNX Runtime's threads go on spinning for 0.05, in everybody else's way
 
 # The network, the image and the truth

@@ -21,18 +21,22 @@ class Fused(nn.Module):
     """
 
     def _remember(self):
-        # A tuple is no submodule to torch; copying or pickling the block copies it with the modules it names.
-        self._built_with = tuple(self.modules())
-        self._built_of = tuple(map(type, self._built_with))
+        # A tuple is no submodule to torch; copying or pickling a module copies it with the modules it names.
+        self._built_with = tuple((m, type(m), tuple(m._modules.values())) for m in self.modules())
 
     def is_untouched(self) -> bool:
-        modules = tuple(self.modules())
-        return (
-            self._built_with == modules
-            and self._built_of == tuple(map(type, modules))
-            and all(m.eps == 1e-6 for m in modules if isinstance(m, plain.LayerNorm))
-            and not any(map(plain.has_additions, modules[1:]))
+        return all(
+            type(module) is built_as
+            and tuple(module._modules.values()) == children
+            and (module is self or not plain.has_additions(module))
+            and (built_as is not plain.LayerNorm or module.eps == 1e-6)
+            for module, built_as, children in self._built_with
         )
+
+    def built_weights(self) -> list[Tensor]:
+        """Return the parameters in the state dict's order; one that two modules share comes twice."""
+        weights = (weight for module, _, _ in self._built_with for weight in module._parameters.values())
+        return [weight for weight in weights if weight is not None]
 
 
 class FusedBlock(Fused):
@@ -109,6 +113,7 @@ class SeemoRe(Fused, plain.SeemoRe):
         super().__init__(*args, **kwargs)
         self._frozen = {}
         self._remember()
+        self._built_shapes = [weight.shape for weight in self.built_weights()]
 
     def prepare(self) -> "SeemoRe":
         """Freeze a packed copy of the weights for inference on the CPU, and return the model.
@@ -119,17 +124,21 @@ class SeemoRe(Fused, plain.SeemoRe):
         if self.training:
             raise RuntimeError("the model is in training mode, expected inference: model.eval().prepare()")
         with torch.no_grad():
-            self._frozen = {"parameters": [parameter.detach().clone() for parameter in self.parameters()]}
+            self._frozen = {"parameters": [weight.detach().clone() for weight in self.built_weights()]}
+        if engine.why_not(self, self.mean) is None:
+            self.weights_now(engine.config_of(self))
         return self
 
-    def frozen_weights(self, config: list[int]) -> Tensor | None:
-        """Return the packed weights that `prepare` froze, for a configuration of the engine; None if it did not."""
+    def weights_now(self, config: list[int]) -> tuple[list[Tensor], bool]:
+        """Return what the engine computes with, and whether it is packed: frozen by `prepare`, or as it is now."""
         if not self._frozen:
-            return None
+            return self.built_weights(), False
         key = tuple(config)
         if key not in self._frozen:
+            if torch.compiler.is_compiling():
+                return self._frozen["parameters"], False
             self._frozen[key] = engine.pack(self._frozen["parameters"], config)
-        return self._frozen[key]
+        return [self._frozen[key]], True
 
     def train(self, mode: bool = True) -> "SeemoRe":
         if mode:
@@ -148,17 +157,23 @@ class SeemoRe(Fused, plain.SeemoRe):
         return {**self.__dict__, "_frozen": {}}
 
     def is_untouched(self) -> bool:
-        """Tell whether all modules inside are those it was built with, as they were built."""
+        """Tell whether all modules and parameters inside are those it was built with, as they were built."""
         c = self.config
-        return super().is_untouched() and all(
-            (block.recursive, block.use_shuffle, block.moe_layer.gate.top_k)
-            == (c["recursive"], c["use_shuffle"], c["topk"])
-            for block in (group.local_block.block for group in self.body)
+        return (
+            super().is_untouched()
+            and self._built_shapes == [weight.shape for weight in self.built_weights()]
+            and all(
+                (block.recursive, block.use_shuffle, block.moe_layer.gate.top_k)
+                == (c["recursive"], c["use_shuffle"], c["topk"])
+                for block in (group.local_block.block for group in self.body)
+            )
         )
 
+    def forward(self, x: Tensor) -> Tensor:
+        plain.check_image(x, self.in_chans)
+        return engine.run(self, x) if engine.why_not(self, x) is None else super().forward(x)
+
     def _forward(self, x: Tensor) -> Tensor:
-        if engine.why_not(self, x) is None:
-            return engine.run(self, x)
         if x.device.type == "cpu":  # faster there (benchmarks/bench_model.py); on GPUs it is the other way round
             # A copy, though it may have the layout already: a view of one image can have strides, of the batch's
             # dimension, that torch's convolutions do not take for channels_last.
