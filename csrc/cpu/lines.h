@@ -18,6 +18,7 @@ struct Strip {
   int64_t first_row, last_row;  // of the tile and the lines around it that take part: [first_row, last_row)
   int64_t widest;               // of the tile's strips
   Arena* memory;                // for the buffers of the stages; from null, they are only counted
+  bool is_last;                 // of the tile's strips
   int64_t begin, width;         // of this strip: a stage without lag makes the columns [begin, begin + width)
 
   bool has_row(int64_t row) const { return row >= 0 && row < height; }
@@ -69,7 +70,9 @@ class Ring {
       if (end < strip_.width) std::memset(line + c * stride_ + end, 0, (strip_.width - end) * sizeof(Cell));
     }
     Cell* edge = kept(row);
-    for (int64_t c = 0; c < cells_ && edge_; ++c) copy(edge + c * edge_, line + c * stride_ + strip_.width - edge_);
+    for (int64_t c = 0; c < cells_ && edge_ && !strip_.is_last; ++c) {
+      copy(edge + c * edge_, line + c * stride_ + strip_.width - edge_);
+    }
   }
 
   // A line that was filled; zeros above and below the image.

@@ -207,7 +207,12 @@ inline void multiply_tile(const Matrix<Cell>& matrix, const Cell* weight, int64_
   finish(row, i, sums);
 }
 
-constexpr int kTileVectors = kVectorBytes == 64 ? 4 : 2;  // with 6 rows, the sums of a tile just fit the registers
+// With 6 rows, the sums of a tile just fit the registers: 32 of them, or 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileVectors = 4;
+#else
+constexpr int kTileVectors = 2;
+#endif
 
 // tile(Constant<R>, Constant<V>, row, i) for the tiles of `rows` times `width` pixels, a multiple of a vector.
 template <class Tile>

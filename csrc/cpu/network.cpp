@@ -201,7 +201,7 @@ class Run {
   Strip strip_of(const Band<Cell>& band, Arena& scratch) const {
     const int64_t first_row = larger(0, band.top - plan_.around);
     const int64_t last_row = smaller(net_.size.height, band.bottom + plan_.around);
-    return {net_.size.height, net_.size.width, first_row, last_row, plan_.widest(), &scratch, 0, 0};
+    return {net_.size.height, net_.size.width, first_row, last_row, plan_.widest(), &scratch, false, 0, 0};
   }
 
   // Of the largest chain of any band.
@@ -234,6 +234,7 @@ class Run {
   template <class From, class To>
   void stream(const Band<Cell>& band, Strip& strip, From& source, To& sink) const {
     for (int64_t s = 0; s < plan_.strips; ++s) {
+      strip.is_last = s + 1 == plan_.strips;
       strip.begin = plan_.begin(s);
       strip.width = plan_.begin(s + 1) - strip.begin;
       // Convolutions make two lines at once, and bands begin at even ones: after line 2n + 1 they make 2n - 1 and 2n,
