@@ -59,7 +59,11 @@ def bars(lines: dict) -> list[tuple[str, float, tuple[float, float], str]]:
         if line["ns_pixel"]:
             unit, label = line["ns_pixel"] / line["ms"], f"{line['ns_pixel']:.0f} ns per pixel ({line['x_pixel']:.2f}x)"
         else:
-            unit, label = 1, f"{line['ms']:.3g} ms" + (f" ({line['x_ours']:.2f}x)" if line["x_ours"] else "")
+            unit, label = (
+                1,
+                f"{line['ms']:,.{0 if line['ms'] >= 100 else 1}f} ms"
+                + (f" ({line['x_ours']:.2f}x)" if line["x_ours"] else ""),
+            )
         rows.append((name, unit * line["ms"], (unit * line["ms_min"], unit * line["ms_max"]), label))
     return rows if any(line.get("ns_pixel") for line in lines.values()) else sorted(rows, key=lambda row: row[1])
 
