@@ -125,8 +125,8 @@ class SeemoRe(Fused, plain.SeemoRe):
             raise RuntimeError("the model is in training mode, expected inference: model.eval().prepare()")
         with torch.no_grad():
             self._frozen = {"parameters": [weight.detach().clone() for weight in self.built_weights()]}
-        if engine.why_not(self, self.mean) is None:
-            self.weights_now(engine.config_of(self))
+            if engine.why_not(self, self.mean) is None:
+                self.weights_now(engine.config_of(self))
         return self
 
     def weights_now(self, config: list[int]) -> tuple[list[Tensor], bool]:

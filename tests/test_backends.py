@@ -118,7 +118,7 @@ def test_an_unknown_backend_lists_the_known_ones():
 
 def test_every_operator_has_a_reference_and_every_kernel_an_operator():
     assert all(callable(getattr(reference, name)) for name in ops.__all__)
-    assert set(backends.KERNELS) <= set(ops.__all__)
+    assert set(backends.KERNELS) <= {*ops.__all__, "network"}  # the whole model, called through SeemoRe
 
 
 def test_backend_info_says_what_is_there_and_why_not():

@@ -177,7 +177,8 @@ def test_reduced_precision_returns_float32_near_the_full_one(small_model, device
             y = small_model(x)
     assert y.dtype == torch.float32
     error = (y - full).abs().max().item()
-    assert 0 < error < (0.02 if dtype == torch.bfloat16 else 0.003)
+    assert error < (0.02 if dtype == torch.bfloat16 else 0.003)
+    assert error > 0 or device == "cpu"  # where float32 is as fast
 
 
 @torch.no_grad()

@@ -1,0 +1,97 @@
+"""What inference on a CPU takes, and that what cannot fit is refused before anything is allocated."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import SMALL, T
+from test_network import network
+
+from seemore_fast import backends, memory
+
+pytestmark = pytest.mark.skipif(backends.why_not("cpu") is not None, reason="no CPU library")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 3, 10**5, 10**5), torch.float32),
+        ((1, 3, 10**5, 10**5), torch.float16),
+        ((1, 3, 1, 10**10), torch.float32),
+        ((1, 3, 10**9, 10**9), torch.float32),
+        ((10**6, 3, 10**6, 10**6), torch.float32),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch, shape, dtype):
+    model, x = network(), torch.zeros(1, 3, 1, 1, dtype=dtype).expand(shape)
+    least = 4 * 12 * shape[0] ** 0 * shape[2] * shape[3]  # one map of features
+    monkeypatch.setattr(memory, "available_memory", lambda: 2**40)
+    for name in ("empty", "empty_like", "zeros", "full"):
+        monkeypatch.setattr(torch, name, None)
+    with pytest.raises(MemoryError, match=r"^x of shape .*, enlarged 2 times, needs [\d,.]+ GiB \(") as refused:
+        model(x)
+    bytes_needed = int(str(refused.value).split("(")[2].split(" bytes")[0].replace(",", ""))
+    assert least < bytes_needed < 100 * least * shape[0]
+
+
+def test_without_knowledge_of_the_memory_nothing_is_refused(monkeypatch):
+    monkeypatch.setattr(memory, "SMALL", 0)
+    model, x = network(), torch.rand(1, 3, 20, 20)
+    monkeypatch.setattr(memory, "available_memory", lambda: None)
+    model(x)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    with pytest.raises(MemoryError):
+        model(x)
+
+
+def test_the_container_s_limit_counts(monkeypatch, tmp_path):
+    limit, used = tmp_path / "limit", tmp_path / "used"
+    monkeypatch.setattr(memory, "CGROUPS", ((str(limit), str(used)),))
+    free = memory.available_memory()
+    limit.write_text("1000\n"), used.write_text("400\n")
+    assert memory.available_memory() == 600
+    used.write_text("1400\n")
+    assert memory.available_memory() == 0
+    limit.write_text("max\n")
+    assert memory.available_memory() == pytest.approx(free, rel=0.2)
+
+
+PEAK = """
+import sys, torch
+from seemore_fast import SeemoRe, engine
+
+def status(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+
+config, shape, threads, dtype = eval(sys.argv[1])
+model, x = SeemoRe(**config).eval().requires_grad_(False), torch.zeros(shape, dtype=dtype)
+torch.set_num_threads(threads)
+y_shape = [*shape[:2], *(config["scale"] * side for side in shape[2:])]
+def run(x):
+    if dtype == torch.float32:
+        return model(x)
+    assert engine.why_not(model, model.mean) is None
+    y = torch.empty(y_shape, dtype=dtype)
+    engine.run_integers(model, x, y)
+    return y
+run(x[:, :, :16, :16])
+open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
+before = status("VmRSS")
+y = run(x)
+print(engine.memory_needed(model, x.shape, itemsize=y.element_size()), status("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
+@pytest.mark.parametrize(
+    ("config", "shape", "threads"),
+    [({**T, "scale": 2}, (1, 3, 500, 700), 2), (SMALL, (3, 3, 300, 400), 4), (SMALL, (1, 3, 3000, 200), 1)],
+)
+def test_memory_is_what_was_said(config, shape, threads, dtype):
+    command = [sys.executable, "-c", PEAK, str((config, shape, threads, dtype))]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    said, taken = map(int, printed.split())
+    assert taken == pytest.approx(said, rel=0.1)
