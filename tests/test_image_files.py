@@ -9,7 +9,7 @@ import pytest
 from conftest import pixels
 from PIL import Image, ImageCms
 
-from seemore_fast import Upscaler
+from seemore_fast import Upscaler, backends, memory
 
 
 def leftovers(folder):
@@ -189,6 +189,18 @@ def test_bad_files_are_listed_and_the_good_ones_done(photos, upscale):
         assert name in line
         assert message in line
     assert f"2 of {len(names)} upscaled" in printed
+
+
+@pytest.mark.skipif(backends.why_not("cpu") is not None, reason="without the engine nobody knows the bytes needed")
+def test_a_photo_too_large_for_the_memory_is_one_failure(photos, upscale, monkeypatch):
+    Image.new("RGB", (3000, 2000)).save(photos / "large.png")
+    monkeypatch.setattr(memory, "available_memory", lambda: 2**28)
+    status, printed = upscale(photos / "large.png", photos / "photo.png", "-o", photos / "out")
+    assert status == 1
+    assert os.listdir(photos / "out") == ["photo_x2.png"]
+    (failure,) = (line for line in printed.splitlines() if line.startswith("failed: "))
+    assert f"{photos / 'large.png'}: an image of 3000x2000 pixels, enlarged 2 times, needs " in failure
+    assert " bytes) of memory, 0.2 GiB are available: take a smaller image" in failure
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])

@@ -8,7 +8,7 @@ import torch
 from conftest import SMALL
 from PIL import Image
 
-from seemore_fast import SeemoRe, Upscaler
+from seemore_fast import SeemoRe, Upscaler, backends, engine
 from seemore_fast.resize import bicubic_resize
 
 
@@ -100,6 +100,60 @@ def test_views_are_taken_and_not_changed(upscaler):
     np.testing.assert_array_equal(base, before)
     base.flags.writeable = False
     upscaler(base)
+
+
+needs_engine = pytest.mark.skipif(backends.why_not("cpu") is not None, reason="no CPU library")
+
+
+@needs_engine
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("shape", [(18, 21, 3), (40, 33, 4), (5, 30, 3), (1, 1, 3)])
+def test_integers_go_straight_through_the_engine_and_equal_the_rounded_floats(monkeypatch, shape, in_chans, dtype):
+    upscaler = Upscaler(SeemoRe(**{**SMALL, "in_chans": in_chans}), device="cpu")
+    image = noise(*shape, dtype=dtype)
+    run, seen = engine.run_integers, []
+    monkeypatch.setattr(engine, "run_integers", lambda model, x, y: seen.append(x) or run(model, x, y))
+    result = upscaler(image)
+    assert [x.data_ptr() for x in seen] == [image.ctypes.data], "without a copy"
+    monkeypatch.setattr(upscaler, "_takes_integers", lambda colours: False)
+    np.testing.assert_array_equal(result, upscaler(image))
+
+
+@needs_engine
+@pytest.mark.parametrize("kind", ["read-only", "flipped", "field", "broadcast", "transposed"])
+def test_arrays_that_torch_would_not_take_are_copied(upscaler, kind):
+    image = noise(20, 24, 3)
+    if kind == "read-only":
+        image.flags.writeable = False
+    elif kind == "field":
+        image = np.rec.fromarrays([image, noise(20, 24, 3, dtype=np.uint16)])["f1"]
+        assert image.strides[2] % image.itemsize
+    else:
+        image = {
+            "flipped": image[::-1, :, ::-1],
+            "broadcast": np.broadcast_to(image[:1], image.shape),
+            "transposed": image.transpose(1, 0, 2),
+        }[kind]
+    np.testing.assert_array_equal(upscaler(image), upscaler(np.array(image, order="C")))
+
+
+@needs_engine
+def test_the_weights_are_packed_once(monkeypatch, small_model):
+    upscaler = Upscaler(small_model, device="cpu")
+    monkeypatch.setattr(engine, "pack", None)
+    for dtype in (np.uint8, np.float32):
+        upscaler(noise(16, 16, 3, dtype=dtype))
+
+
+@needs_engine
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("channels", [(), (3,), (4,)])
+def test_images_that_do_not_fit_are_refused_before_anything_is_allocated(upscaler, dtype, channels):
+    image = np.broadcast_to(np.zeros((1, *channels), dtype), (10**5, 10**5, *channels))
+    text = r"^an image of 100000x100000 pixels, enlarged 2 times, needs [\d,.]+ GiB \([\d,]+ bytes\) .*smaller image"
+    with pytest.raises(MemoryError, match=text):
+        upscaler(image)
 
 
 def test_the_given_module_is_left_alone(small_model):

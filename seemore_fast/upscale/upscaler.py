@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .. import engine
 from ..checkpoint import load_model, shipped_models
 from ..drop_in import accelerate
+from ..memory import check_memory
 from ..resize import bicubic_resize
 
 DTYPES = {
@@ -17,6 +19,7 @@ DTYPES = {
     "fp16": torch.float16, "float16": torch.float16,
 }  # fmt: skip
 LUMA = (0.299, 0.587, 0.114)
+NO_NUMBERS = "the network returned NaN or infinity: the image, the weights or the dtype is to blame"
 
 
 class Upscaler:
@@ -49,7 +52,7 @@ class Upscaler:
                 f"the model takes {network.in_chans} channels, expected 3 (RGB) or 1 (one plane at a time)"
             )
         self.scale = network.scale
-        self.model = network.requires_grad_(False).to(self.device, self.dtype).eval()
+        self.model = network.requires_grad_(False).to(self.device, self.dtype).eval().prepare()
 
     def __call__(self, image: np.ndarray | Image.Image) -> np.ndarray | Image.Image:
         """Upscale one image.
@@ -57,6 +60,9 @@ class Upscaler:
         image: a Pillow image, or an array (H, W), (H, W, 1), (H, W, 3) or with alpha (H, W, 2), (H, W, 4), of uint8,
         uint16, or a floating type with values in [0, 1]. Returns the same kind and type; a Pillow palette image comes
         back as RGB, a bilevel one as greyscale, CMYK as RGB. Alpha is enlarged by bicubic interpolation.
+
+        Raises TypeError or ValueError for other images, RuntimeError where the network returns NaN or infinity, and on
+        a CPU MemoryError, before anything is allocated, where the memory for the image is not there.
         """
         if isinstance(image, Image.Image):
             return self._upscale_pil(image)
@@ -72,24 +78,56 @@ class Upscaler:
         planes = image if image.ndim == 3 else image[:, :, None]
         has_alpha = planes.shape[2] in (2, 4)
         colours = planes[:, :, :-1] if has_alpha else planes
-        result = _to_kind(self._run(colours), image.dtype)
+        if self._takes_integers(colours):
+            result = self._run_integers(colours)
+        else:
+            result = _to_kind(self._run(colours), image.dtype)
         if has_alpha:
             alpha = _to_kind(bicubic_resize(_to_unit(planes[:, :, -1]), self.scale), image.dtype)
             result = np.dstack([result, alpha])
         return result if image.ndim == 3 else result[:, :, 0]
 
+    def _as_batch(self, planes: torch.Tensor) -> torch.Tensor:
+        """Return a view (B, in_chans, H, W) of (H, W, C): a network of one channel takes colours as so many images."""
+        planes = planes.permute(2, 0, 1)
+        return planes[:, None] if self.model.in_chans == 1 else planes.expand(3, -1, -1)[None]
+
+    def _check_memory(self, shape: tuple[int, int, int], itemsize: int, more: int = 0):
+        """Raise MemoryError where an image of (H, W, C), a result of `itemsize` a value and `more` bytes do not fit."""
+        height, width, planes = shape
+        batch = (planes, 1) if self.model.in_chans == 1 else (1, 3)
+        needed = engine.memory_needed(self.model, (*batch, height, width), itemsize=itemsize) + more
+        check_memory(needed, f"an image of {width}x{height} pixels, enlarged {self.scale} times,")
+
+    @torch.inference_mode()
+    def _takes_integers(self, colours: np.ndarray) -> bool:
+        """Tell whether the engine for CPUs reads and writes these integers itself."""
+        is_integer = colours.dtype in (np.uint8, np.uint16) and colours.dtype.isnative
+        fits = self.model.in_chans in (1, colours.shape[2])
+        return is_integer and fits and engine.why_not(self.model, self.model.mean) is None
+
+    @torch.inference_mode()
+    def _run_integers(self, colours: np.ndarray) -> np.ndarray:
+        """Return (scale * H, scale * W, C) of (H, W, C), both uint8 or both uint16, without a copy in floats."""
+        self._check_memory(colours.shape, colours.itemsize)
+        height, width, planes = colours.shape
+        result = np.empty((self.scale * height, self.scale * width, planes), colours.dtype)
+        x, y = (self._as_batch(_as_tensor(array)) for array in (colours, result))
+        if not engine.run_integers(self.model, x, y):
+            raise RuntimeError(NO_NUMBERS)
+        return result
+
     @torch.inference_mode()
     def _run(self, colours: np.ndarray) -> np.ndarray:
         """Return float32 (scale * H, scale * W, C) of (H, W, C) with C 1 or 3."""
-        x = torch.from_numpy(_to_unit(colours, np.float32)).permute(2, 0, 1)
-        grey = len(x) == 1
-        # A network of one channel takes each colour as an image of its own.
-        x = x[:, None] if self.model.in_chans == 1 else x.expand(3, -1, -1)[None]
+        if engine.why_not(self.model, self.model.mean) is None:
+            self._check_memory(colours.shape, itemsize=4, more=4 * colours.size)
+        x = self._as_batch(torch.from_numpy(_to_unit(colours, np.float32)))
         y = self.model(x.to(self.device)).float().cpu()
         if not y.isfinite().all():
-            raise RuntimeError("the network returned NaN or infinity: the image, the weights or the dtype is to blame")
+            raise RuntimeError(NO_NUMBERS)
         y = y[:, 0] if self.model.in_chans == 1 else y[0]
-        if grey and len(y) == 3:
+        if colours.shape[2] == 1 and len(y) == 3:
             y = torch.einsum("c,chw->hw", torch.tensor(LUMA), y)[None]
         return y.permute(1, 2, 0).numpy()
 
@@ -115,18 +153,27 @@ def _check_array(image: np.ndarray):
         raise ValueError(f"image has shape {image.shape}, expected (H, W) or (H, W, C) with C from 1 to 4, none empty")
 
 
+def _as_tensor(image: np.ndarray) -> torch.Tensor:
+    """Return a tensor that shares the array's memory, or has a copy where torch would not take that."""
+    is_simple = image.flags.writeable and all(s >= 0 and s % image.itemsize == 0 for s in image.strides)
+    return torch.from_numpy(image if is_simple else image.copy("C"))
+
+
 def _to_unit(image: np.ndarray, dtype=np.float64) -> np.ndarray:
     """Return [0, 1] floats, writable and contiguous."""
-    whole = np.issubdtype(image.dtype, np.integer)
-    return np.array(image, dtype=dtype) / (np.iinfo(image.dtype).max if whole else 1)
+    unit = np.array(image, dtype=dtype)
+    if np.issubdtype(image.dtype, np.integer):
+        unit /= np.iinfo(image.dtype).max
+    return unit
 
 
 def _to_kind(image: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Return [0, 1] floats as `dtype`, clipped, and rounded to the nearest where it is an integer type."""
-    image = image.clip(0, 1)
+    """Return [0, 1] floats, which are overwritten, as `dtype`: clipped, and rounded to the nearest integers."""
+    image.clip(0, 1, out=image)
     if np.issubdtype(dtype, np.integer):
-        image = np.rint(image * np.iinfo(dtype).max)
-    return image.astype(dtype)
+        image *= np.iinfo(dtype).max
+        np.rint(image, out=image)
+    return image.astype(dtype, copy=False)
 
 
 def _full_name(name: str | os.PathLike, scale: int | None) -> str | os.PathLike:
