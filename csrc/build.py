@@ -17,7 +17,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c"
     INSTRUCTION_SETS["avx512"] = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq"
     INSTRUCTION_SETS["avx512_bf16"] = INSTRUCTION_SETS["avx512"] + " -mavx512bf16"
-ONCE = {"dispatch.cpp", "network_bindings.cpp", "parallel.cpp"}  # every other source in cpu/ is compiled once per instruction set
+# Every other source in cpu/ is compiled once per instruction set.
+ONCE = {"dispatch.cpp", "network_bindings.cpp", "parallel.cpp"}
 
 RULES = """
 rule cxx

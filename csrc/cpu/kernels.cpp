@@ -16,13 +16,8 @@ decltype(seemore::network_workspace) network_workspace;
 decltype(seemore::network) network;
 
 extern const Kernels kernels;
-const Kernels kernels{SEEMORE_NAME(SEEMORE_ISA),
-                      striped_conv,
-                      striped_conv_workspace,
-                      striped_conv_backward,
-                      network_sizes,
-                      network_pack,
-                      network_workspace,
-                      network};
+const Kernels kernels{SEEMORE_NAME(SEEMORE_ISA), striped_conv,  striped_conv_workspace,
+                      striped_conv_backward,     network_sizes, network_pack,
+                      network_workspace,         network};
 
 }  // namespace seemore::SEEMORE_ISA
