@@ -302,24 +302,25 @@ class Tail {
 
   template <class T>
   void write(int64_t row, float* lines) {
+    constexpr bool is_integer = static_cast<T>(0.5f) == 0;
+    const float whole = static_cast<float>(net_.whole);
     const int64_t scale = net_.config.scale, first = strip_.begin - lag_ - 2;
     const int64_t begin = larger(0, -first), end = smaller(strip_.width, strip_.columns - first);
     for (int64_t o = 0; o < outputs(); ++o) {
       const int64_t channel = o / (scale * scale), y = o / scale % scale, x = o % scale;
       float* line = lines + o * strip_.widest;
-      if (net_.whole && !are_finite(line + begin, end - begin)) is_finite_ = false;
+      if (is_integer && !are_finite(line + begin, end - begin)) is_finite_ = false;
       for (int64_t i = 0; i < strip_.width; i += kWidth) {
         Vec<float> v = load(line + i) / net_.img_range + net_.mean[channel];
-        if (net_.whole) {
-          const float whole = static_cast<float>(net_.whole);
-          v = smaller(larger(v, Vec<float>{}), broadcast(1.f)) * whole;
-          v = (v + 12582912.f) - 12582912.f;  // to the nearest, ties to even
-        }
+        if (is_integer) v = smaller(larger(v, Vec<float>{}), broadcast(1.f)) * whole;
         store(line + i, v);
       }
       T* to = at<T>(net_.y, band_.number, channel, row * scale + y, (first + begin) * scale + x);
       const int64_t step = scale * net_.y.column;
-      for (int64_t i = begin; i < end; ++i) to[(i - begin) * step] = static_cast<T>(line[i]);
+      // Rounded to the nearest, ties to even, here: in the loop above, the product would be fused into the sum.
+      for (int64_t i = begin; i < end; ++i) {
+        to[(i - begin) * step] = static_cast<T>(is_integer ? (line[i] + 12582912.f) - 12582912.f : line[i]);
+      }
     }
   }
 
