@@ -59,11 +59,8 @@ def bars(lines: dict) -> list[tuple[str, float, tuple[float, float], str]]:
         if line["ns_pixel"]:
             unit, label = line["ns_pixel"] / line["ms"], f"{line['ns_pixel']:.0f} ns per pixel ({line['x_pixel']:.2f}x)"
         else:
-            unit, label = (
-                1,
-                f"{line['ms']:,.{0 if line['ms'] >= 100 else 1}f} ms"
-                + (f" ({line['x_ours']:.2f}x)" if line["x_ours"] else ""),
-            )
+            unit, ms, ratio = 1, line["ms"], line["x_ours"]
+            label = f"{ms:,.{0 if ms >= 100 else 1}f} ms" + (f" ({ratio:.2f}x)" if ratio else "")
         rows.append((name, unit * line["ms"], (unit * line["ms_min"], unit * line["ms_max"]), label))
     return rows if any(line.get("ns_pixel") for line in lines.values()) else sorted(rows, key=lambda row: row[1])
 

@@ -8,10 +8,7 @@ namespace seemore::SEEMORE_ISA {
 // Where the columns of an image lie on a narrower map (bilinear, align_corners = False).
 struct ColumnTable {
   ColumnTable(Arena& arena, int64_t count, int64_t columns, int64_t map_columns)
-      : count(count),
-        left(arena.take<int32_t>(count)),
-        right(arena.take<int32_t>(count)),
-        share(arena.take<float>(count)) {
+      : left(arena.take<int32_t>(count)), right(arena.take<int32_t>(count)), share(arena.take<float>(count)) {
     if (!left) return;
     for (int64_t i = 0; i < count; ++i) {
       const Position position(smaller(i, columns - 1), columns, map_columns);
@@ -33,7 +30,6 @@ struct ColumnTable {
     float share;  // of the second
   };
 
-  int64_t count;
   int32_t *left, *right;
   float* share;
 };
@@ -139,7 +135,7 @@ class Route {
     const Matrix<Cell> a = project_a(), mixed = mix();
     pack(a, a.rows, c, c, [&](int64_t r, int64_t, int64_t i) { return experts.weight_a[chosen_[r] * c + i]; });
     for (int64_t r = 0; r < a.rows; ++r) a.bias[r] = experts.bias_a[chosen_[r]];
-    pack(mixed, c, c, ranks_of_pack(), [&](int64_t r, int64_t source, int64_t i) {
+    pack(mixed, c, c, *count_, [&](int64_t r, int64_t source, int64_t i) {
       return source == 0 ? experts.weight_proj[r * c + i] : share[i] * experts.weight_out[r * ranks + chosen_[i]];
     });
     for (int64_t r = 0; r < mixed.rows; ++r) mixed.bias[r] = r < c ? bias[r] : 0;
@@ -157,8 +153,6 @@ class Route {
   }
 
  private:
-  int64_t ranks_of_pack() const { return *count_; }
-
   static void activate(float* map, int64_t count) {
     int64_t i = 0;
     for (; i + kWidth <= count; i += kWidth) store(map + i, gelu<float>(load(map + i)));
