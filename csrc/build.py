@@ -18,7 +18,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx512"] = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq"
     INSTRUCTION_SETS["avx512_bf16"] = INSTRUCTION_SETS["avx512"] + " -mavx512bf16"
 # Every other source in cpu/ is compiled once per instruction set.
-ONCE = {"dispatch.cpp", "network_bindings.cpp", "parallel.cpp"}
+ONCE = {"dispatch.cpp", "parallel.cpp", "sums.cpp"}
 
 RULES = """
 rule cxx
@@ -117,6 +117,12 @@ def products(toolchain: dict | None, cuda: dict | None) -> list[str]:
     return ["_C"] * toolchain["has_python_headers"] + ["libseemore_cpu"] + ["libseemore_cuda"] * bool(cuda)
 
 
+def operators(device: str) -> list[str]:
+    """Return the operators that a library has: kernels in the folder of its device, and bindings."""
+    stems = {source.stem for source in (CSRC / device).iterdir()}
+    return sorted(source.stem for source in (CSRC / "bindings").glob("*.cpp") if source.stem in stems)
+
+
 def build(folder: Path, toolchain: dict, cuda: dict | None) -> dict[str, Path]:
     """Build in `folder` what changed since the last time; return the files by name."""
     torch, sets = toolchain["torch"], toolchain["instruction_sets"]
@@ -138,11 +144,17 @@ def build(folder: Path, toolchain: dict, cuda: dict | None) -> dict[str, Path]:
         lines.append(f"build {name}.o: cxx {CSRC / source}\n  flags = {flags}")
         return f"{name}.o"
 
+    def compile_bindings(device: str) -> list[str]:
+        """Those of the operators for which `device` has kernels."""
+        flags = f"{with_torch} -I{CSRC}/{device} -I{CSRC}/bindings"
+        sources = [f"bindings/{operator}.cpp" for operator in operators(device)]
+        return [compile(source, f"{device}_bindings_{Path(source).stem}", flags) for source in sources]
+
     def link(name: str, objects: list[str], flags: str):
         lines.append(f"build {name}.so: link {' '.join(objects)}\n  flags = {flags}")
 
     choices = " ".join(f"X({name})" for name in sets)
-    objects = [compile("bindings.cpp", "cpu_bindings", f"{with_torch} -I{CSRC}/cpu")]
+    objects = compile_bindings("cpu")
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         if source.name in ONCE:
             flags = f"{with_torch} -DSEEMORE_INSTRUCTION_SETS='{choices}'"
@@ -154,10 +166,7 @@ def build(folder: Path, toolchain: dict, cuda: dict | None) -> dict[str, Path]:
     link("libseemore_cpu", objects, f"-L{torch}/lib -ltorch_cpu")
 
     if cuda:
-        objects = [
-            compile("bindings.cpp", "cuda_bindings", f"{with_torch} -I{CSRC}/cuda"),
-            compile("cuda/library.cpp", "cuda_library", with_torch),
-        ]
+        objects = [*compile_bindings("cuda"), compile("cuda/library.cpp", "cuda_library", with_torch)]
         kernels = {f"cuda_{source.stem}.o": source for source in sorted((CSRC / "cuda").glob("*.cu"))}
         lines += [f"build {name} | {name}.ptxas: nvcc {source}" for name, source in kernels.items()]
         lines.append(f"build ptxas.inc: embed {' '.join(f'{name}.ptxas' for name in kernels)}")

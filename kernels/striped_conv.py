@@ -38,19 +38,20 @@ def striped_conv(
 
 
 def striped_conv_backward(
-    dx: Tensor, dgate: Tensor | None, dy: Tensor,
+    dx: Tensor, dgate: Tensor | None,
+    dweight_row: Tensor, dbias_row: Tensor, dweight_col: Tensor, dbias_col: Tensor, dy: Tensor,
     x: Tensor, weight_row: Tensor, bias_row: Tensor, weight_col: Tensor, bias_col: Tensor,
     activation: str | None, gate: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Write dx and, if there is a gate, dgate, and return gradients of the parameters, to be summed over parts.
-
-    Returns (parts, C, 2K + 2) of the accumulation dtype: for each channel weight_row's K, bias_row's, weight_col's K
-    and bias_col's over one part of the pixels. Without pixels there are no parts.
-    """
+) -> None:  # fmt: skip
+    """Write dx, the gradients of the parameters and, if there is a gate, dgate."""
+    # (parts, C, 2K + 2): for each channel weight_row's K sums, bias_row's, weight_col's K and bias_col's, over a part
+    # of the pixels. Without pixels there are no parts.
     partial = new_partial(x, weight_row)
     inputs = x, weight_row, bias_row, weight_col, bias_col, activation, gate
     run(backward(partial, dx, dgate, dy, *inputs), x.device)
-    return partial
+    gradients, taps = (dweight_row, dbias_row, dweight_col, dbias_col), weight_row.shape[-1]
+    for gradient, sums in zip(gradients, partial.sum(0).split((taps, 1, taps, 1), dim=1), strict=True):
+        gradient.copy_(sums.view(gradient.shape))
 
 
 def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:

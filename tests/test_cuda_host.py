@@ -204,18 +204,24 @@ def striped_tensors(shape: tuple[int, ...], taps: int, dtype: torch.dtype) -> di
 def run_striped_conv(operators, tensors: dict[str, Tensor], activation="gelu") -> dict[str, Tensor]:
     """Return all results; those that are images lie in larger tensors of NaN, whose margins stay NaN."""
     tensors = dict(tensors)
+    gradients = parameter_gradients(tensors)
     x, gate, dy = (tensors.pop(name) for name in ("x", "gate", "dy"))
     larger = {name: x.new_full([size + 2 for size in x.shape], torch.nan) for name in ("y", "dx", "dgate")}
     inside = (slice(1, -1),) * x.dim()
     results = {name: tensor[inside] for name, tensor in larger.items()}
     operators.striped_conv(results["y"], x, *tensors.values(), activation, gate)
-    outputs = [results["dx"], results["dgate"]]
-    partial = operators.striped_conv_backward(*outputs, dy, x, *tensors.values(), activation, gate)
+    outputs = [results["dx"], results["dgate"], *gradients.values()]
+    operators.striped_conv_backward(*outputs, dy, x, *tensors.values(), activation, gate)
     results = {name: tensor.clone() for name, tensor in results.items()}
     for name, tensor in larger.items():
         tensor[inside] = torch.nan
         assert tensor.isnan().all(), f"wrote beside {name}"
-    return results | {"partial": partial}
+    return results | gradients
+
+
+def parameter_gradients(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return room for the gradients of all weights and biases, full of NaN."""
+    return {f"d{name}": torch.full_like(t, torch.nan) for name, t in tensors.items() if name[:4] in ("weig", "bias")}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -248,7 +254,9 @@ def test_striped_conv_offsets_beyond_32_bits(operators, tmp_path, dim):
         far[name].copy_(tensors.pop(name))
     x, gate, dy, y, dx, dgate = far.values()
     operators.striped_conv(y, x, *tensors.values(), "gelu", gate)
-    far["partial"] = operators.striped_conv_backward(dx, dgate, dy, x, *tensors.values(), "gelu", gate)
+    gradients = parameter_gradients(tensors)
+    operators.striped_conv_backward(dx, dgate, *gradients.values(), dy, x, *tensors.values(), "gelu", gate)
+    far |= gradients
     for name, value in expected.items():
         assert torch.equal(far[name], value), name
 

@@ -214,13 +214,14 @@ interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reas
 
 
 def results_of_striped_conv() -> tuple[torch.Tensor, ...]:
-    """Return y, dx, dgate and the partial sums of the parameters' gradients for some float64 tensors."""
+    """Return y and all gradients for some float64 tensors."""
     torch.manual_seed(0)
     shapes = [(2, 3, 6, 7), (3, 1, 1, 5), (3,), (3, 1, 5, 1), (3,)]
     x, *parameters = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
-    y, dx, dgate = (torch.full_like(x, torch.nan) for _ in range(3))
+    y, dx, dgate, *gradients = (torch.full_like(p, torch.nan) for p in (x, x, x, *parameters))
     striped_conv.striped_conv(y, x, *parameters, "gelu", x)
-    return y, dx, dgate, striped_conv.striped_conv_backward(dx, dgate, x, x, *parameters, "gelu", x)
+    striped_conv.striped_conv_backward(dx, dgate, *gradients, x, x, *parameters, "gelu", x)
+    return y, dx, dgate, *gradients
 
 
 @interpreted
@@ -233,8 +234,9 @@ def test_wide_indices_give_the_same(monkeypatch):
 
 @interpreted
 def test_parts_add_up(monkeypatch):
-    *_, whole = results_of_striped_conv()
+    whole, made, new_partial = results_of_striped_conv(), [], striped_conv.new_partial
     monkeypatch.setattr(striped_conv, "PART", 16)
-    *_, parts = results_of_striped_conv()
-    assert (len(whole), len(parts)) == (1, 6)  # 84 pixels
-    torch.testing.assert_close(parts.sum(0), whole[0], rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(striped_conv, "new_partial", lambda *given: made.append(new_partial(*given)) or made[-1])
+    parts = results_of_striped_conv()
+    assert [len(partial) for partial in made] == [6]  # 84 pixels
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)

@@ -1,10 +1,13 @@
-// What bindings.cpp asks of a device: on the CPU, nothing but its names.
+// What the bindings ask of a device: on the CPU, nothing but its names.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
 #define SEEMORE_NAMESPACE seemore_cpu
-#define SEEMORE_KEY CPU
+
+inline constexpr const char* kDevice = "a CPU tensor";
+
+inline bool is_here(const torch::stable::Tensor& x) { return x.is_cpu(); }
 
 struct OnDevice {
   explicit OnDevice(const torch::stable::Tensor&) {}

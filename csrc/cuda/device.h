@@ -1,4 +1,4 @@
-// What bindings.cpp asks of a device: CUDA's names, the tensor's GPU made current, and torch's stream on it.
+// What the bindings ask of a device: CUDA's names, the tensor's GPU made current, and torch's stream on it.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -6,11 +6,14 @@
 #include <torch/csrc/stable/tensor.h>
 
 #define SEEMORE_NAMESPACE seemore_cuda
-#define SEEMORE_KEY CUDA
 
 // As shim.h has it under USE_CUDA, which a CPU build of torch lacks. (torch::stable's Stream tells its cudaStream_t
 // from torch 2.13 on only.)
 extern "C" AOTI_TORCH_EXPORT AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+inline constexpr const char* kDevice = "a CUDA tensor";
+
+inline bool is_here(const torch::stable::Tensor& x) { return x.is_cuda(); }
 
 struct OnDevice {
   explicit OnDevice(const torch::stable::Tensor& x) : guard(x.get_device_index()) {

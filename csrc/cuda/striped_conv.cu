@@ -5,18 +5,14 @@
 // in a first kernel, which leaves ds, the gradient of s, in global memory; a second one takes ds through the
 // transposed steps. All sums are of the accumulation type: float, or double for double.
 
-#include <math.h>
-
 #include <algorithm>
-#include <type_traits>
 
 #include "launch.h"
 #include "striped_conv.h"
+#include "types.h"
 
 namespace {
 
-using seemore::Activation;
-using seemore::DType;
 using seemore::Image;
 using seemore::Size;
 using seemore::StripedConv;
@@ -24,12 +20,9 @@ using seemore::StripedConvGradients;
 
 constexpr int kMaxTaps = 31;  // Python sends larger kernels elsewhere
 constexpr int kTileWidth = 32, kTileHeight = 16;
-constexpr int kWarp = kTileWidth, kWarps = 8, kThreads = kWarp * kWarps;  // a warp is a row of a block's threads
+constexpr int kWarps = 8, kThreads = kWarp * kWarps;
+static_assert(kTileWidth == kWarp, "a warp is a row of the block's threads and of the tile");
 constexpr int kBlocks = 3;  // at least, on a multiprocessor: 80 registers each, for with 64 some kernels spill
-constexpr unsigned kAllLanes = 0xffffffff;
-
-template <typename T>
-using Accumulation = std::conditional_t<std::is_same_v<std::remove_const_t<T>, double>, double, float>;
 
 // Where elements of a type are in shared memory: weights (2K), then three rectangles.
 struct Shared {
@@ -127,22 +120,6 @@ __device__ A weighted(const A* weight, int taps, const A* seen, int step) {
   A sum = 0;
   for (int k = 0; k < taps; ++k) sum += weight[k] * seen[k * step];
   return sum;
-}
-
-template <typename A>
-__device__ A normal_cdf(A s) {
-  return A(0.5) * (1 + erf(s * A(0.70710678118654752440)));
-}
-
-template <typename A>
-__device__ A activate(A s, Activation activation) {
-  return activation == Activation::gelu ? s * normal_cdf(s) : s;
-}
-
-template <typename A>
-__device__ A activation_slope(A s, Activation activation) {
-  constexpr A kInverseSqrtTwoPi = 0.39894228040143267794;
-  return activation == Activation::gelu ? normal_cdf(s) + s * kInverseSqrtTwoPi * exp(A(-0.5) * s * s) : A(1);
 }
 
 // r of the tile and of K / 2 rows above and below, from which weighted(.., kTileWidth) makes s. Zero outside the image,
@@ -262,21 +239,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     if (tile.has(i, j)) dx.at(i, j) = static_cast<T>(weighted(shared, taps, first, -1));
   });
   sum_tile(partial_sums<A>(gradients.partial, conv, tile), taps, dr + half, width, x_tile, width, 1);
-}
-
-// function(0 of the type)
-template <typename Function>
-void with_type(DType dtype, Function function) {
-  switch (dtype) {
-    case DType::float32:
-      return function(float());
-    case DType::float64:
-      return function(double());
-    case DType::float16:
-      return function(__half());
-    case DType::bfloat16:
-      return function(__nv_bfloat16());
-  }
 }
 
 int64_t blocks_of(const StripedConv& conv) {

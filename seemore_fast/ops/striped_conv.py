@@ -59,12 +59,11 @@ def _forward_fake(x, weight_row, bias_row, weight_col, bias_col, activation, gat
 def _backward(dy, x, weight_row, bias_row, weight_col, bias_col, activation, gate):
     dx = torch.empty_like(x)
     dgate = x.new_empty(0) if gate is None else torch.empty_like(gate)
-    parameters = (p.contiguous() for p in (weight_row, bias_row, weight_col, bias_col))
-    taps = weight_row.shape[3]
-    run = kernel_for("striped_conv", x, taps, "_backward")
-    sums = run(dx, None if gate is None else dgate, dy, x, *parameters, activation, gate).sum(0).to(x.dtype)
-    dweight_row, dbias_row, dweight_col, dbias_col = (part.clone() for part in sums.split((taps, 1, taps, 1), dim=1))
-    return dx, dweight_row[:, None, None], dbias_row[:, 0], dweight_col[:, None, :, None], dbias_col[:, 0], dgate
+    parameters = [p.contiguous() for p in (weight_row, bias_row, weight_col, bias_col)]
+    gradients = [torch.empty_like(p) for p in parameters]
+    run = kernel_for("striped_conv", x, weight_row.shape[3], "_backward")
+    run(dx, None if gate is None else dgate, *gradients, dy, x, *parameters, activation, gate)
+    return dx, *gradients, dgate
 
 
 def _backward_fake(dy, x, weight_row, bias_row, weight_col, bias_col, activation, gate):

@@ -35,7 +35,9 @@ def library(sanitize: bool = False) -> Path:
 
     With `sanitize` it reports what it reads and writes out of bounds; a process of `asan_environment` can load it.
     """
-    sources = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+    kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    bindings = [ROOT / "csrc" / "bindings" / f"{source.stem}.cpp" for source in kernels]
+    sources = [*filter(Path.exists, bindings), *kernels]
     torch_flags = [TARGET, "-isystem", f"{TORCH}/include", f"-L{TORCH}/lib", "-ltorch_cpu"]
     return compile_library("seemore_cuda_host", sources, CACHE, torch_flags, sanitize)
 
@@ -47,7 +49,7 @@ def compile_library(
     compiler = shutil.which("g++")
     if compiler is None:
         raise Unavailable("no g++ on PATH")
-    includes = [HERE, ROOT / "csrc", ROOT / "csrc" / "cuda"]  # in this order: device.h is ours
+    includes = [HERE, *(ROOT / folder for folder in ("csrc", "csrc/bindings", "csrc/cuda"))]  # in this order: device.h is ours
     search = [*(f"-I{include}" for include in includes), "-isystem", str(cuda_headers())]
     command = [compiler, *FLAGS, *(SANITIZE if sanitize else []), *search, *flags]
 

@@ -1,10 +1,13 @@
-// What bindings.cpp asks of a device, where the CUDA kernels run on CPU tensors.
+// What the bindings ask of a device, where the CUDA kernels run on CPU tensors.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
 #define SEEMORE_NAMESPACE seemore_cuda_host
-#define SEEMORE_KEY CPU
+
+inline constexpr const char* kDevice = "a CPU tensor";
+
+inline bool is_here(const torch::stable::Tensor& x) { return x.is_cpu(); }
 
 struct OnDevice {
   explicit OnDevice(const torch::stable::Tensor&) {}

@@ -1,18 +1,14 @@
 // The network's operators. Arguments were checked in Python (seemore_fast/engine.py).
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "network.h"
 
 #include <vector>
 
-#include "network.h"
+#include "tensors.h"
 
 namespace {
 
-using seemore::Image;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace seemore::bindings;
 
 // [scale, in_channels, channels, groups, taps, recursive, top_k, is_shuffled, is_bfloat16, ranks ...]
 seemore::NetworkConfig config_of(const std::vector<int64_t>& values) {
@@ -30,8 +26,6 @@ seemore::NetworkConfig config_of(const std::vector<int64_t>& values) {
           values[7] != 0,
           values[8] != 0};
 }
-
-Image image(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
 
 Tensor pack(Tensor parameters, std::vector<int64_t> config) {
   const auto network = config_of(config);
@@ -54,7 +48,7 @@ int64_t memory(std::vector<int64_t> config, int64_t batch, int64_t height, int64
 bool run(Tensor y, Tensor x, Tensor weights, Tensor mean, double img_range, std::vector<int64_t> config) {
   const auto type = x.scalar_type();
   const auto network = seemore::Network{config_of(config),
-                                        {x.size(0), x.size(1), x.size(2), x.size(3)},
+                                        size(x),
                                         type == ScalarType::Byte     ? 255
                                         : type == ScalarType::UInt16 ? 65535
                                                                      : 0,
@@ -70,15 +64,17 @@ bool run(Tensor y, Tensor x, Tensor weights, Tensor mean, double img_range, std:
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(seemore_cpu, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
   m.def("network_pack(Tensor parameters, int[] config) -> Tensor");
   m.def("network_memory(int[] config, int batch, int height, int width, int threads) -> int");
   m.def("network(Tensor(a!) y, Tensor x, Tensor weights, Tensor mean, float img_range, int[] config) -> bool");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(seemore_cpu, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(SEEMORE_NAMESPACE, CPU, m) {
   m.impl("network_pack", TORCH_BOX(&pack));
   m.impl("network", TORCH_BOX(&run));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(seemore_cpu, CompositeExplicitAutograd, m) { m.impl("network_memory", TORCH_BOX(&memory)); }
+STABLE_TORCH_LIBRARY_IMPL(SEEMORE_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("network_memory", TORCH_BOX(&memory));
+}

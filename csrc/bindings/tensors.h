@@ -1,0 +1,99 @@
+// What the bindings share: torch's tensors as the kernels' structs, and checks for who calls a library's operators
+// directly. (seemore_fast/ops checks, too, with more to say.)
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "device.h"
+#include "sums.h"
+#include "views.h"
+
+namespace seemore::bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline ScalarType accumulation_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Image image(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
+
+inline Image image(const std::optional<Tensor>& x) { return x ? image(*x) : Image{}; }
+
+inline Size size(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
+
+inline Activation activation(const std::optional<std::string>& name) {
+  if (name && *name != "gelu") throw std::runtime_error("activation is " + *name + ", expected None or gelu");
+  return name ? Activation::gelu : Activation::none;
+}
+
+// Checks an operator's tensors against its first one: an image (B, C, H, W) on this library's kind of device.
+class Check {
+ public:
+  Check(const char* op, const char* name, const Tensor& first) : op_(op), name_(name), first_(first) {
+    if (!is_here(first)) refuse(name, "is on another kind of device", kDevice);
+    if (first.dim() != 4) refuse(name, "has " + std::to_string(first.dim()) + " dimensions", "4: (B, C, H, W)");
+    dtype();
+  }
+
+  DType dtype() const {
+    switch (first_.scalar_type()) {
+      case ScalarType::Float:
+        return DType::float32;
+      case ScalarType::Double:
+        return DType::float64;
+      case ScalarType::Half:
+        return DType::float16;
+      case ScalarType::BFloat16:
+        return DType::bfloat16;
+      default:
+        refuse(name_, "has another dtype", "float32, float64, float16 or bfloat16");
+    }
+  }
+
+  // `x` has this shape, and the first one's dtype and device.
+  void operator()(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const {
+    if (x.scalar_type() != first_.scalar_type()) refuse(name, "has another dtype", std::string("that of ") + name_);
+    of_any_dtype(name, x, shape);
+  }
+
+  void operator()(const char* name, const std::optional<Tensor>& x, std::initializer_list<int64_t> shape) const {
+    if (x) (*this)(name, *x, shape);
+  }
+
+  void of_any_dtype(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const {
+    if (!is_here(x) || x.get_device_index() != first_.get_device_index()) {
+      refuse(name, "is on another device", std::string("that of ") + name_);
+    }
+    std::string got;
+    for (int64_t i = 0; i < x.dim(); ++i) got += (i ? ", " : "") + std::to_string(x.size(i));
+    std::string expected;
+    for (const int64_t size : shape) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
+    if (got != expected) refuse(name, "has shape (" + got + ")", "(" + expected + ")");
+  }
+
+  // A parameter, or its gradient: all that, and contiguous.
+  void parameter(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const {
+    (*this)(name, x, shape);
+    if (!x.is_contiguous()) refuse(name, "is not contiguous", "a contiguous tensor");
+  }
+
+  [[noreturn]] void refuse(const char* name, const std::string& got, const std::string& expected) const {
+    throw std::runtime_error(std::string(op_) + ": " + name + " " + got + ", expected " + expected);
+  }
+
+ private:
+  const char *op_, *name_;
+  const Tensor& first_;
+};
+
+}  // namespace seemore::bindings
