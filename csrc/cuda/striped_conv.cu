@@ -7,9 +7,8 @@
 
 #include <algorithm>
 
-#include "launch.h"
 #include "striped_conv.h"
-#include "types.h"
+#include "striped_conv_walk.h"
 
 namespace {
 
@@ -20,7 +19,7 @@ using seemore::StripedConvGradients;
 
 constexpr int kMaxTaps = 31;  // Python sends larger kernels elsewhere
 constexpr int kTileWidth = 32, kTileHeight = 16;
-constexpr int kWarps = 8, kThreads = kWarp * kWarps;
+constexpr int kTileWarps = 8, kThreads = kWarp * kTileWarps;
 static_assert(kTileWidth == kWarp, "a warp is a row of the block's threads and of the tile");
 constexpr int kBlocks = 3;  // at least, on a multiprocessor: 80 registers each, for with 64 some kernels spill
 
@@ -93,7 +92,7 @@ struct Plane {
 // function(i, j) for each pixel of a rectangle, by all threads of the block together.
 template <typename Function>
 __device__ void for_each(int height, int width, Function function) {
-  for (int i = threadIdx.y; i < height; i += kWarps) {
+  for (int i = threadIdx.y; i < height; i += kTileWarps) {
     for (int j = threadIdx.x; j < width; j += kWarp) function(i, j);
   }
 }
@@ -164,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) striped_conv_forward(Stripe
 template <typename A>
 __device__ void sum_tile(A* sums, int taps, const A* gradient, int gradient_pitch, const A* seen, int pitch, int step) {
   const int lane = threadIdx.x, warp = threadIdx.y;
-  for (int k = warp; k <= taps; k += kWarps) {
+  for (int k = warp; k <= taps; k += kTileWarps) {
     A sum = 0;
     for (int i = 0; i < kTileHeight; ++i) {
       sum += gradient[i * gradient_pitch + lane] * (k < taps ? seen[i * pitch + lane + k * step] : A(1));
@@ -253,13 +252,14 @@ int64_t blocks_of(const StripedConv& conv) {
   return conv.size.batch * conv.size.channels * tiles_of(conv.size);
 }
 
-constexpr dim3 kBlock(kWarp, kWarps);
+constexpr dim3 kBlock(kWarp, kTileWarps);
 
 }  // namespace
 
 namespace seemore {
 
 void striped_conv(const StripedConv& conv, const Image& y, void* stream) {
+  if (can_walk(conv)) return walk_striped_conv(conv, y, stream);
   const int64_t blocks = blocks_of(conv);
   if (blocks == 0) return;
   with_type(conv.dtype, [&](auto zero) {
@@ -270,11 +270,13 @@ void striped_conv(const StripedConv& conv, const Image& y, void* stream) {
 }
 
 StripedConvWorkspace striped_conv_workspace(const StripedConv& conv) {
+  if (can_walk(conv)) return walk_striped_conv_workspace(conv);
   const Size& size = conv.size;
   return {size.batch * tiles_of(size), size.batch * size.channels * size.height * size.width};
 }
 
 void striped_conv_backward(const StripedConv& conv, const StripedConvGradients& gradients, void* stream) {
+  if (can_walk(conv)) return walk_striped_conv_backward(conv, gradients, stream);
   const int64_t blocks = blocks_of(conv);
   if (blocks == 0) return;
   const Size& size = conv.size;

@@ -36,6 +36,9 @@
 #endif
 #define __launch_bounds__(...)
 
+using std::max;
+using std::min;
+
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 

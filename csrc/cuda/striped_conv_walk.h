@@ -1,0 +1,67 @@
+// The fast kernels of striped_conv, for K = 3, 7, 11 in float32, float16 and bfloat16, and what they share.
+#pragma once
+
+#include "striped_conv.h"
+#include "walk.h"
+
+namespace seemore {
+
+// Whether the fast kernels serve these; else those of striped_conv.cu do, which serve all.
+inline bool can_walk(const StripedConv& conv) {
+  return conv.dtype != DType::float64 && (conv.taps == 3 || conv.taps == 7 || conv.taps == 11);
+}
+
+void walk_striped_conv(const StripedConv& conv, const Image& y, void* stream);
+StripedConvWorkspace walk_striped_conv_workspace(const StripedConv& conv);
+void walk_striped_conv_backward(const StripedConv& conv, const StripedConvGradients& gradients, void* stream);
+
+}  // namespace seemore
+
+// Warps on a multiprocessor, at least: what the registers suffice for, 168 each if 12.
+template <int K>
+constexpr int kWarps = K == 3 ? 20 : 12;
+
+template <int K>
+constexpr int kHaloQuads = ceil_div(K / 2, kQuad);
+
+// A channel's taps, in registers, and its bias.
+template <typename T, int K>
+struct Taps {
+  float weight[K], bias;
+
+  __device__ Taps(const void* weights, const void* biases, int64_t channel)
+      : bias(widen(static_cast<const T*>(biases)[channel])) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) weight[k] = widen(static_cast<const T*>(weights)[channel * K + k]);
+  }
+};
+
+// The row step of a quad: bias_row and what the taps see; zeros in rows outside of the image, where the column step
+// does not see bias_row.
+template <typename T, int K, int kHalo>
+__device__ Quad<float> row_step(const Taps<T, K>& taps, const Window<kHalo>& x, bool is_inside) {
+  Quad<float> r;
+#pragma unroll
+  for (int v = 0; v < kQuad; ++v) {
+    float sum = taps.bias;
+#pragma unroll
+    for (int k = 0; k < K; ++k) sum += taps.weight[k] * x[v + k - K / 2];
+    r.value[v] = is_inside ? sum : 0;
+  }
+  return r;
+}
+
+// function(T of the dtype, an integral_constant K)
+template <typename Function>
+void with_taps(const seemore::StripedConv& conv, Function function) {
+  const auto with = [&](auto zero) {
+    if (conv.taps == 3) return function(zero, std::integral_constant<int, 3>());
+    if (conv.taps == 7) return function(zero, std::integral_constant<int, 7>());
+    return function(zero, std::integral_constant<int, 11>());
+  };
+  if (conv.dtype == seemore::DType::float32) return with(float());
+  if (conv.dtype == seemore::DType::float16) return with(__half());
+  return with(__nv_bfloat16());
+}
+
+inline size_t bytes_of(seemore::DType dtype) { return dtype == seemore::DType::float32 ? 4 : 2; }
