@@ -40,6 +40,26 @@ def test_more_than_one_tile(backend, device, shape, layout):
     kit.assert_close_to_naive(backend, striped_conv, naive_striped_conv, tensors_of(device, shape, 7), layout)
 
 
+@kit.each_kernel("striped_conv", interpreted=False)
+@pytest.mark.parametrize("taps", [3, 7, 11])
+@pytest.mark.parametrize(
+    "shape, dtype, activation, gated",
+    [
+        ((2, 3, 90, 260), torch.float32, "gelu", True),
+        ((1, 2, 64, 128), torch.float32, None, False),
+        ((1, 3, 83, 129), torch.bfloat16, None, True),
+        ((3, 1, 41, 64), torch.float16, "gelu", False),
+        ((1, 2, 130, 348), torch.bfloat16, "gelu", True),
+        ((3, 3, 20, 12), torch.float32, None, True),
+    ],
+    ids=str,
+)
+def test_more_than_one_strip(backend, device, shape, dtype, activation, gated, taps):
+    """CUDA's: of 64 or 128 columns, neighbours to the right and below, widths of quads of pixels and not, two a warp."""
+    tensors = tensors_of(device, shape, taps, gated)
+    kit.assert_within_yardstick(backend, striped_conv, naive_striped_conv, tensors, dtype, activation=activation)
+
+
 @kit.each_backend("striped_conv")
 @each_option
 def test_options(backend, device, activation, gated):

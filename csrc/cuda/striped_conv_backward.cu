@@ -37,8 +37,18 @@ __device__ void store_sums(const Parts& parts, float (&sums)[K + 1], const Strip
   }
 }
 
-template <typename T, int K>
-__global__ void __launch_bounds__(kWarp, kWarps<K>)
+// On a multiprocessor, at least: what the registers suffice for, 168 each if 12.
+template <int K>
+constexpr int kColumnWarps = K == 3   ? 16
+                             : K == 7 ? 12
+                                      : 11;
+template <int K>
+constexpr int kRowWarps = K == 3   ? 20
+                          : K == 7 ? 14
+                                   : 12;
+
+template <typename T, int K, bool kAligned>
+__global__ void __launch_bounds__(kWarp, kAligned ? kColumnWarps<K> : kUnalignedWarps)
     striped_conv_walk_backward_column(StripedConv conv, StripedConvGradients gradients, Image ds_image, Parts parts,
                                       Walk walk) {
   constexpr int kRows = 2, kHalf = K / 2, kHalo = kHaloQuads<K>;
@@ -49,10 +59,10 @@ __global__ void __launch_bounds__(kWarp, kWarps<K>)
   const Taps<T, K> col(conv.weight_col, conv.bias_col, strip.channel);
   const int first = strip.row - walk.lead, steps = walk.lead + walk.rows + kHalf;
   const bool needs_s = conv.gate.data != nullptr || conv.activation != Activation::none;
-  Feed<T, kRows, kHalo> x(conv.x, strip, walk, first, kHalf);
-  Cursor<const T> gate(conv.gate, strip, first - kHalf), dy(gradients.dy, strip, first - kHalf);
-  Cursor<T> dgate(gradients.dgate, strip, first - kHalf);
-  Cursor<float> ds(ds_image, strip, first - kHalf);
+  Feed<T, kAligned, kRows, kHalo> x(conv.x, strip, walk, first, kHalf);
+  Cursor<const T, kAligned> gate(conv.gate, strip, first - kHalf), dy(gradients.dy, strip, first - kHalf);
+  Cursor<T, kAligned> dgate(gradients.dgate, strip, first - kHalf);
+  Cursor<float, kAligned> ds(ds_image, strip, first - kHalf);
   float window[K - 1 + kRows][kQuad] = {};  // rows of r
   float sums[K + 1] = {};
   x.take();
@@ -64,8 +74,8 @@ __global__ void __launch_bounds__(kWarp, kWarps<K>)
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const bool is_mine = strip.has(first + step + r - kHalf);
-      dys[r] = dy.take(is_mine, walk.is_aligned);
-      if (conv.gate.data) gates[r] = gate.take(is_mine, walk.is_aligned);
+      dys[r] = dy.take(is_mine);
+      if (conv.gate.data) gates[r] = gate.take(is_mine);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -80,25 +90,39 @@ __global__ void __launch_bounds__(kWarp, kWarps<K>)
       const bool is_mine = strip.has(first + step + r - kHalf);
       Quad<float> gradient = widen(dys[r]);
       if (needs_s) {
-        Quad<float> gate_gradient;
+        Quad<float> s, slope;
 #pragma unroll
         for (int v = 0; v < kQuad; ++v) {
-          float s = col.bias;
+          s.value[v] = col.bias;
+          slope.value[v] = is_mine ? 1 : 0;
 #pragma unroll
-          for (int k = 0; k < K; ++k) s += col.weight[k] * window[r + k][v];
-          gate_gradient.value[v] = gradient.value[v] * activate(s, conv.activation);
-          if (conv.gate.data) gradient.value[v] *= widen(gates[r].value[v]);
-          gradient.value[v] = is_mine ? gradient.value[v] * activation_slope(s, conv.activation) : 0;
+          for (int k = 0; k < K; ++k) s.value[v] += col.weight[k] * window[r + k][v];
         }
-        if (conv.gate.data) dgate.put(narrow<T>(gate_gradient), is_mine, walk.is_aligned);
-        ds.put(gradient, is_mine, walk.is_aligned);
+        if (conv.activation == Activation::gelu && is_mine) {
+#pragma unroll
+          for (int v = 0; v < kQuad; ++v) {
+            slope.value[v] = gelu_slope(s.value[v]);
+            s.value[v] = gelu(s.value[v]);
+          }
+        }
+        if (conv.gate.data) {
+#pragma unroll
+          for (int v = 0; v < kQuad; ++v) {
+            s.value[v] *= gradient.value[v];
+            gradient.value[v] *= widen(gates[r]).value[v];
+          }
+          dgate.put(narrow<T>(s), is_mine);
+        }
+#pragma unroll
+        for (int v = 0; v < kQuad; ++v) gradient.value[v] *= slope.value[v];
+        ds.put(gradient, is_mine);
       }
 #pragma unroll
       for (int v = 0; v < kQuad; ++v) {
 #pragma unroll
         for (int k = 0; k < K; ++k) sums[k] += gradient.value[v] * window[r + k][v];
-        sums[K] += gradient.value[v];
       }
+      sums[K] += sum_of_quad(gradient);
     }
 #pragma unroll
     for (int j = 0; j < K - 1; ++j) {
@@ -109,9 +133,19 @@ __global__ void __launch_bounds__(kWarp, kWarps<K>)
   store_sums<K>(parts, sums, conv, strip, walk);
 }
 
+// What row i of ds is multiplied by in the sum of all dr, weight_row's bias's gradient. (Summing dr itself would sum
+// its rounding, too.)
+template <typename T, int K>
+__device__ float sum_of_taps(const Taps<T, K>& taps, int i, int height) {
+  float sum = 0;
+#pragma unroll
+  for (int k = 0; k < K; ++k) sum += i + k >= K / 2 && i + k < height + K / 2 ? taps.weight[k] : 0;
+  return sum;
+}
+
 // S: the type of ds.
-template <typename S, typename T, int K>
-__global__ void __launch_bounds__(kWarp, kWarps<K>)
+template <typename S, typename T, int K, bool kAligned>
+__global__ void __launch_bounds__(kWarp, kAligned ? kRowWarps<K> : kUnalignedWarps)
     striped_conv_walk_backward_row(StripedConv conv, StripedConvGradients gradients, Image ds_image, Parts parts,
                                    Walk walk) {
   constexpr int kRows = 4, kHalf = K / 2, kHalo = kHaloQuads<K>;
@@ -122,9 +156,10 @@ __global__ void __launch_bounds__(kWarp, kWarps<K>)
   const Taps<T, K> col(conv.weight_col, conv.bias_col, strip.channel);
   const int first = strip.row - walk.lead, steps = walk.lead + walk.rows + kHalf;
   const int end = min(strip.end + kHalf, strip.height);
-  Cursor<const S> ds(ds_image, strip, first);
-  Cursor<const T> x(conv.x, strip, first - kHalf);
-  Cursor<T> dx(gradients.dx, strip, first - kHalf);
+  Cursor<const S, kAligned> ds(ds_image, strip, first);
+  Cursor<const T, kAligned> x(conv.x, strip, first - kHalf);
+  Cursor<T, kAligned> dx(gradients.dx, strip, first - kHalf);
+  const float all_taps = sum_of_taps(col, kHalf, K);
   float partial[K - 1][kQuad] = {};  // of the rows of dr, as in forward of those of s
   float sums[K + 1] = {};
   for (int i = threadIdx.x; i < 2 * kRows * stage.kPitch; i += kWarp) stage.quads[i] = {};  // beside strips
@@ -134,7 +169,7 @@ __global__ void __launch_bounds__(kWarp, kWarps<K>)
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int i = first + step + r;
-      next[r] = ds.take(i >= 0 && i < end, walk.is_aligned);
+      next[r] = ds.take(i >= 0 && i < end);
     }
   };
   take(0);
@@ -142,11 +177,16 @@ __global__ void __launch_bounds__(kWarp, kWarps<K>)
     Quad<T> xs[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      xs[r] = x.take(strip.writes && strip.has(first + step + r - kHalf), walk.is_aligned);
+      xs[r] = x.take(strip.writes && strip.has(first + step + r - kHalf));
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
+      const int i = first + step + r;
       const Quad<float> seen = widen(next[r]);
+      if (strip.writes && strip.has(i)) {
+        const bool is_near_border = i < kHalf || i >= strip.height - kHalf;
+        sums[K] += (is_near_border ? sum_of_taps(col, i, strip.height) : all_taps) * sum_of_quad(seen);
+      }
       Quad<float> dr;
 #pragma unroll
       for (int v = 0; v < kQuad; ++v) {
@@ -154,7 +194,6 @@ __global__ void __launch_bounds__(kWarp, kWarps<K>)
 #pragma unroll
         for (int m = 0; m < K - 2; ++m) partial[m][v] = partial[m + 1][v] + col.weight[m + 1] * seen.value[v];
         partial[K - 2][v] = col.weight[K - 1] * seen.value[v];
-        if (strip.writes && strip.has(first + step + r - kHalf)) sums[K] += dr.value[v];
       }
       stage.row(half, r)[place] = dr;
     }
@@ -174,7 +213,7 @@ __global__ void __launch_bounds__(kWarp, kWarps<K>)
           sums[k] += seen.value[v] * dr[v + kHalf - k];
         }
       }
-      dx.put(narrow<T>(result), strip.writes && strip.has(first + step + r - kHalf), walk.is_aligned);
+      dx.put(narrow<T>(result), strip.writes && strip.has(first + step + r - kHalf));
     }
   }
   store_sums<K>(parts, sums, conv, strip, walk);
@@ -188,8 +227,8 @@ struct Walks {
 Walks walks_of(const StripedConv& conv) {
   Walks walks;
   with_taps(conv, [&](auto, auto K) {
-    walks.column = walk_over(conv.size, kWarps<K>, K / 2);
-    walks.row = walk_over(conv.size, kWarps<K>, K / 2, kQuad * kHaloQuads<K>);
+    walks.column = walk_over(conv.size, kColumnWarps<K>, K / 2);
+    walks.row = walk_over(conv.size, kRowWarps<K>, K / 2, kQuad * kHaloQuads<K>);
   });
   walks.stores_ds = conv.gate.data != nullptr || conv.activation != Activation::none;
   return walks;
@@ -207,27 +246,29 @@ StripedConvWorkspace walk_striped_conv_workspace(const StripedConv& conv) {
 }
 
 void walk_striped_conv_backward(const StripedConv& conv, const StripedConvGradients& gradients, void* stream) {
-  Walks walks = walks_of(conv);
+  const Walks walks = walks_of(conv);
   if (walks.column.strips == 0) return;
   const Size& size = conv.size;
   const int64_t plane = size.height * size.width;
   const Image stored{gradients.scratch, size.channels * plane, plane, size.width, 1};
   const Image ds = walks.stores_ds ? stored : gradients.dy;
-  walks.column.is_aligned = walks.row.is_aligned =
+  const bool is_aligned =
       are_aligned({conv.x, conv.gate, gradients.dy, gradients.dx, gradients.dgate}, size.width, bytes_of(conv.dtype)) &&
       (!walks.stores_ds || are_aligned({stored}, size.width, sizeof(float)));
   const int taps = static_cast<int>(conv.taps);
   const Parts column{gradients.partial, 0, taps + 1}, row{gradients.partial, walks.column.parts(size), 0};
   with_taps(conv, [&](auto zero, auto K) {
     using T = decltype(zero);
-    const auto walk_rows = [&](auto ds_zero) {
-      using S = decltype(ds_zero);
-      LAUNCH((striped_conv_walk_backward_row<S, T, K>), walks.row.grid("striped_conv_backward"), kWarp, 0, stream, conv,
-             gradients, ds, row, walks.row);
-    };
-    LAUNCH((striped_conv_walk_backward_column<T, K>), walks.column.grid("striped_conv_backward"), kWarp, 0, stream, conv,
-           gradients, ds, column, walks.column);
-    walks.stores_ds ? walk_rows(float()) : walk_rows(zero);
+    with_alignment(is_aligned, [&](auto aligned) {
+      const auto walk_rows = [&](auto ds_zero) {
+        using S = decltype(ds_zero);
+        LAUNCH((striped_conv_walk_backward_row<S, T, K, aligned>), walks.row.grid("striped_conv_backward"), kWarp, 0,
+               stream, conv, gradients, ds, row, walks.row);
+      };
+      LAUNCH((striped_conv_walk_backward_column<T, K, aligned>), walks.column.grid("striped_conv_backward"), kWarp, 0,
+             stream, conv, gradients, ds, column, walks.column);
+      walks.stores_ds ? walk_rows(float()) : walk_rows(zero);
+    });
   });
 }
 

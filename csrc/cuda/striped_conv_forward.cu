@@ -7,11 +7,18 @@
 
 namespace {
 
+using seemore::Activation;
 using seemore::Image;
 using seemore::StripedConv;
 
-template <typename T, int K>
-__global__ void __launch_bounds__(kWarp, kWarps<K>)
+// On a multiprocessor, at least: what the registers suffice for, 168 each if 12.
+template <int K>
+constexpr int kWarps = K == 3   ? 20
+                       : K == 7 ? 15
+                                : 12;
+
+template <typename T, int K, bool kAligned>
+__global__ void __launch_bounds__(kWarp, kAligned ? kWarps<K> : kUnalignedWarps)
     striped_conv_walk_forward(StripedConv conv, Image y_image, Walk walk) {
   constexpr int kRows = 4, kHalf = K / 2, kHalo = kHaloQuads<K>;
   __shared__ Stage<kRows, kHalo> stage;
@@ -20,10 +27,15 @@ __global__ void __launch_bounds__(kWarp, kWarps<K>)
   const Taps<T, K> row(conv.weight_row, conv.bias_row, strip.channel);
   const Taps<T, K> col(conv.weight_col, conv.bias_col, strip.channel);
   const int first = strip.row - walk.lead, steps = walk.lead + walk.rows + kHalf;
-  Feed<T, kRows, kHalo> x(conv.x, strip, walk, first, kHalf);
-  Cursor<const T> gate(conv.gate, strip, first - kHalf);
-  Cursor<T> y(y_image, strip, first - kHalf);
-  float partial[K - 1][kQuad] = {};  // partial[m] of the row m further down than the next one of s
+  Feed<T, kAligned, kRows, kHalo> x(conv.x, strip, walk, first, kHalf);
+  Cursor<const T, kAligned> gate(conv.gate, strip, first - kHalf);
+  Cursor<T, kAligned> y(y_image, strip, first - kHalf);
+  float partial[K - 1][kQuad];  // partial[m] of the row m further down than the next one of s
+#pragma unroll
+  for (auto& quad : partial) {
+#pragma unroll
+    for (float& s : quad) s = col.bias;
+  }
   x.take();
   for (int step = 0, half = 0; step < steps; step += kRows, half ^= 1) {
     x.put(stage, half);
@@ -32,7 +44,7 @@ __global__ void __launch_bounds__(kWarp, kWarps<K>)
     Quad<T> gates[kRows];
     if (conv.gate.data) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) gates[r] = gate.take(strip.has(first + step + r - kHalf), walk.is_aligned);
+      for (int r = 0; r < kRows; ++r) gates[r] = gate.take(strip.has(first + step + r - kHalf));
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -42,14 +54,21 @@ __global__ void __launch_bounds__(kWarp, kWarps<K>)
       Quad<float> result;
 #pragma unroll
       for (int v = 0; v < kQuad; ++v) {
-        const float s = partial[0][v] + col.weight[K - 1] * line.value[v] + col.bias;
+        const float s = partial[0][v] + col.weight[K - 1] * line.value[v];
 #pragma unroll
         for (int m = 0; m < K - 2; ++m) partial[m][v] = partial[m + 1][v] + col.weight[K - 2 - m] * line.value[v];
-        partial[K - 2][v] = col.weight[0] * line.value[v];
-        result.value[v] = activate(s, conv.activation);
-        if (conv.gate.data) result.value[v] *= widen(gates[r].value[v]);
+        partial[K - 2][v] = col.bias + col.weight[0] * line.value[v];
+        result.value[v] = s;
       }
-      y.put(narrow<T>(result), strip.has(i - kHalf), walk.is_aligned);
+      if (conv.activation == Activation::gelu) {
+#pragma unroll
+        for (float& s : result.value) s = gelu(s);
+      }
+      if (conv.gate.data) {
+#pragma unroll
+        for (int v = 0; v < kQuad; ++v) result.value[v] *= widen(gates[r]).value[v];
+      }
+      y.put(narrow<T>(result), strip.has(i - kHalf));
     }
   }
 }
@@ -61,10 +80,11 @@ namespace seemore {
 void walk_striped_conv(const StripedConv& conv, const Image& y, void* stream) {
   with_taps(conv, [&](auto zero, auto K) {
     using T = decltype(zero);
-    Walk walk = walk_over(conv.size, kWarps<K>, K / 2);
+    const Walk walk = walk_over(conv.size, kWarps<K>, K / 2);
     if (walk.strips == 0) return;
-    walk.is_aligned = are_aligned({conv.x, conv.gate, y}, conv.size.width, sizeof(T));
-    LAUNCH((striped_conv_walk_forward<T, K>), walk.grid("striped_conv"), kWarp, 0, stream, conv, y, walk);
+    with_alignment(are_aligned({conv.x, conv.gate, y}, conv.size.width, sizeof(T)), [&](auto aligned) {
+      LAUNCH((striped_conv_walk_forward<T, K, aligned>), walk.grid("striped_conv"), kWarp, 0, stream, conv, y, walk);
+    });
   });
 }
 

@@ -17,10 +17,6 @@ void walk_striped_conv_backward(const StripedConv& conv, const StripedConvGradie
 
 }  // namespace seemore
 
-// Warps on a multiprocessor, at least: what the registers suffice for, 168 each if 12.
-template <int K>
-constexpr int kWarps = K == 3 ? 20 : 12;
-
 template <int K>
 constexpr int kHaloQuads = ceil_div(K / 2, kQuad);
 

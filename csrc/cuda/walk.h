@@ -17,11 +17,32 @@ struct alignas(kQuad * sizeof(T)) Quad {
   T value[kQuad];
 };
 
+__device__ inline float sum_of_quad(const Quad<float>& quad) {
+  return (quad.value[0] + quad.value[1]) + (quad.value[2] + quad.value[3]);
+}
+
+// As memory has it: 16-bit elements of a Quad that is not all read would travel one by one.
+template <typename T>
+struct alignas(sizeof(Quad<T>)) Words {
+  uint32_t value[sizeof(Quad<T>) / 4];
+};
+
 template <typename T>
 __device__ Quad<float> widen(const Quad<T>& quad) {
   Quad<float> wide;
 #pragma unroll
   for (int v = 0; v < kQuad; ++v) wide.value[v] = widen(quad.value[v]);
+  return wide;
+}
+
+// A bfloat16 is the upper half of a float.
+__device__ inline Quad<float> widen(const Quad<__nv_bfloat16>& quad) {
+  uint32_t pairs[kQuad / 2], bits[kQuad];
+  memcpy(pairs, &quad, sizeof(quad));
+#pragma unroll
+  for (int v = 0; v < kQuad; ++v) bits[v] = v % 2 ? pairs[v / 2] & 0xffff0000 : pairs[v / 2] << 16;
+  Quad<float> wide;
+  memcpy(&wide, bits, sizeof(wide));
   return wide;
 }
 
@@ -46,7 +67,6 @@ struct Walk {
   int lead;          // rows above them that it reads first: none where a strip is as high as the image
   int overlap;       // columns on both sides that it computes and a neighbour writes
   int64_t strips;
-  bool is_aligned;  // whether quads of all images can be read and written at once
 
   int64_t parts(const seemore::Size& size) const { return size.batch * down * across; }
 
@@ -56,15 +76,24 @@ struct Walk {
 // Whether quads of these images are neighbours in memory, at multiples of their size.
 inline bool are_aligned(std::initializer_list<seemore::Image> images, int64_t width, size_t bytes) {
   return std::all_of(images.begin(), images.end(), [&](const seemore::Image& image) {
-    return image.data == nullptr || (image.column == 1 && (image.batch | image.channel | image.row | width) % kQuad == 0 &&
-                                     reinterpret_cast<uintptr_t>(image.data) % (kQuad * bytes) == 0);
+    return image.data == nullptr ||
+           (image.column == 1 && (image.batch | image.channel | image.row | width) % kQuad == 0 &&
+            reinterpret_cast<uintptr_t>(image.data) % (kQuad * bytes) == 0);
   });
+}
+
+constexpr int kUnalignedWarps = 8;  // on a multiprocessor, at least: going pixel by pixel takes more registers
+
+// function(a bool_constant): kAligned
+template <typename Function>
+void with_alignment(bool is_aligned, Function function) {
+  is_aligned ? function(std::true_type()) : function(std::false_type());
 }
 
 inline int strip_step(int lanes, int overlap) { return kQuad * lanes - 2 * overlap; }
 
-// Strips for a stencil that looks `reach` rows up and down, enough for as many warps as a GPU runs at once. Their number
-// depends on the size alone.
+// Strips for a stencil that looks `reach` rows up and down, enough for as many warps as a GPU runs at once. Their
+// number depends on the size alone.
 inline Walk walk_over(const seemore::Size& size, int warps_per_multiprocessor, int reach, int overlap = 0) {
   constexpr int64_t kMultiprocessors = 132;  // of an H200
   if (std::max(size.height, size.width) > INT32_MAX / 2) {
@@ -85,8 +114,13 @@ inline Walk walk_over(const seemore::Size& size, int warps_per_multiprocessor, i
   down = ceil_div(size.height, rows);
   const int64_t strips = planes * across(lanes) * down;
   grid_of(strips, "strips");  // which kernels count in 32 bits
-  return {lanes,  static_cast<int>(across(lanes)), static_cast<int>(down), static_cast<int>(rows), down > 1 ? reach : 0,
-          overlap, strips, false};
+  return {lanes,
+          static_cast<int>(across(lanes)),
+          static_cast<int>(down),
+          static_cast<int>(rows),
+          down > 1 ? reach : 0,
+          overlap,
+          strips};
 }
 
 // The lane's place: its strip and its columns.
@@ -123,12 +157,14 @@ struct Strip {
     if (!exists) width = 0;
   }
 
-  __device__ bool has(int i) const { return i >= row && i < end; }
+  __device__ bool has(int i) const { return static_cast<unsigned>(i - row) < static_cast<unsigned>(end - row); }
 };
 
-// Goes down a column of quads of one plane.
-template <typename T>
+// Goes down a column of quads of one plane. kAligned: quads are read and written at once; see are_aligned.
+template <typename T, bool kAligned>
 class Cursor {
+  using Value = std::remove_const_t<T>;
+
  public:
   __device__ Cursor(const seemore::Image& image, const Strip& strip, int row, int column)
       : here_(static_cast<T*>(image.data) + strip.batch * image.batch + strip.channel * image.channel +
@@ -141,25 +177,23 @@ class Cursor {
       : Cursor(image, strip, row, strip.column) {}
 
   // The quad here, or zeros, also in columns beyond the image; and goes on by `rows`.
-  __device__ Quad<std::remove_const_t<T>> take(bool is_inside, bool is_aligned, int rows = 1) {
-    Quad<std::remove_const_t<T>> quad = {};
-    if (is_inside && count_ > 0) {
-      if (is_aligned) {
-        quad = *reinterpret_cast<const Quad<std::remove_const_t<T>>*>(here_);
-      } else {
+  __device__ Quad<Value> take(bool is_inside, int rows = 1) {
+    Quad<Value> quad;
+    if constexpr (kAligned) {
+      Words<Value> words = {};
+      if (is_inside && count_ > 0) words = *reinterpret_cast<const Words<Value>*>(here_);
+      memcpy(&quad, &words, sizeof(quad));
+    } else {
 #pragma unroll
-        for (int v = 0; v < kQuad; ++v) {
-          if (v < count_) quad.value[v] = here_[v * column_];
-        }
-      }
+      for (int v = 0; v < kQuad; ++v) quad.value[v] = is_inside && v < count_ ? here_[v * column_] : Value(0.f);
     }
     here_ += rows * row_;
     return quad;
   }
 
-  __device__ void put(const Quad<T>& quad, bool is_inside, bool is_aligned) {
+  __device__ void put(const Quad<T>& quad, bool is_inside) {
     if (is_inside && count_ > 0) {
-      if (is_aligned) {
+      if constexpr (kAligned) {
         *reinterpret_cast<Quad<T>*>(here_) = quad;
       } else {
 #pragma unroll
@@ -210,7 +244,7 @@ struct Window {
 };
 
 // The rows of an image with what lies beside the strip, kRows at a time: taken from memory, later put on a stage.
-template <typename T, int kRows, int kHalo>
+template <typename T, bool kAligned, int kRows, int kHalo>
 class Feed {
  public:
   __device__ Feed(const seemore::Image& image, const Strip& strip, const Walk& walk, int row, int reach)
@@ -219,7 +253,6 @@ class Feed {
         row_(row),
         end_(min(strip.end + reach, strip.height)),
         edge_row_(edge_row(strip)),
-        is_aligned_(walk.is_aligned),
         place_(Stage<kRows, kHalo>::place(strip, walk.lanes)),
         edge_place_(strip.group * (walk.lanes + 2 * kHalo) + (edge_quad(strip) < kHalo ? 0 : walk.lanes) +
                     edge_quad(strip)) {}
@@ -227,8 +260,8 @@ class Feed {
   // The next rows; zeros outside of the image.
   __device__ void take() {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) rows[r] = own_.take(has(row_ + r), is_aligned_);
-    edge = edge_.take(edge_row_ < kRows && has(row_ + edge_row_), is_aligned_, kRows);
+    for (int r = 0; r < kRows; ++r) rows[r] = own_.take(has(row_ + r));
+    edge = edge_.take(edge_row_ < kRows && has(row_ + edge_row_), kRows);
     row_ += kRows;
   }
 
@@ -249,13 +282,12 @@ class Feed {
     return strip.first + kQuad * (quad < kHalo ? quad - kHalo : walk.lanes + quad - kHalo);
   }
 
-  __device__ bool has(int row) const { return row >= 0 && row < end_; }
+  __device__ bool has(int row) const { return static_cast<unsigned>(row) < static_cast<unsigned>(end_); }
 
   static_assert(2 * kHalo * kRows <= 16, "a lane each");
 
-  Cursor<const T> own_, edge_;
+  Cursor<const T, kAligned> own_, edge_;
   int row_, end_, edge_row_;
-  bool is_aligned_;
   int place_, edge_place_;
 };
 
