@@ -37,6 +37,7 @@ KERNELS = {
         Kernel("cuda", "cuda", most_taps=31),
         Kernel("triton", "cuda"),
     ],
+    "depthwise_gate": [Kernel("cuda", "cuda", (torch.float32, torch.float16, torch.bfloat16))],
     "network": [Kernel("cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16))],
 }
 BACKENDS = ("cpu", "cuda", "triton")

@@ -93,7 +93,10 @@ def _load_host_library():
 @contextlib.contextmanager
 def _on_the_host():
     _load_host_library()
-    hosted = {op: [backends.Kernel("cuda_host", "cpu")] for op in backends.KERNELS}
+    hosted = {
+        op: [kernel._replace(backend="cuda_host", device="cpu") for kernel in kernels if kernel.backend == "cuda"]
+        for op, kernels in backends.KERNELS.items()
+    }
     usable = mock.patch.object(backends, "why_not", lambda backend: None)
     with mock.patch.dict(backends.KERNELS, hosted), usable, use_backend("auto"):
         yield

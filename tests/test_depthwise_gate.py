@@ -2,7 +2,9 @@
 
 import kit
 import pytest
+import torch
 
+from seemore_fast import reference
 from seemore_fast.ops import depthwise_gate
 
 
@@ -53,6 +55,106 @@ def test_gradcheck(backend, device):
 def test_compiles(backend, device):
     with kit.chosen(backend, device):
         kit.assert_compiles(depthwise_gate, tensors_of(device), tensors_of(device, (3, 3, 9, 5)))
+
+
+# Kernels, which float32, float16 and bfloat16 have
+
+
+def float_tensors(device, shape=(2, 3, 6, 7), dtype=torch.float32):
+    return kit.cast(tensors_of(device, shape), dtype)
+
+
+@kit.each_kernel("depthwise_gate")
+@kit.each_shape
+@kit.each_narrow_dtype
+def test_small_images(backend, device, shape, dtype):
+    if 0 not in shape:
+        kit.assert_within_yardstick(backend, depthwise_gate, naive_depthwise_gate, tensors_of(device, shape), dtype)
+
+
+@kit.each_kernel("depthwise_gate")
+def test_no_images(backend, device):
+    tensors = float_tensors(device, (0, 3, 4, 5))
+    with kit.chosen(backend, device):
+        found = kit.value_and_gradients(depthwise_gate, tensors)
+    assert found["y"].shape == (0, 3, 4, 5)
+    assert not found["gradient of weight"].any() and not found["gradient of bias"].any()
+
+
+@kit.each_kernel("depthwise_gate", interpreted=False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 70, 260), (1, 2, 64, 128), (1, 3, 83, 129), (3, 1, 41, 64), (3, 3, 20, 12)], ids=str
+)
+def test_more_than_one_strip(backend, device, shape, dtype):
+    """CUDA's: of 64 or 128 columns, neighbours to the right and below, widths of quads of pixels and not, two a warp."""
+    kit.assert_within_yardstick(backend, depthwise_gate, naive_depthwise_gate, tensors_of(device, shape), dtype)
+
+
+@kit.each_kernel("depthwise_gate")
+@kit.each_layout
+@pytest.mark.parametrize("shape", [(2, 3, 9, 13), (1, 2, 10, 16)], ids=str)
+def test_layouts_of_kernels(backend, device, layout, shape):
+    tensors = tensors_of(device, shape)
+    kit.assert_within_yardstick(backend, depthwise_gate, naive_depthwise_gate, tensors, torch.float32, layout)
+
+
+@kit.each_kernel("depthwise_gate")
+def test_opcheck(backend, device):
+    with kit.chosen(backend, device):
+        kit.assert_opcheck(depthwise_gate, float_tensors(device))
+        kit.assert_opcheck(
+            depthwise_gate, {name: kit.LAYOUTS["channels_last"](t) for name, t in float_tensors(device).items()}
+        )
+
+
+@kit.each_kernel("depthwise_gate")
+@pytest.mark.parametrize("shape", [(2, 5, 13, 19), (1, 3, 40, 136)], ids=str)
+def test_writes_its_results_only(backend, device, shape):
+    with kit.chosen(backend, device):
+        kit.assert_writes_its_results_only(depthwise_gate, float_tensors(device, shape))
+
+
+@kit.each_backend("depthwise_gate")
+def test_large_offsets(backend, device):
+    with kit.chosen(backend, device):
+        tensors = float_tensors(device, (2, 2, 3, 5), torch.bfloat16)
+        kit.assert_large_offsets(depthwise_gate, tensors, ["u", "g"])
+
+
+@kit.each_kernel("depthwise_gate", interpreted=False)
+def test_deterministic(backend, device):
+    with kit.chosen(backend, device):
+        kit.assert_deterministic(depthwise_gate, float_tensors(device, (2, 3, 70, 40)))
+
+
+@kit.each_kernel("depthwise_gate")
+def test_double_backward_is_refused(backend, device):
+    with kit.chosen(backend, device):
+        kit.assert_refuses_double_backward(depthwise_gate, float_tensors(device))
+
+
+@kit.each_backend("depthwise_gate")
+def test_autocast(backend, device):
+    """All inputs are cast; gradients have their own dtypes."""
+    tensors = float_tensors(device)
+    with kit.chosen(backend, device):
+        narrow = depthwise_gate(**kit.cast(tensors, torch.bfloat16))
+        with torch.autocast(device, torch.bfloat16):
+            found = kit.value_and_gradients(depthwise_gate, tensors)
+    assert torch.equal(found["y"], narrow)
+    assert all(value.dtype == torch.float32 for what, value in found.items() if what != "y")
+
+
+@kit.each_kernel("depthwise_gate")
+def test_extreme_values(backend, device):
+    """Infinities and NaN come out where torch's own operators have them."""
+    tensors = float_tensors(device, (1, 1, 5, 40))
+    for column, value in enumerate((torch.inf, -torch.inf, torch.nan, 1e30, -1e30, 1e-30)):
+        tensors["g"][0, 0, 2, 6 * column] = value
+    with kit.chosen(backend, device):
+        y = depthwise_gate(**tensors)
+    torch.testing.assert_close(y, reference.depthwise_gate(**tensors), equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
 @kit.each_fault

@@ -50,14 +50,11 @@ __device__ Quad<float> row_step(const Taps<T, K>& taps, const Window<kHalo>& x, 
 // function(T of the dtype, an integral_constant K)
 template <typename Function>
 void with_taps(const seemore::StripedConv& conv, Function function) {
-  const auto with = [&](auto zero) {
+  with_narrow_type(conv.dtype, [&](auto zero) {
     if (conv.taps == 3) return function(zero, std::integral_constant<int, 3>());
     if (conv.taps == 7) return function(zero, std::integral_constant<int, 7>());
     return function(zero, std::integral_constant<int, 11>());
-  };
-  if (conv.dtype == seemore::DType::float32) return with(float());
-  if (conv.dtype == seemore::DType::float16) return with(__half());
-  return with(__nv_bfloat16());
+  });
 }
 
 inline size_t bytes_of(seemore::DType dtype) { return dtype == seemore::DType::float32 ? 4 : 2; }

@@ -17,6 +17,13 @@ struct alignas(kQuad * sizeof(T)) Quad {
   T value[kQuad];
 };
 
+__device__ inline Quad<float> product(const Quad<float>& a, const Quad<float>& b) {
+  Quad<float> result;
+#pragma unroll
+  for (int v = 0; v < kQuad; ++v) result.value[v] = a.value[v] * b.value[v];
+  return result;
+}
+
 __device__ inline float sum_of_quad(const Quad<float>& quad) {
   return (quad.value[0] + quad.value[1]) + (quad.value[2] + quad.value[3]);
 }
@@ -57,6 +64,14 @@ __device__ Quad<T> narrow(const Quad<float>& quad) {
 template <typename Number>
 constexpr __host__ __device__ Number ceil_div(Number a, Number b) {
   return (a + b - 1) / b;
+}
+
+// function(T of the dtype), for the types that the walks are made for: all but float64
+template <typename Function>
+void with_narrow_type(seemore::DType dtype, Function function) {
+  if (dtype == seemore::DType::float32) return function(float());
+  if (dtype == seemore::DType::float16) return function(__half());
+  return function(__nv_bfloat16());
 }
 
 // Images are cut into strips.
@@ -269,6 +284,13 @@ class Feed {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) stage.row(half, r)[place_] = widen(rows[r]);
     if (edge_row_ < kRows) stage.row(half, edge_row_)[edge_place_] = widen(edge);
+  }
+
+  // The same of the products with another image's rows.
+  __device__ void put_product(const Feed& other, Stage<kRows, kHalo>& stage, int half) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) stage.row(half, r)[place_] = product(widen(rows[r]), widen(other.rows[r]));
+    if (edge_row_ < kRows) stage.row(half, edge_row_)[edge_place_] = product(widen(edge), widen(other.edge));
   }
 
   Quad<T> rows[kRows], edge;
