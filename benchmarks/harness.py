@@ -7,14 +7,11 @@ returns, another layout or an autograd graph, is not timed. A text in its place 
 import argparse
 import ctypes
 import importlib
-import importlib.metadata
 import json
 import math
 import platform
 import random
-import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,19 +25,21 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 import seemore_fast
+from seemore_fast.benchmarks.machine import HERE, folder_name, machine_facts
 
 OURS = "seemore-fast"
+IN_A_GRAPH = ", in a graph"
 SERVES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # backend: type of the device that it is timed on
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 COLUMNS = {
-    **{"ms": "10.3f", "ms_min": "10.3f", "ms_max": "10.3f", "x_ours": "8.2f", "gb_s": "8.1f", "gflop_s": "9.1f"},
-    **{"of_matmul": "11.0%", "ns_pixel": "10.1f", "x_pixel": "9.2f", "peak_mb": "9.0f", "max_error": "11.1e"},
+    **{"ms": "10.4f", "ms_min": "10.4f", "ms_max": "10.4f", "x_ours": "8.2f", "gb_s": "8.1f", "of_copy": "9.0%"},
+    **{"gflop_s": "9.1f", "of_matmul": "11.0%", "ns_pixel": "10.1f", "x_pixel": "9.2f"},
+    **{"peak_mb": "9.0f", "max_error": "11.1e"},
 }
-HERE = Path(__file__).parent
 IS_INSTALLED = not (HERE.parent / "setup.py").exists()  # as seemore_fast.benchmarks, outside of a checkout
-RUNTIMES = ("onnxruntime", "openvino", "seemore")  # whose versions a file of results tells beside torch's
 CPU_CACHE = 64 * 2**20  # torch does not tell: larger than most last levels
 WARM_UP, MAX_SETS = 3, 32
+MODES = ("forward", "backward", "both")
 
 InputSet = dict[str, Tensor]
 Provider = Callable[[InputSet], Callable[[], object]]
@@ -69,18 +68,29 @@ class Case:
     patience: float = math.inf  # seconds that one provider may take in all its turns; then it gets no more of them
 
 
-def operator(function: Callable, backward: bool = False, layout: torch.memory_format | None = None) -> Provider:
-    """Return a provider of an operator's forward, or of its backward alone; for that input sets have "upstream"."""
+def operator(function: Callable, mode: str = "forward", layout: torch.memory_format | None = None) -> Provider:
+    """Return a provider of an operator's forward, of its backward alone, or of both in one call.
+
+    With a backward, input sets have "upstream", the gradient of the one floating result.
+    """
 
     def prepare(tensors: InputSet) -> Callable:
         if layout:
             tensors = {key: t.contiguous(memory_format=layout) if t.dim() == 4 else t for key, t in tensors.items()}
-        if not backward:
+        if mode == "forward":
             return torch.no_grad()(partial(function, **tensors))
         tensors = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
         upstream = tensors.pop("upstream").detach()
-        y, leaves = function(**tensors), [t for t in tensors.values() if t.requires_grad]
-        return partial(torch.autograd.grad, y, leaves, upstream, retain_graph=True)
+        leaves = [t for t in tensors.values() if t.requires_grad]
+
+        def both() -> list[Tensor]:
+            y = as_list(function(**tensors))
+            return [*y, *torch.autograd.grad(y, leaves, [upstream])]
+
+        if mode == "both":
+            return both
+        y = as_list(function(**tensors))
+        return partial(torch.autograd.grad, y, leaves, [upstream], retain_graph=True)
 
     return prepare
 
@@ -154,18 +164,29 @@ def input_sets(make: Callable[[int], InputSet], device: torch.device) -> list[In
     return [first, *map(make, range(1, count))]
 
 
-def operator_case(providers: dict, inputs: list, reference: Callable, backward: bool, operations: int) -> Case:
-    """Return the Case of one operator; its yardstick is "torch eager"."""
+def operator_case(
+    providers: dict, inputs: list, reference: Callable, mode: str, operations: int, traffic: int | None = None
+) -> Case:
+    """Return the Case of one operator; its yardstick is "torch eager".
+
+    Unless `traffic` tells the bytes, every input and every result counts once; in one call of both, forward and
+    backward each read the inputs.
+    """
     wide = {name: t.double().contiguous() if t.is_floating_point() else t for name, t in inputs[0].items()}
-    truth = as_list(operator(reference, backward)(wide)())
+    truth = as_list(operator(reference, mode)(wide)())
     dtype = next(iter(inputs[0].values())).dtype
-    traffic = sum(t.nbytes for t in inputs[0].values()) + sum(t.numel() for t in truth) * dtype.itemsize
+    if traffic is None:
+        reads = {name: 2 if mode == "both" and name != "upstream" else 1 for name in inputs[0]}
+        traffic = sum(reads[name] * t.nbytes for name, t in inputs[0].items())
+        traffic += sum(t.numel() for t in truth) * dtype.itemsize
     atol = max(torch.finfo(dtype).eps / 2, 1e-6)  # half a rounding step; in float32, another order of summation
     return Case(providers, inputs, truth, "torch eager", atol, traffic, operations)
 
 
 def as_list(results: object) -> list:
-    return [results] if isinstance(results, Tensor) else list(results)
+    """Return results as a list, without those of integers: a router's choice is judged by its probabilities."""
+    results = [results] if isinstance(results, Tensor) else list(results)
+    return [r for r in results if not isinstance(r, Tensor) or r.is_floating_point()]
 
 
 def deviation(actual: Tensor | list[Tensor], exact: Tensor | list[Tensor]) -> float:
@@ -232,7 +253,7 @@ def run_case(cases: Case | list[Case], device: torch.device, runs: int) -> dict:
     times = {name: sorted(values[WARM_UP:] or values[-1:]) for name, values in times.items()}
     best = {}  # of ours, among those that did the same work
     for name, case in case_of.items():
-        if name.startswith(OURS):
+        if name.startswith(OURS) and not name.endswith(IN_A_GRAPH):  # the peers are not in one
             best[id(case)] = min(statistics.median(times[name]), best.get(id(case), math.inf))
     for name, values in times.items():
         ms, (traffic, operations) = statistics.median(values), work[name]
@@ -256,12 +277,15 @@ def run_case(cases: Case | list[Case], device: torch.device, runs: int) -> dict:
 def floors(case: Case, device: torch.device) -> dict[str, tuple]:
     """Return (calls, bytes, operations) by name, to see what this machine reaches in the same minutes.
 
-    Copying the first tensor, if the case tells its bytes; multiplying matrices, if it tells its operations.
+    A copy that moves as many bytes, if the case tells them: half of them read, half written, from sources that exceed
+    the cache as the inputs do. Multiplying matrices, if the case tells its operations.
     """
     found = {}
     if case.bytes:
-        firsts = [next(iter(tensors.values())) for tensors in case.inputs]
-        found["clone"] = [t.clone for t in firsts], 2 * firsts[0].nbytes, None
+        dtype = next(iter(case.inputs[0].values())).dtype
+        count = max(case.bytes // 2 // dtype.itemsize, 1)
+        sources = input_sets(lambda seed: {"x": torch.ones(count, dtype=dtype, device=device)}, device)
+        found["clone"] = [tensors["x"].clone for tensors in sources], 2 * count * dtype.itemsize, None
     if case.operations:
         size = 64 if case.operations < 1e6 else 4096 if device.type == "cuda" else 1024
         matrix = torch.rand(size, size, device=device)
@@ -270,10 +294,12 @@ def floors(case: Case, device: torch.device) -> dict[str, tuple]:
 
 
 def relate(lines: dict):
-    """Add what relates lines to each other: to the best multiplication of matrices, and to the first time per pixel."""
-    matmul = lines.get("matmul fp32", {})
+    """Add what relates lines: to the copy, to the best multiplication of matrices, to the first time per pixel."""
+    copy, matmul = lines.get("clone", {}), lines.get("matmul fp32", {})
     pixel = next((line["ns_pixel"] for line in lines.values() if line.get("ns_pixel")), None)
     for line in lines.values():
+        if line.get("gb_s") and copy:
+            line["of_copy"] = line["gb_s"] / copy["gb_s"]
         if line.get("gflop_s") and matmul:
             line["of_matmul"] = line["gflop_s"] / (matmul["gflop_s"] * matmul["ms"] / matmul["ms_min"])
         if line.get("ns_pixel"):
@@ -294,7 +320,7 @@ def measure(call: Callable, device: torch.device, kernels_only: bool) -> tuple[f
     before = torch.cuda.memory_allocated(device)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     if kernels_only:
-        torch.cuda._sleep(1_000_000)  # half a millisecond or so, in which the host queues what follows
+        torch.cuda._sleep(2_000_000)  # a millisecond or so, in which the host queues what follows
     begin.record()
     call()
     end.record()
@@ -339,6 +365,7 @@ def run(
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
     parser.add_argument("--instruction-sets", action="store_true", help="time each one that the CPU library has")
     parser.add_argument("--results", type=Path, help="folder to write to (by default, only a complete run writes)")
+    parser.add_argument("--name", default=name, help="of the file of results, without .json")
     options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit("torch finds no CUDA device here: run with --device cpu --quick to try the benchmark itself")
@@ -354,9 +381,9 @@ def run(
         results[title] = run_case(build(setting, device, options), device, options.runs)
         print_table(title, results[title])
     if options.results or not (options.quick or options.case):
-        facts = {**machine_facts(device), "runs": options.runs, "cases": results}
-        folder = re.sub(r"[^A-Za-z0-9]+", "-", facts["device"]).strip("-").lower()
-        path = (options.results or (Path() if IS_INSTALLED else HERE / "results")) / folder / f"{name}.json"
+        facts = {**machine_facts(device, not IS_INSTALLED), "runs": options.runs, "cases": results}
+        root = options.results or (Path() if IS_INSTALLED else HERE / "results")
+        path = root / folder_name(facts) / f"{options.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(facts, indent=2) + "\n")
         print(f"\nfigures in {path}")
@@ -365,32 +392,3 @@ def run(
     bad = [key for lines in results.values() for key in lines if {"wrong", "failed"} & set(lines[key])]
     if any(key.startswith(OURS) for key in bad):
         raise SystemExit("seemore-fast is wrong or fails: see above")
-
-
-def machine_facts(device: torch.device) -> dict:
-    """Return what a figure depends on beside the code that made it, and which code that is."""
-    shell = partial(subprocess.run, shell=True, capture_output=True, text=True, cwd=HERE)
-    commit = None if IS_INSTALLED else shell("git rev-parse HEAD").stdout.strip() or None
-    versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    for package in RUNTIMES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "processor": processor(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        "commit": commit,
-        "uncommitted": shell("git status --porcelain -- .. :!results").stdout.splitlines() if commit else [],
-        "backend_info": seemore_fast.backend_info(),
-        "versions": versions,
-    }
-
-
-def processor() -> str:
-    """Return the CPU's name as far as the system tells it."""
-    try:
-        return re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine()

@@ -22,6 +22,13 @@ def pytest_addoption(parser):
     parser.addoption("--data", default=os.environ.get("SEEMORE_FAST_DATA"), help="folder with test/Set5 and train/")
 
 
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--device").startswith("cuda"):
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU: --device cuda"))
+
+
 @pytest.fixture(scope="session")
 def device(request) -> str:
     device = request.config.getoption("--device")

@@ -20,11 +20,11 @@ CPU = torch.device("cpu")
 def case_of(harness):
     """Function from providers of 3x + gate, to which it adds eager PyTorch, to a Case with three input sets."""
 
-    def case(providers, dtype=torch.float32, backward=False):
-        shapes = dict.fromkeys(["x", "gate", *(["upstream"] if backward else [])], (2, 3, 5))
+    def case(providers, dtype=torch.float32, mode="forward"):
+        shapes = dict.fromkeys(["x", "gate", *(["upstream"] if mode != "forward" else [])], (2, 3, 5))
         inputs = [harness.random_tensors(shapes, dtype, CPU, seed) for seed in range(3)]
-        providers = {"torch eager": harness.operator(scaled_sum, backward), **providers}
-        return harness.operator_case(providers, inputs, scaled_sum, backward, operations=90)
+        providers = {"torch eager": harness.operator(scaled_sum, mode), **providers}
+        return harness.operator_case(providers, inputs, scaled_sum, mode, operations=90)
 
     return case
 
@@ -82,12 +82,36 @@ def test_nor_is_one_with_strange_results(harness, case_of, function):
 
 
 def test_a_wrong_gradient_is_found_where_the_value_is_right(harness, case_of):
-    def line(backward):
-        provider = harness.operator(lambda x, gate: WrongGradient.apply(x, gate), backward)
-        return harness.check(case_of({"other": provider}, backward=backward))[0]["other"]
+    def line(mode):
+        provider = harness.operator(lambda x, gate: WrongGradient.apply(x, gate), mode)
+        return harness.check(case_of({"other": provider}, mode=mode))[0]["other"]
 
-    assert line(backward=False).keys() == {"max_error"}
-    assert line(backward=True)["wrong"].startswith("result 1 errs by")
+    assert line("forward").keys() == {"max_error"}
+    assert line("backward")["wrong"].startswith("result 1 errs by")
+    assert line("both")["wrong"].startswith("result 2 errs by")
+
+
+def test_integers_are_not_compared(harness, case_of):
+    with_index = harness.operator(lambda x, gate: (torch.arange(3), scaled_sum(x, gate)))
+    assert "max_error" in harness.check(case_of({"other": with_index}))[0]["other"]
+
+
+def test_bytes_count_once_but_inputs_that_two_passes_read(harness, case_of):
+    images = {mode: case_of({}, mode=mode).bytes / (30 * 4) for mode in harness.MODES}
+    assert images == {"forward": 2 + 1, "backward": 3 + 2, "both": 2 + 1 + 3 + 2}
+
+
+def test_the_copy_moves_as_many_bytes_and_is_the_measure(harness, case_of, monkeypatch):
+    case = case_of({})
+    calls, traffic, _ = harness.floors(case, CPU)["clone"]
+    assert traffic == case.bytes == 2 * calls[0]().nbytes
+    assert len({call.__self__.data_ptr() for call in calls}) == len(calls) > 1
+    monkeypatch.setattr(harness, "measure", lambda call, device, kernels_only: (times[call], None))
+    times = {"torch eager": 4, **{call: 3 for call in calls}}
+    monkeypatch.setattr(harness, "check", lambda case: ({}, {"torch eager": ["torch eager"]}))
+    monkeypatch.setattr(harness, "floors", lambda case, device: {"clone": (calls, traffic, None)})
+    lines = harness.run_case(case, CPU, runs=1)
+    assert [lines[name]["of_copy"] for name in ("torch eager", "clone")] == [0.75, 1]
 
 
 def test_eager_in_any_layout_is_the_yardstick_unless_it_is_nan(harness, case_of):
@@ -273,23 +297,14 @@ def test_backward_runs_alone_more_than_once_and_in_its_layout(harness):
 
     tensors = harness.random_tensors(dict.fromkeys(["x", "gate", "upstream"], (1, 2, 3, 4)), torch.float64, CPU, 0)
     before = dict(tensors)
-    harness.operator(scaled_sum, backward=True)(tensors)
+    harness.operator(scaled_sum, "backward")(tensors)
     assert tensors == before
-    run = harness.operator(function, backward=True, layout=torch.channels_last)(tensors)
+    run = harness.operator(function, "backward", torch.channels_last)(tensors)
     for dx, dgate in (run(), run()):
         torch.testing.assert_close(dx, tensors["upstream"] * tensors["gate"])
         torch.testing.assert_close(dgate, tensors["upstream"] * tensors["x"])
     assert len(calls) == 1
     assert calls[0].is_contiguous(memory_format=torch.channels_last)
-
-
-def test_operations_of_striped_conv():
-    module = runpy.run_path(str(BENCHMARKS / "bench_striped_conv.py"))
-    forward, convolution = module["Setting"]((1, 2, 3, 4), taps=5), 2 * 5 * 24  # a multiply-add counts two
-    backward = forward._replace(backward=True)
-    settings = [forward, backward, backward._replace(gated=True), backward._replace(activation="gelu")]
-    counted = [module["operations"](setting) / convolution for setting in settings]
-    assert counted == [2, 5, 6, 6]
 
 
 # The command lines
@@ -328,24 +343,10 @@ def test_bench_model(bench, tmp_path, compiled):
         assert ("reference torch.compile" in lines) == compiled
 
 
-def test_bench_striped_conv(bench, tmp_path):
-    bench("striped_conv", "--results", tmp_path, "--threads", 1)
-    cases = figures(next(tmp_path.glob("*/striped_conv.json")))
-    assert [title.split()[0] for title in cases] == ["forward"] * 3 + ["backward"] * 3
-    for lines in cases.values():
-        assert set(lines["seemore-fast cpu"]) & {"ms", "absent"}
-        for provider in ("torch eager", "torch eager channels_last"):
-            line = lines[provider]
-            assert min(line["ms"], line["gb_s"], line["gflop_s"]) > 0
-            assert line["max_error"] < 0.05
-        assert lines["clone"]["gb_s"] > 0
-        assert "max_error" not in lines["clone"]
-
-
 def test_a_partial_run_writes_only_where_it_is_told(bench):
     results = {path: path.stat().st_mtime_ns for path in BENCHMARKS.glob("results/*/*")}
     printed = bench("striped_conv", "--case", "K=3")
-    assert printed.count("torch eager channels_last") == 2
+    assert printed.count("torch eager channels_last") == 3
     assert "figures in" not in printed
     assert {path: path.stat().st_mtime_ns for path in BENCHMARKS.glob("results/*/*")} == results
 

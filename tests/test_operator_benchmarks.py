@@ -1,0 +1,157 @@
+"""The benchmarks of single operators, and the table of what each operator has to move and to compute."""
+
+import runpy
+
+import kit
+import pytest
+import test_benchmarks
+import torch
+from conftest import T
+from test_benchmarks import BENCHMARKS, figures, scaled_sum
+from torch.utils.flop_counter import FlopCounterMode
+
+from seemore_fast import reference
+
+bench = test_benchmarks.bench
+
+
+def benchmark_of(operator):
+    return runpy.run_path(str(BENCHMARKS / f"bench_{operator}.py"))
+
+
+def test_operations_of_striped_conv():
+    module = benchmark_of("striped_conv")
+    forward, convolution = module["Setting"]((1, 2, 3, 4), taps=5), 2 * 5 * 24  # a multiply-add counts two
+    backward = forward._replace(mode="backward")
+    settings = [forward, backward, backward._replace(gated=True), backward._replace(activation="gelu")]
+    counted = [module["operations"](setting) / convolution for setting in settings]
+    assert counted == [2, 5, 6, 6]
+
+
+@pytest.mark.parametrize("operator", ["striped_conv", "depthwise_gate", "calibrate", "router"])
+def test_operations_of_both_are_those_of_either(operator):
+    module = benchmark_of(operator)
+    setting = module["Setting"]((2, 3, 21, 34))
+    forward, backward, both = (module["operations"](setting._replace(mode=mode)) for mode in module["harness"].MODES)
+    assert both == forward + backward
+    assert forward > 0
+
+
+def test_on_cuda_ours_is_timed_in_a_graph_too(harness, monkeypatch):
+    from seemore_fast.benchmarks import operators
+
+    def table(mode):
+        return operators.ours("router", scaled_sum, mode, torch.device("cuda"), False)
+
+    info = {"available": ["reference", "cuda", "triton"], "unavailable": {}, "operators": {"router": ["cuda"]}}
+    monkeypatch.setattr(harness.seemore_fast, "backend_info", lambda: info)
+    names = ["seemore-fast cuda", "seemore-fast triton"]
+    assert list(table("forward")) == [*names, "seemore-fast cuda, in a graph"]
+    assert table("forward")["seemore-fast triton"] == "this backend has no kernel of router"
+    assert list(table("both")) == names
+    info |= {"unavailable": {"cuda": "no GPU", "triton": "no GPU"}}
+    lines = table("forward")
+    assert lines["seemore-fast cuda, in a graph"] == "no GPU"
+    assert list(lines)[-1] == "seemore-fast reference"
+
+
+@pytest.mark.parametrize(
+    "operator, count", [("striped_conv", 3), ("depthwise_gate", 2), ("calibrate", 2), ("router", 2)]
+)
+def test_bench_operators(harness, bench, tmp_path, operator, count):
+    bench(operator, "--results", tmp_path, "--threads", 1)
+    cases = figures(next(tmp_path.glob(f"*/{operator}.json")))
+    assert [title.split()[0] for title in cases] == [mode for mode in harness.MODES for _ in range(count)]
+    for title, lines in cases.items():
+        assert set(lines["seemore-fast cpu"]) & {"ms", "absent"}
+        assert any("ms" in line for name, line in lines.items() if name.startswith("seemore-fast"))
+        for provider in ("torch eager", "torch eager channels_last"):
+            line = lines[provider]
+            assert min(line["ms"], line["gb_s"], line["of_copy"]) > 0
+            assert (line["gflop_s"] or 0) > 0 or title.startswith("backward")  # a router's adds nothing
+            assert line["max_error"] < 0.05
+        assert lines["clone"]["gb_s"] > 0
+        assert "max_error" not in lines["clone"]
+
+
+def test_the_file_of_results_can_be_named(bench, tmp_path):
+    bench("router", "--results", tmp_path, "--case", "forward", "--name", "router_forward")
+    assert [path.name for path in tmp_path.glob("*/*")] == ["router_forward.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", ["depthwise_gate", "calibrate", "router"])
+def test_compiled_peers(bench, tmp_path, operator):
+    bench(operator, "--results", tmp_path, "--compile")
+    for lines in figures(next(tmp_path.glob("*/*.json"))).values():
+        assert lines["torch.compile"]["ms"] > 0
+
+
+# The table of work
+
+
+@pytest.fixture(scope="module")
+def work():
+    from seemore_fast.benchmarks import intensity
+
+    return intensity.all_work()
+
+
+def counted(function, *arguments, **options):
+    """Return the multiply-adds of convolutions and matrices, as torch counts them."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function(*arguments, **options)
+    return counter.get_total_flops() / 2
+
+
+def on_meta(images, shapes):
+    """Return the arguments: so many images of T at 480x640, parameters."""
+    shapes = [*[(1, 36, 480, 640)] * images, *shapes.values()]
+    return [torch.empty(shape, device="meta") for shape in shapes]
+
+
+def test_work_is_what_torch_counts(work):
+    c, pixels = 36, 480 * 640
+    norm, wide = kit.norm_shapes(c), {"weight": (2 * c, c, 1, 1), "bias": (2 * c,)}
+    dense = {"weight": (c, c, 3, 3), "bias": (c,)}
+    striped = kit.striped_shapes(c, 11)
+    x, *conv_parameters = on_meta(1, norm | dense)
+    index, probability = torch.zeros(1, 1, dtype=torch.int64, device="meta"), torch.zeros(1, 1, device="meta")
+    a, k, *experts = on_meta(2, kit.expert_shapes(c, [2, 4, 8]))
+    found = {
+        "striped_conv K=11, forward": counted(reference.striped_conv, *on_meta(1, striped)),
+        "striped_conv K=3 gelu, forward": counted(reference.striped_conv, *on_meta(1, kit.striped_shapes(c, 3))),
+        "depthwise_gate, forward": counted(
+            reference.depthwise_gate, *on_meta(2, {"weight": (c, 1, 3, 3), "bias": (c,)})
+        ),
+        "calibrate, forward": counted(reference.calibrate, *on_meta(1, kit.calibrate_shapes(c)), 2) + 4 * c * pixels,
+        "norm_pointwise C to 2C gelu": counted(reference.norm_pointwise, *on_meta(1, norm | wide)),
+        "norm_conv3x3 C to C gelu to 2C": counted(
+            reference.norm_conv3x3, x, *conv_parameters, *on_meta(0, wide), activation="gelu"
+        ),
+        "gated_ffn": counted(reference.gated_ffn, *on_meta(1, norm | kit.ffn_shapes(c))),
+        "low_rank_experts, rank 8": counted(
+            reference.low_rank_experts, a, k, index, probability, *experts, ranks=[2, 4, 8]
+        ),
+    }
+    assert {name: work[name].vector + work[name].matrix for name in found} == found
+
+
+def test_work_of_blocks_is_what_torch_counts(work):
+    group, elements = reference.SeemoRe(scale=2, **T).eval().body[0], 36 * 480 * 640
+    in_torch = 100 * (counted(group, torch.rand(1, 36, 48, 64)) - 36 * 3)  # without the router's matrix
+    ours = sum(work[name].vector + work[name].matrix for name in ("rme_block", "sme_block"))
+    assert ours == in_torch + 4 * elements + elements  # interpolation and pool, which torch does not count
+
+
+def test_work_of_backward_holds_that_of_its_convolutions(work):
+    """What is computed again comes on top."""
+    striped, gate = work["striped_conv K=11, backward"], work["depthwise_gate, backward"]
+    assert striped.vector == 5 / 2 * work["striped_conv K=11, forward"].vector
+    assert gate.vector == 3 * work["depthwise_gate, forward"].vector
+
+
+def test_the_readme_has_the_table():
+    from seemore_fast.benchmarks import intensity
+
+    assert intensity.table() in (BENCHMARKS / "README.md").read_text()
