@@ -71,10 +71,11 @@ __device__ Quad<float> next_row_transposed(float (&partial)[2][kQuad], const Ste
 }
 
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kWarp, kAligned ? kForwardWarps : kUnalignedWarps)
+__global__ void __launch_bounds__(kThreads, (kAligned ? kForwardWarps : kUnalignedWarps) / kBlockWarps)
     depthwise_gate_forward(DepthwiseGate inputs, Image y_image, Walk walk) {
   constexpr int kRows = 4;
-  __shared__ Stage<kRows, 1> stage;
+  __shared__ Stage<kRows, 1> stages[kBlockWarps];
+  auto& stage = stages[threadIdx.y];
   const Strip strip(walk, inputs.size);
   const int place = Stage<kRows, 1>::place(strip, walk.lanes);
   const Stencil<T> stencil(inputs, strip.channel);
@@ -101,10 +102,11 @@ __global__ void __launch_bounds__(kWarp, kAligned ? kForwardWarps : kUnalignedWa
 }
 
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kWarp, kAligned ? kBackwardWarps : kUnalignedWarps)
+__global__ void __launch_bounds__(kThreads, (kAligned ? kBackwardWarps : kUnalignedWarps) / kBlockWarps)
     depthwise_gate_backward(DepthwiseGate inputs, DepthwiseGateGradients gradients, Walk walk) {
   constexpr int kRows = 2;
-  __shared__ Stage<kRows, 1> g_stage, dc_stage;
+  __shared__ Stage<kRows, 1> g_stages[kBlockWarps], dc_stages[kBlockWarps];
+  auto &g_stage = g_stages[threadIdx.y], &dc_stage = dc_stages[threadIdx.y];
   const Strip strip(walk, inputs.size);
   const int place = Stage<kRows, 1>::place(strip, walk.lanes);
   const Stencil<T> stencil(inputs, strip.channel);
@@ -168,7 +170,7 @@ void depthwise_gate(const DepthwiseGate& inputs, const Image& y, void* stream) {
   with_narrow_type(inputs.dtype, [&](auto zero) {
     using T = decltype(zero);
     with_alignment(are_aligned({inputs.u, inputs.g, y}, inputs.size.width, sizeof(T)), [&](auto aligned) {
-      LAUNCH((depthwise_gate_forward<T, aligned>), walk.grid("depthwise_gate"), kWarp, 0, stream, inputs, y, walk);
+      LAUNCH((depthwise_gate_forward<T, aligned>), walk.grid("depthwise_gate"), kBlock, 0, stream, inputs, y, walk);
     });
   });
 }
@@ -184,7 +186,7 @@ void depthwise_gate_backward(const DepthwiseGate& inputs, const DepthwiseGateGra
   with_narrow_type(inputs.dtype, [&](auto zero) {
     using T = decltype(zero);
     with_alignment(are_aligned(images, inputs.size.width, sizeof(T)), [&](auto aligned) {
-      LAUNCH((::depthwise_gate_backward<T, aligned>), walk.grid("depthwise_gate_backward"), kWarp, 0, stream, inputs,
+      LAUNCH((::depthwise_gate_backward<T, aligned>), walk.grid("depthwise_gate_backward"), kBlock, 0, stream, inputs,
              gradients, walk);
     });
   });

@@ -19,7 +19,7 @@ using seemore::StripedConvGradients;
 
 constexpr int kMaxTaps = 31;  // Python sends larger kernels elsewhere
 constexpr int kTileWidth = 32, kTileHeight = 16;
-constexpr int kTileWarps = 8, kThreads = kWarp * kTileWarps;
+constexpr int kTileWarps = 8, kTileThreads = kWarp * kTileWarps;
 static_assert(kTileWidth == kWarp, "a warp is a row of the block's threads and of the tile");
 constexpr int kBlocks = 3;  // at least, on a multiprocessor: 80 registers each, for with 64 some kernels spill
 
@@ -141,7 +141,7 @@ __device__ const A* row_step(A* shared, const StripedConv& conv, const Tile& til
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks) striped_conv_forward(StripedConv conv, Image y_image) {
+__global__ void __launch_bounds__(kTileThreads, kBlocks) striped_conv_forward(StripedConv conv, Image y_image) {
   using A = Accumulation<T>;
   DYNAMIC_SHARED(A, shared);
   const Tile tile(conv.size);
@@ -180,7 +180,7 @@ __device__ A* partial_sums(void* partial, const StripedConv& conv, const Tile& t
 
 // dgate, ds, and the sums for weight_col and bias_col.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kTileThreads, kBlocks)
     striped_conv_backward_pointwise(StripedConv conv, StripedConvGradients gradients, Image ds_image) {
   using A = Accumulation<T>;
   DYNAMIC_SHARED(A, shared);
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 // dx, and the sums for weight_row and bias_row.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kTileThreads, kBlocks)
     striped_conv_backward_transposed(StripedConv conv, StripedConvGradients gradients, Image ds_image) {
   using A = Accumulation<T>;
   DYNAMIC_SHARED(A, shared);
@@ -252,7 +252,7 @@ int64_t blocks_of(const StripedConv& conv) {
   return conv.size.batch * conv.size.channels * tiles_of(conv.size);
 }
 
-constexpr dim3 kBlock(kWarp, kTileWarps);
+constexpr dim3 kTileBlock(kWarp, kTileWarps);
 
 }  // namespace
 
@@ -265,7 +265,7 @@ void striped_conv(const StripedConv& conv, const Image& y, void* stream) {
   with_type(conv.dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto shared_bytes = forward_shared(conv.taps).third * sizeof(Accumulation<T>);
-    LAUNCH(striped_conv_forward<T>, grid_of(blocks, "striped_conv"), kBlock, shared_bytes, stream, conv, y);
+    LAUNCH(striped_conv_forward<T>, grid_of(blocks, "striped_conv"), kTileBlock, shared_bytes, stream, conv, y);
   });
 }
 
@@ -287,8 +287,8 @@ void striped_conv_backward(const StripedConv& conv, const StripedConvGradients& 
     using T = decltype(zero);
     const auto pointwise_bytes = forward_shared(conv.taps).end * sizeof(Accumulation<T>);
     const auto transposed_bytes = transposed_shared(conv.taps).end * sizeof(Accumulation<T>);
-    LAUNCH(striped_conv_backward_pointwise<T>, grid, kBlock, pointwise_bytes, stream, conv, gradients, ds);
-    LAUNCH(striped_conv_backward_transposed<T>, grid, kBlock, transposed_bytes, stream, conv, gradients, ds);
+    LAUNCH(striped_conv_backward_pointwise<T>, grid, kTileBlock, pointwise_bytes, stream, conv, gradients, ds);
+    LAUNCH(striped_conv_backward_transposed<T>, grid, kTileBlock, transposed_bytes, stream, conv, gradients, ds);
   });
 }
 

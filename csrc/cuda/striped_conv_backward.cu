@@ -48,11 +48,12 @@ constexpr int kRowWarps = K == 3   ? 20
                                    : 12;
 
 template <typename T, int K, bool kAligned>
-__global__ void __launch_bounds__(kWarp, kAligned ? kColumnWarps<K> : kUnalignedWarps)
+__global__ void __launch_bounds__(kThreads, (kAligned ? kColumnWarps<K> : kUnalignedWarps) / kBlockWarps)
     striped_conv_walk_backward_column(StripedConv conv, StripedConvGradients gradients, Image ds_image, Parts parts,
                                       Walk walk) {
   constexpr int kRows = 2, kHalf = K / 2, kHalo = kHaloQuads<K>;
-  __shared__ Stage<kRows, kHalo> stage;
+  __shared__ Stage<kRows, kHalo> stages[kBlockWarps];
+  auto& stage = stages[threadIdx.y];
   const Strip strip(walk, conv.size);
   const int place = Stage<kRows, kHalo>::place(strip, walk.lanes);
   const Taps<T, K> row(conv.weight_row, conv.bias_row, strip.channel);
@@ -145,11 +146,12 @@ __device__ float sum_of_taps(const Taps<T, K>& taps, int i, int height) {
 
 // S: the type of ds.
 template <typename S, typename T, int K, bool kAligned>
-__global__ void __launch_bounds__(kWarp, kAligned ? kRowWarps<K> : kUnalignedWarps)
+__global__ void __launch_bounds__(kThreads, (kAligned ? kRowWarps<K> : kUnalignedWarps) / kBlockWarps)
     striped_conv_walk_backward_row(StripedConv conv, StripedConvGradients gradients, Image ds_image, Parts parts,
                                    Walk walk) {
   constexpr int kRows = 4, kHalf = K / 2, kHalo = kHaloQuads<K>;
-  __shared__ Stage<kRows, kHalo> stage;
+  __shared__ Stage<kRows, kHalo> stages[kBlockWarps];
+  auto& stage = stages[threadIdx.y];
   const Strip strip(walk, conv.size);
   const int place = Stage<kRows, kHalo>::place(strip, walk.lanes);
   const Taps<T, K> row(conv.weight_row, conv.bias_row, strip.channel);
@@ -262,10 +264,10 @@ void walk_striped_conv_backward(const StripedConv& conv, const StripedConvGradie
     with_alignment(is_aligned, [&](auto aligned) {
       const auto walk_rows = [&](auto ds_zero) {
         using S = decltype(ds_zero);
-        LAUNCH((striped_conv_walk_backward_row<S, T, K, aligned>), walks.row.grid("striped_conv_backward"), kWarp, 0,
+        LAUNCH((striped_conv_walk_backward_row<S, T, K, aligned>), walks.row.grid("striped_conv_backward"), kBlock, 0,
                stream, conv, gradients, ds, row, walks.row);
       };
-      LAUNCH((striped_conv_walk_backward_column<T, K, aligned>), walks.column.grid("striped_conv_backward"), kWarp, 0,
+      LAUNCH((striped_conv_walk_backward_column<T, K, aligned>), walks.column.grid("striped_conv_backward"), kBlock, 0,
              stream, conv, gradients, ds, column, walks.column);
       walks.stores_ds ? walk_rows(float()) : walk_rows(zero);
     });

@@ -18,10 +18,11 @@ constexpr int kWarps = K == 3   ? 20
                                 : 12;
 
 template <typename T, int K, bool kAligned>
-__global__ void __launch_bounds__(kWarp, kAligned ? kWarps<K> : kUnalignedWarps)
+__global__ void __launch_bounds__(kThreads, (kAligned ? kWarps<K> : kUnalignedWarps) / kBlockWarps)
     striped_conv_walk_forward(StripedConv conv, Image y_image, Walk walk) {
   constexpr int kRows = 4, kHalf = K / 2, kHalo = kHaloQuads<K>;
-  __shared__ Stage<kRows, kHalo> stage;
+  __shared__ Stage<kRows, kHalo> stages[kBlockWarps];
+  auto& stage = stages[threadIdx.y];
   const Strip strip(walk, conv.size);
   const int place = Stage<kRows, kHalo>::place(strip, walk.lanes);
   const Taps<T, K> row(conv.weight_row, conv.bias_row, strip.channel);
@@ -83,7 +84,7 @@ void walk_striped_conv(const StripedConv& conv, const Image& y, void* stream) {
     const Walk walk = walk_over(conv.size, kWarps<K>, K / 2);
     if (walk.strips == 0) return;
     with_alignment(are_aligned({conv.x, conv.gate, y}, conv.size.width, sizeof(T)), [&](auto aligned) {
-      LAUNCH((striped_conv_walk_forward<T, K, aligned>), walk.grid("striped_conv"), kWarp, 0, stream, conv, y, walk);
+      LAUNCH((striped_conv_walk_forward<T, K, aligned>), walk.grid("striped_conv"), kBlock, 0, stream, conv, y, walk);
     });
   });
 }

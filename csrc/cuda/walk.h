@@ -1,8 +1,9 @@
 // How the stencils walk over images.
 //
-// A warp is a block. It has one strip of 128 columns, or two of 64, and walks down, a few rows at a time; a lane has
-// four neighbouring columns, a quad. Rows come from memory to registers while those before them are worked on, then to
-// shared memory, where a lane sees its neighbours' quads. So no warp ever waits for another one.
+// A warp has one strip of 128 columns, or two of 64, and walks down, a few rows at a time; a lane has four neighbouring
+// columns, a quad. Rows come from memory to registers while those before them are worked on, then to shared memory,
+// where a lane sees its neighbours' quads. No warp ever waits for another one; there are two in a block only because
+// some GPUs hold no more than 16 blocks on a multiprocessor.
 #pragma once
 
 #include <algorithm>
@@ -11,6 +12,8 @@
 #include "types.h"
 
 constexpr int kQuad = 4;
+constexpr int kBlockWarps = 2, kThreads = kBlockWarps * kWarp;
+constexpr dim3 kBlock(kWarp, kBlockWarps);
 
 template <typename T>
 struct alignas(kQuad * sizeof(T)) Quad {
@@ -85,7 +88,7 @@ struct Walk {
 
   int64_t parts(const seemore::Size& size) const { return size.batch * down * across; }
 
-  unsigned grid(const char* kernel) const { return grid_of(ceil_div<int64_t>(strips * lanes, kWarp), kernel); }
+  unsigned grid(const char* kernel) const { return grid_of(ceil_div<int64_t>(strips * lanes, kThreads), kernel); }
 };
 
 // Whether quads of these images are neighbours in memory, at multiples of their size.
@@ -152,7 +155,7 @@ struct Strip {
         group(threadIdx.x / walk.lanes),
         width(static_cast<int>(size.width)),
         height(static_cast<int>(size.height)) {
-    unsigned strip = blockIdx.x * (kWarp / walk.lanes) + group;
+    unsigned strip = (blockIdx.x * kBlockWarps + threadIdx.y) * (kWarp / walk.lanes) + group;
     const bool exists = strip < walk.strips;
     if (!exists) strip = 0;
     const int across = strip % walk.across;
