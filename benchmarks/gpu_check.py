@@ -9,17 +9,19 @@ benchmarks/results/<gpu>/, output to build/gpu-check/.
 """
 
 import argparse
+import atexit
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent.resolve()
+ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "build" / "gpu-check"
 PACKAGE = LOGS / "package" / "seemore_fast"
 # The package that is laid out, not the tree's folder of the same name, which Python would find in the current one
@@ -79,11 +81,11 @@ def sanitizer(tool: str, *options: str) -> Step:
 def benchmarks() -> list[Step]:
     """Return steps that run one after another."""
 
-    def bench(name: str, *options: str, seconds: int = 150) -> list[str]:
+    def bench(name: str, *options: str, seconds: int = 120) -> Step:
         command = [sys.executable, f"benchmarks/bench_{name}.py", "--device", "cuda", *options]
         return Step(f"benchmark of {name}", command, seconds)
 
-    steps = [bench(operator) for operator in BENCHMARKED] + [bench("model", "--no-compile")]
+    steps = [bench("model", "--no-compile"), *(bench(operator, seconds=240) for operator in reversed(BENCHMARKED))]
     for operator, case in BENCHMARKED.items():
         options = "--compile", "--case", case, "--results", "benchmarks/results", "--name", f"{operator}_compiled"
         step = bench(operator, *options, seconds=60)
@@ -114,6 +116,12 @@ class Run:
                     env={**os.environ, **ENVIRONMENT, **(step.environment or {})},
                     start_new_session=True,
                 )
+            atexit.register(self.kill)  # if somebody stops us
+
+    def kill(self):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def finish(self) -> dict:
         """Wait until it ends or its time is over; print and return what came of it."""
@@ -122,8 +130,7 @@ class Run:
                 status = self.process.wait(max(self.limit - time.monotonic(), 0))
                 self.outcome = "passed" if status == 0 else f"failed: exit status {status}"
             except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, 9)
-                self.process.wait()
+                self.kill()
                 self.outcome = f"failed: not done after {self.limit - self.start:.0f} s"
         seconds = round(time.monotonic() - self.start, 1) if self.process else 0
         print(f"\n{self.step.name}: {self.outcome}, {seconds} s", flush=True)

@@ -375,17 +375,19 @@ def run(
     chosen = {t: s for t, s in cases["quick" if options.quick else device.type].items() if options.case in t}
     if not chosen:
         parser.error(f"no case has {options.case!r} in its title")
+    writes = options.results or not (options.quick or options.case)
+    facts = {**machine_facts(device, not IS_INSTALLED), "runs": options.runs, "cases": results}
+    root = options.results or (Path() if IS_INSTALLED else HERE / "results")
+    path = root / folder_name(facts) / f"{options.name}.json"
     for title, setting in chosen.items():
         if options.compile:
             torch.compiler.reset()  # else code of an earlier case is compiled for dynamic shapes, or no more
         results[title] = run_case(build(setting, device, options), device, options.runs)
         print_table(title, results[title])
-    if options.results or not (options.quick or options.case):
-        facts = {**machine_facts(device, not IS_INSTALLED), "runs": options.runs, "cases": results}
-        root = options.results or (Path() if IS_INSTALLED else HERE / "results")
-        path = root / folder_name(facts) / f"{options.name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(facts, indent=2) + "\n")
+        if writes:  # now: whoever stops us keeps what there is
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(facts | {"cases_left_out": len(chosen) - len(results)}, indent=2) + "\n")
+    if writes:
         print(f"\nfigures in {path}")
         if draw:
             draw(facts, path.with_suffix(".png"))

@@ -351,6 +351,20 @@ def test_a_partial_run_writes_only_where_it_is_told(bench):
     assert {path: path.stat().st_mtime_ns for path in BENCHMARKS.glob("results/*/*")} == results
 
 
+def test_what_was_timed_before_a_run_ends_early_is_kept(harness, bench, monkeypatch, tmp_path):
+    run_case, done = harness.run_case, []
+
+    def breaks(*arguments):
+        done.append(arguments)
+        return run_case(*arguments) if len(done) < 3 else 1 / 0
+
+    monkeypatch.setattr(harness, "run_case", breaks)
+    with pytest.raises(ZeroDivisionError):
+        bench("router", "--results", tmp_path)
+    path = next(tmp_path.glob("*/router.json"))
+    assert (len(figures(path)), json.loads(path.read_text())["cases_left_out"]) == (2, 4)
+
+
 def test_a_case_that_does_not_exist_is_an_error(bench, capsys):
     with pytest.raises(SystemExit):
         bench("striped_conv", "--case", "K=4")
