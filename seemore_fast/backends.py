@@ -39,6 +39,7 @@ KERNELS = {
     ],
     "depthwise_gate": [Kernel("cuda", "cuda", (torch.float32, torch.float16, torch.bfloat16))],
     "calibrate": [Kernel("cuda", "cuda")],
+    "router": [Kernel("cuda", "cuda")],
     "network": [Kernel("cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16))],
 }
 BACKENDS = ("cpu", "cuda", "triton")

@@ -36,12 +36,16 @@ inline Activation activation(const std::optional<std::string>& name) {
   return name ? Activation::gelu : Activation::none;
 }
 
-// Checks an operator's tensors against its first one: an image (B, C, H, W) on this library's kind of device.
+// Checks an operator's tensors against its first one, on this library's kind of device: mostly an image (B, C, H, W).
 class Check {
  public:
-  Check(const char* op, const char* name, const Tensor& first) : op_(op), name_(name), first_(first) {
+  Check(const char* op, const char* name, const Tensor& first, int64_t dimensions = 4,
+        const char* shape = "(B, C, H, W)")
+      : op_(op), name_(name), first_(first) {
     if (!is_here(first)) refuse(name, "is on another kind of device", kDevice);
-    if (first.dim() != 4) refuse(name, "has " + std::to_string(first.dim()) + " dimensions", "4: (B, C, H, W)");
+    if (first.dim() != dimensions) {
+      refuse(name, "has " + std::to_string(first.dim()) + " dimensions", std::to_string(dimensions) + ": " + shape);
+    }
     dtype();
   }
 

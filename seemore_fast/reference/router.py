@@ -30,11 +30,17 @@ def router(a: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     | returns weights | (B, top_k)   | float32 (float64 for float64 a) |
 
     Computed in float32 from the pool on, also under autocast, where the published code rounds the probabilities
-    to the input's type: nearly uniform routers would tie or flip there. Ties are broken as torch.topk does.
+    to the input's type: nearly uniform routers would tie or flip there. Ties are broken as torch.topk does, which
+    differs from device to device; kernels take the lower index first. NaN is the largest of all.
     """
-    wide = torch.promote_types(a.dtype, torch.float32)
-    with without_autocast(a.device.type):
-        return choose_experts(F.linear(a.mean(dim=(2, 3), dtype=wide), weight.to(wide)), top_k)
+    return route(a.mean(dim=(2, 3), dtype=torch.promote_types(a.dtype, torch.float32)), weight, top_k)
+
+
+def route(mean: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Do what `router` does after the pool: `mean` (B, C) is the mean over the pixels, of any floating type."""
+    wide = torch.promote_types(mean.dtype, torch.float32)
+    with without_autocast(mean.device.type):
+        return choose_experts(F.linear(mean.to(wide), weight.to(wide)), top_k)
 
 
 def choose_experts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
