@@ -47,13 +47,13 @@ py::list cpu_features() {
   return found;
 }
 
-// What ptxas said of every kernel: {(kernel, architecture): {"registers": ..., "stack": ..., "spills": ...}}.
+// What ptxas said of every kernel: {(kernel, architecture): {"registers": ..., "stack": ..., "spills", "shared"}}.
 py::dict kernel_resources() {
   py::dict kernels;
   std::istringstream report(ptxas_report);
   const std::regex compiling("Compiling entry function '(\\S+)' for '(\\S+)'");
   const std::regex stack("(\\d+) bytes stack frame, (\\d+) bytes spill stores, (\\d+) bytes spill loads");
-  const std::regex registers("Used (\\d+) registers");
+  const std::regex registers("Used (\\d+) registers"), shared("(\\d+) bytes smem");
   py::dict current;
   std::smatch match;
   for (std::string line; std::getline(report, line);) {
@@ -65,6 +65,7 @@ py::dict kernel_resources() {
       current["spills"] = std::stoi(match[2]) + std::stoi(match[3]);
     } else if (std::regex_search(line, match, registers)) {
       current["registers"] = std::stoi(match[1]);
+      current["shared"] = std::regex_search(line, match, shared) ? std::stoi(match[1]) : 0;
     }
   }
   return kernels;
@@ -77,5 +78,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Return compiler, versions, instruction sets and CUDA architectures of the build.");
   m.def("cpu_features", &cpu_features, "Return the vector extensions of this processor.");
   m.def("kernel_resources", &kernel_resources,
-        "Return registers, stack and spilled bytes by (mangled kernel, architecture), as ptxas gave them.");
+        "Return registers, stack, spilled and static shared bytes by (mangled kernel, architecture), as ptxas gave "
+        "them.");
 }

@@ -37,6 +37,7 @@ KERNELS = {
         Kernel("cuda", "cuda", most_taps=31),
         Kernel("triton", "cuda"),
     ],
+    "striped_conv_router": [Kernel("cuda", "cuda", (torch.float32, torch.float16, torch.bfloat16))],
     "depthwise_gate": [Kernel("cuda", "cuda", (torch.float32, torch.float16, torch.bfloat16))],
     "calibrate": [Kernel("cuda", "cuda")],
     "router": [Kernel("cuda", "cuda")],

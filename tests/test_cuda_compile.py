@@ -1,5 +1,6 @@
 """The CUDA kernels compile for every architecture, all of their variables in registers."""
 
+import functools
 import os
 import re
 import shutil
@@ -23,6 +24,20 @@ FIGURES = {
 }
 WITHOUT = {"shared"}  # not printed where it is 0
 
+# How many warps of these a multiprocessor is to hold at least, of two in a block: what hides the time of reading.
+WARPS = {
+    r"striped_conv_walk_forward.*Li11ELb1": 12,
+    r"striped_conv_walk_forward.*Li3ELb1": 16,
+    r"striped_conv_walk_backward_\w+Li(3|7|11)ELb1": 12,
+    r"striped_conv_walk_backward_row.*Li3ELb1": 16,
+    r"striped_conv_walk_\w+Lb0": 8,
+    r"depthwise_gate_forward\w+Lb1": 20,
+    r"depthwise_gate_\w+": 12,
+}
+BLOCK_WARPS = 2
+SHARED = {75: 64, 80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # KB of a multiprocessor
+BLOCKS = {75: 16, 80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}  # on a multiprocessor, at most
+
 
 def resources(source: Path, architecture: int, *flags: str) -> dict[str, dict[str, int]]:
     """Compile with nvcc and return what ptxas tells of each kernel."""
@@ -35,6 +50,9 @@ def resources(source: Path, architecture: int, *flags: str) -> dict[str, dict[st
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     return figures(finished.stderr, architecture)
+
+
+compiled = functools.cache(resources)
 
 
 def figures(output: str, architecture: int) -> dict[str, dict[str, int]]:
@@ -52,11 +70,35 @@ def figures(output: str, architecture: int) -> dict[str, dict[str, int]]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_everything_in_registers(source, architecture):
-    kernels = resources(source, architecture)
-    assert len(kernels) >= source.read_text().count("__global__")
+    kernels = compiled(source, architecture)
+    assert len(kernels) >= source.read_text().count("__global__ ")
     for name, used in kernels.items():
         assert (used["stack"], used["spill stores"], used["spill loads"]) == (0, 0, 0), f"{name}: {used}"
         assert used["shared"] <= 48 * 1024, f"{name}: {used}"
+        for pattern, least in WARPS.items():
+            if re.search(pattern, name):
+                assert warps(used, architecture) >= least, f"{name}: {used}"
+
+
+def warps(used: dict[str, int], architecture: int) -> int:
+    """Return how many warps of a kernel with BLOCK_WARPS to a block a multiprocessor holds at once."""
+    registers = -(-used["registers"] * 32 // 256) * 256  # a warp's: given out in units of 256
+    by_registers = 4 * (16 * 1024 // registers) // BLOCK_WARPS  # each of four schedulers has its own
+    by_shared = SHARED[architecture] * 1024 // (used["shared"] + 1024)  # the system keeps 1 KB of each block's
+    return BLOCK_WARPS * min(by_registers, by_shared, BLOCKS[architecture])
+
+
+def test_warps_of_a_multiprocessor():
+    assert warps({"registers": 168, "shared": 10240}, 90) == 12
+    assert warps({"registers": 128, "shared": 9216}, 90) == 16
+    assert warps({"registers": 96, "shared": 30 * 1024}, 86) == 6
+    assert warps({"registers": 16, "shared": 0}, 75) == 32
+
+
+@pytest.mark.parametrize("pattern", WARPS)
+def test_every_limit_is_some_kernel_s(pattern):
+    names = [name for source in SOURCES for name in compiled(source, 90)]
+    assert any(re.search(pattern, name) for name in names)
 
 
 def test_there_are_sources():

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import cuda_host
 import kit
+import kit_backends
 import pytest
 import torch
 from torch import Tensor
 
-from seemore_fast import reference
+from seemore_fast import ops, reference
 
 ORDERS = ["forward", "backward", "shuffled"]
 
@@ -306,3 +307,92 @@ def test_striped_conv_under_address_sanitizer(short):
         assert finished.returncode != 0
     else:
         assert (finished.stdout, finished.returncode) == ("clean\n", 0), finished.stderr
+
+
+# The operators that walk over images (csrc/cuda/walk.h). Values and gradients: their own tests, backend cuda_host.
+
+STRIPS = {"one, of pixels": (2, 2, 5, 7), "some, of quads": (1, 1, 45, 132), "some, of pixels": (1, 1, 45, 70)}
+
+
+def walk(name: str, shape: tuple[int, ...], taps: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return y and the gradients of an operator, by the library that is loaded."""
+    images = {"u": shape, "g": shape} if name == "depthwise_gate" else {"x": shape}
+    channels, options = shape[1], {}
+    if name == "depthwise_gate":
+        shapes = {"weight": (channels, 1, 3, 3), "bias": (channels,)}
+    else:
+        shapes, options = kit.striped_shapes(channels, taps), {"activation": "gelu"}
+        images |= {"gate": shape} if name == "striped_conv" else {}
+    tensors = kit.cast(kit.random_parameters(images | shapes, "cpu"), dtype)
+    return kit.value_and_gradients(getattr(ops, name), tensors, **options)
+
+
+WALKS = [("depthwise_gate", 3), ("striped_conv", 3), ("striped_conv", 7), ("striped_conv", 11)]
+
+
+@pytest.mark.parametrize("shape", STRIPS.values(), ids=STRIPS)
+@pytest.mark.parametrize("name, taps", WALKS)
+def test_walks_do_not_depend_on_the_order_of_threads(operators, monkeypatch, name, taps, shape):
+    results = []
+    for order in ORDERS:
+        monkeypatch.setenv("CUDA_HOST_ORDER", order)
+        with kit.chosen("cuda_host", "cpu"):
+            results.append(walk(name, shape, taps, torch.float32))
+    for what, first in results[0].items():
+        assert first.isfinite().all(), what
+        assert all(torch.equal(first, other[what]) for other in results[1:]), what
+
+
+def run_walks(path: str) -> None:
+    """In a process of its own, with that library in place of the one which tests load."""
+    kit_backends._load_host_library = lambda: load(Path(path))
+    with kit.chosen("cuda_host", "cpu"):
+        for name, taps in WALKS:
+            for shape in STRIPS.values():
+                for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                    results = walk(name, shape, taps, dtype)
+                    assert all(result.isfinite().all() for result in results.values())
+        x, *parameters = (torch.randn(s) for s in ((2, 3, 45, 70), *kit.striped_shapes(3, 3).values()))
+        ops.striped_conv_router(x, *parameters, torch.randn(4, 3), 2)
+    print("clean")
+
+
+def test_walks_under_address_sanitizer():
+    path = available(cuda_host.library, sanitize=True)
+    code = "import sys, test_cuda_host; test_cuda_host.run_walks(*sys.argv[1:])"
+    finished = run_python(code, path, environment=available(cuda_host.asan_environment))
+    assert (finished.stdout, finished.returncode) == ("clean\n", 0), finished.stderr
+
+
+@pytest.mark.parametrize(
+    "name, wrong, message",
+    [
+        ("striped_conv", {"weight_row": (3, 1, 1, 4)}, "weight_row has 4 taps, expected an odd number"),
+        ("striped_conv", {"weight_col": (3, 1, 3, 1)}, r"weight_col has shape \(3, 1, 3, 1\), expected \(3, 1, 5, 1\)"),
+        ("striped_conv", {"bias_row": (4,)}, r"bias_row has shape \(4\), expected \(3\)"),
+        ("striped_conv", {"y": (2, 3, 4, 6)}, r"y has shape \(2, 3, 4, 6\), expected \(2, 3, 4, 5\)"),
+        ("striped_conv", {"x": (3, 4, 5)}, r"x has 3 dimensions, expected 4: \(B, C, H, W\)"),
+        ("striped_conv", {"bias_col": torch.bfloat16}, "bias_col has another dtype, expected that of x"),
+        ("striped_conv", {"y": torch.float16}, "y has another dtype, expected that of x"),
+        ("striped_conv", {"x": torch.int32}, "x has another dtype, expected float32, float64, float16 or bfloat16"),
+        ("striped_conv", {"weight_row": "meta"}, "weight_row is on another device, expected that of x"),
+        ("striped_conv", {"x": "meta"}, "x is on another kind of device, expected a CPU tensor"),
+        ("depthwise_gate", {"g": (2, 4, 4, 5)}, r"g has shape \(2, 4, 4, 5\), expected \(2, 3, 4, 5\)"),
+        ("depthwise_gate", {"u": torch.float64}, "u is float64, expected float32, float16 or bfloat16"),
+        ("depthwise_gate", {"weight": (3, 1, 5, 5)}, r"weight has shape \(3, 1, 5, 5\), expected \(3, 1, 3, 3\)"),
+        ("depthwise_gate", {"bias": "meta"}, "bias is on another device, expected that of u"),
+    ],
+    ids=str,
+)
+def test_callers_of_the_library_are_told_what_is_wrong(operators, name, wrong, message):
+    image = (2, 3, 4, 5)
+    if name == "depthwise_gate":
+        shapes = {"y": image, "u": image, "g": image, "weight": (3, 1, 3, 3), "bias": (3,)}
+    else:
+        shapes = {"y": image, "x": image, **kit.striped_shapes(3, 5)}
+    tensors = {tensor: torch.zeros(shape) for tensor, shape in shapes.items()}
+    for tensor, value in wrong.items():
+        tensors[tensor] = torch.zeros(value) if isinstance(value, tuple) else tensors[tensor].to(value)
+    options = (None, None) if name == "striped_conv" else ()
+    with pytest.raises(RuntimeError, match=f"{name}: {message}"):
+        getattr(operators, name)(*tensors.values(), *options)

@@ -87,7 +87,7 @@ def test_no_images(backend, device):
     "shape", [(2, 3, 70, 260), (1, 2, 64, 128), (1, 3, 83, 129), (3, 1, 41, 64), (3, 3, 20, 12)], ids=str
 )
 def test_more_than_one_strip(backend, device, shape, dtype):
-    """CUDA's: of 64 or 128 columns, neighbours to the right and below, widths of quads of pixels and not, two a warp."""
+    """CUDA's: of 64 or 128 columns, neighbours to the right and below, widths of quads and not, two a warp."""
     kit.assert_within_yardstick(backend, depthwise_gate, naive_depthwise_gate, tensors_of(device, shape), dtype)
 
 

@@ -55,7 +55,7 @@ def test_more_than_one_tile(backend, device, shape, layout):
     ids=str,
 )
 def test_more_than_one_strip(backend, device, shape, dtype, activation, gated, taps):
-    """CUDA's: of 64 or 128 columns, neighbours to the right and below, widths of quads of pixels and not, two a warp."""
+    """CUDA's: of 64 or 128 columns, neighbours to the right and below, widths of quads and not, two a warp."""
     tensors = tensors_of(device, shape, taps, gated)
     kit.assert_within_yardstick(backend, striped_conv, naive_striped_conv, tensors, dtype, activation=activation)
 

@@ -1,40 +1,14 @@
 // striped_conv as an operator of a library. Results are written to tensors that the caller allocated.
 
-#include "striped_conv.h"
-
-#include "tensors.h"
+#include "striped_conv_inputs.h"
 
 namespace {
 
 using namespace seemore::bindings;
 
-seemore::StripedConv inputs_of(const Tensor& x, const Tensor& weight_row, const Tensor& bias_row,
-                               const Tensor& weight_col, const Tensor& bias_col,
-                               const std::optional<std::string>& activation_name, const std::optional<Tensor>& gate) {
-  const Check check("striped_conv", "x", x);
-  const auto [batch, channels, height, width] = size(x);
-  const int64_t taps = weight_row.dim() == 4 ? weight_row.size(3) : 0;
-  if (taps % 2 == 0) check.refuse("weight_row", "has " + std::to_string(taps) + " taps", "an odd number");
-  check.parameter("weight_row", weight_row, {channels, 1, 1, taps});
-  check.parameter("bias_row", bias_row, {channels});
-  check.parameter("weight_col", weight_col, {channels, 1, taps, 1});
-  check.parameter("bias_col", bias_col, {channels});
-  check("gate", gate, {batch, channels, height, width});
-  return {check.dtype(),
-          size(x),
-          taps,
-          activation(activation_name),
-          image(x),
-          image(gate),
-          weight_row.data_ptr(),
-          bias_row.data_ptr(),
-          weight_col.data_ptr(),
-          bias_col.data_ptr()};
-}
-
 void striped_conv(Tensor y, Tensor x, Tensor weight_row, Tensor bias_row, Tensor weight_col, Tensor bias_col,
                   std::optional<std::string> activation, std::optional<Tensor> gate) {
-  const auto inputs = inputs_of(x, weight_row, bias_row, weight_col, bias_col, activation, gate);
+  const auto inputs = striped_conv_inputs(x, weight_row, bias_row, weight_col, bias_col, activation, gate);
   Check("striped_conv", "x", x)("y", y, {x.size(0), x.size(1), x.size(2), x.size(3)});
   const OnDevice device(x);
   seemore::striped_conv(inputs, image(y), device.stream);
@@ -44,7 +18,7 @@ void striped_conv_backward(Tensor dx, std::optional<Tensor> dgate, Tensor dweigh
                            Tensor dweight_col, Tensor dbias_col, Tensor dy, Tensor x, Tensor weight_row,
                            Tensor bias_row, Tensor weight_col, Tensor bias_col, std::optional<std::string> activation,
                            std::optional<Tensor> gate) {
-  const auto inputs = inputs_of(x, weight_row, bias_row, weight_col, bias_col, activation, gate);
+  const auto inputs = striped_conv_inputs(x, weight_row, bias_row, weight_col, bias_col, activation, gate);
   const auto [batch, channels, height, width] = size(x);
   const int64_t taps = inputs.taps;
   const Check check("striped_conv", "x", x);

@@ -3,6 +3,14 @@
 // Every row of g goes into the three rows of s = depthwise_3x3(g) + bias that see it; a lane holds the partial sums of
 // two of them for its quad. Backward makes s once more for du, and takes dc = dy * u, the gradient of s, through the
 // transposed stencil; both walks read and write every image once.
+//
+// Predicted for an H200, images (1, 36, 480, 640), not yet run on a GPU; see striped_conv_forward.cu:
+//
+//                        bytes    floor    instructions   to issue   predicted   registers   shared per block
+//   forward float32      133 MB   30.9 us  19 a pixel     6.6 us     34 us        96         9,216 bytes
+//   forward bfloat16      66 MB   15.4 us  22             7.6 us     17 us        87         9,216
+//   backward float32     221 MB   51.4 us  51             18 us      57 us       158         9,216
+//   backward bfloat16    111 MB   25.7 us  54             19 us      29 us       147         9,216
 
 #include "depthwise_gate.h"
 #include "walk.h"
@@ -14,7 +22,7 @@ using seemore::DepthwiseGateGradients;
 using seemore::Image;
 
 // Warps on a multiprocessor, at least: what the registers suffice for.
-constexpr int kForwardWarps = 20, kBackwardWarps = 12;
+constexpr int kForwardWarps = 20, kBackwardWarps = 12, kUnalignedWarps = 12;
 
 // A channel's 3x3 weights, in registers, and its bias.
 template <typename T>

@@ -259,7 +259,7 @@ constexpr dim3 kTileBlock(kWarp, kTileWarps);
 namespace seemore {
 
 void striped_conv(const StripedConv& conv, const Image& y, void* stream) {
-  if (can_walk(conv)) return walk_striped_conv(conv, y, stream);
+  if (can_walk(conv)) return walk_striped_conv(conv, y, nullptr, stream);
   const int64_t blocks = blocks_of(conv);
   if (blocks == 0) return;
   with_type(conv.dtype, [&](auto zero) {

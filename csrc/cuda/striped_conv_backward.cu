@@ -4,6 +4,14 @@
 // last K - 1 rows of r for its quad. ds is stored if it differs from dy. The second makes dr, the column step of ds
 // transposed, from which lanes see their neighbours' on a stage: dx is the row step transposed, and what dx's taps see,
 // times x, are the sums for weight_row. Strips of the second overlap, for nobody stores dr.
+//
+// Predicted for an H200, x (1, 36, 480, 640), K = 11, bytes of both walks, not yet run on a GPU; see
+// striped_conv_forward.cu. The floor is that of one walk, which would not have the registers.
+//
+//                     bytes    floor    instructions   to issue   predicted   registers   shared per block
+//   float32           221 MB   30.9 us  38 + 47        28 us      60 us       168, 168    5,120 and 10,240 bytes
+//   bfloat16          110 MB   15.4 us  41 + 47        29 us      40 us       168, 160
+//   bfloat16 gate     221 MB   25.7 us  61 + 47        35 us      60 us       168, 168
 
 #include "striped_conv_walk.h"
 
@@ -37,7 +45,6 @@ __device__ void store_sums(const Parts& parts, float (&sums)[K + 1], const Strip
   }
 }
 
-// On a multiprocessor, at least: what the registers suffice for, 168 each if 12.
 template <int K>
 constexpr int kColumnWarps = K == 3   ? 16
                              : K == 7 ? 12
@@ -48,7 +55,7 @@ constexpr int kRowWarps = K == 3   ? 20
                                    : 12;
 
 template <typename T, int K, bool kAligned>
-__global__ void __launch_bounds__(kThreads, (kAligned ? kColumnWarps<K> : kUnalignedWarps) / kBlockWarps)
+__global__ void __launch_bounds__(kThreads, (kAligned ? kColumnWarps<K> : kUnalignedWarps<K>) / kBlockWarps)
     striped_conv_walk_backward_column(StripedConv conv, StripedConvGradients gradients, Image ds_image, Parts parts,
                                       Walk walk) {
   constexpr int kRows = 2, kHalf = K / 2, kHalo = kHaloQuads<K>;
@@ -146,7 +153,7 @@ __device__ float sum_of_taps(const Taps<T, K>& taps, int i, int height) {
 
 // S: the type of ds.
 template <typename S, typename T, int K, bool kAligned>
-__global__ void __launch_bounds__(kThreads, (kAligned ? kRowWarps<K> : kUnalignedWarps) / kBlockWarps)
+__global__ void __launch_bounds__(kThreads, (kAligned ? kRowWarps<K> : kUnalignedWarps<K>) / kBlockWarps)
     striped_conv_walk_backward_row(StripedConv conv, StripedConvGradients gradients, Image ds_image, Parts parts,
                                    Walk walk) {
   constexpr int kRows = 4, kHalf = K / 2, kHalo = kHaloQuads<K>;

@@ -11,11 +11,17 @@ inline bool can_walk(const StripedConv& conv) {
   return conv.dtype != DType::float64 && (conv.taps == 3 || conv.taps == 7 || conv.taps == 11);
 }
 
-void walk_striped_conv(const StripedConv& conv, const Image& y, void* stream);
+// Writes (parts, B, C) sums of y, too, as many parts as walk_striped_conv_sums tells, unless `sums` is null.
+void walk_striped_conv(const StripedConv& conv, const Image& y, float* sums, void* stream);
+int64_t walk_striped_conv_sums(const StripedConv& conv);
 StripedConvWorkspace walk_striped_conv_workspace(const StripedConv& conv);
 void walk_striped_conv_backward(const StripedConv& conv, const StripedConvGradients& gradients, void* stream);
 
 }  // namespace seemore
+
+// Warps on a multiprocessor, at least: what the registers suffice for, 168 each if 12. Going pixel by pixel takes more.
+template <int K>
+constexpr int kUnalignedWarps = K == 11 ? 8 : 12;
 
 template <int K>
 constexpr int kHaloQuads = ceil_div(K / 2, kQuad);

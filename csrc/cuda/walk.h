@@ -100,8 +100,6 @@ inline bool are_aligned(std::initializer_list<seemore::Image> images, int64_t wi
   });
 }
 
-constexpr int kUnalignedWarps = 8;  // on a multiprocessor, at least: going pixel by pixel takes more registers
-
 // function(a bool_constant): kAligned
 template <typename Function>
 void with_alignment(bool is_aligned, Function function) {
@@ -173,6 +171,13 @@ struct Strip {
     const bool right = across == walk.across - 1 || kQuad * (walk.lanes - lane) > walk.overlap;
     writes = exists && left && right;
     if (!exists) width = 0;
+  }
+
+  // The quad with zeros in columns that the image does not have.
+  __device__ Quad<float> real(Quad<float> quad) const {
+#pragma unroll
+    for (int v = 0; v < kQuad; ++v) quad.value[v] = column + v < width ? quad.value[v] : 0;
+    return quad;
   }
 
   __device__ bool has(int i) const { return static_cast<unsigned>(i - row) < static_cast<unsigned>(end - row); }

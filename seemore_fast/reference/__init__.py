@@ -12,6 +12,7 @@ from .rme_block import rme_block
 from .router import router
 from .sme_block import sme_block
 from .striped_conv import striped_conv
+from .striped_conv_router import striped_conv_router
 
 __all__ = [
     "SeemoRe",
@@ -26,4 +27,5 @@ __all__ = [
     "router",
     "sme_block",
     "striped_conv",
+    "striped_conv_router",
 ]

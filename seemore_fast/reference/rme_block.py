@@ -91,9 +91,10 @@ def rme_block(
     a, k = parts.norm_conv3x3(
         x, norm_1_weight, norm_1_bias, weight_conv, bias_conv, weight_expand, bias_expand, activation="gelu"
     ).chunk(2, dim=1)
-    a = parts.striped_conv(a, weight_row, bias_row, weight_col, bias_col, activation="gelu")
+    a, expert_index, expert_weight = parts.striped_conv_router(
+        a, weight_row, bias_row, weight_col, bias_col, weight_router, top_k, activation="gelu"
+    )
     k = parts.calibrate(k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, recursive)
-    expert_index, expert_weight = parts.router(a, weight_router, top_k)
     experts = (weight_a, bias_a, weight_k, bias_k, weight_out, bias_out, ranks)
     m = parts.low_rank_experts(a, k, expert_index, expert_weight, *experts)
     x = x + F.conv2d(m, weight_proj, bias_proj)

@@ -1,0 +1,34 @@
+// striped_conv_router as an operator of a library: y is the caller's, the sums for router_from_sums are returned.
+
+#include "striped_conv_router.h"
+
+#include "striped_conv_inputs.h"
+
+namespace {
+
+using namespace seemore::bindings;
+
+Tensor striped_conv_router(Tensor y, Tensor x, Tensor weight_row, Tensor bias_row, Tensor weight_col, Tensor bias_col,
+                           std::optional<std::string> activation) {
+  const auto inputs = striped_conv_inputs(x, weight_row, bias_row, weight_col, bias_col, activation, std::nullopt);
+  const auto [batch, channels, height, width] = size(x);
+  Check("striped_conv_router", "x", x)("y", y, {batch, channels, height, width});
+  const int64_t parts = seemore::striped_conv_router_parts(inputs);
+  const OnDevice device(x);
+  const auto sums = torch::stable::new_empty(x, {parts, batch, channels}, ScalarType::Float);
+  seemore::striped_conv_router(inputs, image(y), static_cast<float*>(sums.data_ptr()), device.stream);
+  return sums;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
+  m.def(
+      "striped_conv_router(Tensor(a!) y, Tensor x, Tensor weight_row, Tensor bias_row, Tensor weight_col, "
+      "Tensor bias_col, str? activation) -> Tensor");
+}
+
+// For tensors of every device, so that it is Check that refuses those of another one.
+STABLE_TORCH_LIBRARY_IMPL(SEEMORE_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("striped_conv_router", TORCH_BOX(&striped_conv_router));
+}
