@@ -82,7 +82,7 @@ def test_no_images(backend, device):
 
 
 @kit.each_kernel("depthwise_gate", interpreted=False)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@kit.each_narrow_dtype
 @pytest.mark.parametrize(
     "shape", [(2, 3, 70, 260), (1, 2, 64, 128), (1, 3, 83, 129), (3, 1, 41, 64), (3, 3, 20, 12)], ids=str
 )

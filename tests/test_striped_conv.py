@@ -3,6 +3,7 @@
 import kit
 import pytest
 import torch
+from kit_backends import kernels_of
 
 from seemore_fast import reference
 from seemore_fast.ops import striped_conv
@@ -57,6 +58,17 @@ def test_more_than_one_tile(backend, device, shape, layout):
 def test_more_than_one_strip(backend, device, shape, dtype, activation, gated, taps):
     """CUDA's: of 64 or 128 columns, neighbours to the right and below, widths of quads and not, two a warp."""
     tensors = tensors_of(device, shape, taps, gated)
+    kit.assert_within_yardstick(backend, striped_conv, naive_striped_conv, tensors, dtype, activation=activation)
+
+
+@pytest.mark.parametrize("backend", [name for name in kernels_of("striped_conv", False) if name.startswith("cuda")])
+@kit.each_narrow_dtype
+@pytest.mark.parametrize("activation, gated", [(None, False), ("gelu", True)])
+@pytest.mark.parametrize("width", [15, 16])
+@pytest.mark.parametrize("taps", [3, 7, 11])
+def test_every_instantiation(backend, device, dtype, taps, width, activation, gated):
+    """CUDA's kernels differ by dtype, taps, rows that are quads or not, and whether the gradient of s is stored."""
+    tensors = tensors_of(device, (2, 2, 23, width), taps, gated)
     kit.assert_within_yardstick(backend, striped_conv, naive_striped_conv, tensors, dtype, activation=activation)
 
 
