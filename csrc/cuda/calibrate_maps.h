@@ -13,8 +13,6 @@ namespace calibrating {
 using seemore::Calibrate;
 using seemore::Image;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Neighbours in memory, loaded and stored at once if they are aligned.
 template <typename T, int V>
 struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Pack {

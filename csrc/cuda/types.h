@@ -25,6 +25,16 @@ __device__ T narrow(Accumulation<T> value) {
   return static_cast<T>(value);
 }
 
+constexpr __host__ __device__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The sum of the warp's lanes, in each of them.
+template <typename A>
+__device__ A sum_of_warp(A value) {
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(kAllLanes, value, lanes);
+  return value;
+}
+
 // function(0 of the type)
 template <typename Function>
 void with_type(seemore::DType dtype, Function function) {

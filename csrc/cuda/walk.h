@@ -64,11 +64,6 @@ __device__ Quad<T> narrow(const Quad<float>& quad) {
   return result;
 }
 
-template <typename Number>
-constexpr __host__ __device__ Number ceil_div(Number a, Number b) {
-  return (a + b - 1) / b;
-}
-
 // function(T of the dtype), for the types that the walks are made for: all but float64
 template <typename Function>
 void with_narrow_type(seemore::DType dtype, Function function) {
@@ -88,7 +83,7 @@ struct Walk {
 
   int64_t parts(const seemore::Size& size) const { return size.batch * down * across; }
 
-  unsigned grid(const char* kernel) const { return grid_of(ceil_div<int64_t>(strips * lanes, kThreads), kernel); }
+  unsigned grid(const char* kernel) const { return grid_of(ceil_div(strips * lanes, kThreads), kernel); }
 };
 
 // Whether quads of these images are neighbours in memory, at multiples of their size.
@@ -118,11 +113,11 @@ inline Walk walk_over(const seemore::Size& size, int warps_per_multiprocessor, i
   }
   const auto across = [&](int lanes) {
     if (size.width <= kQuad * lanes) return int64_t(1);
-    return ceil_div<int64_t>(size.width - 2 * overlap, strip_step(lanes, overlap));
+    return ceil_div(size.width - 2 * overlap, strip_step(lanes, overlap));
   };
   const int lanes = across(16) * 16 < across(32) * 32 ? 16 : 32;
   const int64_t planes = size.batch * size.channels;
-  const int64_t warps = std::max<int64_t>(1, ceil_div<int64_t>(planes * across(lanes) * lanes, kWarp));
+  const int64_t warps = std::max<int64_t>(1, ceil_div(planes * across(lanes) * lanes, kWarp));
   const int64_t most = std::max<int64_t>(1, size.height / std::max(8, 4 * reach));  // else it is all neighbourhood
   int64_t down = std::clamp<int64_t>(kMultiprocessors * warps_per_multiprocessor / warps, 1, most);
   int64_t rows = ceil_div(size.height, down);

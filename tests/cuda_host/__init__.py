@@ -49,10 +49,8 @@ def compile_library(
     compiler = shutil.which("g++")
     if compiler is None:
         raise Unavailable("no g++ on PATH")
-    includes = [
-        HERE,
-        *(ROOT / folder for folder in ("csrc", "csrc/bindings", "csrc/cuda")),
-    ]  # in this order: device.h is ours
+    # in this order: device.h is ours
+    includes = [HERE, *(ROOT / folder for folder in ("csrc", "csrc/bindings", "csrc/cuda"))]
     search = [*(f"-I{include}" for include in includes), "-isystem", str(cuda_headers())]
     command = [compiler, *FLAGS, *(SANITIZE if sanitize else []), *search, *flags]
 
