@@ -32,7 +32,8 @@ WARPS = {
     r"striped_conv_walk_backward_row.*Li3ELb1": 16,
     r"striped_conv_walk_\w+Lb0": 8,
     r"depthwise_gate_forward\w+Lb1": 20,
-    r"depthwise_gate_\w+": 12,
+    r"depthwise_gate_\w+Lb1": 12,
+    r"depthwise_gate_\w+Lb0": 8,
 }
 BLOCK_WARPS = 2
 SHARED = {75: 64, 80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # KB of a multiprocessor

@@ -75,6 +75,15 @@ struct Parameters {
   Taps<A> col(int64_t i) { return {rows[2] + i * taps, taps, rows[5][i]}; }
   Taps<A> col_backwards(int64_t i) { return {rows[3] + i * taps, taps, 0}; }
 
+  // What line `h` of ds is multiplied by in the sum of all dr. (Summing dr itself would sum its rounding, too.)
+  A col_sum(int64_t i, int64_t h, int64_t height) {
+    A sum = 0;
+    for (int64_t k = larger(int64_t(0), taps / 2 - h); k < smaller(taps, height + taps / 2 - h); ++k) {
+      sum += rows[2][i * taps + k];
+    }
+    return sum;
+  }
+
   int64_t taps;
   Rows<A> rows;
 };
@@ -175,7 +184,11 @@ void backward(const StripedConv& in, const StripedConvGradients& grad, const Til
             gate_row(s[r] + c * span, ds + c * span, wide);
           }
           if (gated) gate_row(ds + c * span, gate[0] + c * span, wide);
-          if (is_own) sum_of(c, sums - 1)[0] += row_sum(ds + c * span + half, width);
+          if (is_own) {
+            const Vec<A> line_sum = row_sum(ds + c * span + half, width);
+            sum_of(c, sums - 1)[0] += line_sum;
+            sum_of(c, taps)[0] += parameters.col_sum(c, line, in.size.height) * line_sum;
+          }
         }
         if (gated && is_own) {
           const Place own_place{tile.b, tile.c, channels, line, tile.w0, span};
@@ -199,7 +212,6 @@ void backward(const StripedConv& in, const StripedConvGradients& grad, const Til
         const A* row = dr[r] + c * span;
         row_taps<K>(dx[0] + c * span, row, parameters.row_backwards(c), width);
         row_tap_gradients<K>(sum_of(c, 0), row + half, x[0] + c * span, taps, width);
-        sum_of(c, taps)[0] += row_sum(row + half, width);
       }
       const Place place{tile.b, tile.c, channels, h + r, tile.w0, span};
       store_rows<T>(grad.dx, place, dx[0], tile.w1 - tile.w0);

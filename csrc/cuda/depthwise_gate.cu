@@ -22,7 +22,8 @@ using seemore::DepthwiseGateGradients;
 using seemore::Image;
 
 // Warps on a multiprocessor, at least: what the registers suffice for.
-constexpr int kForwardWarps = 20, kBackwardWarps = 12, kUnalignedWarps = 12;
+constexpr int kForwardWarps = 20, kBackwardWarps = 12;
+constexpr int kUnalignedForwardWarps = 12, kUnalignedBackwardWarps = 8;
 
 // A channel's 3x3 weights, in registers, and its bias.
 template <typename T>
@@ -79,7 +80,7 @@ __device__ Quad<float> next_row_transposed(float (&partial)[2][kQuad], const Ste
 }
 
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kThreads, (kAligned ? kForwardWarps : kUnalignedWarps) / kBlockWarps)
+__global__ void __launch_bounds__(kThreads, (kAligned ? kForwardWarps : kUnalignedForwardWarps) / kBlockWarps)
     depthwise_gate_forward(DepthwiseGate inputs, Image y_image, Walk walk) {
   constexpr int kRows = 4;
   __shared__ Stage<kRows, 1> stages[kBlockWarps];
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, (kAligned ? kForwardWarps : kUnalign
 }
 
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kThreads, (kAligned ? kBackwardWarps : kUnalignedWarps) / kBlockWarps)
+__global__ void __launch_bounds__(kThreads, (kAligned ? kBackwardWarps : kUnalignedBackwardWarps) / kBlockWarps)
     depthwise_gate_backward(DepthwiseGate inputs, DepthwiseGateGradients gradients, Walk walk) {
   constexpr int kRows = 2;
   __shared__ Stage<kRows, 1> g_stages[kBlockWarps], dc_stages[kBlockWarps];
