@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
+from .rounding import narrow
 
 COLUMNS, PARTS = 64, 32  # of a program, and at a time
 
@@ -44,5 +45,6 @@ def add_up(
     total = tl.sum(total, axis=0)
     start = 0
     for i in tl.static_range(len(ENDS)):
-        tl.store(gradients[i] + (column - start), total, mask=(column >= start) & (column < ENDS[i]))
+        gradient = narrow(total, gradients[i].dtype.element_ty)
+        tl.store(gradients[i] + (column - start), gradient, mask=(column >= start) & (column < ENDS[i]))
         start = ENDS[i]

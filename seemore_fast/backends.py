@@ -13,20 +13,22 @@ from torch import Tensor
 
 from . import native
 
-ALL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+ALL = (torch.float64, *FLOATS)
+MATRIX = 64  # channels whose products fit the registers of Triton's kernels
 
 
 class Kernel(NamedTuple):
-    """A backend that has an operator: on which devices, for which dtypes and kernel sizes, from which size of x on.
+    """A backend that has an operator: on which devices, for which dtypes, up to how many taps or channels.
 
-    For fewer than `least` elements ``"auto"`` takes the reference, which has less overhead (measured:
+    For fewer than `least` elements of x ``"auto"`` takes the reference, which has less overhead (measured:
     benchmarks/bench_<op>.py).
     """
 
     backend: str
     device: str
     dtypes: tuple[torch.dtype, ...] = ALL
-    most_taps: int = 2**31
+    most: int = 2**31  # taps of the kernel; channels, where these are summed over
     least: int = 0
 
 
@@ -34,13 +36,17 @@ class Kernel(NamedTuple):
 KERNELS = {
     "striped_conv": [
         Kernel("cpu", "cpu", (torch.float32, torch.float64, torch.bfloat16)),
-        Kernel("cuda", "cuda", most_taps=31),
+        Kernel("cuda", "cuda", most=31),
         Kernel("triton", "cuda"),
     ],
     "striped_conv_router": [Kernel("cuda", "cuda", (torch.float32, torch.float16, torch.bfloat16))],
-    "depthwise_gate": [Kernel("cuda", "cuda", (torch.float32, torch.float16, torch.bfloat16))],
-    "calibrate": [Kernel("cuda", "cuda")],
+    "depthwise_gate": [
+        Kernel("cuda", "cuda", (torch.float32, torch.float16, torch.bfloat16)),
+        Kernel("triton", "cuda"),
+    ],
+    "calibrate": [Kernel("cuda", "cuda"), Kernel("triton", "cuda")],
     "router": [Kernel("cuda", "cuda")],
+    "norm_pointwise": [Kernel("triton", "cuda", FLOATS, most=MATRIX)],
     "network": [Kernel("cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16))],
 }
 BACKENDS = ("cpu", "cuda", "triton")
@@ -116,11 +122,11 @@ def is_plain() -> bool:
     return _chosen == "reference" or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def choose(operator: str, x: Tensor, taps: int = 1) -> str:
-    """Return the backend that computes `operator` (its stem) for `x`, with a kernel of `taps`, now."""
+def choose(operator: str, x: Tensor, size: int = 1) -> str:
+    """Return the backend that computes `operator` (its stem) for `x`, with so many taps or channels, now."""
     if is_plain():
         return "reference"
-    for kernel in _serving(operator, x, taps):
+    for kernel in _serving(operator, x, size):
         if kernel.backend == _chosen:
             return kernel.backend
         # A compiled graph may be for all sizes.
@@ -130,14 +136,14 @@ def choose(operator: str, x: Tensor, taps: int = 1) -> str:
     return "reference"
 
 
-def _serving(operator: str, x: Tensor, taps: int) -> list[Kernel]:
+def _serving(operator: str, x: Tensor, size: int) -> list[Kernel]:
     """Return the kernels that can compute `operator` for `x`, Triton's in the interpreter among them."""
     return [
         kernel
         for kernel in KERNELS.get(operator, ())
         if (kernel.device == x.device.type or (kernel.backend == "triton" and interpreted()))
         and x.dtype in kernel.dtypes
-        and taps <= kernel.most_taps
+        and size <= kernel.most
         and why_not(kernel.backend) is None
     ]
 
@@ -151,12 +157,12 @@ def chosen_backend(device: str | torch.device = "cpu") -> str:
     return next(usable, "reference")
 
 
-def kernel_for(operator: str, x: Tensor, taps: int = 1, part: str = "") -> Callable:
+def kernel_for(operator: str, x: Tensor, size: int = 1, part: str = "") -> Callable:
     """Return the function of the kernel that computes `operator` for `x`; `part` is, say, ``"_backward"``.
 
     A backward whose forward a kernel computed runs on a kernel, whatever is chosen by then.
     """
-    serving = _serving(operator, x, taps)
+    serving = _serving(operator, x, size)
     backend = next((kernel.backend for kernel in serving if kernel.backend == _chosen), serving[0].backend)
     return getattr(_functions(backend, operator), operator + part)
 

@@ -45,3 +45,12 @@ def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
     )
+
+
+def empty_image(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """Return room for an image of the batch, size and layout of `like`."""
+    batch, _, height, width = like.shape
+    is_plain = like.is_contiguous() or not like.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.contiguous_format if is_plain else torch.channels_last
+    size = (batch, channels, height, width)
+    return torch.empty(size, dtype=dtype, device=like.device, memory_format=layout)

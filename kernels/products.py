@@ -1,0 +1,110 @@
+"""The gradients of a pointwise layer's parameters, s = x @ weight + bias or s = LN(x) @ weight + bias, from x and ds.
+
+A kernel of its own, for all operators with such layers: in one that also multiplies ds by the weight, Triton gives each
+warp all of the sums. A program goes over some pixels of an image and leaves its sums to `add_parts`: those of dweight
+and dbias, before them, with a norm, of its gain and shift.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configurations import configuration
+from .images import index_type
+from .launch import Launch
+from .tiles import (
+    at,
+    channels_of,
+    dot,
+    load_pixels,
+    load_row,
+    narrow_all,
+    normalise,
+    pixels_of,
+    powers,
+    precision,
+    tile_of,
+)  # fmt: skip
+
+PARTS = 512  # programs, about: some for each multiprocessor, and few sums to add up later
+
+
+def steps_of(x: Tensor, kernel: str) -> int:
+    """Return how many tiles a program goes over."""
+    tiles = triton.cdiv(x.shape[2] * x.shape[3], configuration(kernel, x).pixels)
+    return triton.cdiv(tiles, max(1, PARTS // len(x)))
+
+
+def parts_of(x: Tensor, kernel: str) -> int:
+    """Return how many programs there are, each with a row of partial sums; `kernel` says whose tiles they go over."""
+    return len(x) * triton.cdiv(x.shape[2] * x.shape[3], configuration(kernel, x).pixels * steps_of(x, kernel))
+
+
+def products(partial: Tensor, ds: Tensor, x: Tensor, weight=None, gain=None, shift=None, eps=0.0) -> Launch:
+    """Describe the launch that writes partial; with a norm weight, gain, shift and eps are those of forward."""
+    pixels, warps = configuration("products", x)
+    images = dict(partial=partial, ds=ds, ds_strides=ds.stride(), x=x, x_strides=x.stride())
+    norm = dict(weight=weight, gain=gain, shift=shift, eps=eps)
+    tiles = dict(CHANNELS=x.shape[1], SUMMED=powers(x.shape[1]), OUT_CHANNELS=ds.shape[1], MADE=powers(ds.shape[1]))
+    options = dict(PIXELS=pixels, INDEX=index_type(x.shape[2] * x.shape[3] + 2**16), PRECISION=precision())
+    arguments = images | norm | pixels_of(x, ds) | dict(steps=steps_of(x, "products")) | tiles | options
+    return Launch(add_products, len(partial), arguments, warps)
+
+
+@triton.jit
+def add_products(
+    partial, ds, ds_strides, x, x_strides, weight, gain, shift, eps, pixels, width, steps,
+    CHANNELS: tl.constexpr, SUMMED: tl.constexpr, OUT_CHANNELS: tl.constexpr, MADE: tl.constexpr,
+    PIXELS: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """partial[program] = sums over pixels of dgain and dshift (with a norm), dweight and dbias, in this order.
+
+    With a norm, s = (gain * n + shift) @ W + bias. Only M = transposed ds @ n is summed over the pixels:
+        dweight = gain * M + shift * dbias      dgain = columns of W * M      dshift = columns of W * dbias
+    """
+    sums = ()
+    for j in tl.static_range(len(MADE)):
+        for i in tl.static_range(len(SUMMED)):
+            sums += (tl.zeros((MADE[j], SUMMED[i]), tl.float32),)
+    dbias = ()
+    for j in tl.static_range(len(MADE)):
+        dbias += (tl.zeros((MADE[j],), tl.float32),)
+    image, first = tile_of(tl.program_id(0), pixels, PIXELS * steps, INDEX)
+    for step in tl.range(0, steps, disable_licm=True):
+        pixel = first + step * PIXELS + tl.arange(0, PIXELS)
+        inside = pixel < pixels
+        seen = load_pixels(at(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, SUMMED)
+        gradient = load_pixels(at(ds, ds_strides, image, pixel, width), ds_strides, inside, OUT_CHANNELS, MADE)
+        if gain is not None:
+            seen = narrow_all(normalise(seen, eps, CHANNELS, SUMMED)[0], ds.dtype.element_ty)
+        sums_before, dbias_before = sums, dbias
+        sums, dbias = (), ()
+        for j in tl.static_range(len(MADE)):
+            for i in tl.static_range(len(SUMMED)):
+                before = sums_before[j * len(SUMMED) + i]
+                sums += (dot(tl.trans(gradient[j]), seen[i], before, PRECISION),)
+            dbias += (dbias_before[j] + tl.sum(gradient[j].to(tl.float32), axis=0),)
+    NORMS: tl.constexpr = 0 if gain is None else 2
+    partial += tl.program_id(0).to(tl.int64) * (NORMS * CHANNELS + OUT_CHANNELS * (CHANNELS + 1))
+    for i in tl.static_range(len(SUMMED)):
+        channel = channels_of(SUMMED, i)
+        real = channel < CHANNELS
+        dgain = tl.zeros((SUMMED[i],), tl.float32)
+        dshift = tl.zeros((SUMMED[i],), tl.float32)
+        for j in tl.static_range(len(MADE)):
+            made = channels_of(MADE, j)[:, None]
+            there = (made < OUT_CHANNELS) & real[None, :]
+            dweight = sums[j * len(SUMMED) + i]
+            if gain is not None:
+                mixing = tl.load(weight + made * CHANNELS + channel[None, :], mask=there, other=0).to(tl.float32)
+                dgain += tl.sum(mixing * dweight, axis=0)
+                dshift += tl.sum(mixing * dbias[j][:, None], axis=0)
+                dweight *= load_row(gain, channel, CHANNELS)
+                dweight += dbias[j][:, None] * load_row(shift, channel, CHANNELS)
+            tl.store(partial + (NORMS + made) * CHANNELS + channel[None, :], dweight, mask=there)
+        if gain is not None:
+            tl.store(partial + channel, dgain, mask=real)
+            tl.store(partial + CHANNELS + channel, dshift, mask=real)
+    for j in tl.static_range(len(MADE)):
+        made = channels_of(MADE, j)
+        tl.store(partial + (NORMS + OUT_CHANNELS) * CHANNELS + made, dbias[j], mask=made < OUT_CHANNELS)

@@ -1,0 +1,251 @@
+"""Pixels with all their channels, in tiles whose sides are powers of two, as tl.dot wants them.
+
+A program holds PIXELS pixels of one image: a tuple of tiles (PIXELS, TILES[i]), where the TILES cover the channels, 36
+as 16 + 16 + 16. What lies beyond the channels is zero. A layer goes over blocks of its results in a loop, `made`
+(columns,), so that the registers hold the weights of one block: block = sum over i of tl.dot(x[i], matrix[i]).
+
+Sums are float32. Factors of tl.dot are rounded to the dtype of the images. Those of float32 are multiplied in three
+products of TF32, which keep 22 bits of each, or in one where torch allows TF32 for convolutions.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rounding import INTERPRETED, narrow
+
+# On the host
+
+
+def cut(channels: int, width: int = 0) -> tuple[int, ...]:
+    """Return equal powers of two that cover the channels, of `width` if given: 36 -> (16, 16, 16), 64 -> (32, 32)."""
+    width = width or (32 if triton.cdiv(channels, 32) * 2 == triton.cdiv(channels, 16) else 16)
+    return (width,) * triton.cdiv(channels, width)
+
+
+def powers(channels: int, least: int = 16) -> tuple[int, ...]:
+    """Return powers of two that cover the channels: 36 -> (32, 16), 64 -> (64,)."""
+    above = max(least, triton.next_power_of_2(channels))
+    if channels > 3 * above // 4 or above == least:
+        return (above,)
+    return (above // 2, *powers(channels - above // 2, least))
+
+
+def precision() -> str:
+    """Return how tl.dot multiplies float32."""
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+
+
+def pixels_of(*images: Tensor) -> dict:
+    """Return the arguments `pixels` of an image and `width`: None where in all images row follows on row."""
+    height, width = images[0].shape[2:]
+    follow = height == 1 or all(image.stride(2) == width * image.stride(3) for image in images)
+    return dict(pixels=height * width, width=None if follow else width)
+
+
+# In kernels: where
+
+
+@triton.constexpr_function
+def start(tiles, i):
+    """Return the first channel of tile i."""
+    return sum(tiles[:i])
+
+
+@triton.jit
+def channels_of(TILES: tl.constexpr, i: tl.constexpr):
+    return start(TILES, i) + tl.arange(0, TILES[i])
+
+
+@triton.jit
+def tile_of(program, pixels, PIXELS, INDEX: tl.constexpr):
+    """Return the image of a program and the first of its PIXELS pixels."""
+    tiles = (pixels + PIXELS - 1) // PIXELS
+    return program // tiles, (program % tiles).to(INDEX) * PIXELS
+
+
+@triton.jit
+def at(image, strides, batch, pixel, width):
+    """Return pointers (PIXELS,) to channel 0; offsets are 64-bit."""
+    first = image + tl.full((), 1, tl.int64) * batch * strides[0]
+    if width is None:
+        return first + pixel.to(tl.int64) * strides[3]
+    else:
+        row, column = pixel // width, pixel % width
+        return first + row.to(tl.int64) * strides[2] + column.to(tl.int64) * strides[3]
+
+
+# In kernels: loading and storing
+
+
+@triton.jit
+def load_tile(pointers, strides, inside, channel, CHANNELS: tl.constexpr):
+    """Return some channels of pixels, of the image's dtype and zero where not `inside`."""
+    there = inside[:, None] & (channel < CHANNELS)[None, :]
+    return tl.load(pointers[:, None] + channel.to(tl.int64)[None, :] * strides[1], mask=there, other=0)
+
+
+@triton.jit
+def load_pixels(pointers, strides, inside, CHANNELS: tl.constexpr, TILES: tl.constexpr):
+    """Return all channels of pixels."""
+    tiles = ()
+    for i in tl.static_range(len(TILES)):
+        tiles += (load_tile(pointers, strides, inside, channels_of(TILES, i), CHANNELS),)
+    return tiles
+
+
+@triton.jit
+def store_tile(pointers, strides, inside, tile, channel, CHANNELS: tl.constexpr):
+    """Write some channels of pixels, rounded to the image's dtype."""
+    there = inside[:, None] & (channel < CHANNELS)[None, :]
+    at_channel = pointers[:, None] + channel.to(tl.int64)[None, :] * strides[1]
+    tl.store(at_channel, narrow(tile, pointers.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def store_pixels(pointers, strides, inside, tiles, CHANNELS: tl.constexpr, TILES: tl.constexpr):
+    """Write all channels of pixels."""
+    for i in tl.static_range(len(TILES)):
+        store_tile(pointers, strides, inside, tiles[i], channels_of(TILES, i), CHANNELS)
+
+
+@triton.jit
+def load_row(values, channel, CHANNELS: tl.constexpr):
+    """Return some values of a parameter (CHANNELS,) in float32, as a row (1, columns)."""
+    return tl.load(values + channel, mask=channel < CHANNELS, other=0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def load_columns(
+    matrix, row_stride, column_stride, column, HEIGHT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Return some columns of a matrix (HEIGHT, WIDTH) as tiles (ROWS[i], columns)."""
+    tiles = ()
+    for i in tl.static_range(len(ROWS)):
+        row = channels_of(ROWS, i)
+        there = (row < HEIGHT)[:, None] & (column < WIDTH)[None, :]
+        tiles += (tl.load(matrix + row[:, None] * row_stride + column[None, :] * column_stride, mask=there, other=0),)
+    return tiles
+
+
+# In kernels: arithmetic
+
+
+@triton.jit
+def narrow_all(tiles, dtype: tl.constexpr):
+    out = ()
+    for i in tl.static_range(len(tiles)):
+        out += (narrow(tiles[i], dtype),)
+    return out
+
+
+@triton.jit
+def zeros(rows: tl.constexpr, TILES: tl.constexpr):
+    """Return float32 tiles (rows, TILES[i])."""
+    out = ()
+    for i in tl.static_range(len(TILES)):
+        out += (tl.zeros((rows, TILES[i]), tl.float32),)
+    return out
+
+
+@triton.jit
+def dot(a, b, sum, PRECISION: tl.constexpr):
+    """sum + a @ b; a and b are of one dtype, sum is float32."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sum, input_precision=PRECISION)
+
+
+@triton.jit
+def multiply(x, matrix, sums, PRECISION: tl.constexpr):
+    """Return sums + x @ matrix, one block; sums are (PIXELS, columns) or a row."""
+    total = tl.broadcast_to(sums, (x[0].shape[0], sums.shape[1]))
+    for i in tl.static_range(len(x)):
+        total = dot(x[i], matrix[i], total, PRECISION)
+    return total
+
+
+@triton.jit
+def multiply_block(block, matrix, sums, PRECISION: tl.constexpr):
+    """Return the tiles sums + block @ matrix, what one block of a sum gives; matrix[i] is (columns, TILES[i])."""
+    out = ()
+    for i in tl.static_range(len(sums)):
+        out += (dot(block, matrix[i], sums[i], PRECISION),)
+    return out
+
+
+@triton.jit
+def transposed(tiles):
+    out = ()
+    for i in tl.static_range(len(tiles)):
+        out += (tl.trans(tiles[i]),)
+    return out
+
+
+@triton.jit
+def sum_channels(tiles):
+    """Return the sums over all channels, (PIXELS, 1)."""
+    total, rest = tiles[0], 0.0
+    for i in tl.static_range(1, len(tiles)):
+        if tiles[i].shape[1] == tiles[0].shape[1]:  # one reduction for all
+            total += tiles[i]
+        else:
+            rest += tl.sum(tiles[i], axis=1, keep_dims=True)
+    return tl.sum(total, axis=1, keep_dims=True) + rest
+
+
+@triton.jit
+def product(a, b):
+    out = ()
+    for i in tl.static_range(len(a)):
+        out += (a[i] * b[i],)
+    return out
+
+
+# In kernels: LayerNorm
+
+
+@triton.jit
+def normalise(x, eps, CHANNELS: tl.constexpr, TILES: tl.constexpr):
+    """Return n = (x - mean) / sigma as float32 tiles, and 1 / sigma (PIXELS, 1)."""
+    wide = ()
+    for i in tl.static_range(len(TILES)):
+        wide += (x[i].to(tl.float32),)
+    mean = sum_channels(wide) * (1 / CHANNELS)
+    centred = ()
+    for i in tl.static_range(len(TILES)):
+        centred += (tl.where((channels_of(TILES, i) < CHANNELS)[None, :], wide[i] - mean, 0),)
+    scale = 1 / tl.sqrt(sum_channels(product(centred, centred)) * (1 / CHANNELS) + eps)
+    n = ()
+    for i in tl.static_range(len(TILES)):
+        n += (centred[i] * scale,)
+    return n, scale
+
+
+@triton.jit
+def normalise_backward(dn, n, scale, CHANNELS: tl.constexpr):
+    """Return dx of `normalise` as float32 tiles; dn is zero beyond the channels."""
+    along = sum_channels(dn) * (1 / CHANNELS)
+    across = sum_channels(product(dn, n)) * (1 / CHANNELS)
+    out = ()
+    for i in tl.static_range(len(dn)):
+        out += (scale * (dn[i] - along - n[i] * across),)
+    return out
+
+
+@triton.jit
+def load_layer_after_norm(
+    weight, bias, gain, shift, made, CHANNELS: tl.constexpr, TILES: tl.constexpr, OUT_CHANNELS: tl.constexpr
+):
+    """Return columns of gain * W, and shift @ W + bias, a row: with them, a layer needs n alone. weight (OUT, IN)."""
+    matrix, row = (), load_row(bias, made, OUT_CHANNELS)
+    for i in tl.static_range(len(TILES)):
+        channel = channels_of(TILES, i)
+        factor = tl.load(gain + channel, mask=channel < CHANNELS, other=0).to(tl.float32)[:, None]
+        offset = tl.load(shift + channel, mask=channel < CHANNELS, other=0).to(tl.float32)[:, None]
+        there = (channel < CHANNELS)[:, None] & (made < OUT_CHANNELS)[None, :]
+        tile = tl.load(weight + channel[:, None] + made[None, :] * CHANNELS, mask=there, other=0).to(tl.float32)
+        matrix += (narrow(tile * factor, weight.dtype.element_ty),)
+        row += tl.sum(tile * offset, axis=0, keep_dims=True)
+    return matrix, row
