@@ -15,6 +15,7 @@ from .launch import Launch
 from .tiles import (
     at,
     channels_of,
+    cut,
     dot,
     load_pixels,
     load_row,
@@ -45,7 +46,7 @@ def products(partial: Tensor, ds: Tensor, x: Tensor, weight=None, gain=None, shi
     pixels, warps = configuration("products", x)
     images = dict(partial=partial, ds=ds, ds_strides=ds.stride(), x=x, x_strides=x.stride())
     norm = dict(weight=weight, gain=gain, shift=shift, eps=eps)
-    tiles = dict(CHANNELS=x.shape[1], SUMMED=powers(x.shape[1]), OUT_CHANNELS=ds.shape[1], MADE=powers(ds.shape[1]))
+    tiles = dict(CHANNELS=x.shape[1], SUMMED=cut(x.shape[1]), OUT_CHANNELS=ds.shape[1], MADE=powers(ds.shape[1]))
     options = dict(PIXELS=pixels, INDEX=index_type(x.shape[2] * x.shape[3] + 2**16), PRECISION=precision())
     arguments = images | norm | pixels_of(x, ds) | dict(steps=steps_of(x, "products")) | tiles | options
     return Launch(add_products, len(partial), arguments, warps)
@@ -76,7 +77,8 @@ def add_products(
         seen = load_pixels(at(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, SUMMED)
         gradient = load_pixels(at(ds, ds_strides, image, pixel, width), ds_strides, inside, OUT_CHANNELS, MADE)
         if gain is not None:
-            seen = narrow_all(normalise(seen, eps, CHANNELS, SUMMED)[0], ds.dtype.element_ty)
+            seen, _ = normalise(seen, eps, CHANNELS, SUMMED)
+        seen = narrow_all(seen, ds.dtype.element_ty)
         sums_before, dbias_before = sums, dbias
         sums, dbias = (), ()
         for j in tl.static_range(len(MADE)):
@@ -89,22 +91,22 @@ def add_products(
     for i in tl.static_range(len(SUMMED)):
         channel = channels_of(SUMMED, i)
         real = channel < CHANNELS
-        dgain = tl.zeros((SUMMED[i],), tl.float32)
-        dshift = tl.zeros((SUMMED[i],), tl.float32)
+        dgain = tl.zeros((SUMMED[i],), tl.float64)  # its terms nearly cancel
+        dshift = tl.zeros((SUMMED[i],), tl.float64)
         for j in tl.static_range(len(MADE)):
             made = channels_of(MADE, j)[:, None]
             there = (made < OUT_CHANNELS) & real[None, :]
             dweight = sums[j * len(SUMMED) + i]
             if gain is not None:
-                mixing = tl.load(weight + made * CHANNELS + channel[None, :], mask=there, other=0).to(tl.float32)
+                mixing = tl.load(weight + made * CHANNELS + channel[None, :], mask=there, other=0).to(tl.float64)
                 dgain += tl.sum(mixing * dweight, axis=0)
                 dshift += tl.sum(mixing * dbias[j][:, None], axis=0)
                 dweight *= load_row(gain, channel, CHANNELS)
                 dweight += dbias[j][:, None] * load_row(shift, channel, CHANNELS)
             tl.store(partial + (NORMS + made) * CHANNELS + channel[None, :], dweight, mask=there)
         if gain is not None:
-            tl.store(partial + channel, dgain, mask=real)
-            tl.store(partial + CHANNELS + channel, dshift, mask=real)
+            tl.store(partial + channel, dgain.to(tl.float32), mask=real)
+            tl.store(partial + CHANNELS + channel, dshift.to(tl.float32), mask=real)
     for j in tl.static_range(len(MADE)):
         made = channels_of(MADE, j)
         tl.store(partial + (NORMS + OUT_CHANNELS) * CHANNELS + made, dbias[j], mask=made < OUT_CHANNELS)

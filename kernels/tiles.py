@@ -44,6 +44,13 @@ def pixels_of(*images: Tensor) -> dict:
     return dict(pixels=height * width, width=None if follow else width)
 
 
+def workspace(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """Return room for images like x, channels innermost; pixels start at multiples of 16 elements, for wide loads."""
+    batch, _, height, width = x.shape
+    rows = x.new_empty((batch, height, width, 16 * triton.cdiv(channels, 16)), dtype=dtype)
+    return rows.permute(0, 3, 1, 2)[:, :channels]
+
+
 # In kernels: where
 
 
@@ -136,7 +143,7 @@ def load_columns(
 def narrow_all(tiles, dtype: tl.constexpr):
     out = ()
     for i in tl.static_range(len(tiles)):
-        out += (narrow(tiles[i], dtype),)
+        out += (tiles[i] if tiles[i].dtype == dtype else narrow(tiles[i].to(tl.float32), dtype),)
     return out
 
 
@@ -184,15 +191,12 @@ def transposed(tiles):
 
 
 @triton.jit
-def sum_channels(tiles):
-    """Return the sums over all channels, (PIXELS, 1)."""
-    total, rest = tiles[0], 0.0
+def add_tiles(tiles):
+    """Return the sum of equal tiles."""
+    total = tiles[0]
     for i in tl.static_range(1, len(tiles)):
-        if tiles[i].shape[1] == tiles[0].shape[1]:  # one reduction for all
-            total += tiles[i]
-        else:
-            rest += tl.sum(tiles[i], axis=1, keep_dims=True)
-    return tl.sum(total, axis=1, keep_dims=True) + rest
+        total += tiles[i]
+    return total
 
 
 @triton.jit
@@ -203,49 +207,65 @@ def product(a, b):
     return out
 
 
+@triton.jit
+def sum_both(a, b):
+    """Return the sums of two tiles (PIXELS, channels) over the channels, both (PIXELS, 1), by one reduction."""
+    sums = tl.sum(tl.join(a, b), axis=1)
+    a, b = tl.split(sums)
+    return a[:, None], b[:, None]
+
+
 # In kernels: LayerNorm
 
 
 @triton.jit
 def normalise(x, eps, CHANNELS: tl.constexpr, TILES: tl.constexpr):
-    """Return n = (x - mean) / sigma as float32 tiles, and 1 / sigma (PIXELS, 1)."""
+    """Return n = (x - mean) / sigma as float32 tiles, and 1 / sigma (PIXELS, 1). Tiles are equal."""
     wide = ()
     for i in tl.static_range(len(TILES)):
         wide += (x[i].to(tl.float32),)
-    mean = sum_channels(wide) * (1 / CHANNELS)
+    mean = tl.sum(add_tiles(wide), axis=1, keep_dims=True) * (1 / CHANNELS)
     centred = ()
     for i in tl.static_range(len(TILES)):
         centred += (tl.where((channels_of(TILES, i) < CHANNELS)[None, :], wide[i] - mean, 0),)
-    scale = 1 / tl.sqrt(sum_channels(product(centred, centred)) * (1 / CHANNELS) + eps)
+    # What the mean was rounded by, which is not small beside sigma if the mean is large.
+    rest, square = sum_both(add_tiles(centred), add_tiles(product(centred, centred)))
+    rest *= 1 / CHANNELS
+    scale = 1 / tl.sqrt(square * (1 / CHANNELS) - rest * rest + eps)
     n = ()
     for i in tl.static_range(len(TILES)):
-        n += (centred[i] * scale,)
+        n += (tl.where((channels_of(TILES, i) < CHANNELS)[None, :], (centred[i] - rest) * scale, 0),)
     return n, scale
 
 
 @triton.jit
 def normalise_backward(dn, n, scale, CHANNELS: tl.constexpr):
     """Return dx of `normalise` as float32 tiles; dn is zero beyond the channels."""
-    along = sum_channels(dn) * (1 / CHANNELS)
-    across = sum_channels(product(dn, n)) * (1 / CHANNELS)
+    along, across = sum_both(add_tiles(dn), add_tiles(product(dn, n)))
     out = ()
     for i in tl.static_range(len(dn)):
-        out += (scale * (dn[i] - along - n[i] * across),)
+        out += (scale * (dn[i] - along * (1 / CHANNELS) - n[i] * (across * (1 / CHANNELS))),)
     return out
 
 
 @triton.jit
-def load_layer_after_norm(
+def load_layer(
     weight, bias, gain, shift, made, CHANNELS: tl.constexpr, TILES: tl.constexpr, OUT_CHANNELS: tl.constexpr
 ):
-    """Return columns of gain * W, and shift @ W + bias, a row: with them, a layer needs n alone. weight (OUT, IN)."""
+    """Return columns `made` of the matrix, and the row, of a layer behind a norm: n @ matrix + row.
+
+    weight is (OUT_CHANNELS, CHANNELS). s = (gain * n + shift) @ W + bias is n @ (gain * W) + (shift @ W + bias), so
+    that gain and shift take no registers beside the pixels. Both are None where there is no norm.
+    """
     matrix, row = (), load_row(bias, made, OUT_CHANNELS)
     for i in tl.static_range(len(TILES)):
         channel = channels_of(TILES, i)
-        factor = tl.load(gain + channel, mask=channel < CHANNELS, other=0).to(tl.float32)[:, None]
-        offset = tl.load(shift + channel, mask=channel < CHANNELS, other=0).to(tl.float32)[:, None]
         there = (channel < CHANNELS)[:, None] & (made < OUT_CHANNELS)[None, :]
-        tile = tl.load(weight + channel[:, None] + made[None, :] * CHANNELS, mask=there, other=0).to(tl.float32)
-        matrix += (narrow(tile * factor, weight.dtype.element_ty),)
-        row += tl.sum(tile * offset, axis=0, keep_dims=True)
+        tile = tl.load(weight + channel[:, None] + made[None, :] * CHANNELS, mask=there, other=0)
+        if gain is not None:
+            factor = tl.load(gain + channel, mask=channel < CHANNELS, other=0).to(tl.float32)[:, None]
+            offset = tl.load(shift + channel, mask=channel < CHANNELS, other=0).to(tl.float32)[:, None]
+            row += tl.sum(tile.to(tl.float32) * offset, axis=0, keep_dims=True)
+            tile = narrow(tile.to(tl.float32) * factor, weight.dtype.element_ty)
+        matrix += (tile,)
     return matrix, row

@@ -17,6 +17,34 @@ def pytest_configure(config):
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels run on CPU tensors
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quicker_interpreter():
+    """Let Triton's interpreter replace the functions of its language once a kernel, not again at every call within.
+
+    That is half of its time; in a Triton that does it otherwise, nothing is changed.
+    """
+    try:
+        from triton.runtime import interpreter
+
+        patch, modules = interpreter._patch_lang, (interpreter.tl, interpreter.tl.core)
+    except (ImportError, AttributeError):
+        yield
+        return
+    scopes = {}  # by the modules of the language that the functions that it was made for see
+
+    def patch_once(function):
+        seen = tuple(module in function.__globals__.values() for module in modules)
+        if seen not in scopes:
+            scope = scopes[seen] = patch(function)
+            restore = scope.restore
+            scope.restore = lambda: (scopes.clear(), restore())
+        return scopes[seen]
+
+    interpreter._patch_lang = patch_once
+    yield
+    interpreter._patch_lang = patch
+
+
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device the tests run on: cpu (default) or cuda")
     parser.addoption("--data", default=os.environ.get("SEEMORE_FAST_DATA"), help="folder with test/Set5 and train/")

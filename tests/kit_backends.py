@@ -107,9 +107,9 @@ def guarded_results():
     """Make `torch.empty_like` return NaN inside a margin of NaN; at the end all inside is written, nothing outside."""
     margin, made, empty_like = 64, [], torch.empty_like
 
-    def guarded(x: torch.Tensor) -> torch.Tensor:
-        dense = empty_like(x, device="meta")
-        storage = torch.full((dense.numel() + 2 * margin,), torch.nan, dtype=x.dtype, device=x.device)
+    def guarded(x: torch.Tensor, **options) -> torch.Tensor:
+        dense = empty_like(x, device="meta", **options)
+        storage = torch.full((dense.numel() + 2 * margin,), torch.nan, dtype=dense.dtype, device=x.device)
         made.append((storage, dense.numel()))
         return storage.as_strided(dense.shape, dense.stride(), margin)
 

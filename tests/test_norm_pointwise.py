@@ -2,6 +2,7 @@
 
 import kit
 import pytest
+import torch
 
 from seemore_fast.ops import norm_pointwise
 
@@ -87,3 +88,102 @@ def test_bad_sizes(device):
 def test_unknown_activations_are_refused(device, activation):
     with pytest.raises(ValueError, match=r"^norm_pointwise: activation is .*, expected one of None, 'gelu'"):
         norm_pointwise(**tensors_of(device), activation=activation)
+
+
+# Kernels, which float32, float16 and bfloat16 have
+
+
+def float_tensors(device, shape=(2, 3, 6, 7), out=5, dtype=torch.float32):
+    return kit.cast(tensors_of(device, shape, out), dtype)
+
+
+@kit.each_kernel("norm_pointwise")
+@pytest.mark.parametrize(
+    "shape, out",
+    [
+        ((1, 36, 7, 41), 72),  # more than one tile of pixels
+        ((2, 48, 5, 9), 96),
+        ((1, 64, 6, 5), 128),
+        ((2, 36, 4, 4), 36),
+        ((3, 1, 1, 1), 1),
+        ((2, 17, 1, 33), 3),
+        ((1, 5, 70, 1), 31),
+    ],
+    ids=str,
+)
+def test_sizes(backend, device, shape, out):
+    tensors = tensors_of(device, shape, out)
+    options = {"activation": "gelu" if out % 4 == 0 else None}
+    for dtype in (torch.float32, torch.bfloat16):
+        kit.assert_within_yardstick(backend, norm_pointwise, naive_norm_pointwise, tensors, dtype, **options)
+
+
+@kit.each_kernel("norm_pointwise")
+@kit.each_layout
+def test_strides(backend, device, layout):
+    tensors = tensors_of(device, (2, 5, 6, 7), 9)
+    kit.assert_within_yardstick(
+        backend, norm_pointwise, naive_norm_pointwise, tensors, torch.float32, layout, activation="gelu"
+    )
+
+
+@kit.each_kernel("norm_pointwise")
+def test_large_offset_of_the_mean(backend, device):
+    """The mean is subtracted before anything is squared or rounded."""
+    tensors = tensors_of(device, (1, 36, 5, 6), 8)
+    tensors["x"] += 1000
+    kit.assert_within_yardstick(backend, norm_pointwise, naive_norm_pointwise, tensors, torch.float32)
+
+
+@kit.each_kernel("norm_pointwise")
+def test_programs_of_more_than_one_tile_add_up(backend, device, monkeypatch):
+    products = pytest.importorskip("seemore_fast.kernels.products")
+    monkeypatch.setattr(products, "PARTS", 2)
+    tensors = tensors_of(device, (1, 5, 20, 19), 7)
+    kit.assert_within_yardstick(
+        backend, norm_pointwise, naive_norm_pointwise, tensors, torch.float32, activation="gelu"
+    )
+
+
+@kit.each_kernel("norm_pointwise")
+def test_no_images(backend, device):
+    with kit.chosen(backend, device):
+        found = kit.value_and_gradients(norm_pointwise, float_tensors(device, (0, 3, 4, 5)), activation="gelu")
+    assert found["y"].shape == (0, 5, 4, 5)
+    assert not any(found[f"gradient of {name}"].any() for name in ("norm_weight", "norm_bias", "weight", "bias"))
+
+
+@kit.each_kernel("norm_pointwise")
+def test_wide_models_are_left_to_the_reference(backend, device):
+    tensors = tensors_of(device, (1, 65, 2, 3), 8)
+    kit.assert_within_yardstick(backend, norm_pointwise, naive_norm_pointwise, tensors, torch.float32)
+
+
+@kit.each_kernel("norm_pointwise")
+def test_operator(backend, device):
+    tensors = float_tensors(device)
+    with kit.chosen(backend, device):
+        kit.assert_opcheck(norm_pointwise, tensors, activation="gelu", eps=1e-6)
+        kit.assert_writes_its_results_only(norm_pointwise, tensors, activation="gelu")
+        kit.assert_deterministic(norm_pointwise, tensors, activation="gelu")
+        kit.assert_refuses_double_backward(norm_pointwise, tensors, activation="gelu")
+        kit.assert_compiles(norm_pointwise, tensors, float_tensors(device, (3, 3, 9, 5)), activation="gelu")
+
+
+@kit.each_kernel("norm_pointwise")
+def test_offsets_beyond_31_bits(backend, device):
+    with kit.chosen(backend, device):
+        kit.assert_large_offsets(norm_pointwise, float_tensors(device, dtype=torch.float16), ["x"], activation="gelu")
+
+
+@kit.each_kernel("norm_pointwise")
+def test_under_autocast(backend, device):
+    """x is normalised in float32 and only then rounded: a mean that dwarfs the deviations does no harm."""
+    tensors = float_tensors(device, (2, 36, 6, 7), 8)
+    tensors["x"] += 1000
+    exact = naive_norm_pointwise(**kit.cast(tensors, torch.float64))
+    with kit.chosen(backend, device), torch.autocast(torch.device(device).type, torch.bfloat16):
+        found = kit.value_and_gradients(norm_pointwise, tensors)
+    assert found["y"].dtype == torch.bfloat16
+    assert found["gradient of x"].dtype == found["gradient of weight"].dtype == torch.float32
+    assert kit.largest_difference(found["y"], exact) < 2**-6 * exact.abs().max()

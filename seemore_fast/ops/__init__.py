@@ -6,6 +6,7 @@ from .gated_ffn import gated_ffn
 from .low_rank_experts import low_rank_experts
 from .norm_conv3x3 import norm_conv3x3
 from .norm_pointwise import norm_pointwise
+from .pointwise import pointwise
 from .rme_block import rme_block
 from .router import router
 from .sme_block import sme_block
@@ -19,6 +20,7 @@ __all__ = [
     "low_rank_experts",
     "norm_conv3x3",
     "norm_pointwise",
+    "pointwise",
     "rme_block",
     "router",
     "sme_block",

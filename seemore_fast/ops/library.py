@@ -49,8 +49,11 @@ def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def empty_image(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """Return room for an image of the batch, size and layout of `like`."""
-    batch, _, height, width = like.shape
     is_plain = like.is_contiguous() or not like.is_contiguous(memory_format=torch.channels_last)
     layout = torch.contiguous_format if is_plain else torch.channels_last
-    size = (batch, channels, height, width)
-    return torch.empty(size, dtype=dtype, device=like.device, memory_format=layout)
+    return torch.empty_like(like[:, :1].expand(-1, channels, -1, -1), dtype=dtype, memory_format=layout)
+
+
+def contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
+    """Return the parameters as kernels take them."""
+    return [None if p is None else p.contiguous() for p in parameters]
