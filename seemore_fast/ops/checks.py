@@ -73,12 +73,15 @@ def check_choice(operator: str, name: str, value, choices: tuple):
         raise ValueError(f"{operator}: {name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
-def check_pair(operator: str, **pair: Tensor | None):
-    """Raise ValueError where one of two optional tensors is given without the other."""
-    missing = [name for name, tensor in pair.items() if tensor is None]
-    if len(missing) == 1:
-        given = next(name for name in pair if name not in missing)
-        raise ValueError(f"{operator}: {missing[0]} is None, expected a tensor beside {given}, or None for both")
+def check_together(operator: str, **tensors: Tensor | None):
+    """Raise ValueError where some of the optional tensors are given without the others."""
+    missing = [name for name, tensor in tensors.items() if tensor is None]
+    given = [name for name in tensors if name not in missing]
+    if missing and given:
+        all_of_them = "both" if len(tensors) == 2 else "all"
+        raise ValueError(
+            f"{operator}: {missing[0]} is None, expected a tensor beside {given[0]}, or None for {all_of_them}"
+        )
 
 
 def check_odd(operator: str, name: str, value: int):

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import reference
-from .checks import check_choice, check_pair, check_tensors
+from .checks import check_choice, check_tensors, check_together
 
 
 def norm_conv3x3(
@@ -29,8 +29,8 @@ def norm_conv3x3(
         weight_pw=(weight_pw, "P D 1 1 ?"),
         bias_pw=(bias_pw, "P ?"),
     )
-    check_pair("norm_conv3x3", norm_weight=norm_weight, norm_bias=norm_bias)
-    check_pair("norm_conv3x3", weight_pw=weight_pw, bias_pw=bias_pw)
+    check_together("norm_conv3x3", norm_weight=norm_weight, norm_bias=norm_bias)
+    check_together("norm_conv3x3", weight_pw=weight_pw, bias_pw=bias_pw)
     check_choice("norm_conv3x3", "activation", activation, (None, "gelu"))
     return reference.norm_conv3x3(
         x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation=activation, eps=eps
