@@ -19,6 +19,7 @@ MEANT = 90  # the architecture whose configurations tensors get that are on no G
 class Configuration(NamedTuple):
     pixels: int  # of a tile
     warps: int
+    stages: int = 1  # loads of so many turns of a loop at a time
 
 
 def configuration(kernel: str, x: Tensor) -> Configuration:

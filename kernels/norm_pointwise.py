@@ -1,10 +1,10 @@
 """Triton kernels of `norm_pointwise`; formula and shapes in `seemore_fast.reference.norm_pointwise`.
 
-    forward    n = normalise(x);  s = n @ (gain * W) + ...;  y = residual + activation(s)    one launch
+    forward    s = LN(x) @ W + bias;  y = residual + activation(s)                           one launch
     backward   s again;  ds = dy * activation'(s);  dx from ds @ transposed W                one launch
-               sums over the pixels of ds times n (`products`), and add them up              two launches
+               sums over the pixels of ds times LN(x) (`products`), and add them up          two launches
 
-Only ds passes through memory, where there is an activation. Of 36 channels 48 are summed over by the matrix units and
+Only ds passes through memory, where there is an activation; in float32, because bias' gradient is its sum. Of 36 channels 48 are summed over by the matrix units and
 80 made of 72: they multiply 1.48 times what is needed (1.78 for 36 of 36; nothing is wasted for 48 and 64).
 """
 
@@ -16,28 +16,30 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, slope
-from .configurations import configuration
-from .images import index_type, strided
+from .images import strided
 from .launch import Launch, run
 from .products import parts_of, products
 from .rounding import narrow
 from .sums import add_parts, new_partial
 from .tiles import (
+    add,
+    affine,
     at,
     cut,
-    load_layer,
+    load_columns,
     load_pixels,
+    load_row,
     load_tile,
     multiply,
     multiply_block,
-    narrow_all,
     normalise,
     normalise_backward,
-    pixels_of,
+    over_tiles,
     precision,
     store_pixels,
     store_tile,
     tile_of,
+    times_row,
     transposed,
     workspace,
     zeros,
@@ -94,12 +96,16 @@ def forward(y, x, norm_weight, norm_bias, weight, bias, activation, eps, residua
     yield over_tiles(norm_pointwise_forward, "norm_pointwise forward", images, arguments)
 
 
-def backward(dx, gradients, dy, x, norm_weight, norm_bias, weight, bias, activation, eps) -> Iterator[Launch]:
+def backward(
+    dx, gradients, dy, x, norm_weight, norm_bias, weight, bias, activation, eps, residual=None
+) -> Iterator[Launch]:
     partial = new_partial(parts_of(x, "products") if x.numel() else 0, gradients)
     if x.numel():
-        ds = dy if activation is None else workspace(x, dy.shape[1], weight.dtype)
-        arguments = strided(dx=dx, ds=ds, dy=dy, x=x) | layer(x, norm_weight, norm_bias, weight, bias, activation, eps)
-        yield over_tiles(norm_pointwise_backward_input, "norm_pointwise backward", [dx, ds, dy, x], arguments)
+        ds = dy if activation is None else workspace(x, dy.shape[1], torch.float32)
+        parameters = layer(x, norm_weight, norm_bias, weight, bias, activation, eps)
+        arguments = strided(dx=dx, ds=ds, dy=dy, x=x, residual=residual) | parameters
+        images = [image for image in (dx, ds, dy, x, residual) if image is not None]
+        yield over_tiles(norm_pointwise_backward_input, "norm_pointwise backward", images, arguments)
         yield products(partial, ds, x, weight, norm_weight, norm_bias, eps)
     yield add_parts(gradients, partial)
 
@@ -110,15 +116,6 @@ def layer(x: Tensor, norm_weight, norm_bias, weight: Tensor, bias, activation, e
     tiles = cut(x.shape[1])
     sizes = dict(CHANNELS=x.shape[1], TILES=tiles, OUT_CHANNELS=weight.shape[0], BLOCK=tiles[0])
     return parameters | sizes | dict(ACTIVATION=activation, PRECISION=precision())
-
-
-def over_tiles(kernel, name: str, images: list[Tensor], arguments: dict) -> Launch:
-    """Describe a launch with one program per tile of pixels; `images` are all those that it reads and writes."""
-    pixels, warps = configuration(name, images[-1])
-    places = pixels_of(*images)
-    index = index_type(places["pixels"] + pixels)
-    programs = len(images[0]) * triton.cdiv(places["pixels"], pixels)
-    return Launch(kernel, programs, arguments | places | dict(PIXELS=pixels, INDEX=index), warps)
 
 
 # Kernels
@@ -137,14 +134,14 @@ def norm_pointwise_forward(
     seen = load_pixels(at(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
     if norm_weight is not None:
         seen, _ = normalise(seen, eps, CHANNELS, TILES)
-    n = narrow_all(seen, weight.dtype.element_ty)
+    n = affine(seen, norm_weight, norm_bias, weight.dtype.element_ty, CHANNELS, TILES)
     y_at = at(y, y_strides, image, pixel, width)
     if residual is not None:
         residual_at = at(residual, residual_strides, image, pixel, width)
     for start in tl.range(0, OUT_CHANNELS, BLOCK, disable_licm=True):
         made = start + tl.arange(0, BLOCK)
-        matrix, row = load_layer(weight, bias, norm_weight, norm_bias, made, CHANNELS, TILES, OUT_CHANNELS)
-        out = activate(multiply(n, matrix, row, PRECISION), ACTIVATION)
+        matrix = load_columns(weight, 1, CHANNELS, made, CHANNELS, TILES, OUT_CHANNELS)
+        out = activate(multiply(n, matrix, load_row(bias, made, OUT_CHANNELS), PRECISION), ACTIVATION)
         if residual is not None:
             out += load_tile(residual_at, residual_strides, inside, made, OUT_CHANNELS).to(tl.float32)
         store_tile(y_at, y_strides, inside, out, made, OUT_CHANNELS)
@@ -152,19 +149,20 @@ def norm_pointwise_forward(
 
 @triton.jit
 def norm_pointwise_backward_input(
-    dx, dx_strides, ds, ds_strides, dy, dy_strides, x, x_strides, norm_weight, norm_bias, weight, bias, eps,
+    dx, dx_strides, ds, ds_strides, dy, dy_strides, x, x_strides, residual, residual_strides,
+    norm_weight, norm_bias, weight, bias, eps,
     pixels, width,
     CHANNELS: tl.constexpr, TILES: tl.constexpr, OUT_CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
     PIXELS: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx and, with an activation, ds: of the same PIXELS pixels of an image."""
+    """dx (to which `residual` is added) and, with an activation, ds: of the same PIXELS pixels of an image."""
     image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
     pixel = first + tl.arange(0, PIXELS)
     inside = pixel < pixels
     seen = load_pixels(at(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
     if norm_weight is not None:
         seen, scale = normalise(seen, eps, CHANNELS, TILES)
-    n = narrow_all(seen, weight.dtype.element_ty)
+    n = affine(seen, norm_weight, norm_bias, weight.dtype.element_ty, CHANNELS, TILES)
     dy_at, ds_at, dn = (
         at(dy, dy_strides, image, pixel, width),
         at(ds, ds_strides, image, pixel, width),
@@ -172,13 +170,19 @@ def norm_pointwise_backward_input(
     )
     for start in tl.range(0, OUT_CHANNELS, BLOCK, disable_licm=True):
         made = start + tl.arange(0, BLOCK)
-        matrix, row = load_layer(weight, bias, norm_weight, norm_bias, made, CHANNELS, TILES, OUT_CHANNELS)
+        matrix = load_columns(weight, 1, CHANNELS, made, CHANNELS, TILES, OUT_CHANNELS)
         gradient = load_tile(dy_at, dy_strides, inside, made, OUT_CHANNELS)
         if ACTIVATION is not None:
-            s = multiply(n, matrix, row, PRECISION)
-            gradient = narrow(gradient.to(tl.float32) * slope(s, ACTIVATION), weight.dtype.element_ty)
+            s = multiply(n, matrix, load_row(bias, made, OUT_CHANNELS), PRECISION)
+            gradient = gradient.to(tl.float32) * slope(s, ACTIVATION)
             store_tile(ds_at, ds_strides, inside, gradient, made, OUT_CHANNELS)
+            gradient = narrow(gradient, weight.dtype.element_ty)
         dn = multiply_block(gradient, transposed(matrix), dn, PRECISION)
     if norm_weight is not None:
-        dn = normalise_backward(dn, seen, scale, CHANNELS)
+        dn = normalise_backward(times_row(dn, norm_weight, CHANNELS, TILES), seen, scale, CHANNELS)
+    if residual is not None:
+        more = load_pixels(
+            at(residual, residual_strides, image, pixel, width), residual_strides, inside, CHANNELS, TILES
+        )
+        dn = add(dn, more)
     store_pixels(at(dx, dx_strides, image, pixel, width), dx_strides, inside, dn, CHANNELS, TILES)

@@ -12,11 +12,13 @@ from torch import Tensor
 from .configurations import configuration
 from .images import index_type
 from .launch import Launch
+from .rounding import narrow
 from .tiles import (
     at,
     channels_of,
     cut,
     dot,
+    launch,
     load_pixels,
     load_row,
     narrow_all,
@@ -43,13 +45,13 @@ def parts_of(x: Tensor, kernel: str) -> int:
 
 def products(partial: Tensor, ds: Tensor, x: Tensor, weight=None, gain=None, shift=None, eps=0.0) -> Launch:
     """Describe the launch that writes partial; with a norm weight, gain, shift and eps are those of forward."""
-    pixels, warps = configuration("products", x)
+    pixels, *how = configuration("products", x)
     images = dict(partial=partial, ds=ds, ds_strides=ds.stride(), x=x, x_strides=x.stride())
     norm = dict(weight=weight, gain=gain, shift=shift, eps=eps)
     tiles = dict(CHANNELS=x.shape[1], SUMMED=cut(x.shape[1]), OUT_CHANNELS=ds.shape[1], MADE=powers(ds.shape[1]))
     options = dict(PIXELS=pixels, INDEX=index_type(x.shape[2] * x.shape[3] + 2**16), PRECISION=precision())
     arguments = images | norm | pixels_of(x, ds) | dict(steps=steps_of(x, "products")) | tiles | options
-    return Launch(add_products, len(partial), arguments, warps)
+    return launch(add_products, len(partial), arguments, *how)
 
 
 @triton.jit
@@ -63,6 +65,7 @@ def add_products(
     With a norm, s = (gain * n + shift) @ W + bias. Only M = transposed ds @ n is summed over the pixels:
         dweight = gain * M + shift * dbias      dgain = columns of W * M      dshift = columns of W * dbias
     """
+    FACTOR: tl.constexpr = ds.dtype.element_ty if gain is None else weight.dtype.element_ty
     sums = ()
     for j in tl.static_range(len(MADE)):
         for i in tl.static_range(len(SUMMED)):
@@ -70,21 +73,21 @@ def add_products(
     dbias = ()
     for j in tl.static_range(len(MADE)):
         dbias += (tl.zeros((MADE[j],), tl.float32),)
-    image, first = tile_of(tl.program_id(0), pixels, PIXELS * steps, INDEX)
+    image, start = tile_of(tl.program_id(0), pixels, PIXELS * steps, INDEX)
     for step in tl.range(0, steps, disable_licm=True):
-        pixel = first + step * PIXELS + tl.arange(0, PIXELS)
+        pixel = start + step * PIXELS + tl.arange(0, PIXELS)
         inside = pixel < pixels
         seen = load_pixels(at(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, SUMMED)
         gradient = load_pixels(at(ds, ds_strides, image, pixel, width), ds_strides, inside, OUT_CHANNELS, MADE)
         if gain is not None:
             seen, _ = normalise(seen, eps, CHANNELS, SUMMED)
-        seen = narrow_all(seen, ds.dtype.element_ty)
+        factor = narrow_all(seen, FACTOR)
         sums_before, dbias_before = sums, dbias
         sums, dbias = (), ()
         for j in tl.static_range(len(MADE)):
             for i in tl.static_range(len(SUMMED)):
                 before = sums_before[j * len(SUMMED) + i]
-                sums += (dot(tl.trans(gradient[j]), seen[i], before, PRECISION),)
+                sums += (dot(tl.trans(narrow(gradient[j].to(tl.float32), FACTOR)), factor[i], before, PRECISION),)
             dbias += (dbias_before[j] + tl.sum(gradient[j].to(tl.float32), axis=0),)
     NORMS: tl.constexpr = 0 if gain is None else 2
     partial += tl.program_id(0).to(tl.int64) * (NORMS * CHANNELS + OUT_CHANNELS * (CHANNELS + 1))

@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configurations import configuration
+from .images import index_type
+from .launch import Launch
 from .rounding import INTERPRETED, narrow
 
 # On the host
@@ -42,6 +45,22 @@ def pixels_of(*images: Tensor) -> dict:
     height, width = images[0].shape[2:]
     follow = height == 1 or all(image.stride(2) == width * image.stride(3) for image in images)
     return dict(pixels=height * width, width=None if follow else width)
+
+
+def over_tiles(kernel, name: str, images: list[Tensor], arguments: dict) -> Launch:
+    """Describe a launch with one program per tile of pixels; `images` are all that it reads and writes but workspaces.
+
+    `name` is that of its configuration, which goes by the last of them.
+    """
+    pixels, *how = configuration(name, images[-1])
+    places = pixels_of(*images)
+    index = index_type(places["pixels"] + pixels)
+    programs = len(images[0]) * triton.cdiv(places["pixels"], pixels)
+    return launch(kernel, programs, arguments | places | dict(PIXELS=pixels, INDEX=index), *how)
+
+
+def launch(kernel, programs: int, arguments: dict, warps: int, stages: int) -> Launch:
+    return Launch(kernel, programs, arguments, warps, {"num_stages": stages})
 
 
 def workspace(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
@@ -200,6 +219,14 @@ def add_tiles(tiles):
 
 
 @triton.jit
+def add(a, b):
+    out = ()
+    for i in tl.static_range(len(a)):
+        out += (a[i].to(tl.float32) + b[i].to(tl.float32),)
+    return out
+
+
+@triton.jit
 def product(a, b):
     out = ()
     for i in tl.static_range(len(a)):
@@ -249,23 +276,22 @@ def normalise_backward(dn, n, scale, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def load_layer(
-    weight, bias, gain, shift, made, CHANNELS: tl.constexpr, TILES: tl.constexpr, OUT_CHANNELS: tl.constexpr
-):
-    """Return columns `made` of the matrix, and the row, of a layer behind a norm: n @ matrix + row.
-
-    weight is (OUT_CHANNELS, CHANNELS). s = (gain * n + shift) @ W + bias is n @ (gain * W) + (shift @ W + bias), so
-    that gain and shift take no registers beside the pixels. Both are None where there is no norm.
-    """
-    matrix, row = (), load_row(bias, made, OUT_CHANNELS)
+def affine(n, gain, shift, dtype: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr):
+    """Return gain * n + shift rounded to dtype, or n where there is no norm: gain and shift are None."""
+    out = ()
     for i in tl.static_range(len(TILES)):
-        channel = channels_of(TILES, i)
-        there = (channel < CHANNELS)[:, None] & (made < OUT_CHANNELS)[None, :]
-        tile = tl.load(weight + channel[:, None] + made[None, :] * CHANNELS, mask=there, other=0)
+        tile = n[i]
         if gain is not None:
-            factor = tl.load(gain + channel, mask=channel < CHANNELS, other=0).to(tl.float32)[:, None]
-            offset = tl.load(shift + channel, mask=channel < CHANNELS, other=0).to(tl.float32)[:, None]
-            row += tl.sum(tile.to(tl.float32) * offset, axis=0, keep_dims=True)
-            tile = narrow(tile.to(tl.float32) * factor, weight.dtype.element_ty)
-        matrix += (tile,)
-    return matrix, row
+            channel = channels_of(TILES, i)
+            tile = tile * load_row(gain, channel, CHANNELS) + load_row(shift, channel, CHANNELS)
+        out += (tile,)
+    return narrow_all(out, dtype)
+
+
+@triton.jit
+def times_row(tiles, values, CHANNELS: tl.constexpr, TILES: tl.constexpr):
+    """Return the tiles times a parameter (CHANNELS,)."""
+    out = ()
+    for i in tl.static_range(len(TILES)):
+        out += (tiles[i] * load_row(values, channels_of(TILES, i), CHANNELS),)
+    return out

@@ -47,6 +47,8 @@ KERNELS = {
     "calibrate": [Kernel("cuda", "cuda"), Kernel("triton", "cuda")],
     "router": [Kernel("cuda", "cuda")],
     "norm_pointwise": [Kernel("triton", "cuda", FLOATS, most=MATRIX)],
+    "gated_ffn": [Kernel("triton", "cuda", FLOATS, most=MATRIX)],
+    "low_rank_experts": [Kernel("triton", "cuda", FLOATS, most=MATRIX)],
     "network": [Kernel("cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16))],
 }
 BACKENDS = ("cpu", "cuda", "triton")

@@ -319,6 +319,14 @@ def assert_refuses_double_backward(operator: Callable, tensors: dict[str, Tensor
         gradient.sum().backward()
 
 
+def assert_operator(operator: Callable, tensors: dict[str, Tensor], defaults: dict | None = None, **options):
+    """What every operator with kernels promises beside its values; `defaults` are what the dispatcher is told more."""
+    assert_opcheck(operator, tensors, **options, **(defaults or {}))
+    assert_writes_its_results_only(operator, tensors, **options)
+    assert_deterministic(operator, tensors, **options)
+    assert_refuses_double_backward(operator, tensors, **options)
+
+
 # Bad input
 
 # what is wrong: (how a good tensor becomes bad, the exception, what its message says about the tensor)

@@ -2,6 +2,7 @@
 
 import kit
 import pytest
+import torch
 from test_depthwise_gate import naive_depthwise_gate
 
 from seemore_fast.ops import gated_ffn
@@ -66,3 +67,74 @@ def test_bad_tensors(device, fault):
 
 def test_bad_sizes(device):
     kit.assert_sizes_refused(gated_ffn, tensors_of(device), free=kit.BATCH_AND_PIXELS)
+
+
+# Kernels, which float32, float16 and bfloat16 have
+
+
+def float_tensors(device, shape=(2, 3, 6, 7), dtype=torch.float32):
+    return kit.cast(tensors_of(device, shape), dtype)
+
+
+@kit.each_kernel("gated_ffn")
+@pytest.mark.parametrize(
+    "shape", [(1, 36, 7, 41), (1, 48, 3, 9), (1, 64, 3, 5), (3, 1, 1, 1), (2, 17, 1, 33), (1, 5, 70, 1)], ids=str
+)
+def test_sizes(backend, device, shape):
+    for dtype in (torch.float32,) if shape[1] > 36 else (torch.float32, torch.bfloat16):
+        kit.assert_within_yardstick(backend, gated_ffn, naive_gated_ffn, tensors_of(device, shape), dtype)
+
+
+@kit.each_kernel("gated_ffn")
+@kit.each_layout
+def test_strides(backend, device, layout):
+    tensors = tensors_of(device, (2, 5, 6, 7))
+    kit.assert_within_yardstick(backend, gated_ffn, naive_gated_ffn, tensors, torch.float32, layout)
+
+
+@kit.each_kernel("gated_ffn")
+def test_images_do_not_see_each_other(backend, device):
+    """Nor does the first row of an image see the last one of that before: NaN stays where it is."""
+    tensors = float_tensors(device, (3, 4, 5, 6))
+    tensors["x"][1] = torch.nan
+    with kit.chosen(backend, device):
+        found = kit.value_and_gradients(gated_ffn, tensors)
+        others = kit.value_and_gradients(gated_ffn, tensors | {"x": tensors["x"][::2]})
+    assert torch.equal(found["y"][::2], others["y"])
+    assert found["y"][1].isnan().all() and found["gradient of x"][1].isnan().all()
+    assert not found["gradient of x"][::2].isnan().any()
+
+
+@kit.each_kernel("gated_ffn")
+def test_no_images(backend, device):
+    with kit.chosen(backend, device):
+        found = kit.value_and_gradients(gated_ffn, float_tensors(device, (0, 3, 4, 5)))
+    assert found.pop("y").shape == found.pop("gradient of x").shape == (0, 3, 4, 5)
+    assert not any(gradient.any() for gradient in found.values())
+
+
+@kit.each_kernel("gated_ffn")
+def test_operator(backend, device):
+    tensors = float_tensors(device)
+    with kit.chosen(backend, device):
+        kit.assert_operator(gated_ffn, tensors, {"eps": 1e-6})
+        kit.assert_compiles(gated_ffn, tensors, float_tensors(device, (3, 3, 9, 5)))
+
+
+@kit.each_kernel("gated_ffn")
+def test_offsets_beyond_31_bits(backend, device):
+    with kit.chosen(backend, device):
+        kit.assert_large_offsets(gated_ffn, float_tensors(device, dtype=torch.float16), ["x"])
+
+
+@kit.each_kernel("gated_ffn")
+def test_under_autocast(backend, device):
+    """x stays float32 where it is normalised and where it is added: a mean that dwarfs the deviations does no harm."""
+    tensors = float_tensors(device, (2, 36, 6, 7))
+    tensors["x"] += 1000
+    exact = naive_gated_ffn(**kit.cast(tensors, torch.float64))
+    with kit.chosen(backend, device), torch.autocast(torch.device(device).type, torch.bfloat16):
+        found = kit.value_and_gradients(gated_ffn, tensors)
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    change = exact - tensors["x"]
+    assert kit.largest_difference(found["y"] - tensors["x"], change) < 2**-5 * change.abs().max()

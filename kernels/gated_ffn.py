@@ -1,0 +1,220 @@
+"""Triton kernels of `gated_ffn`; formula and shapes in `seemore_fast.reference.gated_ffn`.
+
+    forward    g = GELU(LN(x) @ W_g)                                             one launch (`norm_pointwise`)
+               u = GELU(LN(x) @ W_u);  h = u * (stencil(g) + bias_gate);  y = x + GELU(h @ W_2)             one more
+    backward   u and g again                                                     one launch (`norm_pointwise`)
+               h and z = h @ W_2 again;  dz = dy * GELU'(z);  dh = dz @ transposed W_2                      one more
+               the gradients of `depthwise_gate`, of weight_2 (`products`) and of `norm_pointwise`
+
+What neighbours must see goes through memory: g, in forward. A program of forward has PIXELS pixels and goes over blocks
+of channels; g's workspace has channels innermost, so that all nine shifts of a block are wide, aligned loads.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import depthwise_gate, norm_pointwise
+from .activation import activate, slope
+from .images import strided
+from .launch import Launch, run
+from .products import parts_of, products
+from .rounding import narrow
+from .sums import add_parts, new_partial
+from .tiles import (
+    affine,
+    at,
+    channels_of,
+    cut,
+    load_columns,
+    load_pixels,
+    load_row,
+    load_tile,
+    multiply,
+    multiply_block,
+    normalise,
+    over_tiles,
+    precision,
+    store_pixels,
+    store_tile,
+    tile_of,
+    workspace,
+    zeros,
+)
+
+# Public functions: the caller has checked all arguments and allocated the results; parameters are contiguous
+
+
+def gated_ffn(
+    y: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight_1: Tensor, bias_1: Tensor,
+    weight_gate: Tensor, bias_gate: Tensor, weight_2: Tensor, bias_2: Tensor, eps: float,
+) -> None:  # fmt: skip
+    """Write y (B, C, H, W)."""
+    parameters = norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2
+    run(forward(y, x, *parameters, eps), x.device)
+
+
+def gated_ffn_backward(
+    dx: Tensor, dnorm_weight: Tensor, dnorm_bias: Tensor, dweight_1: Tensor, dbias_1: Tensor,
+    dweight_gate: Tensor, dbias_gate: Tensor, dweight_2: Tensor, dbias_2: Tensor, dy: Tensor,
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight_1: Tensor, bias_1: Tensor,
+    weight_gate: Tensor, bias_gate: Tensor, weight_2: Tensor, bias_2: Tensor, eps: float,
+) -> None:  # fmt: skip
+    """Write dx and the gradients of the parameters."""
+    gradients = dnorm_weight, dnorm_bias, dweight_1, dbias_1, dweight_gate, dbias_gate, dweight_2, dbias_2
+    parameters = norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2
+    run(backward(dx, gradients, dy, x, *parameters, eps), x.device)
+
+
+def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
+    """Yield all launches, by name, for images like x; it may be on the meta device."""
+    channels = x.shape[1]
+    vector, square, twice = x.new_empty(channels), x.new_empty(channels, channels, 1, 1), x.new_empty(2 * channels)
+    wide, taps = x.new_empty(2 * channels, channels, 1, 1), x.new_empty(channels, 1, 3, 3)
+    parameters = vector, vector, wide, twice, taps, vector, square, vector
+    yield from ((f"forward {number}", launch) for number, launch in enumerate(forward(x, x, *parameters, 1e-6)))
+    for number, launch in enumerate(backward(x, parameters, x, x, *parameters, 1e-6)):
+        yield f"backward {number}", launch
+
+
+# What is launched
+
+
+def forward(
+    y, x, norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2, eps
+) -> Iterator[Launch]:
+    if x.numel() == 0:
+        return
+    channels = x.shape[1]
+    g = workspace(x, channels, weight_1.dtype)
+    norm = norm_weight, norm_bias
+    yield from norm_pointwise.forward(g, x, *norm, weight_1[channels:], bias_1[channels:], "gelu", eps)
+    parameters = dict(norm_weight=norm_weight, norm_bias=norm_bias, weight_1=weight_1, bias_1=bias_1, eps=eps)
+    parameters |= end(x, weight_gate, bias_gate, weight_2, bias_2)
+    yield over_tiles(gated_ffn_forward, "gated_ffn forward", [y, x], strided(y=y, x=x, g=g) | parameters)
+
+
+def backward(
+    dx, gradients, dy, x, norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2, eps
+) -> Iterator[Launch]:
+    channels = x.shape[1]
+    # u and g are float32: rounded, they would err all sums over the image to the same side, twice as much as torch's.
+    ug = x.new_empty((len(x), 2 * channels, *x.shape[2:]), dtype=torch.float32)
+    dug = torch.empty_like(ug, dtype=weight_1.dtype)
+    (u, g), (du, dg) = ug.split(channels, dim=1), dug.split(channels, dim=1)
+    dh, h, dz = torch.empty_like(du), *(workspace(x, channels, weight_1.dtype) for _ in range(2))
+    if x.numel():
+        layer = x, norm_weight, norm_bias, weight_1, bias_1, "gelu", eps
+        yield from norm_pointwise.forward(ug, *layer)
+        images = strided(dh=dh, h=h, dz=dz, dy=dy, u=u, g=g)
+        parameters = end(x, weight_gate, bias_gate, weight_2, bias_2)
+        yield over_tiles(gated_ffn_backward_gate, "gated_ffn backward", [dy], images | parameters)
+    *first, dweight_gate, dbias_gate, dweight_2, dbias_2 = gradients
+    partial = new_partial(parts_of(x, "products") if x.numel() else 0, [dweight_2, dbias_2])
+    if x.numel():
+        yield products(partial, dz, h)
+    yield add_parts([dweight_2, dbias_2], partial)
+    yield from depthwise_gate.backward(du, dg, dweight_gate, dbias_gate, dh, u, g, weight_gate, bias_gate)
+    inputs = x, norm_weight, norm_bias, weight_1, bias_1, "gelu", eps
+    yield from norm_pointwise.backward(dx, first, dug, *inputs, residual=dy)
+
+
+def end(x: Tensor, weight_gate: Tensor, bias_gate: Tensor, weight_2: Tensor, bias_2: Tensor) -> dict:
+    """Return as the kernels' arguments what both kernels do from the gate on."""
+    taps = weight_gate.flatten(1).t().contiguous()  # (9, C): one wide load for a block of channels, not one for each
+    tiles = cut(x.shape[1])
+    sizes = dict(rows=x.shape[2], columns=x.shape[3], CHANNELS=x.shape[1], TILES=tiles, BLOCK=tiles[0])
+    return dict(taps=taps, bias_gate=bias_gate, weight_2=weight_2, bias_2=bias_2, PRECISION=precision()) | sizes
+
+
+# Kernels
+
+
+@triton.jit
+def gated_ffn_forward(
+    y, y_strides, x, x_strides, g, g_strides, norm_weight, norm_bias, weight_1, bias_1, eps,
+    taps, bias_gate, weight_2, bias_2, pixels, width, rows, columns,
+    CHANNELS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,
+    INDEX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y = x + GELU((u * gate) @ weight_2 + bias_2), PIXELS pixels of an image."""
+    image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
+    pixel = first + tl.arange(0, PIXELS)
+    inside = pixel < pixels
+    seen = load_pixels(at(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
+    n, _ = normalise(seen, eps, CHANNELS, TILES)
+    n = affine(n, norm_weight, norm_bias, weight_1.dtype.element_ty, CHANNELS, TILES)
+    z = zeros(PIXELS, TILES)
+    for start in tl.range(0, CHANNELS, BLOCK, disable_licm=True):
+        block = start + tl.arange(0, BLOCK)
+        matrix = load_columns(weight_1, 1, CHANNELS, block, CHANNELS, TILES, CHANNELS)
+        u = activate(multiply(n, matrix, load_row(bias_1, block, CHANNELS), PRECISION), "gelu")
+        factor = gate(g, g_strides, taps, bias_gate, image, pixel, inside, block, rows, columns, CHANNELS)
+        h = narrow(u * factor, weight_2.dtype.element_ty)
+        z = multiply_block(h, load_lines(weight_2, block, CHANNELS, TILES), z, PRECISION)
+    out = ()
+    for i in tl.static_range(len(TILES)):
+        s = z[i] + load_row(bias_2, channels_of(TILES, i), CHANNELS)
+        out += (seen[i].to(tl.float32) + activate(s, "gelu"),)
+    store_pixels(at(y, y_strides, image, pixel, width), y_strides, inside, out, CHANNELS, TILES)
+
+
+@triton.jit
+def gated_ffn_backward_gate(
+    dh, dh_strides, h, h_strides, dz, dz_strides, dy, dy_strides, u, u_strides, g, g_strides,
+    taps, bias_gate, weight_2, bias_2, pixels, width, rows, columns,
+    CHANNELS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,
+    INDEX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """h = u * gate, dz = dy * GELU'(h @ weight_2 + bias_2) and dh = dz @ transposed weight_2."""
+    image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
+    pixel = first + tl.arange(0, PIXELS)
+    inside = pixel < pixels
+    dtype: tl.constexpr = weight_2.dtype.element_ty
+    z = zeros(PIXELS, TILES)
+    for start in tl.range(0, CHANNELS, BLOCK, disable_licm=True):
+        block = start + tl.arange(0, BLOCK)
+        factor = gate(g, g_strides, taps, bias_gate, image, pixel, inside, block, rows, columns, CHANNELS)
+        gated = load_tile(at(u, u_strides, image, pixel, columns), u_strides, inside, block, CHANNELS)
+        gated = narrow(gated.to(tl.float32) * factor, dtype)
+        store_tile(at(h, h_strides, image, pixel, columns), h_strides, inside, gated, block, CHANNELS)
+        z = multiply_block(gated, load_lines(weight_2, block, CHANNELS, TILES), z, PRECISION)
+    upstream = load_pixels(at(dy, dy_strides, image, pixel, width), dy_strides, inside, CHANNELS, TILES)
+    gradient = ()
+    for i in tl.static_range(len(TILES)):
+        s = z[i] + load_row(bias_2, channels_of(TILES, i), CHANNELS)
+        gradient += (narrow(upstream[i].to(tl.float32) * slope(s, "gelu"), dtype),)
+    store_pixels(at(dz, dz_strides, image, pixel, columns), dz_strides, inside, gradient, CHANNELS, TILES)
+    for start in tl.range(0, CHANNELS, BLOCK, disable_licm=True):
+        block = start + tl.arange(0, BLOCK)
+        matrix = load_columns(weight_2, CHANNELS, 1, block, CHANNELS, TILES, CHANNELS)
+        back = multiply(gradient, matrix, tl.zeros((1, BLOCK), tl.float32), PRECISION)
+        store_tile(at(dh, dh_strides, image, pixel, columns), dh_strides, inside, back, block, CHANNELS)
+
+
+@triton.jit
+def gate(g, g_strides, taps, bias, image, pixel, inside, block, rows, columns, CHANNELS: tl.constexpr):
+    """Return bias + depthwise3x3(g), a block of channels (PIXELS, BLOCK) in float32."""
+    row, column = pixel // columns, pixel % columns
+    centre = at(g, g_strides, image, pixel, columns)
+    total = load_row(bias, block, CHANNELS)
+    for tap in tl.static_range(9):
+        down, right = tap // 3 - 1, tap % 3 - 1
+        there = inside & (row + down >= 0) & (row + down < rows) & (column + right >= 0) & (column + right < columns)
+        seen = load_tile(centre + down * g_strides[2] + right * g_strides[3], g_strides, there, block, CHANNELS)
+        total += load_row(taps + tap * CHANNELS, block, CHANNELS) * seen.to(tl.float32)
+    return total
+
+
+@triton.jit
+def load_lines(weight, block, CHANNELS: tl.constexpr, TILES: tl.constexpr):
+    """Return lines `block` of transposed weight (CHANNELS, CHANNELS) as tiles (BLOCK, TILES[i])."""
+    tiles = ()
+    for i in tl.static_range(len(TILES)):
+        made = channels_of(TILES, i)
+        there = (block < CHANNELS)[:, None] & (made < CHANNELS)[None, :]
+        tiles += (tl.load(weight + block[:, None] + made[None, :] * CHANNELS, mask=there, other=0),)
+    return tiles
