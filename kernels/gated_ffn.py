@@ -101,11 +101,11 @@ def backward(
     dx, gradients, dy, x, norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2, eps
 ) -> Iterator[Launch]:
     channels = x.shape[1]
-    # u and g are float32: rounded, they would err all sums over the image to the same side, twice as much as torch's.
+    # u, g and dh are float32: their rounding would show in all sums over the image, twice as much as torch's does.
     ug = x.new_empty((len(x), 2 * channels, *x.shape[2:]), dtype=torch.float32)
     dug = torch.empty_like(ug, dtype=weight_1.dtype)
     (u, g), (du, dg) = ug.split(channels, dim=1), dug.split(channels, dim=1)
-    dh, h, dz = torch.empty_like(du), *(workspace(x, channels, weight_1.dtype) for _ in range(2))
+    dh, h, dz = torch.empty_like(u), *(workspace(x, channels, weight_1.dtype) for _ in range(2))
     if x.numel():
         layer = x, norm_weight, norm_bias, weight_1, bias_1, "gelu", eps
         yield from norm_pointwise.forward(ug, *layer)

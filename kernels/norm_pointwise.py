@@ -4,8 +4,9 @@
     backward   s again;  ds = dy * activation'(s);  dx from ds @ transposed W                one launch
                sums over the pixels of ds times LN(x) (`products`), and add them up          two launches
 
-Only ds passes through memory, where there is an activation; in float32, because bias' gradient is its sum. Of 36 channels 48 are summed over by the matrix units and
-80 made of 72: they multiply 1.48 times what is needed (1.78 for 36 of 36; nothing is wasted for 48 and 64).
+Only ds passes through memory, where there is an activation; in float32, because its sums are bias' gradient. Of 36
+channels 48 are summed over by the matrix units and 80 made of 72: they multiply 1.48 times what is needed (1.78 for
+36 of 36; nothing is wasted for 48 and 64).
 """
 
 from collections.abc import Iterator

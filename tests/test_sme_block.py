@@ -2,6 +2,7 @@
 
 import kit
 import pytest
+import torch
 from test_gated_ffn import naive_gated_ffn
 from test_norm_pointwise import naive_norm_pointwise
 from test_striped_conv import naive_striped_conv
@@ -91,3 +92,21 @@ def test_bad_sizes(device):
 def test_even_kernels_are_refused(device, taps):
     with pytest.raises(ValueError, match=f"^sme_block: weight_row has {taps} taps, expected an odd number"):
         sme_block(**tensors_of(device, taps=taps))
+
+
+# On the kernels of its parts
+
+
+@kit.each_kernel("gated_ffn")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [None, "channels_last"])
+def test_of_kernels(backend, device, dtype, layout):
+    tensors = tensors_of(device, (2, 12, 7, 18), taps=11)
+    kit.assert_within_yardstick(backend, sme_block, naive_sme_block, tensors, dtype, layout)
+
+
+@kit.each_kernel("gated_ffn")
+def test_of_kernels_is_one_graph(backend, device):
+    calls = (kit.cast(tensors_of(device, shape), torch.float32) for shape in [(2, 3, 6, 7), (3, 3, 9, 5)])
+    with kit.chosen(backend, device):
+        kit.assert_compiles(sme_block, *calls)

@@ -3,7 +3,6 @@
 In the paper: "Spatial Modulating Expert".
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -51,5 +50,5 @@ def sme_block(
     parts = parts or reference
     q, v = parts.norm_pointwise(x, norm_1_weight, norm_1_bias, weight_qv, bias_qv, activation="gelu").chunk(2, dim=1)
     q = parts.striped_conv(q, weight_row, bias_row, weight_col, bias_col, gate=v)
-    x = x + F.conv2d(q, weight_proj, bias_proj)
+    x = parts.pointwise(q, weight_proj, bias_proj, residual=x)
     return parts.gated_ffn(x, norm_2_weight, norm_2_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2)
