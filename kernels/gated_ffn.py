@@ -200,12 +200,14 @@ def gate(g, g_strides, taps, bias, image, pixel, inside, block, rows, columns, C
     """Return bias + depthwise3x3(g), a block of channels (PIXELS, BLOCK) in float32."""
     row, column = pixel // columns, pixel % columns
     centre = at(g, g_strides, image, pixel, columns)
-    total = load_row(bias, block, CHANNELS)
-    for tap in tl.static_range(9):
-        down, right = tap // 3 - 1, tap % 3 - 1
-        there = inside & (row + down >= 0) & (row + down < rows) & (column + right >= 0) & (column + right < columns)
-        seen = load_tile(centre + down * g_strides[2] + right * g_strides[3], g_strides, there, block, CHANNELS)
-        total += load_row(taps + tap * CHANNELS, block, CHANNELS) * seen.to(tl.float32)
+    total = tl.broadcast_to(load_row(bias, block, CHANNELS), (pixel.shape[0], block.shape[0]))
+    for line in tl.range(0, 3, disable_licm=True):  # not all nine at once: registers
+        there = inside & (row + line >= 1) & (row + line <= rows)
+        above = centre + (line - 1) * g_strides[2]
+        for right in tl.static_range(-1, 2):
+            exists = there & (column + right >= 0) & (column + right < columns)
+            seen = load_tile(above + right * g_strides[3], g_strides, exists, block, CHANNELS)
+            total += load_row(taps + (3 * line + right + 1) * CHANNELS, block, CHANNELS) * seen.to(tl.float32)
     return total
 
 
