@@ -8,13 +8,20 @@ SOURCES := $(shell find csrc -type f -not -name '*.pyc')
 INTEGRATIONS := .venv-integrations
 NEWEST := .venv-newest
 
-.PHONY: demo test test-all lint format gpu-check clean
+.PHONY: demo test test-triton test-others test-all lint format gpu-check clean
 
 demo: $(VENV)/.runs
 	$(BIN)/python -m seemore_fast.demo -o demo_output
 
+# Triton's kernels, which are interpreted, and all the rest run side by side, a core each; output comes when each has ended.
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest -q
+	$(MAKE) --no-print-directory --jobs 2 --output-sync test-triton test-others
+
+test-triton: $(VENV)/.tests
+	$(BIN)/python -m pytest -q -k triton
+
+test-others: $(VENV)/.tests
+	$(BIN)/python -m pytest -q -k "not triton"
 
 test-all: $(VENV)/.tests $(INTEGRATIONS)/.tests $(NEWEST)/.tests
 	$(BIN)/python -m pytest -q -m "slow or not slow"

@@ -50,6 +50,7 @@ def test_contents(archives):
         "demo/chelsea.png",
         "kernels/__init__.py",
         "kernels/striped_conv.py",
+        "kernels/configurations.json",
         "benchmarks/compare_peers.py",
         "libseemore_cpu.so",
     ):
@@ -61,7 +62,14 @@ def test_contents(archives):
     assert sum(info.compress_size for info in zipfile.ZipFile(wheel).infolist()) < 5e6
     with tarfile.open(sdist) as archive:
         in_sdist = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"kernels/__init__.py", "csrc/build.py", "csrc/views.h", "csrc/cpu/simd.h", "csrc/cuda/striped_conv.cu"}
+    wanted = {
+        "kernels/__init__.py",
+        "kernels/configurations.json",
+        "csrc/build.py",
+        "csrc/views.h",
+        "csrc/cpu/simd.h",
+        "csrc/cuda/striped_conv.cu",
+    }
     assert wanted | {"tests/conftest.py", "Makefile", "LICENSE", "NOTICE"} <= in_sdist
     assert not any(name.endswith((".so", ".o")) for name in in_sdist)
 
