@@ -295,3 +295,16 @@ def times_row(tiles, values, CHANNELS: tl.constexpr, TILES: tl.constexpr):
     for i in tl.static_range(len(TILES)):
         out += (tiles[i] * load_row(values, channels_of(TILES, i), CHANNELS),)
     return out
+
+
+# In kernels: zeros. Triton 3.6 takes an item of a tuple for the side of a tile only as an argument of a function.
+
+
+@triton.jit
+def zero_row(columns: tl.constexpr):
+    return tl.zeros((columns,), tl.float32)
+
+
+@triton.jit
+def zero_tile(rows: tl.constexpr, columns: tl.constexpr):
+    return tl.zeros((rows, columns), tl.float32)
