@@ -40,3 +40,9 @@ def activate_with_slope(x, ACTIVATION: tl.constexpr):
         return x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327  # 1 / sqrt(2 pi)
     else:
         return x, tl.full(x.shape, 1, x.dtype)
+
+
+@triton.jit
+def slope(x, ACTIVATION: tl.constexpr):
+    """Return activation'(x)."""
+    return activate_with_slope(x, ACTIVATION)[1]

@@ -23,7 +23,13 @@ import torch
 import triton
 from torch import Tensor
 
-POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+}
 ALIGNED = [["tt.divisibility", 16]]
 
 
@@ -100,6 +106,8 @@ def specialize(value: Any, path: tuple[int, ...], constexprs: dict, attrs: dict)
     if value is None or (isinstance(value, int) and value == 1):
         constexprs[path] = value
         return "constexpr"
+    if isinstance(value, float):
+        return "fp32"
     if isinstance(value, Tensor):  # memory itself is aligned; meta tensors have no address to ask for
         offset, kind = value.storage_offset() * value.element_size(), POINTERS[value.dtype]
     else:

@@ -17,7 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation import activate, activate_with_slope
+from .images import index_type, new_workspace, plane_of, store, strided
 from .launch import Launch, run
+from .sums import add_parts, new_partial
 
 TILE = 1024  # pixels of a program
 WARPS = 8  # so 4 pixels per thread: one load of 16 bytes
@@ -44,28 +47,23 @@ def striped_conv_backward(
     activation: str | None, gate: Tensor | None,
 ) -> None:  # fmt: skip
     """Write dx, the gradients of the parameters and, if there is a gate, dgate."""
-    # (parts, C, 2K + 2): for each channel weight_row's K sums, bias_row's, weight_col's K and bias_col's, over a part
-    # of the pixels. Without pixels there are no parts.
-    partial = new_partial(x, weight_row)
+    gradients = dweight_row, dbias_row, dweight_col, dbias_col
     inputs = x, weight_row, bias_row, weight_col, bias_col, activation, gate
-    run(backward(partial, dx, dgate, dy, *inputs), x.device)
-    gradients, taps = (dweight_row, dbias_row, dweight_col, dbias_col), weight_row.shape[-1]
-    for gradient, sums in zip(gradients, partial.sum(0).split((taps, 1, taps, 1), dim=1), strict=True):
-        gradient.copy_(sums.view(gradient.shape))
+    run(backward(dx, dgate, gradients, dy, *inputs), x.device)
 
 
 def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
     """Yield all launches, by name, for images like x; it may be on the meta device."""
     channels, taps = x.shape[1], 11
     weight_row, bias = x.new_empty(channels, 1, 1, taps), x.new_empty(channels)
-    image, partial = torch.empty_like(x), new_partial(x, weight_row)
+    image, weight_col = torch.empty_like(x), weight_row.transpose(2, 3)
     for activation, gate in [("gelu", image), ("gelu", None), (None, image), (None, None)]:
-        inputs = x, weight_row, bias, weight_row.transpose(2, 3), bias, activation, gate
+        inputs = x, weight_row, bias, weight_col, bias, activation, gate
         dgate = None if gate is None else image
         options = f"{activation}{' gated' if gate is not None else ''}"
         for number, launch in enumerate(forward(image, *inputs)):
             yield f"forward {number} {options}", launch
-        for number, launch in enumerate(backward(partial, image, dgate, image, *inputs)):
+        for number, launch in enumerate(backward(image, dgate, (weight_row, bias, weight_col, bias), image, *inputs)):
             yield f"backward {number} {options}", launch
 
 
@@ -81,9 +79,11 @@ def forward(y, x, weight_row, bias_row, weight_col, bias_col, activation, gate) 
 
 
 def backward(
-    partial, dx, dgate, dy, x, weight_row, bias_row, weight_col, bias_col, activation, gate
+    dx, dgate, gradients, dy, x, weight_row, bias_row, weight_col, bias_col, activation, gate
 ) -> Iterator[Launch]:
+    partial = new_partial(parts_of(x), gradients)
     if x.numel() == 0:
+        yield add_parts(gradients, partial)
         return
     r, ds = new_workspace(x), dy
     yield convolution(r, x, weight_row, bias_row, vertical=False)
@@ -97,6 +97,7 @@ def backward(
     dr = new_workspace(x)
     yield convolution(dr, ds, weight_col, vertical=True, transposed=True)
     yield tap_gradient(partial, dr, x, vertical=False)
+    yield add_parts(gradients, partial)
     yield convolution(dx, dr, weight_row, vertical=False, transposed=True)
 
 
@@ -120,7 +121,7 @@ def over_tiles(kernel, x: Tensor, arguments: dict) -> Launch:
 
 def tap_gradient(partial: Tensor, dy: Tensor, x: Tensor, *, vertical: bool) -> Launch:
     batch, channels, height, width = x.shape
-    pixels, taps = batch * height * width, partial.shape[2] // 2 - 1
+    pixels, taps = batch * height * width, partial.shape[1] // channels // 2 - 1
     rows, part = triton.next_power_of_2(taps + 1), part_size(x)
     sizes = dict(channels=channels, height=height, width=width, pixels=pixels)
     at_a_time = min(part, max(16, PRODUCTS // rows))  # powers of 2, so it divides the part
@@ -135,25 +136,9 @@ def part_size(x: Tensor) -> int:
     return min(PART, max(16, triton.next_power_of_2(x.numel() // x.shape[1])))
 
 
-def index_type(largest: int) -> tl.dtype:
-    return tl.int64 if largest >= 2**31 else tl.int32
-
-
-def strided(**images: Tensor | None) -> dict:
-    """Return each image and its strides as the kernels' arguments `name` and `name_strides`."""
-    strides = {f"{name}_strides": None if image is None else image.stride() for name, image in images.items()}
-    return images | strides
-
-
-def new_workspace(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def new_partial(x: Tensor, weight_row: Tensor) -> Tensor:
-    batch, channels, height, width = x.shape
-    parts = triton.cdiv(batch * height * width, part_size(x)) if x.numel() else 0
-    sums = 2 * weight_row.shape[-1] + 2
-    return x.new_empty((parts, channels, sums), dtype=torch.promote_types(x.dtype, torch.float32))
+def parts_of(x: Tensor) -> int:
+    """Return into how many parts the pixels of a channel are cut."""
+    return triton.cdiv(x.numel() // x.shape[1], part_size(x)) if x.numel() else 0
 
 
 # Kernels
@@ -182,12 +167,11 @@ def convolve(
         exists = inside & (there >= 0) & (there < size)
         seen = tl.load(centre + shift * step, mask=exists, other=0).to(ACCUMULATION)
         total += tl.load(taps + (TAPS - 1 - k if TRANSPOSED else k)).to(ACCUMULATION) * seen
-    if ACTIVATION == "gelu":
-        total *= normal_cdf(total)
+    total = activate(total, ACTIVATION)
     if gate is not None:
         factor = tl.load(at(gate, gate_strides, batch, channel, row, column), mask=inside, other=0)
         total *= factor.to(ACCUMULATION)
-    tl.store(at(y, y_strides, batch, channel, row, column), total, mask=inside)
+    store(at(y, y_strides, batch, channel, row, column), total, inside)
 
 
 @triton.jit
@@ -200,14 +184,9 @@ def activation_backward(
     s_pointer = at(s, s_strides, batch, channel, row, column)
     value = tl.load(s_pointer, mask=inside, other=0)
     gradient = tl.load(at(dy, dy_strides, batch, channel, row, column), mask=inside, other=0).to(value.dtype)
-    activated = value
-    slope = tl.full(value.shape, 1, value.dtype)
-    if ACTIVATION == "gelu":
-        cdf = normal_cdf(value)
-        activated = value * cdf
-        slope = cdf + value * tl.exp(-0.5 * value * value) * 0.3989422804014327  # 1 / sqrt(2 pi)
+    activated, slope = activate_with_slope(value, ACTIVATION)
     if gate is not None:
-        tl.store(at(dgate, dgate_strides, batch, channel, row, column), gradient * activated, mask=inside)
+        store(at(dgate, dgate_strides, batch, channel, row, column), gradient * activated, inside)
         factor = tl.load(at(gate, gate_strides, batch, channel, row, column), mask=inside, other=0)
         gradient *= factor.to(value.dtype)
     tl.store(s_pointer, gradient * slope, mask=inside)
@@ -219,9 +198,10 @@ def convolve_taps(
     TAPS: tl.constexpr, VERTICAL: tl.constexpr,
     ROWS: tl.constexpr, PIXELS: tl.constexpr, PART: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """partial[part, channel] = sums over a part of the pixels of dy * x at k - TAPS // 2 for each k, then of dy.
+    """partial[part] = for each channel, sums over a part of the pixels of dy * x at k - TAPS // 2 each k, and of dy.
 
-    The sums are rows of one tensor; row TAPS is the bias's, where x counts as 1.
+    partial is (parts, C K + C + C K + C), of which one half is written. The sums of a channel are rows of one tensor;
+    row TAPS is the bias's, where x counts as 1.
     """
     part, channel = tl.program_id(0) // channels, tl.program_id(0) % channels
     k = tl.arange(0, ROWS)[:, None]
@@ -237,8 +217,11 @@ def convolve_taps(
         exists = (pixel < pixels) & (k < TAPS) & (there >= 0) & (there < (height if VERTICAL else width))
         seen = tl.load(at(x, x_strides, batch, channel, row, column) + step, mask=exists, other=0)
         total += gradient.to(total.dtype) * tl.where(k == TAPS, 1, seen.to(total.dtype))
-    sums = partial + tl.program_id(0).to(tl.int64) * (2 * TAPS + 2) + (TAPS + 1 if VERTICAL else 0)
-    tl.store(sums + tl.arange(0, ROWS), tl.sum(total, axis=1), mask=tl.arange(0, ROWS) <= TAPS)
+    half = channels * (TAPS + 1)
+    sums = partial + part.to(tl.int64) * (2 * half) + (half if VERTICAL else 0)
+    k = tl.arange(0, ROWS)
+    to = sums + tl.where(k < TAPS, channel * TAPS + k, channels * TAPS + channel)
+    tl.store(to, tl.sum(total, axis=1), mask=k <= TAPS)
 
 
 @triton.jit
@@ -254,10 +237,5 @@ def locate(lines, channels, height, width, LINES: tl.constexpr, COLUMNS: tl.cons
 @triton.jit
 def at(image, strides, batch, channel, row, column):
     """Return pointers; offsets are 64-bit."""
-    line = batch.to(tl.int64) * strides[0] + channel.to(tl.int64) * strides[1] + row.to(tl.int64) * strides[2]
-    return image + line + column.to(tl.int64) * strides[3]
-
-
-@triton.jit
-def normal_cdf(x):
-    return 0.5 * (1 + tl.math.erf(x * 0.7071067811865476))
+    line = plane_of(image, strides, batch, channel) + row.to(tl.int64) * strides[2]
+    return line + column.to(tl.int64) * strides[3]

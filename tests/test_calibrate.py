@@ -92,7 +92,7 @@ def test_narrow_dtypes(backend, device, dtype, layout, recursive):
     kit.assert_within_yardstick(backend, calibrate, naive_calibrate, tensors, dtype, layout, recursive=recursive)
 
 
-@kit.each_backend("calibrate")
+@kit.each_backend("calibrate", interpreted=False)
 @pytest.mark.parametrize("shape, recursive", [((2, 2, 5, 9), 1), ((1, 1, 16, 18), 2)], ids=str)
 def test_gradcheck(backend, device, shape, recursive):
     with kit.chosen(backend, device):

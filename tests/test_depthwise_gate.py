@@ -45,7 +45,7 @@ def test_narrow_dtypes(backend, device, dtype, layout):
     kit.assert_within_yardstick(backend, depthwise_gate, naive_depthwise_gate, tensors, dtype, layout)
 
 
-@kit.each_backend("depthwise_gate")
+@kit.each_backend("depthwise_gate", interpreted=False)
 def test_gradcheck(backend, device):
     with kit.chosen(backend, device):
         kit.assert_gradcheck(depthwise_gate, tensors_of(device, (2, 2, 3, 4)))
@@ -64,7 +64,7 @@ def float_tensors(device, shape=(2, 3, 6, 7), dtype=torch.float32):
     return kit.cast(tensors_of(device, shape), dtype)
 
 
-@kit.each_kernel("depthwise_gate")
+@kit.each_kernel("depthwise_gate", interpreted=False)
 @kit.each_shape
 @kit.each_narrow_dtype
 def test_small_images(backend, device, shape, dtype):
@@ -89,6 +89,13 @@ def test_no_images(backend, device):
 def test_more_than_one_strip(backend, device, shape, dtype):
     """CUDA's: of 64 or 128 columns, neighbours to the right and below, widths of quads and not, two a warp."""
     kit.assert_within_yardstick(backend, depthwise_gate, naive_depthwise_gate, tensors_of(device, shape), dtype)
+
+
+@kit.each_kernel("depthwise_gate")
+@pytest.mark.parametrize("shape", [(2, 2, 19, 70), (1, 1, 150, 70), (1, 2, 40, 5)], ids=str)
+def test_more_than_one_tile(backend, device, shape):
+    """Triton's: of strips of 16 rows, up to 8 strips and 64 columns."""
+    kit.assert_within_yardstick(backend, depthwise_gate, naive_depthwise_gate, tensors_of(device, shape), torch.float32)
 
 
 @kit.each_kernel("depthwise_gate")

@@ -6,6 +6,7 @@ import kit
 import pytest
 import torch
 
+from seemore_fast import reference
 from seemore_fast.ops import norm_conv3x3
 
 each_option = pytest.mark.parametrize(
@@ -127,3 +128,129 @@ def test_unknown_activations_are_refused(device, activation):
     tensors, options = case_of(device)
     with pytest.raises(ValueError, match=r"^norm_conv3x3: activation is .*, expected one of None, 'gelu'"):
         norm_conv3x3(**tensors, **options | {"activation": activation})
+
+
+# Kernels, which float32, float16 and bfloat16 have
+
+
+def float_tensors(device, *size, dtype=torch.float32, **options):
+    tensors, options = case_of(device, *size, **options)
+    return kit.cast(tensors, dtype), options
+
+
+@kit.each_kernel("norm_conv3x3")
+@pytest.mark.parametrize(
+    "shape, norm, pointwise, activation, middle, out",
+    [
+        ((1, 36, 5, 17), True, True, "gelu", 36, 72),  # more than one tile of pixels
+        ((1, 36, 9, 8), True, False, None, 36, 0),
+        ((1, 48, 4, 5), True, True, "gelu", 48, 96),
+        ((1, 64, 3, 7), False, True, "gelu", 64, 128),
+        ((2, 36, 1, 4), False, False, "gelu", 48, 0),
+        ((3, 1, 1, 1), True, True, "gelu", 1, 1),
+        ((2, 5, 1, 33), False, True, None, 10, 3),
+        ((1, 5, 70, 1), True, True, "gelu", 1, 31),
+        ((2, 17, 2, 3), False, False, None, 5, 0),
+    ],
+    ids=str,
+)
+def test_sizes(backend, device, shape, norm, pointwise, activation, middle, out):
+    tensors, options = case_of(device, shape, norm, pointwise, activation, middle, out)
+    for dtype in (torch.float32,) if shape[1] > 36 else (torch.float32, torch.bfloat16):
+        kit.assert_within_yardstick(backend, norm_conv3x3, naive_norm_conv3x3, tensors, dtype, **options)
+
+
+@kit.each_kernel("norm_conv3x3")
+@kit.each_layout
+@pytest.mark.parametrize("norm", [True, False])
+def test_strides(backend, device, layout, norm):
+    tensors, options = case_of(device, (2, 5, 6, 7), norm)
+    kit.assert_within_yardstick(backend, norm_conv3x3, naive_norm_conv3x3, tensors, torch.float32, layout, **options)
+
+
+@kit.each_kernel("norm_conv3x3")
+@pytest.mark.parametrize("shape", [(2, 5, 4, 3), (2, 1, 3, 4), (2, 4, 1, 5), (2, 4, 5, 1), (1, 1, 1, 1)], ids=str)
+def test_packed_images_are_read_where_they_are(backend, device, shape):
+    """Strides of sizes of 1 do not matter, but those of others do: a slice of a packed image has gaps."""
+    from seemore_fast.kernels.windows import is_packed, packed
+
+    larger = packed(torch.empty(shape), shape[1] + 1, torch.float32)
+    assert is_packed(larger) and is_packed(larger[::2]) and is_packed(larger[:, :, :1])
+    assert is_packed(larger[:, 1:]) == (shape[2:] == (1, 1))
+    assert is_packed(torch.empty(shape)) == (shape[1] == 1 or shape[2:] == (1, 1))
+    tensors, options = case_of(device, shape, norm=False)
+    kit.assert_within_yardstick(
+        backend, norm_conv3x3, naive_norm_conv3x3, tensors, torch.float32, "channels_last", **options
+    )
+
+
+@kit.each_kernel("norm_conv3x3")
+def test_large_offset_of_the_mean(backend, device):
+    """The mean is subtracted before anything is squared or rounded."""
+    tensors, options = case_of(device, (1, 36, 5, 6), pointwise=False)
+    tensors["x"] += 1000
+    kit.assert_within_yardstick(backend, norm_conv3x3, naive_norm_conv3x3, tensors, torch.float32, **options)
+
+
+@kit.each_kernel("norm_conv3x3")
+def test_programs_of_more_than_one_tile_add_up(backend, device, monkeypatch):
+    products = pytest.importorskip("seemore_fast.kernels.products")
+    monkeypatch.setattr(products, "PARTS", 2)
+    tensors, options = case_of(device, (1, 5, 20, 19))
+    kit.assert_within_yardstick(backend, norm_conv3x3, naive_norm_conv3x3, tensors, torch.float32, **options)
+
+
+@kit.each_kernel("norm_conv3x3")
+@pytest.mark.parametrize("pointwise", [True, False])
+def test_no_images(backend, device, pointwise):
+    tensors, options = float_tensors(device, (0, 3, 4, 5), pointwise=pointwise)
+    with kit.chosen(backend, device):
+        found = kit.value_and_gradients(norm_conv3x3, tensors, **options)
+    assert found["y"].shape == (0, 4 if pointwise else 5, 4, 5)
+    assert not any(found[f"gradient of {name}"].any() for name in tensors)
+
+
+@kit.each_kernel("norm_conv3x3")
+@pytest.mark.parametrize("wide", [{"shape": (1, 65, 2, 3)}, {"middle": 65}, {"out": 129}], ids=str)
+def test_wide_models_are_left_to_the_reference(backend, device, wide):
+    tensors, options = float_tensors(device, **wide)
+    with kit.chosen(backend, device):
+        y = norm_conv3x3(**tensors, **options)
+    assert torch.equal(y, reference.norm_conv3x3(**tensors, **options))
+
+
+@kit.each_kernel("norm_conv3x3")
+@pytest.mark.parametrize("norm, pointwise", [(True, True), (False, False)])
+def test_operator(backend, device, norm, pointwise):
+    (tensors, options), (other, _) = (
+        float_tensors(device, shape, norm, pointwise) for shape in [(2, 3, 6, 7), (3, 3, 9, 5)]
+    )
+    with kit.chosen(backend, device):
+        kit.assert_operator(norm_conv3x3, tensors, {"eps": 1e-6}, **options)
+        kit.assert_compiles(norm_conv3x3, tensors, other, **options)
+
+
+@kit.each_kernel("norm_conv3x3")
+@pytest.mark.parametrize("norm", [True, False])
+def test_offsets_beyond_31_bits(backend, device, norm):
+    tensors, options = float_tensors(device, norm=norm, dtype=torch.float16)
+    with kit.chosen(backend, device):
+        kit.assert_large_offsets(norm_conv3x3, tensors, ["x"], **options)
+
+
+@kit.each_kernel("norm_conv3x3")
+def test_under_autocast(backend, device):
+    """x is normalised in float32 and only then rounded; without a norm it is rounded itself."""
+    tensors, options = float_tensors(device, (2, 36, 6, 7), pointwise=False, activation=None)
+    tensors["x"] += 1000
+    exact = naive_norm_conv3x3(**kit.cast(tensors, torch.float64), **options)
+    plain = {name: tensor for name, tensor in tensors.items() if not name.startswith("norm")}
+    without = options | {"norm_weight": None, "norm_bias": None}
+    with kit.chosen(backend, device):
+        narrow = norm_conv3x3(**kit.cast(plain, torch.bfloat16), **without)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            found = kit.value_and_gradients(norm_conv3x3, tensors, **options)
+            assert torch.equal(norm_conv3x3(**plain, **without), narrow)
+    assert found["y"].dtype == torch.bfloat16
+    assert found["gradient of x"].dtype == found["gradient of weight"].dtype == torch.float32
+    assert kit.largest_difference(found["y"], exact) < 2**-6 * exact.abs().max()

@@ -198,3 +198,25 @@ def test_even_kernels_are_refused(device, taps):
     tensors = tensors_of(device) | kit.random_parameters(kit.striped_shapes(4, taps), device)
     with pytest.raises(ValueError, match=f"^rme_block: weight_row has {taps} taps, expected an odd number"):
         rme_block(**tensors, **OPTIONS)
+
+
+# On the kernels of its parts
+
+
+@kit.each_kernel("low_rank_experts")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [None, "channels_last"])
+def test_of_kernels(backend, device, dtype, layout):
+    options = OPTIONS | {"use_shuffle": True}
+    tensors = tensors_of(device, (2, 12, 7, 18), use_shuffle=True)
+    a, _ = naive_inputs_of_the_experts(tensors["x"], tensors, 1, use_shuffle=True)
+    p = naive_router(a, tensors["weight_router"], 2)[1]
+    assert (p[:, 0] / p[:, 1]).log().min() > 0.1, "rounding may flip the choice: errors then mean nothing"
+    kit.assert_within_yardstick(backend, rme_block, naive_rme_block, tensors, dtype, layout, **options)
+
+
+@kit.each_kernel("low_rank_experts")
+def test_of_kernels_is_one_graph(backend, device):
+    calls = (kit.cast(tensors_of(device, shape), torch.float32) for shape in [(2, 4, 6, 7), (3, 4, 9, 5)])
+    with kit.chosen(backend, device):
+        kit.assert_compiles(rme_block, *calls, **OPTIONS | {"use_shuffle": True})

@@ -167,7 +167,7 @@ def test_gradients(backend, device, shape, top_k):
     kit.assert_close_to_naive(backend, expert_weight, naive_expert_weight, tensors | {"expert_index": index})
 
 
-@kit.each_backend("router")
+@kit.each_backend("router", interpreted=False)
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_gradcheck(backend, device, top_k):
     tensors = tensors_of(device, (2, 2, 3, 4), experts=3, sharpness=1)
@@ -200,7 +200,7 @@ def dense(mean, weight, top_k):
     return found.indices[:, :top_k], found.values[:, :top_k]
 
 
-@kit.each_kernel("router")
+@kit.each_kernel("router", interpreted=False)
 @pytest.mark.parametrize("layout", [None, "channels_last", "slice"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
@@ -228,9 +228,20 @@ def test_many_parts(backend, device, shape, dtype, layout):
 
 
 @kit.each_kernel("router")
+@pytest.mark.parametrize("shape, experts, top_k", [((2, 3, 70, 70), 3, 2), ((1, 70, 3, 5), 130, 130)], ids=str)
+def test_some_parts_channels_and_experts(backend, device, shape, experts, top_k):
+    """More than one tile of a plane, and more numbers than a program of Triton's has at a time."""
+    assert_chooses(backend, device, shape, experts, top_k)
+
+
+@kit.each_kernel("router", interpreted=False)
 @pytest.mark.parametrize("shape, experts, top_k", [((2, 6000, 1, 2), 7, 3), ((2, 9, 2, 3), 1024, 1024)], ids=str)
 def test_many_channels_and_experts(backend, device, shape, experts, top_k):
     """Means that do not fit shared memory, and as many experts as kernels take."""
+    assert_chooses(backend, device, shape, experts, top_k)
+
+
+def assert_chooses(backend, device, shape, experts, top_k):
     tensors = tensors_of(device, shape, experts)
     with kit.chosen(backend, device):
         index, probability = router(**tensors, top_k=top_k)

@@ -38,7 +38,7 @@ def naive(x, weight_row, bias_row, weight_col, bias_col, weight_router, top_k, a
 CASES = [((2, 3, 6, 7), 3), ((2, 5, 41, 130), 3), ((1, 2, 90, 260), 11), ((3, 4, 23, 64), 7), ((1, 3, 5, 4), 5)]
 
 
-@kit.each_backend("striped_conv_router")
+@kit.each_backend("striped_conv_router", interpreted=False)
 @pytest.mark.parametrize("shape, taps", CASES, ids=str)
 def test_values_and_gradients(backend, device, shape, taps):
     tensors = kit.cast(tensors_of(device, shape, taps), torch.float32)

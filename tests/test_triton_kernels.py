@@ -74,7 +74,10 @@ Resource usage:
 
 
 def operators() -> list[str]:
-    return [module.name for module in pkgutil.iter_modules(kernels.__path__) if module.name != "launch"]
+    modules = [
+        importlib.import_module(f"seemore_fast.kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)
+    ]
+    return [module.__name__.split(".")[-1] for module in modules if hasattr(module, "specializations")]
 
 
 # In a process of its own

@@ -1,6 +1,7 @@
 """Every fused operator, checked and run by the backend chosen now; usable alone in other networks."""
 
 from .calibrate import calibrate
+from .conv3x3_shuffle import conv3x3_shuffle
 from .depthwise_gate import depthwise_gate
 from .gated_ffn import gated_ffn
 from .low_rank_experts import low_rank_experts
@@ -15,6 +16,7 @@ from .striped_conv_router import striped_conv_router
 
 __all__ = [
     "calibrate",
+    "conv3x3_shuffle",
     "depthwise_gate",
     "gated_ffn",
     "low_rank_experts",

@@ -1,6 +1,7 @@
 """Every operator in plain PyTorch: the truth that the tests compare with, and the fallback everywhere."""
 
 from .calibrate import calibrate
+from .conv3x3_shuffle import conv3x3_shuffle
 from .depthwise_gate import depthwise_gate
 from .gated_ffn import gated_ffn
 from .layer_norm import layer_norm
@@ -18,6 +19,7 @@ from .striped_conv_router import striped_conv_router
 __all__ = [
     "SeemoRe",
     "calibrate",
+    "conv3x3_shuffle",
     "depthwise_gate",
     "gated_ffn",
     "layer_norm",

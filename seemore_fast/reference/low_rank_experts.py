@@ -22,10 +22,15 @@ def low_rank_experts(
     weight_out: Tensor,
     bias_out: Tensor,
     ranks: Sequence[int],
+    *,
+    weight_proj: Tensor | None = None,
+    bias_proj: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Add to a what its image's chosen experts make of a and k.
 
-        y = a + sum over chosen e of p_e * (Wout_e @ ((Wk_e @ k + bk_e) * (Wa_e @ a + ba_e)) + bout_e)
+        m = a + sum over chosen e of p_e * (Wout_e @ ((Wk_e @ k + bk_e) * (Wa_e @ a + ba_e)) + bout_e)
+        y = m  or, with a projection,  residual + weight_proj @ m + bias_proj
 
     | tensor             | shape        |                                                        |
     |--------------------|--------------|--------------------------------------------------------|
@@ -37,6 +42,9 @@ def low_rank_experts(
     | weight_out         | (C, R)       | the experts' columns, one after another                |
     | bias_out           | (E, C)       |                                                        |
     | ranks              | E integers   | rank of each expert                                    |
+    | weight_proj        | (C, C, 1, 1) | this and the next two: given together or not at all    |
+    | bias_proj          | (C,)         |                                                        |
+    | residual           | (B, C, H, W) |                                                        |
 
     Experts that no image chose cost nothing and get zero gradients. The experts are padded with zero rows to the
     largest rank, so that each image can gather its own by index: the choice is data, never a branch.
@@ -57,4 +65,5 @@ def low_rank_experts(
     modulated = (rank_a * rank_k * probability).to(rank_a.dtype)
     bias = (expert_weight[:, :, None] * bias_out[expert_index]).sum(dim=1)[:, :, None]
     out = gather(weight_out.t()).transpose(1, 2) @ modulated + bias.to(rank_a.dtype)
-    return a + out.unflatten(2, a.shape[2:])
+    m = a + out.unflatten(2, a.shape[2:])
+    return m if weight_proj is None else residual + F.conv2d(m, weight_proj, bias_proj)

@@ -5,7 +5,6 @@ In the paper: "Rank Modulating Expert".
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -96,6 +95,7 @@ def rme_block(
     )
     k = parts.calibrate(k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, recursive)
     experts = (weight_a, bias_a, weight_k, bias_k, weight_out, bias_out, ranks)
-    m = parts.low_rank_experts(a, k, expert_index, expert_weight, *experts)
-    x = x + F.conv2d(m, weight_proj, bias_proj)
+    x = parts.low_rank_experts(
+        a, k, expert_index, expert_weight, *experts, weight_proj=weight_proj, bias_proj=bias_proj, residual=x
+    )
     return parts.gated_ffn(x, norm_2_weight, norm_2_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2)

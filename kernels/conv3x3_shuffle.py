@@ -1,0 +1,99 @@
+"""Triton kernels of `conv3x3_shuffle`; formula and shapes in `seemore_fast.reference.conv3x3_shuffle`.
+
+    forward    x, packed (`windows`), unless it is so already                              one launch
+               y = pixel_shuffle(conv(x) + bias) / img_range + mean                        one more
+    backward   dy, gathered from the pixels it was spread over; then as `norm_conv3x3`
+
+A program has PIXELS pixels of x, and writes scale x scale times as many. For RGB at scale 4 the matrix units make 48
+outputs, no more than are needed, at 2 and 3 16 of 12 and 32 of 27.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import norm_conv3x3
+from .images import store, strided
+from .launch import Launch, run
+from .tiles import channels_of, load_row, over_tiles, tile_of
+from .windows import columns_of, convolution, convolve, image_of
+
+# Public functions: the caller has checked all arguments and allocated the results; parameters are contiguous
+
+
+def conv3x3_shuffle(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, scale: int, img_range: float
+) -> None:
+    """Write y (B, I, scale * H, scale * W)."""
+    run(forward(y, x, weight, bias, mean, scale, img_range), x.device)
+
+
+def conv3x3_shuffle_backward(
+    dx: Tensor, dweight: Tensor, dbias: Tensor, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
+    scale: int, img_range: float,
+) -> None:  # fmt: skip
+    """Write dx, dweight and dbias; the gradient of mean is a sum over dy."""
+    run(backward(dx, dweight, dbias, dy, x, weight, bias, scale, img_range), x.device)
+
+
+def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
+    """Yield all launches, by name, for images like x, but of float32 at least; it may be on the meta device."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    batch, channels, height, width = x.shape
+    for scale in (2, 3, 4):
+        made = 3 * scale**2
+        y, mean = x.new_empty(batch, 3, scale * height, scale * width), x.new_empty(1, 3, 1, 1)
+        weight, bias = x.new_empty(made, channels, 3, 3), x.new_empty(made)
+        for launch in forward(y, x, weight, bias, mean, scale, 1.0):
+            yield f"forward x{scale}", launch
+        for number, launch in enumerate(backward(x, weight, bias, y, x, weight, bias, scale, 1.0)):
+            yield f"backward {number} x{scale}", launch
+
+
+# What is launched
+
+
+def forward(y, x, weight, bias, mean, scale, img_range) -> Iterator[Launch]:
+    if x.numel() == 0:
+        return
+    n = yield from norm_conv3x3.normalised(x, None, None, weight.dtype, 0.0)
+    arguments = convolution(n, columns_of(weight)) | strided(y=y)
+    arguments |= dict(bias=bias, mean=mean, img_range=img_range, SCALE=scale)
+    yield over_tiles(conv3x3_shuffle_forward, "conv3x3_shuffle forward", [n], arguments)
+
+
+def backward(dx, dweight, dbias, dy, x, weight, bias, scale, img_range) -> Iterator[Launch]:
+    spread = (dy / img_range).unflatten(3, (-1, scale)).unflatten(2, (-1, scale))  # (B, I, H, scale, W, scale)
+    ds = spread.permute(0, 2, 4, 1, 3, 5).flatten(3).permute(0, 3, 1, 2)  # (B, I * scale^2, H, W), packed
+    gradients = [None, None], [dweight, dbias], [None, None]
+    yield from norm_conv3x3.backward(dx, *gradients, ds, x, None, None, weight, bias, None, None, 0.0)
+
+
+# Kernels
+
+
+@triton.jit
+def conv3x3_shuffle_forward(
+    y, y_strides, n, n_stride, columns, bias, mean, img_range, lines, line, pixels, width,
+    CHANNELS: tl.constexpr, WINDOW: tl.constexpr, TURNS: tl.constexpr, OUT_CHANNELS: tl.constexpr, MADE: tl.constexpr,
+    SCALE: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y = pixel_shuffle(conv(n) + bias) / img_range + mean, for PIXELS pixels of an image."""
+    image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
+    pixel = first + tl.arange(0, PIXELS)
+    inside = pixel < pixels
+    seen = image_of(n, n_stride, image)
+    sums = convolve(seen, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)
+    row, column = (pixel // line * SCALE).to(tl.int64), (pixel % line * SCALE).to(tl.int64)
+    y_at = image_of(y, y_strides[0], image) + row * y_strides[2] + column * y_strides[3]
+    for i in tl.static_range(len(MADE)):
+        made = channels_of(MADE, i)
+        channel, down, right = made // (SCALE * SCALE), made // SCALE % SCALE, made % SCALE
+        offset = channel.to(tl.int64) * y_strides[1] + down.to(tl.int64) * y_strides[2] + right * y_strides[3]
+        exists = made < OUT_CHANNELS
+        s = sums[i] + load_row(bias, made, OUT_CHANNELS)
+        out = s / img_range + tl.load(mean + channel, mask=exists, other=0)[None, :]
+        store(y_at[:, None] + offset[None, :], out, inside[:, None] & exists[None, :])

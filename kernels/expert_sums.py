@@ -1,0 +1,241 @@
+"""The gradients of `low_rank_experts`'s parameters, from a, k, dy and what `low_rank_experts_backward_input` keeps.
+
+With q = rank_a * rank_k, all are sums over the pixels of products of two images, and small products of these sums:
+
+    dweight_a_e = drank_a @ transposed a,  dweight_k_e = drank_k @ transposed k,  and the sums of drank_a and drank_k
+    M = dy @ transposed q,                        s = the sum of dy
+    D = transposed weight_proj @ M,               d = transposed weight_proj @ s     (without a projection, M and s)
+    dweight_out_e = p_e * D,  dbias_out_e = p_e * d,  dp_e = sum(weight_out_e * D) + sum(bias_out_e * d)
+    dweight_proj = dy @ transposed a + sum of p_e * (M @ transposed weight_out_e + s @ transposed bias_out_e)
+
+A kernel of its own sums over the pixels: in one that also has chains of products for each pixel, Triton gives each warp
+all of the sums. A program goes over some pixels of an image for one unit (`experts`) and leaves a row of sums. The last
+launch adds up, for each expert, the rows of the units that chose it, in an order that depends on the sizes alone.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configurations import configuration
+from .experts import RANKS, load_bias_out, load_some, locate, rows_of
+from .images import index_type, strided
+from .launch import Launch
+from .products import steps_of
+from .rounding import narrow
+from .tiles import at, dot, launch, load_columns, load_tile, narrow_all, pixels_of, precision, tile_of, zeros
+
+KERNEL = "low_rank_experts products"  # in the table of configurations
+COLUMNS, PARTS = 32, 128  # sums that a program of the last launch adds up, and of how many rows at a time
+
+
+def kept_ranks(experts: dict) -> int:
+    """Return how many ranks of a block pass through memory: 8 if no expert has more."""
+    return 8 if max(experts["EXPERTS"]) <= 8 else RANKS.value
+
+
+def new_sums(a: Tensor, experts: dict, projected: bool) -> Tensor:
+    """Return room for rows of sums (B, top_k, blocks, parts, sums), which start at multiples of 16."""
+    batch, channels, height, width = a.shape
+    of_a_part = configuration(KERNEL, a).pixels * steps_of(a, KERNEL) if batch else 1
+    parts = triton.cdiv(height * width, of_a_part) if batch else 0
+    count = of_expert(channels, kept_ranks(experts)) + 1 + projected * channels * (channels + 1)
+    shape = batch, experts["top_k"], experts["BLOCKS"], parts, 16 * triton.cdiv(count, 16)
+    return a.new_empty(shape, dtype=torch.float32)
+
+
+def sum_products(sums: Tensor, ranked: Tensor, dy, a, k, experts: dict, weight_proj: Tensor | None) -> Launch:
+    """Describe the launch that writes sums."""
+    pixels, *how = configuration(KERNEL, a)
+    channels, places = a.shape[1], pixels_of(dy, a, k)
+    images = strided(ranked=ranked, dy=dy, a=a, k=k)
+    taken = ("expert_index", "expert_weight", "top_k", "weight_out", "bias_out", "EXPERTS", "BLOCKS", "TOTAL")
+    parameters = {name: experts[name] for name in taken} | dict(weight_proj=weight_proj)
+    steps = steps_of(a, KERNEL)
+    sizes = dict(CHANNELS=channels, TILE=max(16, triton.next_power_of_2(channels)), ROWS=kept_ranks(experts))
+    options = dict(PIXELS=pixels, INDEX=index_type(places["pixels"] + pixels * steps), PRECISION=precision())
+    arguments = dict(sums=sums, count=sums.shape[4], steps=steps) | images | places | parameters | sizes | options
+    return launch(add_products, sums.shape[:4].numel(), arguments, *how)
+
+
+def add_sums(gradients: dict[str, Tensor | None], sums: Tensor, a: Tensor, experts: dict) -> Launch:
+    """Describe the launch that writes all gradients, each contiguous; without images those of parameters are zero."""
+    batch, top_k, blocks, parts, count = sums.shape
+    channels, rows = a.shape[1], kept_ranks(experts)
+    known = dict(sums=sums, expert_index=experts["expert_index"], slots=batch * top_k, parts=parts, count=count)
+    sizes = {name: experts[name] for name in ("EXPERTS", "BLOCKS", "TOTAL")} | dict(ROWS=rows, CHANNELS=channels)
+    programs = len(experts["EXPERTS"]) * blocks * triton.cdiv(of_expert(channels, rows), COLUMNS) + batch * top_k
+    if gradients["dweight_proj"] is not None:
+        programs += triton.cdiv(channels * (channels + 1), COLUMNS)
+    return Launch(add_up, programs, gradients | known | sizes | dict(COLUMNS=COLUMNS, PARTS=PARTS))
+
+
+# Kernels
+
+
+@triton.constexpr_function
+def of_expert(channels, rows):
+    """Return how many sums a row begins with that belong to an expert; dp_e and those of the projection follow."""
+    return rows * (3 * channels + 2) + channels
+
+
+@triton.jit
+def add_products(
+    sums, count, ranked, ranked_strides, dy, dy_strides, a, a_strides, k, k_strides, expert_index, expert_weight, top_k,
+    weight_out, bias_out, weight_proj, pixels, width, steps,
+    EXPERTS: tl.constexpr, BLOCKS: tl.constexpr, TOTAL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    TILE: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A row of sums: of (ROWS, CHANNELS) each dweight_a, dweight_k and transposed dweight_out, dbias_a and dbias_k
+    (ROWS,), dbias_out (CHANNELS,), dp; dweight_proj (CHANNELS, CHANNELS) and dbias_proj."""
+    image, first = tile_of(tl.program_id(0), pixels, PIXELS * steps, INDEX)
+    unit = image % (top_k * BLOCKS)
+    image = image // (top_k * BLOCKS)
+    dtype: tl.constexpr = weight_out.dtype.element_ty
+    channel, rank = tl.arange(0, TILE), tl.arange(0, RANKS)
+    of_a, of_k, of_q = zeros(TILE, (RANKS, RANKS, RANKS))
+    sum_a, sum_k = zeros(RANKS, (RANKS, RANKS))  # in each column, as in that of dy: ones are another factor
+    sum_dy, dproj = zeros(TILE, (RANKS, TILE))
+    ones = tl.full((PIXELS, RANKS), 1, dtype)
+    for step in tl.range(0, steps, disable_licm=True):
+        pixel = first + step * PIXELS + tl.arange(0, PIXELS)
+        inside = pixel < pixels
+        seen_a = load_tile(at(a, a_strides, image, pixel, width), a_strides, inside, channel, CHANNELS)
+        seen_k = load_tile(at(k, k_strides, image, pixel, width), k_strides, inside, channel, CHANNELS)
+        upstream = load_tile(at(dy, dy_strides, image, pixel, width), dy_strides, inside, channel, CHANNELS)
+        seen_a, seen_k, upstream = narrow_all((seen_a, seen_k, upstream), dtype)
+        ranked_at = at(ranked, ranked_strides, image, pixel, width) + unit * (3 * ROWS)
+        q = load_tile(ranked_at, ranked_strides, inside, rank, ROWS)
+        drank_a = load_tile(ranked_at + ROWS, ranked_strides, inside, rank, ROWS)
+        drank_k = load_tile(ranked_at + 2 * ROWS, ranked_strides, inside, rank, ROWS)
+        of_a = dot(tl.trans(seen_a), drank_a, of_a, PRECISION)
+        of_k = dot(tl.trans(seen_k), drank_k, of_k, PRECISION)
+        of_q = dot(tl.trans(upstream), q, of_q, PRECISION)
+        sum_a = dot(tl.trans(drank_a), ones, sum_a, PRECISION)
+        sum_k = dot(tl.trans(drank_k), ones, sum_k, PRECISION)
+        sum_dy = dot(tl.trans(upstream), ones, sum_dy, PRECISION)
+        if weight_proj is not None:
+            dproj = dot(tl.trans(upstream), seen_a, dproj, PRECISION)
+
+    sums += tl.program_id(0).to(tl.int64) * count
+    store_matrix(sums, of_a, channel, 1, CHANNELS, rank, CHANNELS, ROWS)
+    store_matrix(sums + ROWS * CHANNELS, of_k, channel, 1, CHANNELS, rank, CHANNELS, ROWS)
+    store_matrix(sums + 3 * ROWS * CHANNELS, sum_a, rank, 1, ROWS, rank, 0, 1)
+    store_matrix(sums + (3 * CHANNELS + 1) * ROWS, sum_k, rank, 1, ROWS, rank, 0, 1)
+    OF_EXPERT: tl.constexpr = of_expert(CHANNELS, ROWS)
+    slot, block = image * top_k + unit // BLOCKS, unit % BLOCKS
+    expert, p, begins, row, own = locate(expert_index, expert_weight, slot, block, EXPERTS)
+    total = tl.sum(sum_dy, axis=1, keep_dims=True) * (1 / RANKS)
+    if weight_proj is None:
+        out = load_some(weight_out, row, own, 1, TOTAL, channel, CHANNELS).to(tl.float32)
+        bias = load_bias_out(bias_out, expert, begins, channel, CHANNELS)
+        store_out(sums, p, begins, of_q, total, channel, rank, ROWS, CHANNELS)
+        dp = tl.sum(out * of_q) + tl.sum(tl.trans(bias) * total)
+    else:
+        proj_at = sums + OF_EXPERT + 1
+        of_first = tl.where(unit == 0, 1.0, 0.0)
+        store_matrix(proj_at + CHANNELS * CHANNELS, of_first * total, channel, 1, CHANNELS, tl.arange(0, 1), 0, 1)
+        out = load_some(weight_out, row, own, 1, TOTAL, channel, CHANNELS).to(tl.float32)
+        bias = load_bias_out(bias_out, expert, begins, channel, CHANNELS)
+        dproj = dot(p * of_q, tl.trans(out), of_first * dproj + p * total * bias, PRECISION)
+        store_matrix(proj_at, dproj, channel, CHANNELS, CHANNELS, channel, 1, CHANNELS)
+        dp = tl.full((), 0, tl.float32)
+        for start in tl.range(0, CHANNELS, RANKS, disable_licm=True):
+            made = start + tl.arange(0, RANKS)
+            (proj,) = load_columns(weight_proj, CHANNELS, 1, made, CHANNELS, (TILE,), CHANNELS)
+            proj = proj.to(tl.float32)
+            dout = dot(tl.trans(proj), of_q, tl.zeros((RANKS, RANKS), tl.float32), PRECISION)
+            dbias = tl.trans(tl.sum(proj * total, axis=0, keep_dims=True))
+            store_out(sums, p, begins, dout, dbias, made, rank, ROWS, CHANNELS)
+            out_block = load_some(weight_out, row, own, 1, TOTAL, made, CHANNELS).to(tl.float32)
+            bias_block = load_bias_out(bias_out, expert, begins, made, CHANNELS)
+            dp += tl.sum(out_block * dout) + tl.sum(tl.trans(bias_block) * dbias)
+    tl.store(sums + OF_EXPERT, dp)
+
+
+@triton.jit
+def store_out(sums, p, begins, dout, dbias, channel, rank, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Write some channels of dweight_out (channels, RANKS) and of dbias_out (channels, 1)."""
+    store_matrix(sums + 2 * ROWS * CHANNELS, p * dout, channel, 1, CHANNELS, rank, CHANNELS, ROWS)
+    place = sums + ROWS * (3 * CHANNELS + 2)
+    store_matrix(place, p * begins * dbias, channel, 1, CHANNELS, tl.arange(0, 1), 0, 1)
+
+
+@triton.jit
+def store_matrix(pointer, values, row, row_stride, HEIGHT: tl.constexpr, column, column_stride, WIDTH: tl.constexpr):
+    there = (row < HEIGHT)[:, None] & (column < WIDTH)[None, :]
+    tl.store(pointer + row[:, None] * row_stride + column[None, :] * column_stride, values, mask=there)
+
+
+@triton.jit
+def add_up(
+    dexpert_weight, dweight_a, dbias_a, dweight_k, dbias_k, dweight_out, dbias_out, dweight_proj, dbias_proj,
+    sums, expert_index, slots, parts, count,
+    EXPERTS: tl.constexpr, BLOCKS: tl.constexpr, TOTAL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """First come programs for the sums of each block of each expert, then one for each dp, then the projection's."""
+    OF_EXPERT: tl.constexpr = of_expert(CHANNELS, ROWS)
+    CHUNKS: tl.constexpr = (OF_EXPERT + COLUMNS - 1) // COLUMNS
+    OF_EXPERTS: tl.constexpr = len(EXPERTS) * BLOCKS * CHUNKS
+    program, j = tl.program_id(0), tl.arange(0, COLUMNS)
+    of_slot = BLOCKS * parts
+    if program < OF_EXPERTS:
+        j += program % CHUNKS * COLUMNS
+        expert, block = program // CHUNKS // BLOCKS, program // CHUNKS % BLOCKS
+        total = add_rows(
+            sums, count, 0, slots * of_slot, j, OF_EXPERT, expert_index, expert, block, parts, BLOCKS, PARTS
+        )
+        first, rank = rows_of(expert, EXPERTS)
+        first, rank = first + block * RANKS, tl.minimum(rank - block * RANKS, ROWS)
+        put(dweight_a + first * CHANNELS + j, total, j, rank * CHANNELS)
+        j -= ROWS * CHANNELS
+        put(dweight_k + first * CHANNELS + j, total, j, rank * CHANNELS)
+        j -= ROWS * CHANNELS
+        put(dweight_out + first + j % CHANNELS * TOTAL + j // CHANNELS, total, j, rank * CHANNELS)
+        j -= ROWS * CHANNELS
+        put(dbias_a + first + j, total, j, rank)
+        j -= ROWS
+        put(dbias_k + first + j, total, j, rank)
+        j -= ROWS
+        put(dbias_out + expert * CHANNELS + j, total, j, tl.where(block == 0, CHANNELS, 0))
+    elif program < OF_EXPERTS + slots:
+        slot = program - OF_EXPERTS
+        begin = slot * of_slot
+        total = add_rows(
+            sums, count, begin, begin + of_slot, OF_EXPERT + j, OF_EXPERT + 1, None, 0, 0, parts, BLOCKS, PARTS
+        )
+        put(dexpert_weight + slot + j, total, j, 1)
+    elif dweight_proj is not None:
+        SQUARE: tl.constexpr = CHANNELS * CHANNELS
+        j += (program - OF_EXPERTS - slots) * COLUMNS
+        end = OF_EXPERT + 1 + SQUARE + CHANNELS
+        total = add_rows(sums, count, 0, slots * of_slot, OF_EXPERT + 1 + j, end, None, 0, 0, parts, BLOCKS, PARTS)
+        put(dweight_proj + j, total, j, SQUARE)
+        put(dbias_proj + j - SQUARE, total, j - SQUARE, CHANNELS)
+
+
+@triton.jit
+def add_rows(
+    sums, count, begin, end, column, last, expert_index, expert, block, parts,
+    BLOCKS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Return the sums of columns, before `last`, of rows begin to end: if an index is given, those of a block of an
+    expert."""
+    total = tl.zeros((PARTS, column.shape[0]), tl.float32)
+    for first in range(begin, end, PARTS):
+        row = first + tl.arange(0, PARTS)
+        there = row < end
+        if expert_index is not None:
+            unit = row // parts
+            chosen = tl.load(expert_index + unit // BLOCKS, mask=there, other=-1)
+            there = there & (chosen == expert) & (unit % BLOCKS == block)
+        pointers = sums + row.to(tl.int64)[:, None] * count + column[None, :]
+        total += tl.load(pointers, mask=there[:, None] & (column < last)[None, :], other=0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def put(pointers, values, j, end):
+    tl.store(pointers, narrow(values, pointers.dtype.element_ty), mask=(j >= 0) & (j < end))

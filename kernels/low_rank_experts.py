@@ -1,0 +1,235 @@
+"""Triton kernels of `low_rank_experts`; formula and shapes in `seemore_fast.reference.low_rank_experts`.
+
+    forward    rank_a = Wa_e @ a + ba_e;  rank_k = Wk_e @ k + bk_e
+               m = a + sum over chosen e of p_e * (Wout_e @ (rank_a * rank_k) + bout_e)
+               y = m or, with a projection, residual + weight_proj @ m + bias_proj                    one launch
+    backward   da, dk, and of the ranks what the gradients of the parameters are sums of              one launch
+               these sums and their second stage (`expert_sums`)                                      two launches
+
+The experts of an image are read on the device. A program has PIXELS pixels of one and goes over the ranks of its
+experts in blocks of 16 (`experts`), so that neither their number nor their ranks change what it takes. For rank 8 the
+matrix units multiply 2.7 times what is needed at 36 channels and twice at 48; for the projection 1.8 times at 36.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .expert_sums import add_sums, kept_ranks, new_sums, sum_products
+from .experts import RANKS, blocks_of, load_bias, load_bias_out, load_ranks, locate
+from .images import strided
+from .launch import Launch, run
+from .rounding import narrow
+from .tiles import (
+    at,
+    channels_of,
+    cut,
+    load_columns,
+    load_pixels,
+    load_row,
+    load_tile,
+    multiply,
+    multiply_block,
+    narrow_all,
+    over_tiles,
+    precision,
+    store_pixels,
+    store_tile,
+    tile_of,
+    transposed,
+    workspace,
+    zeros,
+)
+
+# Public functions: the caller has checked all arguments and allocated the results; parameters are contiguous
+
+
+def low_rank_experts(
+    y: Tensor, a: Tensor, k: Tensor, expert_index: Tensor, expert_weight: Tensor, weight_a: Tensor, bias_a: Tensor,
+    weight_k: Tensor, bias_k: Tensor, weight_out: Tensor, bias_out: Tensor, ranks: Sequence[int],
+    weight_proj: Tensor | None, bias_proj: Tensor | None, residual: Tensor | None,
+) -> None:  # fmt: skip
+    """Write y (B, C, H, W)."""
+    parameters = expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out
+    run(forward(y, a, k, mixture(ranks, *parameters), weight_proj, bias_proj, residual), a.device)
+
+
+def low_rank_experts_backward(
+    da: Tensor, dk: Tensor, dexpert_weight: Tensor, dweight_a: Tensor, dbias_a: Tensor, dweight_k: Tensor,
+    dbias_k: Tensor, dweight_out: Tensor, dbias_out: Tensor, dweight_proj: Tensor | None, dbias_proj: Tensor | None,
+    dy: Tensor, a: Tensor, k: Tensor, expert_index: Tensor, expert_weight: Tensor, weight_a: Tensor, bias_a: Tensor,
+    weight_k: Tensor, bias_k: Tensor, weight_out: Tensor, bias_out: Tensor, ranks: Sequence[int],
+    weight_proj: Tensor | None,
+) -> None:  # fmt: skip
+    """Write da, dk and the gradients of the parameters; that of the residual is dy."""
+    gradients = dict(
+        dexpert_weight=dexpert_weight, dweight_a=dweight_a, dbias_a=dbias_a, dweight_k=dweight_k, dbias_k=dbias_k,
+        dweight_out=dweight_out, dbias_out=dbias_out, dweight_proj=dweight_proj, dbias_proj=dbias_proj,
+    )  # fmt: skip
+    parameters = expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out
+    run(backward(da, dk, gradients, dy, a, k, mixture(ranks, *parameters), weight_proj), a.device)
+
+
+def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
+    """Yield all launches, by name, for images like x; it may be on the meta device."""
+    batch, channels = x.shape[:2]
+    ranks = (2, 4, 8)
+    rows, square = x.new_empty(sum(ranks), channels), x.new_empty(channels, channels, 1, 1)
+    packed = rows, rows[:, 0].contiguous(), rows, rows[:, 0].contiguous(), rows.t().contiguous(), rows[: len(ranks)]
+    for top_k in (1, 2):
+        index, weight = (x.new_empty(batch, top_k, dtype=dtype) for dtype in (torch.int64, torch.float32))
+        experts = mixture(ranks, index, weight, *packed)
+        names = "dweight_a", "dbias_a", "dweight_k", "dbias_k", "dweight_out", "dbias_out"
+        gradients = dict(dexpert_weight=weight) | dict(zip(names, packed, strict=True))
+        for proj, bias, residual in ((None, None, None), (square, rows[0], x)):
+            name = f"top {top_k}{'' if proj is None else ' proj'}"
+            for launch in forward(x, x, x, experts, proj, bias, residual):
+                yield f"forward {name}", launch
+            launches = backward(x, x, gradients | dict(dweight_proj=proj, dbias_proj=bias), x, x, x, experts, proj)
+            for number, launch in enumerate(launches):
+                yield f"backward {number} {name}", launch
+
+
+# What is launched
+
+
+def mixture(
+    ranks, expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out
+) -> dict:  # fmt: skip
+    """Return experts and which are chosen as the kernels' arguments."""
+    routing = dict(expert_index=expert_index, expert_weight=expert_weight, top_k=expert_index.shape[1])
+    parameters = dict(weight_a=weight_a, bias_a=bias_a, weight_k=weight_k, bias_k=bias_k)
+    sizes = dict(EXPERTS=tuple(ranks), BLOCKS=blocks_of(ranks), TOTAL=sum(ranks))
+    return routing | parameters | dict(weight_out=weight_out, bias_out=bias_out) | sizes
+
+
+def forward(y, a, k, experts: dict, weight_proj, bias_proj, residual) -> Iterator[Launch]:
+    if a.numel() == 0:
+        return
+    arguments = strided(y=y, a=a, k=k, residual=residual) | dict(weight_proj=weight_proj, bias_proj=bias_proj)
+    images = [image for image in (y, residual, k, a) if image is not None]
+    yield over_tiles(low_rank_experts_forward, "low_rank_experts forward", images, arguments | experts | sizes(a))
+
+
+def backward(da, dk, gradients: dict, dy, a, k, experts: dict, weight_proj) -> Iterator[Launch]:
+    sums = new_sums(a, experts, weight_proj is not None)
+    if a.numel():
+        units, rows = experts["top_k"] * experts["BLOCKS"], kept_ranks(experts)
+        ranked = workspace(a, units * 3 * rows, experts["weight_a"].dtype)
+        arguments = strided(da=da, dk=dk, ranked=ranked, dy=dy, a=a, k=k) | dict(weight_proj=weight_proj, ROWS=rows)
+        arguments |= experts | sizes(a) | dict(channels=a.shape[1])
+        images = [da, dk, dy, k, a]
+        yield over_tiles(low_rank_experts_backward_input, "low_rank_experts backward", images, arguments)
+        yield sum_products(sums, ranked, dy, a, k, experts, weight_proj)
+    yield add_sums(gradients, sums, a, experts)
+
+
+def sizes(a: Tensor) -> dict:
+    return dict(CHANNELS=a.shape[1], TILES=cut(a.shape[1]), PRECISION=precision())
+
+
+# Kernels
+
+
+@triton.jit
+def low_rank_experts_forward(
+    y, y_strides, a, a_strides, k, k_strides, residual, residual_strides, expert_index, expert_weight, top_k,
+    weight_a, bias_a, weight_k, bias_k, weight_out, bias_out, weight_proj, bias_proj, pixels, width,
+    EXPERTS: tl.constexpr, BLOCKS: tl.constexpr, TOTAL: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr,
+    PIXELS: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y of PIXELS pixels of an image."""
+    image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
+    pixel = first + tl.arange(0, PIXELS)
+    inside = pixel < pixels
+    dtype: tl.constexpr = weight_a.dtype.element_ty
+    seen = load_pixels(at(a, a_strides, image, pixel, width), a_strides, inside, CHANNELS, TILES)
+    of_k = load_pixels(at(k, k_strides, image, pixel, width), k_strides, inside, CHANNELS, TILES)
+    of_a, of_k, out = narrow_all(seen, dtype), narrow_all(of_k, dtype), narrow_all(seen, tl.float32)
+    for unit in tl.range(0, top_k * BLOCKS, disable_licm=True):
+        slot, block = image * top_k + unit // BLOCKS, unit % BLOCKS
+        expert, p, begins, row, own = locate(expert_index, expert_weight, slot, block, EXPERTS)
+        matrix_a = load_ranks(weight_a, row, own, CHANNELS, 1, CHANNELS, TILES)
+        matrix_k = load_ranks(weight_k, row, own, CHANNELS, 1, CHANNELS, TILES)
+        rank_a = multiply(of_a, matrix_a, load_bias(bias_a, row, own), PRECISION)
+        rank_k = multiply(of_k, matrix_k, load_bias(bias_k, row, own), PRECISION)
+        matrix_out = transposed(load_ranks(weight_out, row, own, 1, TOTAL, CHANNELS, TILES))
+        out = multiply_block(narrow(rank_a * rank_k * p, dtype), matrix_out, out, PRECISION)
+        out = add_bias_out(out, p, bias_out, expert, begins, CHANNELS, TILES)
+    y_at = at(y, y_strides, image, pixel, width)
+    if weight_proj is None:
+        store_pixels(y_at, y_strides, inside, out, CHANNELS, TILES)
+    else:
+        mixed = narrow_all(out, dtype)
+        residual_at = at(residual, residual_strides, image, pixel, width)
+        for start in tl.range(0, CHANNELS, TILES[0], disable_licm=True):
+            made = start + tl.arange(0, TILES[0])
+            matrix = load_columns(weight_proj, 1, CHANNELS, made, CHANNELS, TILES, CHANNELS)
+            projected = multiply(mixed, matrix, load_row(bias_proj, made, CHANNELS), PRECISION)
+            more = load_tile(residual_at, residual_strides, inside, made, CHANNELS).to(tl.float32)
+            store_tile(y_at, y_strides, inside, projected + more, made, CHANNELS)
+
+
+@triton.jit
+def add_bias_out(tiles, p, bias_out, expert, begins, CHANNELS: tl.constexpr, TILES: tl.constexpr):
+    out = ()
+    for i in tl.static_range(len(TILES)):
+        out += (tiles[i] + p * load_bias_out(bias_out, expert, begins, channels_of(TILES, i), CHANNELS),)
+    return out
+
+
+@triton.jit
+def low_rank_experts_backward_input(
+    da, da_strides, dk, dk_strides, ranked, ranked_strides, dy, dy_strides, a, a_strides, k, k_strides,
+    expert_index, expert_weight, top_k, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out, weight_proj,
+    pixels, width, channels,
+    EXPERTS: tl.constexpr, BLOCKS: tl.constexpr, TOTAL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    TILES: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """da and dk of PIXELS pixels of an image, and for `sum_products` 3 * ROWS channels of each unit.
+
+    With dm the gradient of m, these are rank_a * rank_k and the gradients of rank_a and rank_k,
+        p_e * (transposed Wout_e @ dm) * rank_k  and  p_e * (transposed Wout_e @ dm) * rank_a.
+    """
+    image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
+    pixel = first + tl.arange(0, PIXELS)
+    inside = pixel < pixels
+    dtype: tl.constexpr = weight_a.dtype.element_ty
+    a_at, k_at = at(a, a_strides, image, pixel, width), at(k, k_strides, image, pixel, width)
+    dy_at, ranked_at = at(dy, dy_strides, image, pixel, width), at(ranked, ranked_strides, image, pixel, width)
+    if weight_proj is None:
+        from_a = narrow_all(load_pixels(dy_at, dy_strides, inside, CHANNELS, TILES), tl.float32)
+    else:
+        from_a = zeros(PIXELS, TILES)
+        for start in tl.range(0, channels, TILES[0], disable_licm=True):  # not a constant: LLVM would unroll it
+            made = start + tl.arange(0, TILES[0])
+            gradient = narrow(load_tile(dy_at, dy_strides, inside, made, CHANNELS).to(tl.float32), dtype)
+            matrix = load_columns(weight_proj, 1, CHANNELS, made, CHANNELS, TILES, CHANNELS)
+            from_a = multiply_block(gradient, transposed(matrix), from_a, PRECISION)
+    dm, from_k = narrow_all(from_a, dtype), zeros(PIXELS, TILES)
+    for unit in tl.range(0, top_k * BLOCKS, disable_licm=True):
+        slot, block = image * top_k + unit // BLOCKS, unit % BLOCKS
+        _, p, _, row, own = locate(expert_index, expert_weight, slot, block, EXPERTS)
+        place, kept = ranked_at + unit * (3 * ROWS), tl.arange(0, RANKS)
+        matrix = load_ranks(weight_out, row, own, 1, TOTAL, CHANNELS, TILES)
+        drank = multiply(dm, matrix, tl.zeros((1, RANKS), tl.float32), PRECISION) * p
+        # Images and weights are loaded again and again: what is kept in registers, float32 keeps in two parts each.
+        of_k = narrow_all(load_pixels(k_at, k_strides, inside, CHANNELS, TILES), dtype)
+        matrix = load_ranks(weight_k, row, own, CHANNELS, 1, CHANNELS, TILES)
+        rank_k = multiply(of_k, matrix, load_bias(bias_k, row, own), PRECISION)
+        drank_a = narrow(drank * rank_k, dtype)
+        store_tile(place + ROWS, ranked_strides, inside, drank_a, kept, ROWS)
+        of_a = narrow_all(load_pixels(a_at, a_strides, inside, CHANNELS, TILES), dtype)
+        matrix = load_ranks(weight_a, row, own, CHANNELS, 1, CHANNELS, TILES)
+        rank_a = multiply(of_a, matrix, load_bias(bias_a, row, own), PRECISION)
+        drank_k = narrow(drank * rank_a, dtype)
+        from_a = multiply_block(drank_a, transposed(matrix), from_a, PRECISION)
+        store_tile(place, ranked_strides, inside, rank_a * rank_k, kept, ROWS)
+        store_tile(place + 2 * ROWS, ranked_strides, inside, drank_k, kept, ROWS)
+        matrix = load_ranks(weight_k, row, own, CHANNELS, 1, CHANNELS, TILES)
+        from_k = multiply_block(drank_k, transposed(matrix), from_k, PRECISION)
+    store_pixels(at(da, da_strides, image, pixel, width), da_strides, inside, from_a, CHANNELS, TILES)
+    store_pixels(at(dk, dk_strides, image, pixel, width), dk_strides, inside, from_k, CHANNELS, TILES)

@@ -1,0 +1,281 @@
+"""Triton kernels of `norm_conv3x3`; formula and shapes in `seemore_fast.reference.norm_conv3x3`.
+
+    forward    n = LN(x), packed (`windows`), unless x is so already and there is no norm             one launch
+               s = conv(n) + bias;  y = activation(s), or weight_pw @ activation(s) + bias_pw         one more
+    backward   n again                                                                                one launch
+               s again;  ds = (transposed weight_pw @ dy) * activation'(s);  activation(s)            one launch
+               dn = conv of ds with the weight transposed and turned round;  dx, dgain and dshift     one launch
+               sums over the pixels of ds times windows of n, and of dy times activation(s)           two launches
+               the second stage of all these sums                                                     three launches
+
+What neighbours must see goes through memory: n and ds. Of 3 x 108 products for 36 outputs the matrix units make 3 x 112
+for 48: 1.38 times what is needed for 36 channels, 1.04 for 48, and nothing is wasted for 64.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import activate, slope
+from .configurations import configuration
+from .images import index_type, strided
+from .launch import Launch, run
+from .products import parts_of, products, steps_of
+from .sums import add_parts, new_partial
+from .tiles import (
+    at,
+    channels_of,
+    cut,
+    launch,
+    load_columns,
+    load_pixels,
+    load_row,
+    load_tile,
+    multiply,
+    multiply_block,
+    narrow_all,
+    normalise,
+    normalise_backward,
+    over_tiles,
+    pixels_of,
+    store_pixels,
+    store_tile,
+    tile_of,
+    times_row,
+    transposed,
+    workspace,
+    zero_row,
+)
+from .windows import (
+    columns_of,
+    convolution,
+    convolve,
+    image_of,
+    is_packed,
+    pack,
+    packed,
+    store_packed,
+    window_parts,
+    window_products,
+    zero_tiles,
+)
+
+# Public functions: the caller has checked all arguments and allocated the results; parameters are contiguous
+
+
+def norm_conv3x3(
+    y: Tensor, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, bias: Tensor,
+    weight_pw: Tensor | None, bias_pw: Tensor | None, activation: str | None, eps: float,
+) -> None:  # fmt: skip
+    """Write y (B, P or D, H, W)."""
+    run(forward(y, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation, eps), x.device)
+
+
+def norm_conv3x3_backward(
+    dx: Tensor, dnorm_weight: Tensor | None, dnorm_bias: Tensor | None, dweight: Tensor, dbias: Tensor,
+    dweight_pw: Tensor | None, dbias_pw: Tensor | None, dy: Tensor, x: Tensor, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, weight: Tensor, bias: Tensor, weight_pw: Tensor | None, bias_pw: Tensor | None,
+    activation: str | None, eps: float,
+) -> None:  # fmt: skip
+    """Write dx and the gradients of the parameters."""
+    gradients = [dnorm_weight, dnorm_bias], [dweight, dbias], [dweight_pw, dbias_pw]
+    run(backward(dx, *gradients, dy, x, norm_weight, norm_bias, weight, bias, weight_pw, activation, eps), x.device)
+
+
+def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
+    """Yield all launches, by name, for images like x; it may be on the meta device."""
+    channels = x.shape[1]
+    vector, weight = x.new_empty(channels), x.new_empty(channels, channels, 3, 3)
+    wide = torch.empty_like(x).repeat(1, 2, 1, 1), x.new_empty(2 * channels, channels, 1, 1), x.new_empty(2 * channels)
+    for (y, *pointwise), norm, activation in [
+        (wide, vector, "gelu"),
+        ((x, None, None), vector, None),
+        ((x, None, None), None, "gelu"),
+    ]:
+        name = f"{y.shape[1]} {activation}{' norm' if norm is not None else ''}"
+        forwards = forward(y, x, norm, norm, weight, vector, *pointwise, activation, 1e-6)
+        yield from ((f"forward {number} {name}", launch) for number, launch in enumerate(forwards))
+        gradients = [norm, norm], [weight, vector], pointwise
+        backwards = backward(x, *gradients, y, x, norm, norm, weight, vector, pointwise[0], activation, 1e-6)
+        yield from ((f"backward {number} {name}", launch) for number, launch in enumerate(backwards))
+
+
+# What is launched
+
+
+def forward(y, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation, eps) -> Iterator[Launch]:
+    if x.numel() == 0:
+        return
+    n = yield from normalised(x, norm_weight, norm_bias, weight.dtype, eps)
+    arguments = convolution(n, columns_of(weight)) | strided(y=y) | end(bias, weight_pw, y, activation)
+    yield over_tiles(norm_conv3x3_forward, "norm_conv3x3 forward", [y, n], arguments | dict(bias_pw=bias_pw))
+
+
+def backward(
+    dx, dnorm, gradients, dpointwise, dy, x, norm_weight, norm_bias, weight, bias, weight_pw, activation, eps
+) -> Iterator[Launch]:
+    if x.numel() == 0:
+        for gradient in (*dnorm, *gradients, *dpointwise):
+            if gradient is not None:
+                gradient.zero_()
+        return
+    n = yield from normalised(x, norm_weight, norm_bias, weight.dtype, eps)
+    if activation is None and weight_pw is None:
+        ds = yield from normalised(dy, None, None, weight.dtype, eps)
+    else:
+        ds = packed(x, len(weight), weight.dtype)
+        acted = None if weight_pw is None else workspace(x, len(weight), weight.dtype)
+        arguments = convolution(n, columns_of(weight)) | end(bias, weight_pw, dy, activation)
+        arguments |= strided(ds=ds, acted=acted, dy=dy)
+        yield over_tiles(norm_conv3x3_backward_middle, "norm_conv3x3 backward", [dy, n], arguments)
+    yield from backward_input(dx, dnorm, ds, x, norm_weight, weight, eps)
+    partial = new_partial(window_parts(n), gradients)
+    yield window_products(partial, ds, n)
+    dcolumns = weight.new_empty(len(weight), 3, 3, weight.shape[1])  # as the windows are
+    yield add_parts([dcolumns, gradients[1]], partial)
+    gradients[0].copy_(dcolumns.permute(0, 3, 1, 2))
+    if weight_pw is not None:
+        partial = new_partial(parts_of(acted, "products"), dpointwise)
+        yield products(partial, dy, acted)
+        yield add_parts(dpointwise, partial)
+
+
+def normalised(x, norm_weight, norm_bias, dtype, eps):
+    """Return LN(x), or x without a norm, packed; yield the launch that this takes."""
+    if norm_weight is None and x.dtype == dtype and is_packed(x):
+        return x
+    n = packed(x, x.shape[1], dtype)
+    yield pack(n, x, norm_weight, norm_bias, eps)
+    return n
+
+
+def end(bias, weight_pw, y, activation) -> dict:
+    """Return as the kernels' arguments what comes after the convolution, on the way to y."""
+    out = y.shape[1]
+    block = cut(out)[0] if bias.element_size() == 2 else 16  # float32 takes more registers
+    return dict(bias=bias, weight_pw=weight_pw, ACTIVATION=activation, RESULTS=out, BLOCK=block)
+
+
+def backward_input(dx, dnorm, ds, x, norm_weight, weight, eps) -> Iterator[Launch]:
+    name = "norm_conv3x3 backward input"
+    partial = None if norm_weight is None else new_partial(parts_of(ds, name), dnorm)
+    pixels, *how = configuration(name, ds)
+    turned = columns_of(weight.flip(2, 3).transpose(0, 1))
+    arguments = convolution(ds, turned) | strided(dx=dx, x=x) | dict(partial=partial, gain=norm_weight, eps=eps)
+    places = pixels_of(dx, x) | dict(steps=steps_of(ds, name))
+    tile = dict(PIXELS=pixels, INDEX=index_type(places["pixels"] + 2**16))
+    yield launch(norm_conv3x3_backward_input, parts_of(ds, name), arguments | places | tile, *how)
+    if norm_weight is not None:
+        yield add_parts(dnorm, partial)
+
+
+# Kernels
+
+
+@triton.jit
+def norm_conv3x3_forward(
+    y, y_strides, n, n_stride, columns, bias, weight_pw, bias_pw, lines, line, pixels, width,
+    CHANNELS: tl.constexpr, WINDOW: tl.constexpr, TURNS: tl.constexpr, OUT_CHANNELS: tl.constexpr, MADE: tl.constexpr,
+    RESULTS: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,
+    ACTIVATION: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y = activation(conv(n) + bias), or weight_pw @ of it + bias_pw, PIXELS pixels of an image."""
+    image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
+    pixel = first + tl.arange(0, PIXELS)
+    inside = pixel < pixels
+    seen = image_of(n, n_stride, image)
+    sums = convolve(seen, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)
+    acted = activate_all(sums, bias, ACTIVATION, OUT_CHANNELS, MADE)
+    y_at = at(y, y_strides, image, pixel, width)
+    if weight_pw is None:
+        store_pixels(y_at, y_strides, inside, acted, OUT_CHANNELS, MADE)
+    else:
+        acted = narrow_all(acted, weight_pw.dtype.element_ty)
+        for start in tl.range(0, RESULTS, BLOCK, disable_licm=True):
+            made = start + tl.arange(0, BLOCK)
+            matrix = load_columns(weight_pw, 1, OUT_CHANNELS, made, OUT_CHANNELS, MADE, RESULTS)
+            out = multiply(acted, matrix, load_row(bias_pw, made, RESULTS), PRECISION)
+            store_tile(y_at, y_strides, inside, out, made, RESULTS)
+
+
+@triton.jit
+def norm_conv3x3_backward_middle(
+    ds, ds_strides, acted, acted_strides, dy, dy_strides, n, n_stride, columns, bias, weight_pw, lines, line,
+    pixels, width,
+    CHANNELS: tl.constexpr, WINDOW: tl.constexpr, TURNS: tl.constexpr, OUT_CHANNELS: tl.constexpr, MADE: tl.constexpr,
+    RESULTS: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,
+    ACTIVATION: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """ds, packed, and with a pointwise what it multiplied: of the same PIXELS pixels of an image."""
+    image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
+    pixel = first + tl.arange(0, PIXELS)
+    inside = pixel < pixels
+    dtype: tl.constexpr = ds.dtype.element_ty
+    seen = image_of(n, n_stride, image)
+    s = convolve(seen, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)
+    dy_at = at(dy, dy_strides, image, pixel, width)
+    if weight_pw is None:
+        dacted = load_pixels(dy_at, dy_strides, inside, OUT_CHANNELS, MADE)
+    else:
+        acted_at = at(acted, acted_strides, image, pixel, line)
+        store_pixels(
+            acted_at, acted_strides, inside, activate_all(s, bias, ACTIVATION, OUT_CHANNELS, MADE), OUT_CHANNELS, MADE
+        )
+        dacted = zero_tiles(PIXELS, MADE)
+        for start in tl.range(0, RESULTS, BLOCK, disable_licm=True):
+            made = start + tl.arange(0, BLOCK)
+            matrix = load_columns(weight_pw, 1, OUT_CHANNELS, made, OUT_CHANNELS, MADE, RESULTS)
+            gradient = load_tile(dy_at, dy_strides, inside, made, RESULTS)
+            dacted = multiply_block(gradient, transposed(matrix), dacted, PRECISION)
+    gradients = ()
+    for i in tl.static_range(len(MADE)):
+        row = load_row(bias, channels_of(MADE, i), OUT_CHANNELS)
+        gradients += (dacted[i].to(tl.float32) * slope(s[i] + row, ACTIVATION),)
+    store_packed(image_of(ds, ds_strides[0], image), pixel, inside, narrow_all(gradients, dtype), OUT_CHANNELS, MADE)
+
+
+@triton.jit
+def norm_conv3x3_backward_input(
+    partial, dx, dx_strides, n, n_stride, columns, x, x_strides, gain, eps, lines, line, pixels, width, steps,
+    CHANNELS: tl.constexpr, WINDOW: tl.constexpr, TURNS: tl.constexpr, OUT_CHANNELS: tl.constexpr, MADE: tl.constexpr,
+    PIXELS: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx from n, which is ds here; and partial[program] = sums over its pixels of dgain and dshift, with a norm."""
+    dgain, dshift = (), ()
+    for i in tl.static_range(len(MADE)):
+        dgain += (zero_row(MADE[i]),)
+        dshift += (zero_row(MADE[i]),)
+    image, start = tile_of(tl.program_id(0), pixels, PIXELS * steps, INDEX)
+    ds = image_of(n, n_stride, image)
+    for step in tl.range(0, steps, disable_licm=True):
+        pixel = start + step * PIXELS + tl.arange(0, PIXELS)
+        inside = pixel < pixels
+        dn = convolve(ds, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)
+        if gain is not None:
+            seen = load_pixels(at(x, x_strides, image, pixel, width), x_strides, inside, OUT_CHANNELS, MADE)
+            seen, scale = normalise(seen, eps, OUT_CHANNELS, MADE)
+            dgain_before, dshift_before = dgain, dshift
+            dgain, dshift = (), ()
+            for i in tl.static_range(len(MADE)):
+                dgain += (dgain_before[i] + tl.sum(dn[i] * seen[i], axis=0),)
+                dshift += (dshift_before[i] + tl.sum(dn[i], axis=0),)
+            dn = normalise_backward(times_row(dn, gain, OUT_CHANNELS, MADE), seen, scale, OUT_CHANNELS)
+        store_pixels(at(dx, dx_strides, image, pixel, width), dx_strides, inside, dn, OUT_CHANNELS, MADE)
+    if gain is not None:
+        partial += tl.program_id(0).to(tl.int64) * (2 * OUT_CHANNELS)
+        for i in tl.static_range(len(MADE)):
+            made = channels_of(MADE, i)
+            tl.store(partial + made, dgain[i], mask=made < OUT_CHANNELS)
+            tl.store(partial + OUT_CHANNELS + made, dshift[i], mask=made < OUT_CHANNELS)
+
+
+@triton.jit
+def activate_all(sums, bias, ACTIVATION: tl.constexpr, OUT_CHANNELS: tl.constexpr, MADE: tl.constexpr):
+    """Return activation(sums + bias), as float32 tiles."""
+    out = ()
+    for i in tl.static_range(len(MADE)):
+        out += (activate(sums[i] + load_row(bias, channels_of(MADE, i), OUT_CHANNELS), ACTIVATION),)
+    return out
