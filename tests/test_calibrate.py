@@ -201,15 +201,17 @@ def test_autocast(backend, device, dtype):
     assert all(found[f"gradient of {name}"].dtype == tensor.dtype for name, tensor in tensors.items())
 
 
-@kit.each_backend("calibrate")
+@kit.each_kernel("calibrate")
 @pytest.mark.parametrize("recursive", [1, 2])
-def test_extreme_values(backend, device, recursive):
-    """Infinities and NaN come out where torch's own operators have them; what is not gathered stays where it is."""
+def test_extreme_values(backend, device, recursive, monkeypatch):
+    """Infinities and NaN come out where the formula has them; what is not gathered stays where it is."""
     tensors = kit.cast(tensors_of(device, (2, 2, 37, 50)), torch.float32)
     tensors["k"][0, 0, 9, 20] = torch.inf
     tensors["k"][1, 1, 3, 30] = torch.nan
     tensors["k"][:, :, 36] = torch.nan
-    expected = kit.value_and_gradients(reference.calibrate, tensors, recursive=recursive)
+    with monkeypatch.context() as patch:  # torch's own GELU of infinity is infinity or NaN, as the processor has it
+        patch.setattr(torch.nn.functional, "gelu", kit.naive_gelu)
+        expected = kit.value_and_gradients(reference.calibrate, tensors, recursive=recursive)
     with kit.chosen(backend, device):
         found = kit.value_and_gradients(calibrate, tensors, recursive=recursive)
     for what, value in expected.items():
