@@ -32,8 +32,12 @@ BENCHMARKED = {  # operator: the case in which torch.compile is timed, too
     "depthwise_gate": "1x36x480x640 bf16",
     "calibrate": "1x36x480x640 recursive=2 bf16",
     "router": "1x36x480x640 bf16",
+    "norm_pointwise": "1x36x480x640 bf16",
+    "gated_ffn": "1x36x480x640 bf16",
+    "norm_conv3x3": "1x36x480x640 bf16",
+    "low_rank_experts": "1x36x480x640 bf16",
 }
-OTHERS = ["layer_norm", "norm_pointwise", "norm_conv3x3", "gated_ffn", "low_rank_experts", "rme_block", "sme_block"]
+OTHERS = ["layer_norm", "pointwise", "conv3x3_shuffle", "rme_block", "sme_block"]
 
 
 class Step(NamedTuple):
@@ -56,9 +60,11 @@ def tests() -> list[Step]:
     return [
         pytest("tests of operators", [*BENCHMARKED, *OTHERS], *without_triton),
         pytest("tests of the model", ["model"], *without_triton),
-        # its compiler takes its time: two processes
+        # its compiler takes its time: four processes
         pytest("tests of triton, values", ["striped_conv"], "-k", "triton and test_values"),
-        pytest("tests of triton, others", [*BENCHMARKED], "-k", "triton and not test_values"),
+        pytest("tests of triton, stencils", [*BENCHMARKED][:4], "-k", "triton and not test_values"),
+        pytest("tests of triton, layers", [*BENCHMARKED][4:6], "-k", "triton"),
+        pytest("tests of triton, more layers", [*BENCHMARKED][6:], "-k", "triton"),
         pytest("tests of the GPU", ["gpu"]),
         sanitizer("memcheck", "--report-api-errors", "no"),
         sanitizer("racecheck"),
@@ -71,7 +77,7 @@ def sanitizer(tool: str, *options: str) -> Step:
     found = shutil.which("compute-sanitizer", path=path)
     if not found:
         return Step(tool, f"there is no compute-sanitizer on PATH, in CUDA_HOME/bin or {TOOLKIT}/bin", 0)
-    step = pytest(tool, ["gpu"], "-k", "small_shapes")
+    step = pytest(tool, ["gpu"], "-k", "small_shapes and not triton")
     # every tensor is an allocation of its own: beyond its end is outside, not in a neighbour
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [found, "--tool", tool, "--error-exitcode", "1", *options, *step.command]

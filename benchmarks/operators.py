@@ -58,10 +58,10 @@ def ours(stem: str, fused: Callable, mode: str, device: torch.device, instructio
     for name, there in table.items():
         if callable(there) and name.split()[1] not in have:
             table[name] = f"this backend has no kernel of {stem}"
-    cuda = f"{harness.OURS} cuda"
-    if mode == "forward" and cuda in table:
-        there = table[cuda]
-        table[cuda + harness.IN_A_GRAPH] = in_a_graph(there) if callable(there) else there
+    gpu = f"{harness.OURS} {'cuda' if 'cuda' in have or 'triton' not in have else 'triton'}"
+    if mode == "forward" and gpu in table:
+        there = table[gpu]
+        table[gpu + harness.IN_A_GRAPH] = in_a_graph(there) if callable(there) else there
     if not any(map(callable, table.values())):
         plain = partial(seemore_fast.use_backend, "reference")
         table[f"{harness.OURS} reference"] = harness.inside(plain, provider)

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the CUDA kernels: streams, graphs, huge tensors, nobody waiting. With --device cuda.
+"""What only a GPU can show of the kernels: streams, graphs, huge tensors, nobody waiting. With --device cuda.
 
 That their results are right on a GPU, too, is what the tests of the operators find with --device cuda.
 """
@@ -59,6 +59,22 @@ def routed_shapes(channels: int) -> dict[str, tuple[int, ...]]:
     return kit.striped_shapes(channels, 3) | {"weight_router": (3, channels)}
 
 
+def pointwise_shapes(channels: int) -> dict[str, tuple[int, ...]]:
+    return {"weight": (channels, channels, 1, 1), "bias": (channels,)}
+
+
+def norm_pointwise_shapes(channels: int) -> dict[str, tuple[int, ...]]:
+    return kit.norm_shapes(channels) | pointwise_shapes(channels)
+
+
+def norm_conv_shapes(channels: int) -> dict[str, tuple[int, ...]]:
+    return kit.norm_shapes(channels) | {"weight": (channels, channels, 3, 3), "bias": (channels,)}
+
+
+def ffn_shapes(channels: int) -> dict[str, tuple[int, ...]]:
+    return kit.norm_shapes(channels) | kit.ffn_shapes(channels)
+
+
 CALLS = {
     "striped_conv K=11 alone": Call("striped_conv", ("x",), partial(kit.striped_shapes, taps=11), {}),
     **{
@@ -72,19 +88,32 @@ CALLS = {
     "calibrate 2": Call("calibrate", ("k",), kit.calibrate_shapes, {"recursive": 2}),
     "router": Call("router", ("a",), router_shapes, {"top_k": 1}),
     "striped_conv_router": Call("striped_conv_router", ("x",), routed_shapes, {"top_k": 1}),
+    "norm_pointwise": Call("norm_pointwise", ("x",), norm_pointwise_shapes, {"activation": "gelu"}),
+    "pointwise": Call("pointwise", ("x", "residual"), pointwise_shapes, {}),
+    "norm_conv3x3": Call("norm_conv3x3", ("x",), norm_conv_shapes, {"activation": "gelu"}),
+    "gated_ffn": Call("gated_ffn", ("x",), ffn_shapes, {}),
 }
 SHAPE = (3, 36, 130, 147)
 HUGE = (1, 36, 8192, 8192)  # 2.4e9 elements
 
 
-@pytest.fixture(params=CALLS)
+def backends_of(operator: str) -> list[str]:
+    """Return the GPU's backends that have an operator; pointwise is a norm_pointwise without norm."""
+    stem = "norm_pointwise" if operator == "pointwise" else operator
+    return [kernel.backend for kernel in backends.KERNELS[stem] if kernel.device == "cuda"]
+
+
+USES = [(name, backend) for name, call in CALLS.items() for backend in backends_of(call.operator)]
+
+
+@pytest.fixture(params=USES, ids=" ".join)
 def call(request):
-    """A use of an operator that has a CUDA kernel; the test runs on it."""
-    found = CALLS[request.param]
-    if "cuda" not in {kernel.backend for kernel in backends.KERNELS.get(found.operator, ())}:
-        pytest.skip(f"there is no CUDA kernel of {found.operator}")
-    with use_backend("cuda"):
-        yield found
+    """A use of an operator, on one of the backends that have a kernel of it; the test runs on that."""
+    name, backend = request.param
+    if backends.why_not(backend):
+        pytest.skip(backends.why_not(backend))
+    with use_backend(backend):
+        yield CALLS[name]
 
 
 def assert_equal(found: list[Tensor], expected: list[Tensor]):

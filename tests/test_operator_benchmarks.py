@@ -28,7 +28,11 @@ def test_operations_of_striped_conv():
     assert counted == [2, 5, 6, 6]
 
 
-@pytest.mark.parametrize("operator", ["striped_conv", "depthwise_gate", "calibrate", "router"])
+STEMS = ["striped_conv", "depthwise_gate", "calibrate", "router"]
+STEMS += ["norm_pointwise", "gated_ffn", "norm_conv3x3", "low_rank_experts"]
+
+
+@pytest.mark.parametrize("operator", STEMS)
 def test_operations_of_both_are_those_of_either(operator):
     module = benchmark_of(operator)
     setting = module["Setting"]((2, 3, 21, 34))
@@ -55,9 +59,7 @@ def test_on_cuda_ours_is_timed_in_a_graph_too(harness, monkeypatch):
     assert list(lines)[-1] == "seemore-fast reference"
 
 
-@pytest.mark.parametrize(
-    "operator, count", [("striped_conv", 3), ("depthwise_gate", 2), ("calibrate", 2), ("router", 2)]
-)
+@pytest.mark.parametrize("operator, count", [(stem, 3 if stem == "striped_conv" else 2) for stem in STEMS])
 def test_bench_operators(harness, bench, tmp_path, operator, count):
     bench(operator, "--results", tmp_path, "--threads", 1)
     cases = figures(next(tmp_path.glob(f"*/{operator}.json")))
