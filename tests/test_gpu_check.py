@@ -70,7 +70,7 @@ def test_the_sanitizer_is_found_or_missed(tmp_path, monkeypatch):
     tool.touch(0o755)
     step = gpu_check.sanitizer("memcheck")
     assert step.command[:3] == [str(tool), "--tool", "memcheck"]
-    assert "small_shapes" in step.command
+    assert "small_shapes and not triton" in step.command
 
 
 def test_every_file_of_a_step_exists():

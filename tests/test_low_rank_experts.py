@@ -139,3 +139,126 @@ def test_ranks_that_do_not_add_up_are_refused(device, ranks):
 def test_ranks_that_are_no_integers_are_refused(device, ranks):
     with pytest.raises((TypeError, ValueError), match=r"^low_rank_experts: ranks (are|is) .*expected"):
         low_rank_experts(**tensors_of(device), ranks=ranks)
+
+
+# Kernels, which float32, float16 and bfloat16 have
+
+
+def projected(device, shape, ranks, top_k):
+    """The arguments with a projection and a residual."""
+    channels = shape[1]
+    more = {"weight_proj": (channels, channels, 1, 1), "bias_proj": (channels,), "residual": shape}
+    return tensors_of(device, shape, ranks, top_k) | kit.random_parameters(more, device, seed=2)
+
+
+def naive_projected(weight_proj=None, bias_proj=None, residual=None, **arguments):
+    m = naive_low_rank_experts(**arguments)
+    return m if residual is None else residual + kit.naive_pointwise(m, weight_proj, bias_proj)
+
+
+naive_projected.__name__ = "naive_low_rank_experts"
+
+
+@kit.each_backend("low_rank_experts")
+@pytest.mark.parametrize("ranks, top_k", [((2, 4, 8), 1), ((3, 3), 2)], ids=str)
+def test_projection(backend, device, ranks, top_k):
+    tensors = projected(device, (2, 4, 3, 5), ranks, top_k)
+    kit.assert_close_to_naive(backend, low_rank_experts, naive_projected, tensors, ranks=ranks)
+
+
+@kit.each_kernel("low_rank_experts")
+@pytest.mark.parametrize(
+    "shape, ranks, top_k",
+    [
+        ((2, 36, 5, 27), (2, 4, 8), 1),  # more than one tile of pixels
+        ((1, 48, 3, 7), (2, 4, 8), 2),
+        ((2, 5, 1, 70), (1, 33, 64), 2),
+        ((3, 64, 2, 3), (64,), 1),
+        ((2, 1, 1, 1), (1, 2), 2),
+        ((2, 17, 9, 1), (2, 3, 4, 5, 6, 7), 4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tensors_of", [tensors_of, projected], ids=["alone", "projected"])
+def test_sizes(backend, device, shape, ranks, top_k, tensors_of):
+    tensors = tensors_of(device, shape, ranks, top_k)
+    kit.assert_within_yardstick(backend, low_rank_experts, naive_projected, tensors, torch.float32, ranks=ranks)
+
+
+@kit.each_kernel("low_rank_experts")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", [None, "channels_last", "slice"])
+def test_narrow_projection(backend, device, dtype, layout):
+    tensors = projected(device, (2, 12, 9, 13), (2, 4, 8), 2)
+    kit.assert_within_yardstick(backend, low_rank_experts, naive_projected, tensors, dtype, layout, ranks=(2, 4, 8))
+
+
+@kit.each_kernel("low_rank_experts")
+@pytest.mark.parametrize("chosen", [0, 1, 2])
+def test_kernels_leave_out_experts_not_chosen(backend, device, chosen):
+    """Their gradients are zero, and what their weights are, even NaN, does not matter."""
+    ranks = (2, 4, 8)
+    tensors = kit.cast(tensors_of(device, ranks=ranks, top_k=1), torch.float32)
+    tensors["expert_index"] = torch.full_like(tensors["expert_index"], chosen)
+    with kit.chosen(backend, device):
+        expected = kit.value_and_gradients(low_rank_experts, tensors, ranks=ranks)
+        rows = [slice(0, 2), slice(2, 6), slice(6, 14)]
+        for expert in {0, 1, 2} - {chosen}:
+            for name in ("weight_a", "bias_a", "weight_k", "bias_k"):
+                tensors[name][rows[expert]] = torch.nan
+            tensors["weight_out"][:, rows[expert]] = tensors["bias_out"][expert] = torch.nan
+        found = kit.value_and_gradients(low_rank_experts, tensors, ranks=ranks)
+    for what, value in expected.items():
+        assert torch.equal(found[what], value), what
+    for expert in range(3):
+        for name in ("weight_a", "bias_a", "weight_k", "bias_k", "weight_out", "bias_out"):
+            gradient = found[f"gradient of {name}"]
+            mine = (
+                gradient[:, rows[expert]]
+                if name == "weight_out"
+                else gradient[expert if name == "bias_out" else rows[expert]]
+            )
+            assert torch.all(mine != 0 if expert == chosen else mine == 0), f"{name} of expert {expert}"
+
+
+@kit.each_kernel("low_rank_experts")
+@pytest.mark.parametrize("index", [-1, 3, 2**40])
+def test_an_index_of_no_expert_is_left_out(backend, device, index):
+    tensors = kit.cast(tensors_of(device, ranks=(2, 4, 8), top_k=1), torch.float32)
+    tensors["expert_index"][1] = index
+    with kit.chosen(backend, device):
+        found = kit.value_and_gradients(low_rank_experts, tensors, ranks=(2, 4, 8))
+    assert torch.equal(found["y"][1], tensors["a"][1])
+    assert all(value.isfinite().all() for value in found.values())
+    assert not found["gradient of expert_weight"][1].any()
+
+
+@kit.each_kernel("low_rank_experts")
+def test_no_images(backend, device):
+    tensors = kit.cast(tensors_of(device, (0, 3, 4, 5)), torch.float32)
+    with kit.chosen(backend, device):
+        found = kit.value_and_gradients(low_rank_experts, tensors, ranks=(2, 4, 8))
+    assert found["y"].shape == (0, 3, 4, 5) and not any(value.any() for value in found.values())
+
+
+@kit.each_kernel("low_rank_experts")
+def test_operator(backend, device):
+    tensors = kit.cast(tensors_of(device), torch.float32)
+    other = kit.cast(tensors_of(device, (4, 5, 7, 3)), torch.float32)
+    with kit.chosen(backend, device):
+        kit.assert_operator(low_rank_experts, tensors, ranks=(2, 4, 8))
+        kit.assert_compiles(low_rank_experts, tensors, other, ranks=(2, 4, 8))
+        kit.assert_large_offsets(low_rank_experts, tensors, ["a", "k"], ranks=(2, 4, 8))
+
+
+@kit.each_kernel("low_rank_experts")
+def test_higher_ranks_are_left_to_the_reference(backend, device):
+    tensors = tensors_of(device, (1, 5, 3, 4), (65,), 1)
+    kit.assert_within_yardstick(backend, low_rank_experts, naive_low_rank_experts, tensors, torch.float32, ranks=(65,))
+
+
+@pytest.mark.parametrize("missing", ["weight_proj", "bias_proj", "residual"])
+def test_part_of_a_projection_is_refused(device, missing):
+    tensors = projected(device, (1, 3, 4, 5), (2, 4), 1) | {missing: None}
+    with pytest.raises(ValueError, match=rf"^low_rank_experts: .*{missing}.* None"):
+        low_rank_experts(**tensors, ranks=(2, 4))
