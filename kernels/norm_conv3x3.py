@@ -49,6 +49,7 @@ from .tiles import (
     transposed,
     workspace,
     zero_row,
+    zeros,
 )
 from .windows import (
     columns_of,
@@ -61,7 +62,6 @@ from .windows import (
     store_packed,
     window_parts,
     window_products,
-    zero_tiles,
 )
 
 # Public functions: the caller has checked all arguments and allocated the results; parameters are contiguous
@@ -225,7 +225,7 @@ def norm_conv3x3_backward_middle(
         store_pixels(
             acted_at, acted_strides, inside, activate_all(s, bias, ACTIVATION, OUT_CHANNELS, MADE), OUT_CHANNELS, MADE
         )
-        dacted = zero_tiles(PIXELS, MADE)
+        dacted = zeros(PIXELS, MADE)
         for start in tl.range(0, RESULTS, BLOCK, disable_licm=True):
             made = start + tl.arange(0, BLOCK)
             matrix = load_columns(weight_pw, 1, OUT_CHANNELS, made, OUT_CHANNELS, MADE, RESULTS)

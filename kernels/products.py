@@ -27,6 +27,8 @@ from .tiles import (
     powers,
     precision,
     tile_of,
+    zero_row,
+    zero_tile,
 )  # fmt: skip
 
 PARTS = 512  # programs, about: some for each multiprocessor, and few sums to add up later
@@ -69,10 +71,10 @@ def add_products(
     sums = ()
     for j in tl.static_range(len(MADE)):
         for i in tl.static_range(len(SUMMED)):
-            sums += (tl.zeros((MADE[j], SUMMED[i]), tl.float32),)
+            sums += (zero_tile(MADE[j], SUMMED[i]),)
     dbias = ()
     for j in tl.static_range(len(MADE)):
-        dbias += (tl.zeros((MADE[j],), tl.float32),)
+        dbias += (zero_row(MADE[j]),)
     image, start = tile_of(tl.program_id(0), pixels, PIXELS * steps, INDEX)
     for step in tl.range(0, steps, disable_licm=True):
         pixel = start + step * PIXELS + tl.arange(0, PIXELS)
@@ -94,8 +96,8 @@ def add_products(
     for i in tl.static_range(len(SUMMED)):
         channel = channels_of(SUMMED, i)
         real = channel < CHANNELS
-        dgain = tl.zeros((SUMMED[i],), tl.float64)  # its terms nearly cancel
-        dshift = tl.zeros((SUMMED[i],), tl.float64)
+        dgain = zero_row(SUMMED[i]).to(tl.float64)  # its terms nearly cancel
+        dshift = zero_row(SUMMED[i]).to(tl.float64)
         for j in tl.static_range(len(MADE)):
             made = channels_of(MADE, j)[:, None]
             there = (made < OUT_CHANNELS) & real[None, :]

@@ -166,12 +166,25 @@ def narrow_all(tiles, dtype: tl.constexpr):
     return out
 
 
+# An item of a constexpr tuple is a number to Triton 3.6, which wants a constexpr in a shape: an argument is one again.
+
+
+@triton.jit
+def zero_row(columns: tl.constexpr):
+    return tl.zeros((columns,), tl.float32)
+
+
+@triton.jit
+def zero_tile(rows: tl.constexpr, columns: tl.constexpr):
+    return tl.zeros((rows, columns), tl.float32)
+
+
 @triton.jit
 def zeros(rows: tl.constexpr, TILES: tl.constexpr):
     """Return float32 tiles (rows, TILES[i])."""
     out = ()
     for i in tl.static_range(len(TILES)):
-        out += (tl.zeros((rows, TILES[i]), tl.float32),)
+        out += (zero_tile(rows, TILES[i]),)
     return out
 
 
@@ -295,16 +308,3 @@ def times_row(tiles, values, CHANNELS: tl.constexpr, TILES: tl.constexpr):
     for i in tl.static_range(len(TILES)):
         out += (tiles[i] * load_row(values, channels_of(TILES, i), CHANNELS),)
     return out
-
-
-# In kernels: zeros. Triton 3.6 takes an item of a tuple for the side of a tile only as an argument of a function.
-
-
-@triton.jit
-def zero_row(columns: tl.constexpr):
-    return tl.zeros((columns,), tl.float32)
-
-
-@triton.jit
-def zero_tile(rows: tl.constexpr, columns: tl.constexpr):
-    return tl.zeros((rows, columns), tl.float32)

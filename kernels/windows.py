@@ -32,6 +32,7 @@ from .tiles import (
     tile_of,
     zero_row,
     zero_tile,
+    zeros,
 )
 
 # On the host
@@ -215,15 +216,6 @@ def load_window(pointers, neighbours, down, lines, k, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def zero_tiles(rows: tl.constexpr, TILES: tl.constexpr):
-    """Return float32 tiles (rows, TILES[i])."""
-    tiles = ()
-    for i in tl.static_range(len(TILES)):
-        tiles += (zero_tile(rows, TILES[i]),)
-    return tiles
-
-
-@triton.jit
 def convolve(
     image, columns, pixel, inside, lines, line,
     CHANNELS: tl.constexpr, WINDOW: tl.constexpr, TURNS: tl.constexpr, OUT_CHANNELS: tl.constexpr, MADE: tl.constexpr,
@@ -231,7 +223,7 @@ def convolve(
 ):  # fmt: skip
     """Return the convolution of a packed image as float32 tiles (PIXELS, MADE[i])."""
     neighbours = around(pixel, inside, line)
-    sums = zero_tiles(pixel.shape[0], MADE)
+    sums = zeros(pixel.shape[0], MADE)
     for turn in tl.range(0, 3 * TURNS, disable_licm=True):
         down = turn // TURNS - 1
         pointers = image + (pixel + down * line - 1).to(tl.int64) * CHANNELS
