@@ -22,7 +22,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton.language as tl
 
 from seemore_fast import kernels
-from seemore_fast.kernels import striped_conv
+from seemore_fast.backends import KERNELS
+from seemore_fast.kernels import configurations, striped_conv
 from seemore_fast.kernels.launch import Launch, Resources, parse_resources
 
 SHARED = 99 * 1024  # bytes that a block can have on every architecture
@@ -73,11 +74,14 @@ Resource usage:
 """
 
 
-def operators() -> list[str]:
-    modules = [
-        importlib.import_module(f"seemore_fast.kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)
+def operators(dtype: str) -> list[str]:
+    """Return the operators that have kernels for a dtype; layers with matrices have none for float64."""
+    names = [module.name for module in pkgutil.iter_modules(kernels.__path__) if module.name in KERNELS]
+    return [
+        name
+        for name in names
+        if any(kernel.backend == "triton" and getattr(torch, dtype) in kernel.dtypes for kernel in KERNELS[name])
     ]
-    return [module.__name__.split(".")[-1] for module in modules if hasattr(module, "specializations")]
 
 
 # In a process of its own
@@ -88,7 +92,7 @@ def launches(dtype: str, image: str) -> dict[str, Launch]:
     size, memory_format = IMAGES[image]
     x = torch.empty(size, dtype=getattr(torch, dtype), device="meta", memory_format=memory_format)
     found = {}
-    for operator in operators():
+    for operator in operators(dtype):
         for name, launch in importlib.import_module(f"seemore_fast.kernels.{operator}").specializations(x):
             key = repr((launch.kernel.__name__, launch.specialization(), launch.options))
             found.setdefault(key, (f"{operator} {name}: {launch.kernel.__name__}", launch))
@@ -96,12 +100,15 @@ def launches(dtype: str, image: str) -> dict[str, Launch]:
 
 
 def compile_all(capability: int, dtype: str, image: str) -> dict[str, dict]:
+    configurations.MEANT = capability
     return {name: compiled(launch, capability) for name, launch in launches(dtype, image).items()}
 
 
 def compiled(launch: Launch, capability: int) -> dict:
     code = launch.compile_for(capability)
-    return code.resources()._asdict() | {"load": widest("ld", code.ptx), "store": widest("st", code.ptx)}
+    products = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", code.ptx))
+    widths = {"load": widest("ld", code.ptx), "store": widest("st", code.ptx)}
+    return code.resources()._asdict() | widths | {"products": products}
 
 
 def widest(instruction: str, ptx: str) -> int:
@@ -161,8 +168,8 @@ def quick() -> dict[tuple, dict | list]:
     return {call: result for of_process in results for call, result in of_process.items()}
 
 
-def assert_fits(kernels: dict[str, dict]):
-    assert {name.split()[0] for name in kernels} == set(operators())
+def assert_fits(kernels: dict[str, dict], dtype: str):
+    assert {name.split()[0] for name in kernels} == set(operators(dtype))
     for name, takes in kernels.items():
         assert 0 < takes["registers"] <= 255, name
         assert takes["local"] == 0, f"{name} spills: {takes}"
@@ -173,14 +180,14 @@ def assert_fits(kernels: dict[str, dict]):
 
 @each_target
 def test_kernels_compile_and_fit(quick, target):
-    assert_fits(quick[("compile_all", *target, "aligned")])
+    assert_fits(quick[("compile_all", *target, "aligned")], target[1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", SLOW, ids=lambda target: "sm_{}-{}-{}".format(*target))
 def test_more_kernels_compile_and_fit(target):
     call = ("compile_all", *target)
-    assert_fits(without_interpreter(call)[call])
+    assert_fits(without_interpreter(call)[call], target[1])
 
 
 @each_target
@@ -190,6 +197,33 @@ def test_aligned_images_are_read_and_written_four_pixels_at_a_time(quick, target
     row, column = (takes[f"striped_conv forward {step} gelu gated: convolve"] for step in (0, 1))
     size = 4 * getattr(torch, target[1]).itemsize
     assert (row["load"], row["store"], column["load"], column["store"]) == (size, 16, 16, size)
+
+
+MATRICES = ["norm_pointwise", "gated_ffn", "low_rank_experts", "norm_conv3x3"]
+WITHOUT = ("add_up", "pack_pixels", "gate_backward")  # kernels of theirs that multiply no matrices
+
+
+def layers(takes: dict[str, dict]) -> dict[str, dict]:
+    """Return the kernels that multiply matrices."""
+    mine = {name: kernel for name, kernel in takes.items() if name.split()[0] in MATRICES}
+    return {name: kernel for name, kernel in mine.items() if not name.split(": ")[1].startswith(WITHOUT)}
+
+
+@each_target
+def test_matrices_are_multiplied_by_matrix_units(quick, target):
+    found = layers(quick[("compile_all", *target, "aligned")])
+    assert {name.split()[0] for name in found} == set(MATRICES)
+    for name, kernel in found.items():
+        assert kernel["products"] > 0, name
+
+
+@each_target
+def test_layers_read_16_bytes_at_a_time(quick, target):
+    """For each thread. Windows of three pixels with 36 channels of 16 bits begin at multiples of 8 bytes only."""
+    for name, kernel in layers(quick[("compile_all", *target, "aligned")]).items():
+        if " forward" in name:
+            assert kernel["load"] >= (8 if name.startswith("norm_conv3x3") else 16), name
+            assert kernel["store"] >= 8, name
 
 
 def test_spills_are_seen(quick):

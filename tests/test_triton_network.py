@@ -1,0 +1,58 @@
+"""The whole network on Triton's kernels, in the interpreter or on a GPU: values, gradients, and that they are used."""
+
+import kit
+import pytest
+import torch
+from conftest import SMALL
+
+from seemore_fast import SeemoRe, backends, reference, use_backend
+
+each_backend = kit.each_kernel("gated_ffn")
+
+
+@pytest.fixture
+def models(device):
+    """The plain network and ours, with the same parameters."""
+    torch.manual_seed(0)
+    config = {**SMALL, "num_layers": 1}
+    plain, ours = reference.SeemoRe(**config).to(device), SeemoRe(**config).to(device)
+    ours.load_state_dict(plain.state_dict())
+    return plain, ours
+
+
+@each_backend
+def test_values_and_gradients_are_those_of_the_plain_network(backend, device, models, monkeypatch):
+    plain, ours = models
+    x, used = torch.rand(2, 3, 16, 17, device=device), set()
+    target = torch.rand(2, 3, 32, 34, device=device)
+    functions = backends._functions
+    monkeypatch.setattr(backends, "_functions", lambda name, operator: used.add(operator) or functions(name, operator))
+    torch.nn.functional.l1_loss(plain(x), target).backward()
+    with kit.chosen(backend, device):
+        y = ours(x)
+        torch.nn.functional.l1_loss(y, target).backward()
+    assert kit.largest_difference(y, plain(x).double()) < 1e-5
+    for (name, expected), found in zip(plain.named_parameters(), ours.parameters(), strict=True):
+        largest = expected.grad.abs().max().item()
+        torch.testing.assert_close(
+            found.grad,
+            expected.grad,
+            rtol=1e-3,
+            atol=1e-4 * largest + 1e-9,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+    wanted = {"norm_pointwise", "norm_conv3x3", "gated_ffn", "low_rank_experts", "calibrate", "striped_conv_router"}
+    assert wanted <= used
+
+
+@each_backend
+def test_bfloat16(backend, device, models):
+    """As near to float32 as the plain network in bfloat16 is."""
+    plain, ours = (model.eval() for model in models)
+    x = torch.rand(1, 3, 16, 19, device=device)
+    with torch.no_grad(), use_backend("reference"):
+        exact, narrow = plain(x).double(), plain.bfloat16()(x)
+    with torch.no_grad(), kit.chosen(backend, device):
+        y = ours.bfloat16()(x)
+    assert y.dtype == torch.float32
+    assert kit.largest_difference(y, exact) <= 2 * kit.largest_difference(narrow, exact)
