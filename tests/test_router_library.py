@@ -7,12 +7,17 @@ from pathlib import Path
 
 import cuda_host
 import kit
+import kit_backends
 import pytest
 import torch
 from test_router import tensors_of, weight_of
 
 from seemore_fast import reference
 from seemore_fast.ops.router import route, router
+
+each_library = pytest.mark.parametrize(
+    "backend", [backend for backend in kit_backends.kernels_of("router", False) if backend != "triton"]
+)
 
 
 def library_of(backend):
@@ -67,7 +72,7 @@ RAW = {
 each_raw = pytest.mark.parametrize("name", RAW)
 
 
-@kit.each_kernel("router")
+@each_library
 @each_raw
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch", [0, 2])
@@ -80,7 +85,7 @@ def test_raw_operators_write_all_of_their_results_and_nothing_else(backend, devi
         assert not (storage[16:-16] == 77).any(), f"{result} is not written whole"
 
 
-@kit.each_kernel("router")
+@each_library
 def test_sums_of_parts(backend, device):
     """As an operator that pools on its way leaves them: any number of parts, added up in their order."""
     for parts in (1, 2, 100):
@@ -131,7 +136,7 @@ RAW_FAULTS = [
 ]
 
 
-@kit.each_kernel("router")
+@each_library
 @pytest.mark.parametrize("name, argument, spoil, message", RAW_FAULTS)
 def test_raw_operators_refuse(backend, device, name, argument, spoil, message):
     with kit.chosen(backend, device):
@@ -141,7 +146,7 @@ def test_raw_operators_refuse(backend, device, name, argument, spoil, message):
             getattr(library_of(backend), name)(*arguments.values())
 
 
-@kit.each_kernel("router")
+@each_library
 @each_raw
 @pytest.mark.parametrize(
     "spoil, message",
