@@ -19,16 +19,20 @@ from .launch import Launch, run
 
 TILE, EACH = 4096, 16  # pixels of a program that pools or spreads, and of a thread of it
 NUMBERS = 4096  # of the matrix of experts and channels that a program has at a time
-ROWS = 64  # parts that a program adds up at a time, or images
 
 
 # Public functions: the caller has checked all arguments and allocated the results; weights are contiguous
 
 
 def router(
-    expert_index: Tensor, expert_weight: Tensor, mean: Tensor, probability: Tensor, a: Tensor, weight: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    mean: Tensor,
+    probability: Tensor,
+    a: Tensor,
+    weight: Tensor,
     top_k: int,
-) -> None:  # fmt: skip
+) -> None:
     """Write expert_index and expert_weight (B, top_k), mean (B, C) and probability (B, E)."""
     partial = new_sums(a)
     run(pool(partial, a), a.device)
@@ -102,19 +106,15 @@ def route(expert_index, expert_weight, mean, probability, partial, weight, pixel
     if batch:
         results = dict(expert_index=expert_index, expert_weight=expert_weight, mean=mean, probability=probability)
         inputs = dict(partial=partial, weight=weight, parts=parts, batch=batch, pixels=pixels, top_k=top_k)
-        yield Launch(choose, batch, results | inputs | matrix(weight) | dict(PARTS=rows(parts)))
+        yield Launch(choose, batch, results | inputs | matrix(weight))
 
 
 def route_backward(dmean, dweight, dexpert_weight, expert_index, mean, probability, weight) -> Iterator[Launch]:
     batch, top_k = expert_index.shape
     tensors = dict(dmean=dmean, dweight=dweight, mean=mean, probability=probability, weight=weight)
     choice = dict(expert_index=expert_index, dexpert_weight=dexpert_weight, strides=dexpert_weight.stride())
-    sizes = dict(batch=batch, top_k=top_k, IMAGES=rows(batch)) | matrix(weight)
-    yield Launch(choose_backward, batch + len(weight), tensors | choice | sizes)
-
-
-def rows(count: int) -> int:
-    return min(ROWS, triton.next_power_of_2(max(count, 1)))
+    sizes = dict(batch=batch, top_k=top_k) | matrix(weight)
+    yield Launch(choose_backward, triton.cdiv(weight.shape[1], sizes["COLUMNS"]), tensors | choice | sizes)
 
 
 def tiles(a: Tensor):
@@ -159,7 +159,7 @@ def fill_tiles(da, da_strides, dmean, channels, height, width, LINES: tl.constex
 @triton.jit
 def choose(
     expert_index, expert_weight, mean, probability, partial, weight, parts, batch, pixels, top_k, experts, channels,
-    PARTS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
+    EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """For one image: mean, probability = softmax(weight @ mean), and the top_k most probable experts."""
     WIDE: tl.constexpr = partial.dtype.element_ty
@@ -168,17 +168,16 @@ def choose(
     for start in tl.range(0, channels, COLUMNS):
         channel = start + tl.arange(0, COLUMNS)
         real = channel < channels
-        total = tl.zeros((PARTS, COLUMNS), WIDE)
-        for first in tl.range(0, parts, PARTS):
-            part = first + tl.arange(0, PARTS)[:, None]
-            place = (part.to(tl.int64) * batch + image) * channels + channel[None, :]
-            total += tl.load(partial + place, mask=(part < parts) & real[None, :], other=0)
-        pooled = tl.sum(total, axis=0) / (tl.full((), 1, WIDE) * pixels)
+        total = tl.zeros((COLUMNS,), WIDE)
+        for part in tl.range(0, parts):
+            row = (tl.full((), 1, tl.int64) * part * batch + image) * channels
+            total += tl.load(partial + row + channel, mask=real, other=0)
+        total /= tl.full((), 1, WIDE) * pixels
         if mean is not None:
-            tl.store(mean + image * channels + channel, pooled, mask=real)
+            tl.store(mean + image * channels + channel, total, mask=real)
         there = (expert < experts)[:, None] & real[None, :]
         share = tl.load(weight + expert[:, None] * channels + channel[None, :], mask=there, other=0)
-        logits += tl.sum(share.to(WIDE) * pooled[None, :], axis=1)
+        logits += tl.sum(share.to(WIDE) * total[None, :], axis=1)
     logits = tl.where(expert < experts, logits, float("-inf"))
     p = tl.exp(logits - tl.max(logits, axis=0))
     p /= tl.sum(p, axis=0)
@@ -196,45 +195,25 @@ def choose(
 @triton.jit
 def choose_backward(
     dmean, dweight, mean, probability, weight, expert_index, dexpert_weight, strides, batch, top_k, experts, channels,
-    IMAGES: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
+    EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """An image's row of dmean = dlogits @ weight, or an expert's of dweight = dlogits transposed @ mean.
-
-    dlogits = p * (dp - sum over experts of dp * p), where dp is 0 for those that were not chosen.
-    """
+    """dmean = dlogits @ weight for each image, dweight = sum over images of dlogits * mean; some channels."""
     WIDE: tl.constexpr = dmean.dtype.element_ty
-    if tl.program_id(0) < batch:
-        image, expert = tl.program_id(0), tl.arange(0, EXPERTS)
+    expert, channel = tl.arange(0, EXPERTS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    real = channel < channels
+    there = (expert < experts)[:, None] & real[None, :]
+    place = expert[:, None] * channels + channel[None, :]
+    share = tl.load(weight + place, mask=there, other=0).to(WIDE)
+    total = tl.zeros((EXPERTS, COLUMNS), WIDE)
+    for image in tl.range(0, batch):
         p = tl.load(probability + image * experts + expert, mask=expert < experts, other=0)
         dp = tl.zeros((EXPERTS,), WIDE)
         for slot in tl.range(0, top_k):
             chosen = tl.load(expert_index + image * top_k + slot)
-            gradient = tl.load(dexpert_weight + image.to(tl.int64) * strides[0] + slot * strides[1])
-            dp = tl.where(expert == chosen, gradient, dp)
+            gradient = tl.load(dexpert_weight + image * strides[0] + slot * strides[1])
+            dp = tl.where(expert == chosen, gradient.to(WIDE), dp)
         dlogits = p * (dp - tl.sum(dp * p, axis=0))
-        for start in tl.range(0, channels, COLUMNS):
-            channel = start + tl.arange(0, COLUMNS)
-            there = (expert < experts)[:, None] & (channel < channels)[None, :]
-            share = tl.load(weight + expert[:, None] * channels + channel[None, :], mask=there, other=0)
-            row = tl.sum(dlogits[:, None] * share.to(WIDE), axis=0)
-            tl.store(dmean + image * channels + channel, row, mask=channel < channels)
-    else:
-        expert = tl.program_id(0) - batch
-        for start in tl.range(0, channels, COLUMNS):
-            channel = start + tl.arange(0, COLUMNS)
-            total = tl.zeros((COLUMNS,), WIDE)
-            for first in tl.range(0, batch, IMAGES):
-                image = first + tl.arange(0, IMAGES)
-                exists = image < batch
-                own, sums = tl.zeros((IMAGES,), WIDE), tl.zeros((IMAGES,), WIDE)
-                for slot in tl.range(0, top_k):
-                    chosen = tl.load(expert_index + image * top_k + slot, mask=exists, other=0)
-                    gradient_at = dexpert_weight + image.to(tl.int64) * strides[0] + slot * strides[1]
-                    gradient = tl.load(gradient_at, mask=exists, other=0)
-                    own = tl.where(chosen == expert, gradient, own)
-                    sums += gradient * tl.load(probability + image * experts + chosen, mask=exists, other=0)
-                p = tl.load(probability + image * experts + expert, mask=exists, other=0)
-                pooled_at = mean + image[:, None] * channels + channel[None, :]
-                pooled = tl.load(pooled_at, mask=exists[:, None] & (channel < channels)[None, :], other=0)
-                total += tl.sum((p * (own - sums))[:, None] * pooled, axis=0)
-            store(dweight + expert * channels + channel, total, channel < channels)
+        tl.store(dmean + image * channels + channel, tl.sum(dlogits[:, None] * share, axis=0), mask=real)
+        pooled = tl.load(mean + image * channels + channel, mask=real, other=0)
+        total += dlogits[:, None] * pooled[None, :]
+    store(dweight + place, total, there)
