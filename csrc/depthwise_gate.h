@@ -1,11 +1,12 @@
-// depthwise_gate as the CUDA library sees it; formula and shapes in seemore_fast/reference/depthwise_gate.py.
+// depthwise_gate as the libraries see it; formula and shapes in seemore_fast/reference/depthwise_gate.py.
 #pragma once
 
 #include "views.h"
 
 namespace seemore {
 
-// Inputs of forward and backward, all of one dtype, not float64. Weights are contiguous (C, 9), biases (C).
+// Inputs of forward and backward, all of one dtype; CUDA's kernels have no float64. Weights are contiguous (C, 9),
+// biases (C).
 struct DepthwiseGate {
   DType dtype;
   Size size;
@@ -15,7 +16,9 @@ struct DepthwiseGate {
 
 struct DepthwiseGateGradients {
   Image dy, du, dg;
-  float* partial;  // (parts, C, 10): over a part of the image, for each channel the weight's nine sums and the bias's
+  // (parts, C, 10) of the accumulation type (float32, or float64 for that): over a part of the image, for each channel
+  // the weight's nine sums and the bias's
+  void* partial;
 };
 
 void depthwise_gate(const DepthwiseGate& inputs, const Image& y, void* stream);

@@ -15,6 +15,7 @@ from . import native
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ALL = (torch.float64, *FLOATS)
+CPU = (torch.float32, torch.float64, torch.bfloat16)
 MATRIX = 64  # channels whose products fit the registers of Triton's kernels
 
 
@@ -35,12 +36,12 @@ class Kernel(NamedTuple):
 # In the order in which "auto" prefers them. What is not here, the reference computes.
 KERNELS = {
     "striped_conv": [
-        Kernel("cpu", "cpu", (torch.float32, torch.float64, torch.bfloat16)),
+        Kernel("cpu", "cpu", CPU),
         Kernel("cuda", "cuda", most=31),
         Kernel("triton", "cuda"),
     ],
     "striped_conv_router": [Kernel("cuda", "cuda", FLOATS), Kernel("triton", "cuda", FLOATS)],
-    "depthwise_gate": [Kernel("cuda", "cuda", FLOATS), Kernel("triton", "cuda")],
+    "depthwise_gate": [Kernel("cpu", "cpu", CPU), Kernel("cuda", "cuda", FLOATS), Kernel("triton", "cuda")],
     "calibrate": [Kernel("cuda", "cuda"), Kernel("triton", "cuda")],
     "router": [Kernel("cuda", "cuda"), Kernel("triton", "cuda")],
     "norm_pointwise": [Kernel("triton", "cuda", FLOATS, most=MATRIX)],

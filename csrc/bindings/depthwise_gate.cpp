@@ -11,7 +11,9 @@ using namespace seemore::bindings;
 seemore::DepthwiseGate inputs_of(const Check& check, const Tensor& u, const Tensor& g, const Tensor& weight,
                                  const Tensor& bias) {
   const auto [batch, channels, height, width] = size(u);
-  if (check.dtype() == seemore::DType::float64) check.refuse("u", "is float64", "float32, float16 or bfloat16");
+  if (kIsCuda && check.dtype() == seemore::DType::float64) {
+    check.refuse("u", "is float64", "float32, float16 or bfloat16");
+  }
   check("g", g, {batch, channels, height, width});
   check.parameter("weight", weight, {channels, 1, 3, 3});
   check.parameter("bias", bias, {channels});
@@ -38,11 +40,11 @@ void depthwise_gate_backward(Tensor du, Tensor dg, Tensor dweight, Tensor dbias,
   check.parameter("dbias", dbias, {channels});
   const OnDevice device(u);
   const int64_t parts = seemore::depthwise_gate_parts(inputs);
-  const auto partial = torch::stable::new_empty(u, {parts, channels, 10}, ScalarType::Float);
-  const auto sums = static_cast<float*>(partial.data_ptr());
-  seemore::depthwise_gate_backward(inputs, {image(dy), image(du), image(dg), sums}, device.stream);
-  seemore::add_parts({check.dtype(), parts, channels, sums, {{dweight.data_ptr(), 9}, {dbias.data_ptr(), 1}}},
-                     device.stream);
+  const auto partial = torch::stable::new_empty(u, {parts, channels, 10}, accumulation_type(u));
+  seemore::depthwise_gate_backward(inputs, {image(dy), image(du), image(dg), partial.data_ptr()}, device.stream);
+  seemore::add_parts(
+      {check.dtype(), parts, channels, partial.data_ptr(), {{dweight.data_ptr(), 9}, {dbias.data_ptr(), 1}}},
+      device.stream);
 }
 
 }  // namespace

@@ -91,6 +91,16 @@ void striped_conv_backward(const StripedConv& inputs, const StripedConvGradients
   chosen->striped_conv_backward(inputs, gradients, stream);
 }
 
+void depthwise_gate(const DepthwiseGate& inputs, const Image& y, void* stream) {
+  chosen->depthwise_gate(inputs, y, stream);
+}
+
+int64_t depthwise_gate_parts(const DepthwiseGate& inputs) { return chosen->depthwise_gate_parts(inputs); }
+
+void depthwise_gate_backward(const DepthwiseGate& inputs, const DepthwiseGateGradients& gradients, void* stream) {
+  chosen->depthwise_gate_backward(inputs, gradients, stream);
+}
+
 NetworkSizes network_sizes(const NetworkConfig& config) { return chosen->network_sizes(config); }
 
 void network_pack(const NetworkConfig& config, const float* parameters, void* weights) {

@@ -14,10 +14,21 @@ decltype(seemore::network_sizes) network_sizes;
 decltype(seemore::network_pack) network_pack;
 decltype(seemore::network_workspace) network_workspace;
 decltype(seemore::network) network;
+decltype(seemore::depthwise_gate) depthwise_gate;
+decltype(seemore::depthwise_gate_parts) depthwise_gate_parts;
+decltype(seemore::depthwise_gate_backward) depthwise_gate_backward;
 
 extern const Kernels kernels;
-const Kernels kernels{SEEMORE_NAME(SEEMORE_ISA), striped_conv,  striped_conv_workspace,
-                      striped_conv_backward,     network_sizes, network_pack,
-                      network_workspace,         network};
+const Kernels kernels{SEEMORE_NAME(SEEMORE_ISA),
+                      striped_conv,
+                      striped_conv_workspace,
+                      striped_conv_backward,
+                      network_sizes,
+                      network_pack,
+                      network_workspace,
+                      network,
+                      depthwise_gate,
+                      depthwise_gate_parts,
+                      depthwise_gate_backward};
 
 }  // namespace seemore::SEEMORE_ISA

@@ -1,6 +1,7 @@
 // The kernels of one instruction set; dispatch.cpp chooses between these tables.
 #pragma once
 
+#include "depthwise_gate.h"
 #include "network.h"
 #include "striped_conv.h"
 
@@ -15,6 +16,9 @@ struct Kernels {
   decltype(&seemore::network_pack) network_pack;
   decltype(&seemore::network_workspace) network_workspace;
   decltype(&seemore::network) network;
+  decltype(&seemore::depthwise_gate) depthwise_gate;
+  decltype(&seemore::depthwise_gate_parts) depthwise_gate_parts;
+  decltype(&seemore::depthwise_gate_backward) depthwise_gate_backward;
 };
 
 }  // namespace seemore

@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, (kAligned ? kBackwardWarps : kUnalig
       for (int v = 0; v < kQuad + 2; ++v) last_g[v] = g_seen[v - 1];
     }
   }
-  float* const to = gradients.partial + (strip.part * inputs.size.channels + strip.channel) * 10;
+  float* const to = static_cast<float*>(gradients.partial) + (strip.part * inputs.size.channels + strip.channel) * 10;
   const bool stores = strip.lane == 0 && strip.end > strip.row;
 #pragma unroll
   for (int i = 0; i < 10; ++i) {

@@ -12,6 +12,7 @@
 extern "C" AOTI_TORCH_EXPORT AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 inline constexpr const char* kDevice = "a CUDA tensor";
+inline constexpr bool kIsCuda = true;
 
 inline bool is_here(const torch::stable::Tensor& x) { return x.is_cuda(); }
 

@@ -6,6 +6,7 @@
 #define SEEMORE_NAMESPACE seemore_cuda_host
 
 inline constexpr const char* kDevice = "a CPU tensor";
+inline constexpr bool kIsCuda = true;
 
 inline bool is_here(const torch::stable::Tensor& x) { return x.is_cpu(); }
 
