@@ -18,7 +18,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx512"] = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq"
     INSTRUCTION_SETS["avx512_bf16"] = INSTRUCTION_SETS["avx512"] + " -mavx512bf16"
 # Every other source in cpu/ is compiled once per instruction set.
-ONCE = {"dispatch.cpp", "parallel.cpp", "sums.cpp"}
+ONCE = {"dispatch.cpp", "parallel.cpp", "route.cpp", "sums.cpp"}
 
 RULES = """
 rule cxx

@@ -1,4 +1,4 @@
-"""router's raw operators: those of the CUDA library, called directly as fused blocks do. Values: test_router.py."""
+"""router's raw operators: those of the libraries, called directly as fused blocks do. Values: test_router.py."""
 
 import math
 import subprocess
@@ -21,7 +21,7 @@ each_library = pytest.mark.parametrize(
 
 
 def library_of(backend):
-    return getattr(torch.ops, f"seemore_{backend}")
+    return getattr(torch.ops, f"seemore_{backend.split()[0]}")
 
 
 def room(shape, dtype, device):

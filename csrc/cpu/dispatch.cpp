@@ -91,6 +91,19 @@ void striped_conv_backward(const StripedConv& inputs, const StripedConvGradients
   chosen->striped_conv_backward(inputs, gradients, stream);
 }
 
+int64_t striped_conv_router_parts(const StripedConv& inputs) { return chosen->striped_conv_router_parts(inputs); }
+
+void striped_conv_router(const StripedConv& inputs, const Image& y, float* sums, void* stream) {
+  if (inputs.dtype == DType::float64) throw std::runtime_error("striped_conv_router: x is float64, expected float32");
+  chosen->striped_conv_router(inputs, y, sums, stream);
+}
+
+int64_t pool_parts(const Pooled& a) { return chosen->pool_parts(a); }
+
+void pool(const Pooled& a, void* partial, void* stream) { chosen->pool(a, partial, stream); }
+
+void spread(const Pooled& da, const void* dmean, void* stream) { chosen->spread(da, dmean, stream); }
+
 void depthwise_gate(const DepthwiseGate& inputs, const Image& y, void* stream) {
   chosen->depthwise_gate(inputs, y, stream);
 }

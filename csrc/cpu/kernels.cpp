@@ -17,6 +17,11 @@ decltype(seemore::network) network;
 decltype(seemore::depthwise_gate) depthwise_gate;
 decltype(seemore::depthwise_gate_parts) depthwise_gate_parts;
 decltype(seemore::depthwise_gate_backward) depthwise_gate_backward;
+decltype(seemore::pool_parts) pool_parts;
+decltype(seemore::pool) pool;
+decltype(seemore::spread) spread;
+decltype(seemore::striped_conv_router_parts) striped_conv_router_parts;
+decltype(seemore::striped_conv_router) striped_conv_router;
 
 extern const Kernels kernels;
 const Kernels kernels{SEEMORE_NAME(SEEMORE_ISA),
@@ -29,6 +34,11 @@ const Kernels kernels{SEEMORE_NAME(SEEMORE_ISA),
                       network,
                       depthwise_gate,
                       depthwise_gate_parts,
-                      depthwise_gate_backward};
+                      depthwise_gate_backward,
+                      pool_parts,
+                      pool,
+                      spread,
+                      striped_conv_router_parts,
+                      striped_conv_router};
 
 }  // namespace seemore::SEEMORE_ISA

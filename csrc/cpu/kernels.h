@@ -3,7 +3,9 @@
 
 #include "depthwise_gate.h"
 #include "network.h"
+#include "router.h"
 #include "striped_conv.h"
+#include "striped_conv_router.h"
 
 namespace seemore {
 
@@ -19,6 +21,11 @@ struct Kernels {
   decltype(&seemore::depthwise_gate) depthwise_gate;
   decltype(&seemore::depthwise_gate_parts) depthwise_gate_parts;
   decltype(&seemore::depthwise_gate_backward) depthwise_gate_backward;
+  decltype(&seemore::pool_parts) pool_parts;
+  decltype(&seemore::pool) pool;
+  decltype(&seemore::spread) spread;
+  decltype(&seemore::striped_conv_router_parts) striped_conv_router_parts;
+  decltype(&seemore::striped_conv_router) striped_conv_router;
 };
 
 }  // namespace seemore

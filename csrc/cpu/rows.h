@@ -276,6 +276,15 @@ inline void row_tap_gradients(Vec<A>* sum, const A* dy, const A* x, int64_t coun
   }
 }
 
+// v as it is once it was stored.
+template <class T, class A = Accumulate<T>>
+inline Vec<A> as_stored(Vec<A> v) {
+  if constexpr (sizeof(T) == sizeof(A)) return v;
+  T stored[kLanes<A>];
+  store(stored, v);
+  return load(stored);
+}
+
 template <class A>
 inline Vec<A> row_sum(const A* row, int64_t length) {
   Vec<A> sum{};
