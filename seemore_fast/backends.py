@@ -46,7 +46,7 @@ KERNELS = {
         Kernel("triton", "cuda", FLOATS),
     ],
     "depthwise_gate": [Kernel("cpu", "cpu", CPU), Kernel("cuda", "cuda", FLOATS), Kernel("triton", "cuda")],
-    "calibrate": [Kernel("cuda", "cuda"), Kernel("triton", "cuda")],
+    "calibrate": [Kernel("cpu", "cpu", CPU), Kernel("cuda", "cuda"), Kernel("triton", "cuda")],
     "router": [Kernel("cpu", "cpu", CPU), Kernel("cuda", "cuda"), Kernel("triton", "cuda")],
     "norm_pointwise": [Kernel("triton", "cuda", FLOATS, most=MATRIX)],
     "norm_conv3x3": [Kernel("triton", "cuda", FLOATS, most=MATRIX)],

@@ -104,6 +104,16 @@ void pool(const Pooled& a, void* partial, void* stream) { chosen->pool(a, partia
 
 void spread(const Pooled& da, const void* dmean, void* stream) { chosen->spread(da, dmean, stream); }
 
+void calibrate(const Calibrate& inputs, const Image& y, void* maps, void* small, void* stream) {
+  chosen->calibrate(inputs, y, maps, small, stream);
+}
+
+CalibrateWorkspace calibrate_workspace(const Calibrate& inputs) { return chosen->calibrate_workspace(inputs); }
+
+void calibrate_backward(const Calibrate& inputs, const CalibrateGradients& gradients, void* stream) {
+  chosen->calibrate_backward(inputs, gradients, stream);
+}
+
 void depthwise_gate(const DepthwiseGate& inputs, const Image& y, void* stream) {
   chosen->depthwise_gate(inputs, y, stream);
 }

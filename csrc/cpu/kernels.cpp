@@ -22,6 +22,9 @@ decltype(seemore::pool) pool;
 decltype(seemore::spread) spread;
 decltype(seemore::striped_conv_router_parts) striped_conv_router_parts;
 decltype(seemore::striped_conv_router) striped_conv_router;
+decltype(seemore::calibrate) calibrate;
+decltype(seemore::calibrate_workspace) calibrate_workspace;
+decltype(seemore::calibrate_backward) calibrate_backward;
 
 extern const Kernels kernels;
 const Kernels kernels{SEEMORE_NAME(SEEMORE_ISA),
@@ -39,6 +42,9 @@ const Kernels kernels{SEEMORE_NAME(SEEMORE_ISA),
                       pool,
                       spread,
                       striped_conv_router_parts,
-                      striped_conv_router};
+                      striped_conv_router,
+                      calibrate,
+                      calibrate_workspace,
+                      calibrate_backward};
 
 }  // namespace seemore::SEEMORE_ISA

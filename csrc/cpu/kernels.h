@@ -1,6 +1,7 @@
 // The kernels of one instruction set; dispatch.cpp chooses between these tables.
 #pragma once
 
+#include "calibrate.h"
 #include "depthwise_gate.h"
 #include "network.h"
 #include "router.h"
@@ -26,6 +27,9 @@ struct Kernels {
   decltype(&seemore::spread) spread;
   decltype(&seemore::striped_conv_router_parts) striped_conv_router_parts;
   decltype(&seemore::striped_conv_router) striped_conv_router;
+  decltype(&seemore::calibrate) calibrate;
+  decltype(&seemore::calibrate_workspace) calibrate_workspace;
+  decltype(&seemore::calibrate_backward) calibrate_backward;
 };
 
 }  // namespace seemore
