@@ -48,29 +48,20 @@ class Buffer {
 template <class A>
 class Window {
  public:
-  Window(int64_t count, int64_t length) : rows_(count, length), count_(count), order_(new A*[count]) {
-    for (int64_t i = 0; i < count; ++i) order_[i] = rows_[i];
+  Window(int64_t count, int64_t length) : rows_(count, length), count_(count), order_(2 * count) {
+    for (int64_t i = 0; i < 2 * count; ++i) order_[i] = rows_[i % count];
   }
-  ~Window() { delete[] order_; }
-  Window(const Window&) = delete;
-  Window& operator=(const Window&) = delete;
 
-  A* operator[](int64_t i) const { return order_[i]; }
-  A* const* rows() const { return order_; }
+  A* operator[](int64_t i) const { return order_[oldest_ + i]; }
+  A* const* rows() const { return order_ + oldest_; }
 
   // Drop the `steps` oldest rows; their memory becomes the newest ones.
-  void advance(int64_t steps) {
-    for (int64_t s = 0; s < steps; ++s) {
-      A* oldest = order_[0];
-      std::memmove(order_, order_ + 1, (count_ - 1) * sizeof(A*));
-      order_[count_ - 1] = oldest;
-    }
-  }
+  void advance(int64_t steps) { oldest_ = (oldest_ + steps) % count_; }
 
  private:
   Rows<A> rows_;
-  int64_t count_;
-  A** order_;
+  int64_t count_, oldest_ = 0;
+  Buffer<A*> order_;  // twice: so that any `count` of them in turn lie side by side
 };
 
 template <class T>
@@ -296,17 +287,6 @@ inline Vec<A> row_sum(const A* row, int64_t length) {
 template <class A>
 inline void gate_row(A* row, const A* factor, int64_t length) {
   for (int64_t i = 0; i < length; i += kLanes<A>) store(row + i, load(row + i) * load(factor + i));
-}
-
-// y = GELU(s) * gate:  s <- dy * GELU(s), the gradient of the gate;  dy <- dy * GELU'(s), which the gate still scales
-template <class A>
-inline void gelu_gradient_row(A* s, A* dy, int64_t length) {
-  for (int64_t i = 0; i < length; i += kLanes<A>) {
-    const Vec<A> x = load(s + i), d = load(dy + i);
-    const Normal<A> n = normal(x);
-    store(s + i, d * (x * n.distribution));
-    store(dy + i, d * (n.distribution + x * n.density));
-  }
 }
 
 }  // namespace seemore::SEEMORE_ISA

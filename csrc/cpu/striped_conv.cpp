@@ -8,106 +8,173 @@
 namespace seemore::SEEMORE_ISA {
 namespace {
 
+// y = act(s) * gate:  dgate = dy * act(s);  ds = dy * gate * act'(s). Without a gate, `gate` and `dgate` are null.
+template <bool is_gelu, class A>
+inline void activation_gradients(A* ds, A* dgate, const A* s, const A* dy, const A* gate, int64_t length) {
+  for (int64_t i = 0; i < length; i += kLanes<A>) {
+    Vec<A> d = load(dy + i);
+    if constexpr (is_gelu) {
+      const Vec<A> x = load(s + i);
+      const Normal<A> n = normal(x);
+      if (dgate) store(dgate + i, d * (x * n.distribution));
+      d *= n.distribution + x * n.density;
+    } else if (dgate) {
+      store(dgate + i, d * load(s + i));
+    }
+    store(ds + i, gate ? d * load(gate + i) : d);
+  }
+}
+
 // With r = row(x), s = col(r), y = act(s) * gate, going backwards down the lines with two windows:
 //   dgate = dy * act(s);  ds = dy * gate * act'(s);  dr = col transposed(ds);  dx = row transposed(dr)
 //   dweight_col[k] = sum ds[h] * r[h + k - half];  dweight_row[k] = sum dr[w] * x[w + k - half]
-// r and s are computed again. Rows begin `half` columns before the tile, those of x twice that.
-template <class T, int K>
-void backward(const StripedConv& in, const StripedConvGradients& grad, const Tile& tile, Accumulate<T>* partial) {
-  using A = Accumulate<T>;
-  constexpr int R = kLinesAtOnce;
-  const int64_t taps = in.taps, half = taps / 2, channels = tile.channels, sums = 2 * taps + 2;
-  const int64_t width = round_up(tile.w1 - tile.w0, kLanes<A>);
-  const int64_t wide = round_up(width + 2 * half, kLanes<A>), widest = wide + 2 * half;
-  const int64_t span = round_up(widest, kLanes<A>);
-  StripedConvParameters<T> parameters(in, tile.c, channels);
-  Window<A> r_window(taps + R - 1, channels * span);   // at step h: lines h .. h + 2 * half + R - 1
-  Window<A> ds_window(taps + R - 1, channels * span);  // at step h: lines h - half .. h + half + R - 1
-  Rows<A> x(1, channels * span), gate(1, channels * span), s_rows(R, channels * span), dr_rows(R, channels * span);
-  Rows<A> zero(1, channels * span), dx(1, channels * span), sum_rows(channels, sums * kLanes<A>);
-  A* const s[R] = {s_rows[0], s_rows[1], s_rows[2], s_rows[3]};
-  A* const dr[R] = {dr_rows[0], dr_rows[1], dr_rows[2], dr_rows[3]};
-  const bool is_gelu = in.activation == Activation::gelu, gated = in.gate.data;
-  const auto sum_of = [&](int64_t c, int64_t first) { return reinterpret_cast<Vec<A>*>(sum_rows[c]) + first; };
+// r and s are computed again. Where the tile has neighbours on its lines, rows begin `halo` columns before it.
+template <class T, int K, class A = Accumulate<T>>
+class Backward {
+ public:
+  Backward(const StripedConv& in, const StripedConvGradients& grad, const Tiling& tiling)
+      : in_(in),
+        grad_(grad),
+        margin_(margin_of<A>(in)),
+        columns_(round_up(tiling.widest(), kLanes<A>) + (tiling.columns > 1 ? 2 * margin_ : 0)),
+        parameters_(in, tiling.channels),
+        x_(in.x, in.size, R, tiling.channels, columns_ + 2 * margin_),
+        own_x_(in.x, in.size, 1, tiling.channels, columns_ + 2 * margin_),
+        dy_(grad.dy, in.size, 1, tiling.channels, columns_),
+        gate_(in.gate, in.size, 1, tiling.channels, columns_),
+        r_window_(in.taps + R - 1, tiling.channels * columns_),
+        ds_window_(in.taps + R - 1, tiling.channels * columns_),
+        s_rows_(R, tiling.channels * columns_),
+        dr_rows_(R, tiling.channels * (columns_ + 2 * margin_)),
+        dx_(1, tiling.channels * columns_),
+        sum_rows_(tiling.channels, (2 * in.taps + 2) * kLanes<A>) {}
 
-  for (int64_t h = tile.h0 - round_up(4 * half, R); h < tile.h1; h += R) {
-    r_window.advance(R);
-    for (int64_t r = 0; r < R; ++r) {
-      const int64_t line = h + 2 * half + r;
-      A* to = r_window[taps - 1 + r];
-      if (line < 0 || line >= in.size.height) {
-        std::memset(to, 0, channels * span * sizeof(A));
-      } else if (line >= tile.h0 - 2 * half && line < tile.h1 + 2 * half) {
-        load_rows<T>(x[0], in.x, in.size, {tile.b, tile.c, channels, line, tile.w0 - 2 * half, span}, widest);
-        for (int64_t c = 0; c < channels; ++c) row_taps<K>(to + c * span, x[0] + c * span, parameters.row(c), wide);
-      }
+  void operator()(const Tile& tile, A* partial) {
+    const int64_t taps = in_.taps, half = taps / 2, channels = tile.channels, sums = 2 * taps + 2;
+    const int64_t width = round_up(tile.w1 - tile.w0, kLanes<A>);
+    const int64_t halo = tile.w0 > 0 || tile.w1 < in_.size.width ? margin_ : 0, wide = width + 2 * halo;
+    const int64_t padded = wide + 2 * margin_;
+    const bool is_gelu = in_.activation == Activation::gelu, is_gated = in_.gate.data, far = !kAreNear<K, A>;
+    A *s[R], *dr[R];
+    for (int r = 0; r < R; ++r) {
+      s[r] = s_rows_[r], dr[r] = dr_rows_[r] + margin_;
+      std::memset(dr_rows_[r], 0, channels * padded * sizeof(A));  // the margins stay so
     }
-    ds_window.advance(R);
-    if (h + half + R > tile.h0 - half) {
-      for (int64_t c = 0; (is_gelu || gated) && c < channels; ++c) {
-        column_taps<K, R>(s, r_window.rows(), parameters.col(c), c * span, wide);
-      }
-      const A* own[R];  // the lines of ds that are this tile's, for the weights
+    for (int64_t c = 0; c < channels; ++c) std::memset(sum_rows_[c], 0, sums * sizeof(Vec<A>));
+    parameters_.move(tile);
+    x_.move(tile, tile.w0 - halo, wide, margin_, far);
+    own_x_.move(tile, tile.w0, width, margin_, far);
+    dy_.move(tile, tile.w0 - halo, wide, 0, false);
+    gate_.move(tile, tile.w0 - halo, wide, 0, false);
+    const auto sum_of = [&](int64_t c, int64_t first) { return reinterpret_cast<Vec<A>*>(sum_rows_[c]) + first; };
+    const auto needed_within = [&](int64_t line, int64_t around) {
+      return needed_of(line, R, larger(tile.h0 - around, 0), smaller(tile.h1 + around, in_.size.height));
+    };
+
+    for (int64_t h = tile.h0 - round_up(4 * half, R); h < tile.h1; h += R) {
+      r_window_.advance(R);
+      const LineRange r_lines = needed_within(h + 2 * half, 2 * half);
+      for (int64_t r = r_lines.first; r < r_lines.last; ++r) x_.read(r, h + 2 * half + r);
       for (int64_t r = 0; r < R; ++r) {
+        A* const to = r_window_[taps - 1 + r];
+        if (r < r_lines.first || r >= r_lines.last) {
+          std::memset(to, 0, channels * wide * sizeof(A));
+          continue;
+        }
+        for (int64_t c = 0; c < channels; ++c) row_taps<K>(to + c * wide, x_.line(r, c), parameters_.row(c), wide);
+      }
+
+      ds_window_.advance(R);
+      const LineRange ds_lines = needed_within(h + half, half), own = needed_within(h + half, 0);
+      const bool is_any = ds_lines.first < ds_lines.last;
+      for (int64_t c = 0; is_any && (is_gelu || is_gated) && c < channels; ++c) {
+        column_taps<K, R>(s, r_window_.rows(), parameters_.col(c), c * wide, wide);
+      }
+      const A* ds_rows[R];
+      for (int64_t r = 0; r < R; ++r) {
+        A* const ds = ds_window_[taps - 1 + r];
+        ds_rows[r] = ds;
+        if (r < ds_lines.first || r >= ds_lines.last) {
+          std::memset(ds, 0, channels * wide * sizeof(A));
+          continue;
+        }
         const int64_t line = h + half + r;
-        const Place place{tile.b, tile.c, channels, line, tile.w0 - half, span};
-        const bool is_own = line >= tile.h0 && line < tile.h1;
-        A* ds = ds_window[taps - 1 + r];
-        own[r] = is_own ? ds : zero[0];
-        load_rows<T>(ds, grad.dy, in.size, place, wide);
-        if (gated) load_rows<T>(gate[0], in.gate, in.size, place, wide);
+        const bool is_own = r >= own.first && r < own.last;
+        dy_.read(0, line);
+        if (is_gated) gate_.read(0, line);
         for (int64_t c = 0; c < channels; ++c) {
+          const A* const factor = is_gated ? gate_.row(0, c) : nullptr;
+          A *const from = s[r] + c * wide, *const dgate = is_gated ? from : nullptr;
           if (is_gelu) {
-            gelu_gradient_row(s[r] + c * span, ds + c * span, wide);
-          } else if (gated) {
-            gate_row(s[r] + c * span, ds + c * span, wide);
+            activation_gradients<true>(ds + c * wide, dgate, from, dy_.row(0, c), factor, wide);
+          } else {
+            activation_gradients<false>(ds + c * wide, dgate, from, dy_.row(0, c), factor, wide);
           }
-          if (gated) gate_row(ds + c * span, gate[0] + c * span, wide);
           if (is_own) {
-            const Vec<A> line_sum = row_sum(ds + c * span + half, width);
-            sum_of(c, sums - 1)[0] += line_sum;
-            sum_of(c, taps)[0] += parameters.col_sum(c, line, in.size.height) * line_sum;
+            const Vec<A> line_sum = row_sum(ds + c * wide + halo, width);
+            *sum_of(c, sums - 1) += line_sum;
+            *sum_of(c, taps) += parameters_.col_sum(c, line, in_.size.height) * line_sum;
           }
         }
-        if (gated && is_own) {
-          const Place own_place{tile.b, tile.c, channels, line, tile.w0, span};
-          store_rows<T>(grad.dgate, own_place, s[r] + half, tile.w1 - tile.w0);
+        if (is_gated && is_own) {
+          const Place place{tile.b, tile.c, channels, line, tile.w0, wide};
+          store_rows<T>(grad_.dgate, place, s[r] + halo, tile.w1 - tile.w0);
         }
       }
-      if (h + half + R > tile.h0 && h + half < tile.h1) {
-        for (int64_t c = 0; c < channels; ++c) {
-          column_tap_gradients<K, R>(sum_of(c, taps + 1), own, r_window.rows(), taps, c * span + half, width);
-        }
-      }
-    }
-    if (h < tile.h0) continue;
-    for (int64_t c = 0; c < channels; ++c) {
-      column_taps<K, R>(dr, ds_window.rows(), parameters.col_backwards(c), c * span, wide);
-    }
-    for (int64_t r = 0; r < smaller(R, tile.h1 - h); ++r) {
-      const Place x_place{tile.b, tile.c, channels, h + r, tile.w0 - half, span};
-      load_rows<T>(x[0], in.x, in.size, x_place, width + 2 * half);
       for (int64_t c = 0; c < channels; ++c) {
-        const A* row = dr[r] + c * span;
-        row_taps<K>(dx[0] + c * span, row, parameters.row_backwards(c), width);
-        row_tap_gradients<K>(sum_of(c, 0), row + half, x[0] + c * span, taps, width);
+        Vec<A>* const to = sum_of(c, taps + 1);
+        if (own.first == 0 && own.last == R) {
+          column_tap_gradients<K, R>(to, ds_rows, r_window_.rows(), taps, c * wide + halo, width);
+          continue;
+        }
+        for (int64_t r = own.first; r < own.last; ++r) {
+          column_tap_gradients<K, 1>(to, ds_rows + r, r_window_.rows() + r, taps, c * wide + halo, width);
+        }
       }
-      const Place place{tile.b, tile.c, channels, h + r, tile.w0, span};
-      store_rows<T>(grad.dx, place, dx[0], tile.w1 - tile.w0);
+
+      if (h < tile.h0) continue;
+      for (int64_t c = 0; c < channels; ++c) {
+        A* to[R];
+        for (int64_t r = 0; r < R; ++r) to[r] = dr[r] + c * (padded - wide);
+        column_taps<K, R>(to, ds_window_.rows(), parameters_.col_backwards(c), c * wide, wide);
+      }
+      for (int64_t r = 0; r < smaller(R, tile.h1 - h); ++r) {
+        own_x_.read(0, h + r);
+        for (int64_t c = 0; c < channels; ++c) {
+          const A* const row = dr[r] + c * padded + halo;
+          const Line<A> line{row, load(row - kLanes<A>), load(row + width)};
+          row_taps<K>(dx_[0] + c * width, line, parameters_.row_backwards(c), width);
+          row_tap_gradients<K>(sum_of(c, 0), row, own_x_.line(0, c), taps, width);
+        }
+        store_rows<T>(grad_.dx, {tile.b, tile.c, channels, h + r, tile.w0, width}, dx_[0], tile.w1 - tile.w0);
+      }
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t i = 0; i < sums; ++i) partial[c * sums + i] = sum_of_lanes<A>(sum_of(c, 0)[i]);
     }
   }
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t i = 0; i < sums; ++i) partial[c * sums + i] = sum_of_lanes<A>(sum_of(c, 0)[i]);
-  }
-}
+
+ private:
+  static constexpr int R = kLinesAtOnce;
+  const StripedConv& in_;
+  const StripedConvGradients& grad_;
+  int64_t margin_, columns_;
+  StripedConvParameters<T> parameters_;
+  LineReader<T> x_, own_x_, dy_, gate_;
+  Window<A> r_window_;   // at step h: lines h .. h + 2 * half + R - 1
+  Window<A> ds_window_;  // at step h: lines h - half .. h + half + R - 1
+  Rows<A> s_rows_, dr_rows_, dx_, sum_rows_;
+};
 
 }  // namespace
 
 void striped_conv(const StripedConv& in, const Image& y, void*) {
   with_type_and_taps(in, [&](auto* type, auto taps) {
     using T = typename Pointee<decltype(type)>::type;
-    for_each_tile(tiling_of(in.size, in.x),
-                  [&](const Tile& tile) { striped_conv_forward<T, taps.value>(in, y, tile); });
+    using Forward = StripedConvForward<T, taps.value>;
+    const Tiling tiling = tiling_of(in.size, in.x);
+    const auto make = [&] { return Forward(in, y, tiling); };
+    for_each_tile(tiling, make, [](const Tile& tile, Forward& forward) { forward(tile); });
   });
 }
 
@@ -118,9 +185,10 @@ void striped_conv_backward(const StripedConv& in, const StripedConvGradients& gr
     using T = typename Pointee<decltype(type)>::type;
     using A = Accumulate<T>;
     const Tiling tiling = tiling_of(in.size, in.x);
-    for_each_tile(tiling, [&](const Tile& tile) {
+    const auto make = [&] { return Backward<T, taps.value>(in, grad, tiling); };
+    for_each_tile(tiling, make, [&](const Tile& tile, Backward<T, taps.value>& backward) {
       const int64_t place = (tiling.part(tile) * in.size.channels + tile.c) * (2 * in.taps + 2);
-      backward<T, taps.value>(in, grad, tile, static_cast<A*>(grad.partial) + place);
+      backward(tile, static_cast<A*>(grad.partial) + place);
     });
   });
 }

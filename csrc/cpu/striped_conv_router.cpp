@@ -14,9 +14,11 @@ void striped_conv_router(const StripedConv& in, const Image& y, float* sums, voi
   with_type_and_taps(in, [&](auto* type, auto taps) {
     using T = typename Pointee<decltype(type)>::type;
     if constexpr (sizeof(T) != sizeof(double)) {  // which the operator refuses
-      for_each_tile(tiling, [&](const Tile& tile) {
+      using Forward = StripedConvForward<T, taps.value, true>;
+      const auto make = [&] { return Forward(in, y, tiling); };
+      for_each_tile(tiling, make, [&](const Tile& tile, Forward& forward) {
         float* const to = sums + (tiling.part_of_image(tile) * in.size.batch + tile.b) * in.size.channels + tile.c;
-        striped_conv_forward<T, taps.value, true>(in, y, tile, to);
+        forward(tile, to);
       });
     }
   });

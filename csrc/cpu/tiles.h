@@ -6,16 +6,20 @@
 
 namespace seemore::SEEMORE_ISA {
 
-// task(i) for every i < count, on torch's threads.
+// task(begin, end) for ranges of tasks, on torch's threads: what a task allocates serves all of a range.
+template <class Task>
+inline void for_each_range(int64_t count, const Task& task) {
+  parallel_for(
+      count, [](const void* pointer, int64_t begin, int64_t end) { (*static_cast<const Task*>(pointer))(begin, end); },
+      &task);
+}
+
+// task(i) for every i < count.
 template <class Task>
 inline void for_each_task(int64_t count, const Task& task) {
-  parallel_for(
-      count,
-      [](const void* pointer, int64_t begin, int64_t end) {
-        const Task& task = *static_cast<const Task*>(pointer);
-        for (int64_t i = begin; i < end; ++i) task(i);
-      },
-      &task);
+  for_each_range(count, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(i);
+  });
 }
 
 // run(T*) for the type of the images.
@@ -62,6 +66,7 @@ struct Tiling {
             column * width,
             smaller((column + 1) * width, size.width)};
   }
+  int64_t widest() const { return smaller(width, size.width); }
   int64_t part_of_image(const Tile& tile) const { return tile.h0 / height * columns + tile.w0 / width; }
   int64_t part(const Tile& tile) const { return tile.b * parts_of_image() + part_of_image(tile); }
 
@@ -69,10 +74,29 @@ struct Tiling {
   int64_t channels, blocks, bands, height, columns, width;
 };
 
+// Of lines line, line + 1, .., `count` of them, those in [begin, end): [first, last), counted from `line`.
+struct LineRange {
+  int64_t first, last;
+};
+
+inline LineRange needed_of(int64_t line, int64_t count, int64_t begin, int64_t end) {
+  const int64_t first = smaller(larger(begin - line, 0), count);
+  return {first, larger(first, smaller(end - line, count))};
+}
+
 inline bool is_interleaved(const Image& image) { return image.column != 1 && image.channel == 1; }
 
 inline Tiling tiling_of(const Size& size, const Image& image) {
   return is_interleaved(image) ? Tiling(size, smaller(larger(1, size.channels), 64), 64) : Tiling(size, 1, 1024);
+}
+
+// task(tile, buffers): a thread's buffers are make()'s, for one tile after the other.
+template <class Make, class Task>
+inline void for_each_tile(const Tiling& tiling, const Make& make, const Task& task) {
+  for_each_range(tiling.count(), [&](int64_t begin, int64_t end) {
+    auto buffers = make();
+    for (int64_t i = begin; i < end; ++i) task(tiling[i], buffers);
+  });
 }
 
 template <class Task>
