@@ -118,7 +118,11 @@ class LineReader {
  public:
   // `lines` at a time, of at most so many columns and channels, margins included.
   LineReader(const Image& image, const Size& size, int64_t lines, int64_t channels, int64_t columns)
-      : image_(image), size_(size), buffers_(image.data ? lines : 0, channels * columns), lines_(lines) {}
+      : image_(image),
+        size_(size),
+        buffers_(image.data ? lines : 0, channels * columns),
+        zeros_(1, columns),
+        lines_(lines) {}
 
   // Columns [begin, begin + width) of the tile's channels. `far`: taps look beyond the next vectors.
   void move(const Tile& tile, int64_t begin, int64_t width, int64_t margin, bool far) {
@@ -131,7 +135,8 @@ class LineReader {
   // Line h of the image, into place n; 0 outside.
   void read(int64_t n, int64_t h) {
     if (is_direct_) {
-      lines_[n] = at<A>(image_, place_.b, place_.c, h, 0);
+      const bool is_inside = h >= 0 && h < size_.height;
+      lines_[n] = is_inside ? at<const A>(image_, place_.b, place_.c, h, 0) : zeros_[0];
     } else {
       place_.h = h;
       load_rows<T>(buffers_[n], image_, size_, place_, place_.span);
@@ -152,7 +157,7 @@ class LineReader {
   Place place_{};
   int64_t margin_ = 0, width_ = 0;
   bool is_direct_ = false;
-  Rows<A> buffers_;
+  Rows<A> buffers_, zeros_;
   Buffer<const A*> lines_;
 };
 
