@@ -124,6 +124,14 @@ void depthwise_gate_backward(const DepthwiseGate& inputs, const DepthwiseGateGra
   chosen->depthwise_gate_backward(inputs, gradients, stream);
 }
 
+void norm_pointwise(const NormPointwise& inputs, const TypedImage& residual, const TypedImage& y) {
+  chosen->norm_pointwise(inputs, residual, y);
+}
+
+void norm_pointwise_backward(const NormPointwise& inputs, const NormPointwiseGradients& gradients) {
+  chosen->norm_pointwise_backward(inputs, gradients);
+}
+
 NetworkSizes network_sizes(const NetworkConfig& config) { return chosen->network_sizes(config); }
 
 void network_pack(const NetworkConfig& config, const float* parameters, void* weights) {

@@ -25,6 +25,8 @@ decltype(seemore::striped_conv_router) striped_conv_router;
 decltype(seemore::calibrate) calibrate;
 decltype(seemore::calibrate_workspace) calibrate_workspace;
 decltype(seemore::calibrate_backward) calibrate_backward;
+decltype(seemore::norm_pointwise) norm_pointwise;
+decltype(seemore::norm_pointwise_backward) norm_pointwise_backward;
 
 extern const Kernels kernels;
 const Kernels kernels{SEEMORE_NAME(SEEMORE_ISA),
@@ -45,6 +47,8 @@ const Kernels kernels{SEEMORE_NAME(SEEMORE_ISA),
                       striped_conv_router,
                       calibrate,
                       calibrate_workspace,
-                      calibrate_backward};
+                      calibrate_backward,
+                      norm_pointwise,
+                      norm_pointwise_backward};
 
 }  // namespace seemore::SEEMORE_ISA

@@ -4,6 +4,7 @@
 #include "calibrate.h"
 #include "depthwise_gate.h"
 #include "network.h"
+#include "norm_pointwise.h"
 #include "router.h"
 #include "striped_conv.h"
 #include "striped_conv_router.h"
@@ -30,6 +31,8 @@ struct Kernels {
   decltype(&seemore::calibrate) calibrate;
   decltype(&seemore::calibrate_workspace) calibrate_workspace;
   decltype(&seemore::calibrate_backward) calibrate_backward;
+  decltype(&seemore::norm_pointwise) norm_pointwise;
+  decltype(&seemore::norm_pointwise_backward) norm_pointwise_backward;
 };
 
 }  // namespace seemore

@@ -1,8 +1,8 @@
 // Products of small matrices with lines: what every dense and pointwise convolution of the network is made of.
 //
-// A line is one row of an image, channel after channel; a cell is what a pixel takes up of it: float, one channel, or
-// Pair, two channels in bfloat16, of which vdpbf16ps adds up two products at once. A vector holds the cells of
-// consecutive pixels and a weight is broadcast, so that every lane works whatever the number of channels.
+// A line is one row of an image, channel after channel; a cell is what a pixel takes up of it: float or double, one
+// channel, or Pair, two channels in bfloat16, of which vdpbf16ps adds up two products at once. A vector holds the cells
+// of consecutive pixels and a weight is broadcast, so that every lane works whatever the number of channels.
 #pragma once
 
 #include "simd.h"
@@ -24,7 +24,19 @@ constexpr int64_t cells_of(int64_t channels) {
   return (channels + kChannels<Cell> - 1) / kChannels<Cell>;
 }
 
-constexpr int64_t kWidth = kLanes<float>;  // pixels in a vector
+// The type of sums.
+template <class Cell>
+struct SumIn {
+  using type = float;
+};
+template <>
+struct SumIn<double> {
+  using type = double;
+};
+template <class Cell>
+using Sum = typename SumIn<Cell>::type;
+
+constexpr int64_t kWidth = kLanes<float>;  // pixels in a vector of floats
 
 inline uint32_t bfloat16_of(float value) {
   BFloat16 half;
@@ -53,6 +65,7 @@ inline void store_cells(Pair* to, const Vec<float> (&v)[2]) {
 }
 
 inline void store_weight(float* to, const float (&channel)[1]) { *to = channel[0]; }
+inline void store_weight(double* to, const double (&channel)[1]) { *to = channel[0]; }
 inline void store_weight(Pair* to, const float (&channel)[2]) {
   to->bits = bfloat16_of(channel[0]) | bfloat16_of(channel[1]) << 16;
 }
@@ -61,11 +74,19 @@ inline void store_weight(Pair* to, const float (&channel)[2]) {
 template <class Cell>
 struct Product;
 
+template <class A>
+struct SingleProduct {
+  explicit SingleProduct(const A* cells) : x(load(cells)) {}
+  void add(Vec<A>& sum, A weight) const { sum += x * weight; }
+  Vec<A> x;
+};
 template <>
-struct Product<float> {
-  explicit Product(const float* cells) : x(load(cells)) {}
-  void add(Vec<float>& sum, float weight) const { sum += x * weight; }
-  Vec<float> x;
+struct Product<float> : SingleProduct<float> {
+  using SingleProduct::SingleProduct;
+};
+template <>
+struct Product<double> : SingleProduct<double> {
+  using SingleProduct::SingleProduct;
 };
 
 template <>
@@ -107,7 +128,7 @@ struct Matrix {
   int64_t sources;  // of `cells` each, but the last one, which may have its own number
   int64_t cells, last_cells;
   Cell* weights;
-  float* bias;
+  Sum<Cell>* bias;
 
   int64_t size() const { return rows * ((sources - 1) * cells + last_cells); }
 };
@@ -134,7 +155,7 @@ Matrix<Cell> take_matrix(Arena& arena, int64_t rows, int64_t sources, int64_t ch
   Matrix<Cell> matrix{round_up(rows, 2), sources, cells_of<Cell>(channels), cells_of<Cell>(last_channels),
                       nullptr,           nullptr};
   matrix.weights = arena.take<Cell>(matrix.size());
-  matrix.bias = arena.take<float>(matrix.rows);
+  matrix.bias = arena.take<Sum<Cell>>(matrix.rows);
   return matrix;
 }
 
@@ -154,7 +175,7 @@ inline void pack(const Matrix<Cell>& matrix, int64_t rows, int64_t channels, int
       const int64_t inputs = is_last ? last_channels : channels;
       for (int64_t cell = 0; cell < (is_last ? matrix.last_cells : matrix.cells); ++cell) {
         for (int64_t r = first; r < first + tile_rows(matrix.rows - first); ++r) {
-          float value[kChannels<Cell>];
+          Sum<Cell> value[kChannels<Cell>];
           for (int64_t i = 0; i < kChannels<Cell>; ++i) {
             const int64_t channel = cell * kChannels<Cell> + i;
             value[i] = r < rows && channel < inputs ? element(r, s, channel) : 0;
@@ -168,8 +189,9 @@ inline void pack(const Matrix<Cell>& matrix, int64_t rows, int64_t channels, int
 
 // sums += weights * sources, for R rows and V vectors of pixels from i on; returns the weights that follow.
 template <int R, int V, class Cell>
-inline const Cell* add_products(Vec<float> (&sums)[R][V], const Cell* weight, const Source<Cell>* sources,
+inline const Cell* add_products(Vec<Sum<Cell>> (&sums)[R][V], const Cell* weight, const Source<Cell>* sources,
                                 int64_t count, int64_t cells, int64_t last_cells, int64_t i) {
+  constexpr int64_t lanes = kLanes<Sum<Cell>>;
   for (int64_t s = 0; s < count; ++s) {
     const Cell* x = sources[s].cells + i;
     const int64_t stride = sources[s].stride;
@@ -179,7 +201,7 @@ inline const Cell* add_products(Vec<float> (&sums)[R][V], const Cell* weight, co
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) p0.add(sums[r][0], weight[r]);
       } else {
-        const Product<Cell> p0(x), p1(x + kWidth), p2(x + (V > 2 ? 2 : 0) * kWidth), p3(x + (V > 3 ? 3 : 0) * kWidth);
+        const Product<Cell> p0(x), p1(x + lanes), p2(x + (V > 2 ? 2 : 0) * lanes), p3(x + (V > 3 ? 3 : 0) * lanes);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           p0.add(sums[r][0], weight[r]);
@@ -197,7 +219,7 @@ inline const Cell* add_products(Vec<float> (&sums)[R][V], const Cell* weight, co
 template <int R, int V, class Cell, class Finish>
 inline void multiply_tile(const Matrix<Cell>& matrix, const Cell* weight, int64_t row, const Source<Cell>* sources,
                           int64_t i, const Finish& finish) {
-  Vec<float> sums[R][V];
+  Vec<Sum<Cell>> sums[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -215,7 +237,7 @@ constexpr int kTileVectors = 2;
 #endif
 
 // tile(Constant<R>, Constant<V>, row, i) for the tiles of `rows` times `width` pixels, a multiple of a vector.
-template <class Tile>
+template <int64_t lanes = kWidth, class Tile>
 inline void for_each_tile(int64_t rows, int64_t width, const Tile& tile) {
   const auto all_rows = [&](auto vectors, int64_t i) {
     int64_t row = 0;
@@ -224,11 +246,11 @@ inline void for_each_tile(int64_t rows, int64_t width, const Tile& tile) {
     if (row + 2 == rows) tile(Constant<2>(), vectors, row, i);
   };
   int64_t i = 0;
-  for (; i + kTileVectors * kWidth <= width; i += kTileVectors * kWidth) all_rows(Constant<kTileVectors>(), i);
+  for (; i + kTileVectors * lanes <= width; i += kTileVectors * lanes) all_rows(Constant<kTileVectors>(), i);
   if constexpr (kTileVectors > 2) {
-    if (i + 2 * kWidth <= width) {
+    if (i + 2 * lanes <= width) {
       all_rows(Constant<2>(), i);
-      i += 2 * kWidth;
+      i += 2 * lanes;
     }
   }
   if (i < width) all_rows(Constant<1>(), i);
@@ -237,7 +259,7 @@ inline void for_each_tile(int64_t rows, int64_t width, const Tile& tile) {
 template <class Cell, class Finish>
 inline void multiply(const Matrix<Cell>& matrix, const Source<Cell>* sources, int64_t width, const Finish& finish) {
   const int64_t inputs = (matrix.sources - 1) * matrix.cells + matrix.last_cells;
-  for_each_tile(matrix.rows, width, [&](auto r, auto v, int64_t row, int64_t i) {
+  for_each_tile<kLanes<Sum<Cell>>>(matrix.rows, width, [&](auto r, auto v, int64_t row, int64_t i) {
     multiply_tile<decltype(r)::value, decltype(v)::value>(matrix, matrix.weights + row * inputs, row, sources, i,
                                                           finish);
   });

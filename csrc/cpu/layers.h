@@ -1,0 +1,302 @@
+// What the trained layers share: LayerNorm, products with weights, and the sums over pixels that are their gradients.
+//
+// A block is some pixels of an image with all their channels, one row of `span` elements for each channel, a multiple of
+// a vector. What lies beyond the pixels is finite, and zero in what is summed over.
+#pragma once
+
+#include "../layers.h"
+#include "matrix.h"
+#include "tiles.h"
+
+namespace seemore::SEEMORE_ISA {
+
+// A block's memory.
+template <class A>
+class Block {
+ public:
+  Block(int64_t channels, int64_t span) : span_(span), data_(channels * span) {
+    std::memset(data_, 0, channels * span * sizeof(A));
+  }
+  A* operator[](int64_t c) const { return data_ + c * span_; }
+  operator A*() const { return data_; }
+
+ private:
+  int64_t span_;
+  Buffer<A> data_;
+};
+
+// Element i of a parameter, and its gradient.
+template <class A>
+inline A value_of(const Parameter& parameter, int64_t i) {
+  switch (parameter.dtype) {
+    case DType::float32:
+      return static_cast<const float*>(parameter.data)[i];
+    case DType::float64:
+      return static_cast<A>(static_cast<const double*>(parameter.data)[i]);
+    default:
+      return load_one(static_cast<const BFloat16*>(parameter.data) + i);
+  }
+}
+
+inline void set_value(const Parameter& parameter, int64_t i, double value) {
+  switch (parameter.dtype) {
+    case DType::float32:
+      static_cast<float*>(parameter.data)[i] = static_cast<float>(value);
+      return;
+    case DType::float64:
+      static_cast<double*>(parameter.data)[i] = value;
+      return;
+    default:
+      store_one(static_cast<BFloat16*>(parameter.data) + i, static_cast<float>(value));
+  }
+}
+
+// load_rows and store_rows of images of any type; in double, all are.
+
+inline void load_image(float* out, const TypedImage& image, const Size& size, const Place& place, int64_t count) {
+  if (image.dtype == DType::float32) return load_rows<float>(out, image.view, size, place, count);
+  load_rows<BFloat16>(out, image.view, size, place, count);
+}
+
+inline void load_image(double* out, const TypedImage& image, const Size& size, const Place& place, int64_t count) {
+  load_rows<double>(out, image.view, size, place, count);
+}
+
+inline void store_image(const TypedImage& image, const Place& place, float* rows, int64_t count) {
+  if (image.dtype == DType::float32) return store_rows<float>(image.view, place, rows, count);
+  store_rows<BFloat16>(image.view, place, rows, count);
+}
+
+inline void store_image(const TypedImage& image, const Place& place, double* rows, int64_t count) {
+  store_rows<double>(image.view, place, rows, count);
+}
+
+// The pixels of images in blocks of `most`, one after another: of a line, or of the whole image where in all of the
+// images line follows on line. The blocks depend on sizes and strides alone, so that sums do not depend on threads.
+struct Blocks {
+  template <class... Images>
+  Blocks(int64_t most, const Size& whole, const Images&... images) : size(whole), most(most) {
+    if ((follow(whole, images.view) && ...)) size.height = 1, size.width = whole.height * whole.width;
+    of_a_line = (size.width + most - 1) / most;
+  }
+  static bool follow(const Size& size, const Image& image) {
+    return !image.data || size.height == 1 || image.row == size.width * image.column;
+  }
+  int64_t count() const { return size.batch * size.height * of_a_line; }
+  int64_t largest() const { return round_up(smaller(most, size.width), kVectorBytes / sizeof(float)); }
+  Place place(int64_t block, int64_t channels, int64_t span) const {
+    const int64_t line = block / of_a_line;
+    return {line / size.height, 0, channels, line % size.height, block % of_a_line * most, span};
+  }
+  int64_t width(int64_t block) const { return smaller(most, size.width - block % of_a_line * most); }
+
+  Size size;
+  int64_t most, of_a_line;
+};
+
+// sums[i] of `parts` rows of `count`, added up in their order.
+template <class A>
+inline void add_up(A* sums, const A* partial, int64_t parts, int64_t count) {
+  for_each_range(count, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      double sum = 0;
+      for (int64_t part = 0; part < parts; ++part) sum += partial[part * count + i];
+      sums[i] = static_cast<A>(sum);
+    }
+  });
+}
+
+// weight * x + bias, packed for `multiply`: rows of `weight` (rows, columns), or of it transposed.
+template <class A>
+class Weights {
+ public:
+  Weights(int64_t rows, int64_t columns) : matrix_{round_up(rows, 2), 1, columns, columns, nullptr, nullptr},
+        weights_(matrix_.rows * columns), bias_(matrix_.rows), count_(rows), columns_(columns) {
+    matrix_.weights = weights_, matrix_.bias = bias_;
+    for (int64_t r = 0; r < matrix_.rows; ++r) bias_[r] = 0;
+  }
+
+  template <class Element>
+  void pack(const Element& element) {
+    SEEMORE_ISA::pack(matrix_, count_, columns_, columns_, [&](int64_t r, int64_t, int64_t c) { return element(r, c); });
+  }
+  A& bias(int64_t row) { return bias_[row]; }
+  int64_t rows() const { return count_; }
+
+  // finish(row, i, sums), as `multiply`, for rows that exist.
+  template <class Finish>
+  void operator()(const A* x, int64_t span, int64_t width, const Finish& finish) const {
+    const Source<A> source{x, span};
+    multiply(matrix_, &source, width, finish);
+  }
+
+  // out[row] = the products
+  void operator()(A* out, int64_t out_span, const A* x, int64_t span, int64_t width) const {
+    (*this)(x, span, width, [&](int64_t row, int64_t i, const auto& sums) { keep(out, out_span, row, i, sums); });
+  }
+
+ private:
+  template <int R, int V>
+  void keep(A* out, int64_t span, int64_t row, int64_t i, const Vec<A> (&sums)[R][V]) const {
+    for (int r = 0; r < R && row + r < count_; ++r) {
+      for (int v = 0; v < V; ++v) store(out + (row + r) * span + i + v * kLanes<A>, sums[r][v]);
+    }
+  }
+
+  Matrix<A> matrix_;
+  Buffer<A> weights_, bias_;
+  int64_t count_, columns_;
+};
+
+// body(r, place, sums) for the vectors of a tile's rows that exist, `rows` of them at most; place: of its first pixel.
+template <int R, int V, class A, class Body>
+inline void each_vector(const A (&sums)[R][V], int64_t rows, const Body& body) {
+  constexpr int64_t lanes = sizeof(A) / sizeof(sums[0][0][0]);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    if (r >= rows) return;
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) body(r, v * lanes, sums[r][v]);
+  }
+}
+
+// What lies beyond `count` pixels is 0 from now on: sums see it.
+template <class A>
+inline void clear_tail(const Block<A>& block, int64_t rows, int64_t count) {
+  const int64_t end = round_up(count, kLanes<A>);
+  for (int64_t r = 0; r < rows && count < end; ++r) std::memset(block[r] + count, 0, (end - count) * sizeof(A));
+}
+
+// GELU'(x)
+template <class A>
+inline Vec<A> gelu_slope(Vec<A> x) {
+  const Normal<A> n = normal(x);
+  return n.distribution + x * n.density;
+}
+
+// The sum of a vector's lanes, half onto half.
+template <class A>
+inline A total(Vec<A> v) {
+  A lanes[kLanes<A>];
+  std::memcpy(lanes, &v, sizeof(v));
+#pragma GCC unroll 4
+  for (int64_t half = kLanes<A> / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+template <int R, int C, class A>
+inline void outer_tile(A* sums, int64_t sums_stride, const A* a, int64_t a_stride, const A* b, int64_t b_stride,
+                       int64_t length) {
+  Vec<A> sum[R][C]{};
+  for (int64_t i = 0; i < length; i += kLanes<A>) {
+    Vec<A> column[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) column[c] = load(b + c * b_stride + i);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec<A> row = load(a + r * a_stride + i);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) sum[r][c] += row * column[c];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) sums[r * sums_stride + c] += total<A>(sum[r][c]);
+  }
+}
+
+// sums[r][c] += sum_i a[r][i] * b[c][i], i < length: a weight's gradient.
+template <class A>
+inline void add_outer(A* sums, int64_t sums_stride, const A* a, int64_t a_stride, int64_t rows, const A* b,
+                      int64_t b_stride, int64_t columns, int64_t length) {
+  constexpr int C = kTileVectors;
+  const auto some = [&](auto rows_at_once, int64_t r) {
+    constexpr int R = decltype(rows_at_once)::value;
+    int64_t c = 0;
+    for (; c + C <= columns; c += C) {
+      outer_tile<R, C>(sums + r * sums_stride + c, sums_stride, a + r * a_stride, a_stride, b + c * b_stride, b_stride,
+                       length);
+    }
+    for (; c < columns; ++c) {
+      outer_tile<R, 1>(sums + r * sums_stride + c, sums_stride, a + r * a_stride, a_stride, b + c * b_stride, b_stride,
+                       length);
+    }
+  };
+  int64_t r = 0;
+  for (; r + 6 <= rows; r += 6) some(Constant<6>(), r);
+  for (; r + 2 <= rows; r += 2) some(Constant<2>(), r);
+  for (; r < rows; ++r) some(Constant<1>(), r);
+}
+
+// sums[r] += sum_i a[r][i]: a bias's gradient.
+template <class A>
+inline void add_rows(A* sums, const A* a, int64_t a_stride, int64_t rows, int64_t length) {
+  for (int64_t r = 0; r < rows; ++r) sums[r] += total<A>(row_sum(a + r * a_stride, length));
+}
+
+// x <- (x - mean) / deviation over the channels of each pixel; scale: 1 / deviation, for the gradient. V vectors.
+template <int V, class A>
+inline void normalise_vectors(A* x, int64_t span, int64_t channels, A* scale, A eps) {
+  Vec<A> mean[V]{}, variance[V]{};
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int v = 0; v < V; ++v) mean[v] += load(x + c * span + v * kLanes<A>);
+  }
+  for (int v = 0; v < V; ++v) mean[v] /= static_cast<A>(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int v = 0; v < V; ++v) {
+      const Vec<A> d = load(x + c * span + v * kLanes<A>) - mean[v];
+      variance[v] += d * d;
+    }
+  }
+  for (int v = 0; v < V; ++v) {
+    Vec<A> deviation = variance[v] / static_cast<A>(channels) + eps;
+    for (int64_t i = 0; i < kLanes<A>; ++i) deviation[i] = std::sqrt(deviation[i]);
+    variance[v] = 1 / deviation;
+    store(scale + v * kLanes<A>, variance[v]);
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int v = 0; v < V; ++v) {
+      A* at = x + c * span + v * kLanes<A>;
+      store(at, (load(at) - mean[v]) * variance[v]);
+    }
+  }
+}
+
+template <class A>
+inline void normalise_pixels(A* x, int64_t span, int64_t channels, int64_t width, A* scale, A eps) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes<A> <= width; i += 4 * kLanes<A>) normalise_vectors<4>(x + i, span, channels, scale + i, eps);
+  for (; i < width; i += kLanes<A>) normalise_vectors<1>(x + i, span, channels, scale + i, eps);
+}
+
+// d <- (d - mean(d) - x * mean(d x)) * scale, means over the channels, x normalised: from its gradient that of what was.
+template <int V, class A>
+inline void normalise_backward_vectors(A* d, const A* x, int64_t span, int64_t channels, const A* scale) {
+  Vec<A> mean[V]{}, product[V]{};
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int v = 0; v < V; ++v) {
+      const Vec<A> g = load(d + c * span + v * kLanes<A>);
+      mean[v] += g, product[v] += g * load(x + c * span + v * kLanes<A>);
+    }
+  }
+  for (int v = 0; v < V; ++v) mean[v] /= static_cast<A>(channels), product[v] /= static_cast<A>(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int v = 0; v < V; ++v) {
+      A* at = d + c * span + v * kLanes<A>;
+      const Vec<A> seen = load(x + c * span + v * kLanes<A>);
+      store(at, (load(at) - mean[v] - seen * product[v]) * load(scale + v * kLanes<A>));
+    }
+  }
+}
+
+template <class A>
+inline void normalise_backward(A* d, const A* x, int64_t span, int64_t channels, int64_t width, const A* scale) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes<A> <= width; i += 4 * kLanes<A>) {
+    normalise_backward_vectors<4>(d + i, x + i, span, channels, scale + i);
+  }
+  for (; i < width; i += kLanes<A>) normalise_backward_vectors<1>(d + i, x + i, span, channels, scale + i);
+}
+
+}  // namespace seemore::SEEMORE_ISA
