@@ -309,6 +309,19 @@ def assert_deterministic(operator: Callable, tensors: dict[str, Tensor], **optio
         assert all(torch.equal(run[what], value) for run in runs), what
 
 
+def assert_images_are_alone(operator: Callable, tensors: dict[str, Tensor], **options):
+    """NaN in the first image of the batch leaves the results and gradients of all others as they are, to the bit."""
+    batch = next(iter(tensors.values())).shape[0]
+    images = {name: t.clone() for name, t in tensors.items() if t.dim() == 4 and t.shape[0] == batch}
+    expected = value_and_gradients(operator, tensors, **options)
+    for image in images.values():
+        image[0] = torch.nan
+    actual = value_and_gradients(operator, tensors | images, **options)
+    for what in ("y", *(f"gradient of {name}" for name in images)):
+        assert torch.equal(actual[what][1:], expected[what][1:]), what
+        assert not expected[what].isnan().any(), what
+
+
 def assert_refuses_double_backward(operator: Callable, tensors: dict[str, Tensor], **options):
     """A gradient of a gradient is an error that names the operator and the way out, never a silent zero."""
     name, first = next((name, t) for name, t in tensors.items() if t.is_floating_point())

@@ -171,6 +171,24 @@ def test_deterministic(backend, device):
         kit.assert_deterministic(calibrate, tensors, recursive=2)
 
 
+@kit.each_kernel("calibrate", interpreted=False)
+@pytest.mark.parametrize("shape, recursive", [((2, 3, 9, 14), 1), ((3, 2, 32, 64), 2)], ids=str)
+def test_images_are_alone(backend, device, shape, recursive):
+    with kit.chosen(backend, device):
+        tensors = kit.cast(tensors_of(device, shape), torch.float32)
+        kit.assert_images_are_alone(calibrate, tensors, recursive=recursive)
+
+
+@kit.each_kernel("calibrate", interpreted=False)
+@pytest.mark.parametrize(
+    "shape, recursive, layout", [((1, 1, 1100, 5), 1, None), ((1, 20, 8, 9), 1, "channels_last")], ids=str
+)
+def test_tiles_of_the_cpu(backend, device, shape, recursive, layout):
+    """Bands of 256 rows of the first aggregation, and of 1024 pixels of the small map; 16 channels side by side."""
+    tensors = tensors_of(device, shape)
+    kit.assert_close_to_naive(backend, calibrate, naive_calibrate, tensors, layout, recursive=recursive)
+
+
 @kit.each_backend("calibrate")
 def test_double_backward(backend, device):
     tensors = tensors_of(device, (1, 1, 4, 5))

@@ -98,6 +98,22 @@ def test_more_than_one_tile(backend, device, shape):
     kit.assert_within_yardstick(backend, depthwise_gate, naive_depthwise_gate, tensors_of(device, shape), torch.float32)
 
 
+@kit.each_kernel("depthwise_gate", interpreted=False)
+@pytest.mark.parametrize(
+    "shape, layout", [((1, 1, 530, 3), None), ((1, 1, 2, 1060), None), ((1, 70, 3, 150), "channels_last")], ids=str
+)
+def test_tiles_of_the_cpu(backend, device, shape, layout):
+    """Bands of 256 lines, columns of 1024 (64 where channels lie side by side), 64 channels."""
+    kit.assert_close_to_naive(backend, depthwise_gate, naive_depthwise_gate, tensors_of(device, shape), layout)
+
+
+@kit.each_kernel("depthwise_gate", interpreted=False)
+@pytest.mark.parametrize("shape", [(2, 3, 9, 13), (3, 2, 6, 64)], ids=str)
+def test_images_are_alone(backend, device, shape):
+    with kit.chosen(backend, device):
+        kit.assert_images_are_alone(depthwise_gate, float_tensors(device, shape))
+
+
 @kit.each_kernel("depthwise_gate")
 @kit.each_layout
 @pytest.mark.parametrize("shape", [(2, 3, 9, 13), (1, 2, 10, 16)], ids=str)

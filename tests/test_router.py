@@ -271,6 +271,13 @@ def test_alone_and_in_a_batch_to_the_bit(backend, device):
     assert torch.equal(together, torch.cat(alone))
 
 
+@kit.each_kernel("router", interpreted=False)
+def test_images_are_alone(backend, device):
+    with kit.chosen(backend, device):
+        tensors = kit.cast(tensors_of(device, (3, 5, 7, 20), sharpness=1), torch.float32)
+        kit.assert_images_are_alone(weight_of(router), tensors)
+
+
 @kit.each_backend("router")
 def test_not_finite(backend, device):
     """Where a probability is NaN all are; the indices are an image's experts all the same, and others do not change."""

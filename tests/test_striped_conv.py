@@ -154,6 +154,42 @@ def test_deterministic(backend, device):
         kit.assert_deterministic(striped_conv, tensors, activation="gelu")
 
 
+@kit.each_kernel("striped_conv", interpreted=False)
+def test_gelu_and_its_gradient_everywhere(backend, device):
+    x = torch.linspace(-15, 15, 60_001, device=device)
+    one, zero = torch.ones(1, 1, 1, 1, device=device), torch.zeros(1, device=device)
+    image = x.view(1, 1, 1, -1).requires_grad_()
+    with kit.chosen(backend, device):
+        y = striped_conv(image, one, zero, one, zero, activation="gelu")
+        (gradient,) = torch.autograd.grad(y.sum(), image)
+    exact = x.double().requires_grad_()
+    expected = kit.naive_gelu(exact)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), exact)
+    torch.testing.assert_close(y.flatten().double(), expected.detach(), rtol=2e-7, atol=1e-6)
+    torch.testing.assert_close(gradient.flatten().double(), expected_gradient, rtol=2e-7, atol=5e-7)
+
+
+@kit.each_kernel("striped_conv", interpreted=False)
+@pytest.mark.parametrize("taps, width", [(3, 13), (11, 64), (7, 9), (5, 20)])
+def test_images_are_alone(backend, device, taps, width):
+    """Also where a thread goes on from one image to the next with the same buffers."""
+    tensors = kit.cast(tensors_of(device, (3, 2, 14, width), taps), torch.float32)
+    with kit.chosen(backend, device):
+        kit.assert_images_are_alone(striped_conv, tensors, activation="gelu")
+
+
+@kit.each_kernel("striped_conv", interpreted=False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("taps", [3, 7, 11])
+@pytest.mark.parametrize("width", [16, 48, 61, 64])
+def test_slices_of_channels(backend, device, dtype, taps, width):
+    """Chunks of one tensor: rows of whole vectors may be read where they are."""
+    tensors = tensors_of(device, (2, 3, 21, width), taps)
+    x, gate = torch.cat([tensors["x"], tensors["gate"]], dim=1).chunk(2, dim=1)
+    tensors |= {"x": x, "gate": gate}
+    kit.assert_within_yardstick(backend, striped_conv, naive_striped_conv, tensors, dtype, activation="gelu")
+
+
 @kit.each_backend("striped_conv")
 def test_double_backward(backend, device):
     tensors = tensors_of(device)

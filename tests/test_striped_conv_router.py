@@ -105,6 +105,32 @@ def test_deterministic(backend, device):
         kit.assert_deterministic(joined(striped_conv_router), tensors)
 
 
+@kit.each_kernel("striped_conv_router", interpreted=False)
+@pytest.mark.parametrize("width", [19, 64])
+def test_images_are_alone(backend, device, width):
+    tensors = kit.cast(tensors_of(device, (3, 2, 9, width)), torch.float32)
+    with kit.chosen(backend, device):
+        expected = striped_conv_router(**tensors, top_k=2)
+        tensors["x"][0] = torch.nan
+        found = striped_conv_router(**tensors, top_k=2)
+    assert all(torch.equal(result[1:], value[1:]) for result, value in zip(found, expected, strict=True))
+
+
+@kit.each_kernel("striped_conv_router", interpreted=False)
+@pytest.mark.parametrize(
+    "shape, layout", [((2, 1, 530, 3), None), ((1, 1, 2, 1060), None), ((1, 70, 3, 150), "channels_last")], ids=str
+)
+def test_tiles_of_the_cpu(backend, device, shape, layout):
+    """Sums of more than one part."""
+    tensors = kit.cast(tensors_of(device, shape), torch.float32)
+    tensors["x"] = kit.LAYOUTS[layout](tensors["x"]) if layout else tensors["x"]
+    with kit.chosen(backend, device):
+        y, index, weight = striped_conv_router(**tensors, top_k=2)
+    expected = reference.router(y, tensors["weight_router"], 2)
+    assert torch.equal(index, expected[0])
+    torch.testing.assert_close(weight, expected[1])
+
+
 @kit.each_backend("striped_conv_router")
 def test_no_images(backend, device):
     with kit.chosen(backend, device):

@@ -12,14 +12,14 @@ namespace {
 
 // Rows [tile.h0, tile.h1) of the first aggregation.
 template <class T, class A = Accumulate<T>>
-void aggregate_tile(const Calibrate& in, const CalibrateParameters<T>& parameters, const Tile& tile, Map<A> one) {
+void aggregate_tile(const Calibrate& in, const CalibrateParameters<T>& parameters, const Tile& tile, Map<A> one,
+                    Rows<A>& buffers) {
   const int64_t width = 4 * one.width, span = round_up(width, kLanes<A>);
-  Rows<A> copy(1, tile.channels * span), sum_rows(1, tile.channels * span);
-  A* const sums = sum_rows[0];
+  A* const sums = buffers[1];
   for (int64_t y = tile.h0; y < tile.h1; ++y) {
     for (int64_t i = 0; i < 4; ++i) {
       const Place place{tile.b, tile.c, tile.channels, 4 * y + i, 0, span};
-      const A* const k = read_rows<T>(copy[0], in.k, in.size, place, width);
+      const A* const k = read_rows<T>(buffers[0], in.k, in.size, place, width);
       for (int64_t c = 0; c < tile.channels; ++c) {
         for (int64_t x = 0; x < span; x += kLanes<A>) {
           const Vec<A> product = parameters.aggregate(tile.c + c, i, x) * load(k + c * span + x);
@@ -77,12 +77,11 @@ void mix(const CalibrateParameters<T>& parameters, Map<const A> activated, Map<A
 // y = k + the small map, stretched; rows of the map are interpolated to all columns first, the last two are kept.
 template <class T, class A = Accumulate<T>>
 void add_stretched(const Calibrate& in, const Image& y, const Tile& tile, Map<const A> mixed, const Axis<A>& rows,
-                   const Axis<A>& columns) {
+                   const Axis<A>& columns, Rows<A>& buffers) {
   const int64_t width = in.size.width, span = round_up(width, kLanes<A>);
-  Rows<A> copy(1, tile.channels * span), stretched(2, tile.channels * span), sum(1, tile.channels * span);
   int64_t kept[2] = {-1, -1};
   const auto stretch = [&](int64_t row) {
-    A* const to = stretched[row % 2];
+    A* const to = buffers[2 + row % 2];
     if (kept[row % 2] == row) return to;
     kept[row % 2] = row;
     for (int64_t c = 0; c < tile.channels; ++c) {
@@ -97,9 +96,9 @@ void add_stretched(const Calibrate& in, const Image& y, const Tile& tile, Map<co
   for (int64_t h = tile.h0; h < tile.h1; ++h) {
     const A *const above = stretch(rows.before[h]), *const below = stretch(rows.after[h]);
     const Place place{tile.b, tile.c, tile.channels, h, 0, span};
-    const A* const k = read_rows<T>(copy[0], in.k, in.size, place, width);
+    const A* const k = read_rows<T>(buffers[0], in.k, in.size, place, width);
     const A share = rows.share[h], rest = 1 - share;
-    store_rows<T>(y, place, sum[0], width,
+    store_rows<T>(y, place, buffers[1], width,
                   [=](Vec<A>, int64_t i) { return load(k + i) + (rest * load(above + i) + share * load(below + i)); });
   }
 }
@@ -113,8 +112,9 @@ void calibrate(const Calibrate& in, const Image& y, void* maps, void* small, voi
     using A = Accumulate<T>;
     const CalibrateParameters<T> parameters(in);
     const Map<A> one = level_of<A>(in, maps, 1), activated = level_of<A>(in, maps, in.recursive + 1);
-    for_each_tile(calibrate_tiling(in, one.height),
-                  [&](const Tile& tile) { aggregate_tile<T>(in, parameters, tile, one); });
+    for_each_calibrated<A>(calibrate_tiling(in, one.height), 2, [&](const Tile& tile, Rows<A>& buffers) {
+      aggregate_tile<T>(in, parameters, tile, one, buffers);
+    });
     for_each_task(in.size.batch * in.size.channels, [&](int64_t i) {
       aggregate_again<T>(in, parameters, maps, i / in.size.channels, i % in.size.channels);
     });
@@ -126,8 +126,8 @@ void calibrate(const Calibrate& in, const Image& y, void* maps, void* small, voi
                 i / parts.bands, first, last);
     });
     const Axis<A> rows(in.size.height, mixed.height), columns(in.size.width, mixed.width);
-    for_each_tile(calibrate_tiling(in, in.size.height), [&](const Tile& tile) {
-      add_stretched<T, A>(in, y, tile, {mixed.data, mixed.batch, mixed.height, mixed.width}, rows, columns);
+    for_each_calibrated<A>(calibrate_tiling(in, in.size.height), 4, [&](const Tile& tile, Rows<A>& buffers) {
+      add_stretched<T, A>(in, y, tile, {mixed.data, mixed.batch, mixed.height, mixed.width}, rows, columns, buffers);
     });
   });
 }

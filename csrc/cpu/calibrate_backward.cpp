@@ -29,17 +29,16 @@ struct Scratch {
 // Rows [tile.h0, tile.h1) of ds.
 template <class T, class A = Accumulate<T>>
 void gather(const Calibrate& in, const Image& dy, const Tile& tile, Map<A> gathered, const Axis<A>& rows,
-            const Axis<A>& columns) {
+            const Axis<A>& columns, Rows<A>& buffers) {
   const int64_t width = in.size.width, span = round_up(width, kLanes<A>);
-  Rows<A> copy(1, tile.channels * span), sum_row(1, tile.channels * span);
-  A* const sums = sum_row[0];
+  A* const sums = buffers[1];
   for (int64_t i = tile.h0; i < tile.h1; ++i) {
     bool is_first = true;
     for (int64_t h = rows.starts[larger(i - 1, 0)]; h < rows.starts[i + 1]; ++h) {
       const A share = rows.share[h];
       const A weight = (rows.before[h] == i ? 1 - share : A(0)) + (rows.after[h] == i ? share : A(0));
       const Place place{tile.b, tile.c, tile.channels, h, 0, span};
-      const A* const from = read_rows<T>(copy[0], dy, in.size, place, width);
+      const A* const from = read_rows<T>(buffers[0], dy, in.size, place, width);
       for (int64_t x = 0; x < tile.channels * span; x += kLanes<A>) {
         const Vec<A> product = weight * load(from + x);
         store(sums + x, is_first ? product : load(sums + x) + product);
@@ -189,22 +188,20 @@ void descend(const Calibrate& in, const CalibrateParameters<T>& parameters, cons
 // Rows of dk that rows [tile.h0, tile.h1) of the first aggregation see; the last tile has what none sees, too.
 template <class T, class A = Accumulate<T>>
 void spread(const Calibrate& in, const CalibrateParameters<T>& parameters, const Image& dy, const Image& dk,
-            const Tile& tile, Map<A> one, A* partial) {
+            const Tile& tile, Map<A> one, A* partial, Rows<A>& buffers) {
   const int64_t width = in.size.width, seen = 4 * one.width, span = round_up(width, kLanes<A>);
   const Size seen_size{in.size.batch, in.size.channels, in.size.height, seen};
-  Rows<A> k_copy(1, tile.channels * span), dy_copy(1, tile.channels * span), sum(1, tile.channels * span);
-  Rows<A> repeated(1, tile.channels * span), given(1, tile.channels * span);
   Buffer<AggregationSums<A>> sums(tile.channels);
   for (int64_t c = 0; c < tile.channels; ++c) sums[c] = {};
   const int64_t last = tile.h1 == one.height ? in.size.height : 4 * tile.h1;
   for (int64_t h = 4 * tile.h0; h < last; ++h) {
     const bool is_seen = h < 4 * one.height;
     const Place place{tile.b, tile.c, tile.channels, h, 0, span};
-    const A* const d = read_rows<T>(dy_copy[0], dy, in.size, place, width);
+    const A* const d = read_rows<T>(buffers[0], dy, in.size, place, width);
     if (is_seen) {
-      const A* const k = read_rows<T>(k_copy[0], in.k, seen_size, place, round_up(seen, kLanes<A>));
+      const A* const k = read_rows<T>(buffers[1], in.k, seen_size, place, round_up(seen, kLanes<A>));
       for (int64_t c = 0; c < tile.channels; ++c) {
-        A *const upstream = repeated[0] + c * span, *const to = given[0] + c * span;
+        A *const upstream = buffers[2] + c * span, *const to = buffers[3] + c * span;
         if (h % 4 == 0) repeat_fourfold(upstream, one.plane(tile.b, tile.c + c) + h / 4 * one.width, one.width);
         for (int64_t x = 0; x < seen; x += kLanes<A>) {
           const Vec<A> v = load(upstream + x);
@@ -214,8 +211,8 @@ void spread(const Calibrate& in, const CalibrateParameters<T>& parameters, const
         for (int64_t x = seen; x < span; ++x) to[x] = 0;
       }
     }
-    const A* const add = given[0];
-    store_rows<T>(dk, place, sum[0], width,
+    const A* const add = buffers[3];
+    store_rows<T>(dk, place, buffers[4], width,
                   [=](Vec<A>, int64_t i) { return is_seen ? load(d + i) + load(add + i) : load(d + i); });
   }
   for (int64_t c = 0; c < tile.channels; ++c) {
@@ -245,8 +242,10 @@ void calibrate_backward(const Calibrate& in, const CalibrateGradients& grad, voi
     const CalibrateParameters<T> parameters(in);
     const Scratch<A> scratch(in, grad.scratch);
     const Axis<A> rows(size.height, scratch.gathered.height), columns(size.width, scratch.gathered.width);
-    for_each_tile(calibrate_tiling(in, scratch.gathered.height),
-                  [&](const Tile& tile) { gather<T, A>(in, grad.dy, tile, scratch.gathered, rows, columns); });
+    const Tiling gathering = calibrate_tiling(in, scratch.gathered.height);
+    for_each_calibrated<A>(gathering, 2, [&](const Tile& tile, Rows<A>& buffers) {
+      gather<T, A>(in, grad.dy, tile, scratch.gathered, rows, columns, buffers);
+    });
 
     const Map<const A> activated = level_of<const A>(in, grad.maps, in.recursive + 1);
     const MixParts parts(in);
@@ -266,9 +265,9 @@ void calibrate_backward(const Calibrate& in, const CalibrateGradients& grad, voi
     });
 
     const Tiling tiling = calibrate_tiling(in, scratch.first.height);
-    for_each_tile(tiling, [&](const Tile& tile) {
+    for_each_calibrated<A>(tiling, 5, [&](const Tile& tile, Rows<A>& buffers) {
       A* const partial = partial_of(tile.b, 1 + tiling.part_of_image(tile), tile.c);
-      spread<T, A>(in, parameters, grad.dy, grad.dk, tile, scratch.first, partial);
+      spread<T, A>(in, parameters, grad.dy, grad.dk, tile, scratch.first, partial, buffers);
     });
   });
 }

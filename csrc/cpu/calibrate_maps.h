@@ -236,6 +236,13 @@ inline Tiling calibrate_tiling(const Calibrate& in, int64_t height) {
   return Tiling(size, is_interleaved(in.k) ? smaller(larger(1, size.channels), 16) : 1, larger(1, size.width));
 }
 
+// task(tile, buffers) for all tiles, with `count` rows for all channels of a tile.
+template <class A, class Task>
+inline void for_each_calibrated(const Tiling& tiling, int64_t count, const Task& task) {
+  const int64_t length = tiling.channels * round_up(tiling.size.width, kLanes<A>);
+  for_each_tile(tiling, [&] { return Rows<A>(count, length); }, task);
+}
+
 // Bands of rows of the last map, of one image each, that fit the cache with all their channels.
 struct MixParts {
   explicit MixParts(const Calibrate& in) {

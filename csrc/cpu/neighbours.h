@@ -137,6 +137,7 @@ class LineReader {
     if (is_direct_) {
       const bool is_inside = h >= 0 && h < size_.height;
       lines_[n] = is_inside ? at<const A>(image_, place_.b, place_.c, h, 0) : zeros_[0];
+      for (int64_t i = 0; i < width_; i += 64 / sizeof(A)) __builtin_prefetch(lines_[n] + i + kAhead * image_.row);
     } else {
       place_.h = h;
       load_rows<T>(buffers_[n], image_, size_, place_, place_.span);
@@ -152,6 +153,7 @@ class LineReader {
   }
 
  private:
+  static constexpr int64_t kAhead = 4;  // lines
   const Image& image_;
   const Size& size_;
   Place place_{};

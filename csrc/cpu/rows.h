@@ -283,10 +283,4 @@ inline Vec<A> row_sum(const A* row, int64_t length) {
   return sum;
 }
 
-// row[i] *= factor[i]
-template <class A>
-inline void gate_row(A* row, const A* factor, int64_t length) {
-  for (int64_t i = 0; i < length; i += kLanes<A>) store(row + i, load(row + i) * load(factor + i));
-}
-
 }  // namespace seemore::SEEMORE_ISA

@@ -15,9 +15,8 @@ inline void activation_gradients(A* ds, A* dgate, const A* s, const A* dy, const
     Vec<A> d = load(dy + i);
     if constexpr (is_gelu) {
       const Vec<A> x = load(s + i);
-      const Normal<A> n = normal(x);
-      if (dgate) store(dgate + i, d * (x * n.distribution));
-      d *= n.distribution + x * n.density;
+      if (dgate) store(dgate + i, d * gelu<A>(x));
+      d *= gelu_gradient<A>(x);
     } else if (dgate) {
       store(dgate + i, d * load(s + i));
     }
