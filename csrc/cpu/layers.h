@@ -167,13 +167,6 @@ inline void clear_tail(const Block<A>& block, int64_t rows, int64_t count) {
   for (int64_t r = 0; r < rows && count < end; ++r) std::memset(block[r] + count, 0, (end - count) * sizeof(A));
 }
 
-// GELU'(x)
-template <class A>
-inline Vec<A> gelu_slope(Vec<A> x) {
-  const Normal<A> n = normal(x);
-  return n.distribution + x * n.density;
-}
-
 // The sum of a vector's lanes, half onto half.
 template <class A>
 inline A total(Vec<A> v) {
@@ -235,30 +228,33 @@ inline void add_rows(A* sums, const A* a, int64_t a_stride, int64_t rows, int64_
   for (int64_t r = 0; r < rows; ++r) sums[r] += total<A>(row_sum(a + r * a_stride, length));
 }
 
-// x <- (x - mean) / deviation over the channels of each pixel; scale: 1 / deviation, for the gradient. V vectors.
+// x <- (x - mean) / deviation over the channels of each pixel; scale: 1 / deviation, for the gradient. V vectors. The mean
+// is rounded, by more than the deviations where they are small beside it: theirs is taken off them.
 template <int V, class A>
 inline void normalise_vectors(A* x, int64_t span, int64_t channels, A* scale, A eps) {
-  Vec<A> mean[V]{}, variance[V]{};
+  Vec<A> mean[V]{}, rest[V]{}, square[V]{};
+  const A share = 1 / static_cast<A>(channels);
   for (int64_t c = 0; c < channels; ++c) {
     for (int v = 0; v < V; ++v) mean[v] += load(x + c * span + v * kLanes<A>);
   }
-  for (int v = 0; v < V; ++v) mean[v] /= static_cast<A>(channels);
+  for (int v = 0; v < V; ++v) mean[v] *= share;
   for (int64_t c = 0; c < channels; ++c) {
     for (int v = 0; v < V; ++v) {
       const Vec<A> d = load(x + c * span + v * kLanes<A>) - mean[v];
-      variance[v] += d * d;
+      rest[v] += d, square[v] += d * d;
     }
   }
   for (int v = 0; v < V; ++v) {
-    Vec<A> deviation = variance[v] / static_cast<A>(channels) + eps;
+    rest[v] *= share;
+    Vec<A> deviation = square[v] * share - rest[v] * rest[v] + eps;
     for (int64_t i = 0; i < kLanes<A>; ++i) deviation[i] = std::sqrt(deviation[i]);
-    variance[v] = 1 / deviation;
-    store(scale + v * kLanes<A>, variance[v]);
+    square[v] = 1 / deviation;
+    store(scale + v * kLanes<A>, square[v]);
   }
   for (int64_t c = 0; c < channels; ++c) {
     for (int v = 0; v < V; ++v) {
       A* at = x + c * span + v * kLanes<A>;
-      store(at, (load(at) - mean[v]) * variance[v]);
+      store(at, (load(at) - mean[v] - rest[v]) * square[v]);
     }
   }
 }

@@ -91,7 +91,7 @@ void run_backward(const NormPointwise& in, const NormPointwiseGradients& grad) {
         layer.forward(x, span, width, [&](int64_t row, int64_t i, const auto& s) {
           each_vector(s, layer.rows - row, [&](int64_t r, int64_t v, Vec<A> sum) {
             A* const at = ds + (row + r) * span + i + v;
-            store(at, load(at) * gelu_slope<A>(sum));
+            store(at, load(at) * gelu_gradient<A>(sum));
           });
         });
         clear_tail(ds, layer.rows, count);
