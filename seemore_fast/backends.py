@@ -87,6 +87,11 @@ class use_backend:
         _chosen = self._previous
 
 
+def current() -> str:
+    """Return the name that was chosen last, "auto" among them."""
+    return _chosen
+
+
 def why_not(backend: str) -> str | None:
     """Return None for a backend that can be used, else the reason why not. Libraries are loaded at the first call."""
     return _why_not(backend)

@@ -1,6 +1,9 @@
 """How much memory there is, so that what cannot fit is refused before anything is allocated."""
 
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 SMALL = 2**28  # bytes below which nobody asks
 CGROUPS = (  # limit and use of the container that this process is in, if any: version 2, version 1
@@ -34,3 +37,38 @@ def check_memory(needed: int, what: str):
             f"{what} needs {needed / 2**30:,.1f} GiB ({needed:,} bytes) of memory, {available / 2**30:,.1f} GiB are "
             "available: take a smaller image, or a part of it"
         )
+
+
+def gpu_memory_needed(model, shape: torch.Size, training: bool = False) -> int:
+    """Return about how many bytes a call of SeemoRe takes on a GPU for images of `shape` (B, C, H, W).
+
+    For inference: f in float32, four and a half images of features, the picture. For training, what is kept of each
+    group besides: 11 images of features, 8 without SEE's inside, 2 for blocks alone.
+    """
+    batch, colours, height, width = shape
+    channels = model.config["embedding_dim"]
+    itemsize = model.conv_1.weight.element_size()
+    if torch.is_autocast_enabled("cuda"):
+        itemsize = min(itemsize, torch.get_autocast_dtype("cuda").itemsize)
+    kept = {"none": 11, "auto": 8, "block": 2}[model.recompute] * model.config["num_layers"] if training else 0
+    picture = 4 * colours * (1 + model.scale**2)
+    return batch * height * width * (channels * (4 + itemsize * (4.5 + kept)) + picture).__ceil__()
+
+
+@contextmanager
+def explain_out_of_memory(model, x: torch.Tensor):
+    """Say what was needed, and what takes less, where a GPU's memory does not suffice; then it is given back."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+    else:
+        return
+    torch.cuda.empty_cache()  # not in the handler: the error holds on to what was in use
+    training = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+    needed = gpu_memory_needed(model, x.shape, training)
+    remedy = 'model.recompute = "block", a smaller batch or patch' if training else "a smaller image or batch"
+    raise torch.OutOfMemoryError(
+        f"x of shape {tuple(x.shape)} needs about {needed / 2**30:,.1f} GiB on {x.device}, which are not free: "
+        f"take {remedy}, or bfloat16 (model.bfloat16() or autocast) instead of float32. {reason}"
+    )

@@ -1,11 +1,14 @@
 """The whole network on Triton's kernels, in the interpreter or on a GPU: values, gradients, and that they are used."""
 
+from collections import Counter
+
 import kit
 import pytest
 import torch
 from conftest import SMALL
 
 from seemore_fast import SeemoRe, backends, reference, use_backend
+from seemore_fast.kernels.launch import Launch
 
 each_backend = kit.each_kernel("gated_ffn")
 
@@ -56,3 +59,20 @@ def test_bfloat16(backend, device, models):
         y = ours.bfloat16()(x)
     assert y.dtype == torch.float32
     assert kit.largest_difference(y, exact) <= 2 * kit.largest_difference(narrow, exact)
+
+
+@each_backend
+def test_launches_of_a_group(backend, device, monkeypatch):
+    """What a call costs the host: counted for two depths, so that both ends of the network cancel out."""
+    launched = Counter()
+    run = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: launched.update([self.kernel.__name__]) or run(self))
+    counts = []
+    for depth in (1, 2):
+        torch.manual_seed(0)
+        model = SeemoRe(**{**SMALL, "num_layers": depth}).to(device).eval().prepare()
+        launched.clear()
+        with torch.no_grad(), kit.chosen(backend, device):
+            model(torch.rand(1, 3, 16, 16, device=device))
+        counts.append(launched.copy())
+    assert counts[1] - counts[0] == {}
