@@ -1,6 +1,6 @@
 """How much memory there is, so that what cannot fit is refused before anything is allocated."""
 
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,8 +42,8 @@ def check_memory(needed: int, what: str):
 def gpu_memory_needed(model, shape: torch.Size, training: bool = False) -> int:
     """Return about how many bytes a call of SeemoRe takes on a GPU for images of `shape` (B, C, H, W).
 
-    For inference: f in float32, four and a half images of features, the picture. For training, what is kept of each
-    group besides: 11 images of features, 8 without SEE's inside, 2 for blocks alone.
+    Of inference, the most is five images of features in a block, or f in float32 and the picture at the end. Training
+    keeps 11 images of features of each group besides, 8 without SEE's inside, 2 for blocks alone.
     """
     batch, colours, height, width = shape
     channels = model.config["embedding_dim"]
@@ -51,19 +51,19 @@ def gpu_memory_needed(model, shape: torch.Size, training: bool = False) -> int:
     if torch.is_autocast_enabled("cuda"):
         itemsize = min(itemsize, torch.get_autocast_dtype("cuda").itemsize)
     kept = {"none": 11, "auto": 8, "block": 2}[model.recompute] * model.config["num_layers"] if training else 0
-    picture = 4 * colours * (1 + model.scale**2)
-    return batch * height * width * (channels * (4 + itemsize * (4.5 + kept)) + picture).__ceil__()
+    inside, end = 5 * channels * itemsize, 4 * channels + 4 * colours * model.scale**2
+    return batch * height * width * (max(inside, end) + kept * channels * itemsize + 4 * colours)
 
 
-@contextmanager
-def explain_out_of_memory(model, x: torch.Tensor):
-    """Say what was needed, and what takes less, where a GPU's memory does not suffice; then it is given back."""
+def or_explain(function: Callable[[torch.Tensor], torch.Tensor], model, x: torch.Tensor) -> torch.Tensor:
+    """Return function(x); where a GPU's memory does not suffice, say what was needed, and what takes less.
+
+    Raises torch.OutOfMemoryError, after what was in use has been given back.
+    """
     try:
-        yield
+        return function(x)
     except torch.OutOfMemoryError as error:
         reason = str(error).partition("\n")[0]
-    else:
-        return
     torch.cuda.empty_cache()  # not in the handler: the error holds on to what was in use
     training = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
     needed = gpu_memory_needed(model, x.shape, training)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import backends, engine, ops
 from .graphs import Graphs
-from .memory import explain_out_of_memory
+from .memory import or_explain
 from .recompute import again_in_backward, check_recompute
 from .reference import model as plain
 from .reference.rme_block import channel_shuffle
@@ -266,8 +266,7 @@ class SeemoRe(Fused, plain.SeemoRe):
             return self._frozen["graphs"](x)
         if x.device.type != "cuda" or torch.compiler.is_compiling():
             return super().forward(x)
-        with explain_out_of_memory(self, x):
-            return super().forward(x)
+        return or_explain(super().forward, self, x)
 
     def _can_capture(self, x: Tensor) -> bool:
         if x.device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
@@ -281,16 +280,28 @@ class SeemoRe(Fused, plain.SeemoRe):
             x = x.clone(memory_format=torch.channels_last)
         if not self.is_untouched():
             return super()._forward(x)
-        weights = self._frozen["ends"] if self._frozen and not self.wants_gradients(x) else self._ends()
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        weight, bias = (weight.to(x.dtype) for weight in weights[:2])
-        with plain.without_autocast(x.device.type):
-            f = ops.norm_conv3x3((x - self.mean) * self.img_range, None, None, weight, bias)
+        keeps = self.wants_gradients(x)
+        weights = self._frozen["ends"] if self._frozen and not keeps else self._ends()
+        x = (x.to(torch.promote_types(x.dtype, torch.float32)) - self.mean) * self.img_range
+        f = self._first(x, *weights[:2])
         y = f.to(plain.body_dtype(self.conv_1.weight))
-        for group in self.body:
-            y = group(y)
-        y = ops.norm_conv3x3(y, *weights[2:6]) + f
+        # f is a fifth of the memory that a call takes, and next to no work for a kernel: made again rather than kept.
+        again = not keeps and backends.choose("norm_conv3x3", x, self.conv_1.out_channels) != "reference"
+        if again:
+            del f
+        for group in self.body:  # not as modules: a group would hold on to its input until its end
+            y = group.local_block(y)
+            y = group.global_block(y)
+        y = ops.norm_conv3x3(y, *weights[2:6])
+        if again:
+            x = x.contiguous(memory_format=torch.channels_last)  # so that f is as the last convolution reads it
+            f = self._first(x, *weights[:2])
+        y = f.add_(y) if again else f + y
         return ops.conv3x3_shuffle(y, *weights[6:], self.mean, scale=self.scale, img_range=self.img_range)
+
+    def _first(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        with plain.without_autocast(x.device.type):
+            return ops.norm_conv3x3(x, None, None, weight.to(x.dtype), bias.to(x.dtype))
 
     def _ends(self) -> list[Tensor]:
         """Return the weights of all that is no block."""

@@ -1,5 +1,6 @@
 """The whole network on Triton's kernels, in the interpreter or on a GPU: values, gradients, and that they are used."""
 
+import copy
 from collections import Counter
 
 import kit
@@ -76,3 +77,55 @@ def test_launches_of_a_group(backend, device, monkeypatch):
             model(torch.rand(1, 3, 16, 16, device=device))
         counts.append(launched.copy())
     assert (counts[1] - counts[0]).total() == 19
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
+def test_gradients_under_autocast(backend, device, models, dtype):
+    """All of them together, and the result, are at most twice as far from float64 as the plain network's."""
+    plain, ours = models
+    x = torch.rand(2, 3, 16, 17, device=device)
+
+    def step(network, x, cast):
+        network.zero_grad()
+        with torch.autocast(x.device.type, dtype, enabled=cast):
+            y = network(x)
+        y.square().mean().backward()
+        return y.detach().double(), torch.cat([p.grad.double().flatten() for p in network.parameters()])
+
+    exact = step(copy.deepcopy(plain).double(), x.double(), False)
+    with use_backend("reference"):
+        narrow = step(plain, x, True)
+    with kit.chosen(backend, device):
+        found = step(ours, x, True)
+    for one, other, truth in zip(found, narrow, exact, strict=True):
+        assert (one - truth).norm() <= 2 * (other - truth).norm()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in ours.parameters())
+
+
+@each_backend
+def test_as_any_module(backend, device, models):
+    """Data-parallel, averaged weights, accumulation, one frozen parameter: gradients as without all that."""
+    ours, x = models[1], torch.rand(2, 3, 16, 17, device=device)
+    ours.body[0].local_block.block.proj.weight.requires_grad_(False)
+    kind = "nccl" if device == "cuda" else "gloo"
+    torch.distributed.init_process_group(kind, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with kit.chosen(backend, device):
+            for half in x:
+                (ours(half[None]).square().mean() / 2).backward()
+            expected = [p.grad for p in ours.parameters()]
+            ours.zero_grad()
+            wrapped = torch.nn.parallel.DistributedDataParallel(ours)
+            average = torch.optim.swa_utils.AveragedModel(ours)
+            with wrapped.no_sync():
+                (wrapped(x[:1]).square().mean() / 2).backward()
+            (wrapped(x[1:]).square().mean() / 2).backward()
+            average.update_parameters(ours)
+            assert torch.equal(average.module.eval()(x), ours.eval()(x))
+    finally:
+        torch.distributed.destroy_process_group()
+    for one, other in zip((p.grad for p in ours.parameters()), expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)

@@ -62,4 +62,5 @@ def see(
     """Spatial enhancement with its LayerNorm and residual: the first half of `sme_block`, arguments as there."""
     q, v = parts.norm_pointwise(x, norm_weight, norm_bias, weight_qv, bias_qv, activation="gelu").chunk(2, dim=1)
     q = parts.striped_conv(q, weight_row, bias_row, weight_col, bias_col, gate=v)
+    del v  # and with it the memory of both halves
     return parts.pointwise(q, weight_proj, bias_proj, residual=x)
