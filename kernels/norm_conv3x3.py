@@ -104,8 +104,8 @@ def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
         yield from ((f"backward {number} {name}", launch) for number, launch in enumerate(backwards))
     # the network's first layer
     image, first = x.new_empty(len(x), 3, *x.shape[2:]), x.new_empty(channels, 3, 3, 3)
-    for number, launch in enumerate(forward(x, image, None, None, first, vector, None, None, None, 0.0)):
-        yield f"forward {number} of 3 channels", launch
+    forwards = forward(x, image, None, None, first, vector, None, None, None, 0.0)
+    yield from ((f"forward {number} of 3 channels", launch) for number, launch in enumerate(forwards))
     gradients = [None, None], [first, vector], [None, None]
     backwards = backward(image, *gradients, x, image, None, None, first, vector, None, None, 0.0)
     yield from ((f"backward {number} of 3 channels", launch) for number, launch in enumerate(backwards))

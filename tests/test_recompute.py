@@ -53,7 +53,7 @@ def test_results_are_equal_and_blocks_keep_least(model, device):
     assert kept < 0.5 * most
 
 
-def test_sees_inside_is_made_again_by_kernels(model, device):
+def test_triton_makes_sees_inside_again(model, device):
     """On Triton's kernels, "auto" keeps q, v and their product no more; backward may come under another choice."""
     x = torch.rand(1, 3, 16, 16, device=device)
     with use_backend("triton"):

@@ -103,6 +103,7 @@ def test_gradients_under_autocast(backend, device, models, dtype):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in ours.parameters())
 
 
+@pytest.mark.slow
 @each_backend
 def test_as_any_module(backend, device, models):
     """Data-parallel, averaged weights, accumulation, one frozen parameter: gradients as without all that."""
