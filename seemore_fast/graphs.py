@@ -24,6 +24,7 @@ class Captured:
         self._graph = torch.cuda.CUDAGraph()
         self._done = torch.cuda.Event()
         with torch.cuda.device(x.device):
+            function(self._x.copy_(x))  # loads kernels, which a capture must not
             with torch.cuda.graph(self._graph):
                 self._y = function(self._x)
             self._done.record()
@@ -35,6 +36,7 @@ class Captured:
             self._graph.replay()
             y = self._y.clone()
             self._done.record()
+            self._x.record_stream(torch.cuda.current_stream())  # which may not be the one it was made on
         return y
 
 

@@ -1,15 +1,19 @@
 """The whole network on Triton's kernels, in the interpreter or on a GPU: values, gradients, and that they are used."""
 
 import copy
+import weakref
 from collections import Counter
 
 import kit
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, T
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from seemore_fast import SeemoRe, backends, reference, use_backend
 from seemore_fast.kernels.launch import Launch
+from seemore_fast.memory import gpu_memory_needed
 
 each_backend = kit.each_kernel("gated_ffn")
 
@@ -130,3 +134,43 @@ def test_as_any_module(backend, device, models):
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other)
+
+
+class Peak(TorchDispatchMode):
+    """Adds up the storages that live at the same time."""
+
+    def __init__(self):
+        super().__init__()
+        self._live, self.now, self.most = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        results = function(*arguments, **(options or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(results)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._live:
+                self._live[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._free, storage._cdata)
+        return results
+
+    def _free(self, key):
+        self.now -= self._live.pop(key, 0)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
+def test_memory_of_a_call(backend, device, dtype):
+    """It is what `gpu_memory_needed` tells, but for the weights, and much less than the plain network's."""
+    torch.manual_seed(0)
+    model = SeemoRe(**{**T, "scale": 4, "num_layers": 1}).to(device, dtype).eval().prepare()
+    x, plain = torch.rand(1, 3, 40, 48, device=device), reference.SeemoRe(**model.config).to(device, dtype).eval()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad(), kit.chosen(backend, device), Peak() as ours:
+        model(x)
+    with torch.no_grad(), use_backend("reference"), Peak() as theirs:
+        plain(x)
+    weights = sum(p.nbytes for p in model.parameters())
+    told = gpu_memory_needed(model, x.shape)
+    assert 0.9 * told <= ours.most <= told + weights
+    assert ours.most - weights < {torch.float32: 0.6, torch.bfloat16: 0.4}[dtype] * theirs.most
