@@ -1,8 +1,9 @@
-"""Time the whole network against eager PyTorch and torch.compile, for inference and for a training step.
+"""Time a training step of the whole network against eager PyTorch and torch.compile; on the CPU, inference, too.
 
     python benchmarks/bench_model.py --device cuda
 
-A training step is checked by its output and all gradients.
+A step is forward and backward, without an optimizer; it is checked by its output and all gradients. Inference on a GPU
+is timed by `compare_peers.py --device cuda`.
 """
 
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import seemore_fast
-from seemore_fast.benchmarks import harness
+from seemore_fast.benchmarks import harness, operators
 from seemore_fast.presets import PRESETS
 
 
@@ -28,11 +29,8 @@ class Setting(NamedTuple):
 
 CASES = {
     "cuda": {
-        "inference T x4 480x640 fp32": Setting("t", 4, 1, 480, 640),
-        "inference T x4 480x640 bf16": Setting("t", 4, 1, 480, 640, torch.bfloat16),
-        "inference L x4 480x640 bf16": Setting("l", 4, 1, 480, 640, torch.bfloat16),
-        "training T x2 32x64x64 fp32": Setting("t", 2, 32, 64, 64, training=True),
         "training T x2 32x64x64 bf16": Setting("t", 2, 32, 64, 64, torch.bfloat16, training=True),
+        "training T x2 32x64x64 fp32": Setting("t", 2, 32, 64, 64, training=True),
     },
     "cpu": {
         "inference T x4 320x180 fp32": Setting("t", 4, 1, 180, 320),
@@ -47,22 +45,29 @@ CASES = {
 ATOL = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 
 
-def models(config: dict, weights: dict, device: torch.device, compile: bool) -> dict:
+def models(config: dict, weights: dict, device: torch.device, compile: bool, training: bool) -> dict:
     """Return name -> module with the same weights, or a text that says why it is absent."""
 
-    def load(model_class):
+    def load(model_class, **attributes):
         model = model_class(**config)
         model.load_state_dict(weights)
+        for name, value in attributes.items():
+            setattr(model, name, value)
         return model.to(device)
 
-    found = {"seemore-fast": load(seemore_fast.SeemoRe), "reference eager": load(seemore_fast.reference.SeemoRe)}
+    found = {harness.OURS: load(seemore_fast.SeemoRe)}
+    for how in ("none", "block") if training else ():
+        found[f"{harness.OURS}, recompute={how}"] = load(seemore_fast.SeemoRe, recompute=how)
+    found["reference eager"] = load(seemore_fast.reference.SeemoRe)
     if compile:
         found["reference torch.compile"] = torch.compile(load(seemore_fast.reference.SeemoRe))
-    published = harness.published()
+    published, names = harness.published(), ["published eager", "published channels_last", "published torch.compile"]
     if isinstance(published, str):
-        return found | dict.fromkeys(["published eager", "published channels_last"], published)
+        return found | dict.fromkeys(names[: 2 + compile], published)
     found["published eager"] = load(published)
     found["published channels_last"] = load(published).to(memory_format=torch.channels_last)
+    if compile:
+        found["published torch.compile"] = torch.compile(load(published))
     return found
 
 
@@ -102,8 +107,10 @@ def build(setting: Setting, device: torch.device, options) -> harness.Case:
     inputs = harness.input_sets(make, device)
     wide = {"x": inputs[0]["x"].double()}
     truth = harness.as_list(provider(truth_model.double().to(device), torch.float64)(wide)())
-    found = models(config, weights, device, options.compile)
+    found = models(config, weights, device, options.compile, setting.training)
     providers = {name: provider(model) for name, model in found.items()}
+    if device.type == "cuda":  # the whole step
+        providers[harness.OURS + harness.IN_A_GRAPH] = operators.in_a_graph(providers[harness.OURS])
     return harness.Case(providers, inputs, truth, "reference eager", ATOL[setting.dtype], kernels_only=False)
 
 

@@ -1,9 +1,9 @@
-"""Time inference on this CPU: PyTorch, torch.compile, ONNX Runtime and OpenVINO beside this package.
+"""Time inference: PyTorch, torch.compile, ONNX Runtime and OpenVINO beside this package; on a GPU, SPAN and SAFMN.
 
     seemore-fast benchmark inference        (or: python benchmarks/compare_peers.py)
 
 All run in one process, in turns, on as many threads each; `published` is PyPI's `seemore`. A complete run writes
-peers.json and a chart.
+peers.json and a chart. With `--device cuda`, those take part that run there (`gpu_peers`).
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import seemore_fast
-from seemore_fast.benchmarks import chart, harness
+from seemore_fast.benchmarks import chart, gpu_peers, harness
 from seemore_fast.presets import PRESETS
 
 Size = tuple[int, int]  # width, height
@@ -267,6 +267,13 @@ def scaling(config: dict, size: Size, options) -> harness.Case:
 
 T, B, L = ({"scale": 4, **PRESETS[name]} for name in "tbl")
 TINY = {**T, "scale": 2, "num_layers": 2, "embedding_dim": 12}
+
+
+def on_gpu(config: dict, size: Size, dtype: torch.dtype) -> Callable:
+    """Return what builds a table of the peers on a GPU."""
+    return partial(gpu_peers.inference, seeded, solve, like, config, size, dtype)
+
+
 CASES = {
     "cpu": {
         "T x4 320x180": partial(peers, T, (320, 180)),
@@ -276,21 +283,34 @@ CASES = {
         "growth T x4": partial(growth, T, [(320, 180), (2464, 1632)]),
         "threads T x4 320x180": partial(scaling, T, (320, 180)),
     },
+    "cuda": {
+        "T x4 640x480 bf16": on_gpu(T, (640, 480), torch.bfloat16),
+        "T x4 320x180 fp16": on_gpu(T, (320, 180), torch.float16),
+        "L x4 640x480 bf16": on_gpu(L, (640, 480), torch.bfloat16),
+        "T x4 640x480 fp16": on_gpu(T, (640, 480), torch.float16),
+        "T x4 640x480 fp32": on_gpu(T, (640, 480), torch.float32),
+    },
     "quick": {
         "tiny 40x32": partial(peers, TINY, (40, 32)),
         "growth tiny": partial(growth, TINY, [(40, 32), (80, 64)]),
         "threads tiny 40x32": partial(scaling, TINY, (40, 32)),
+        "on a GPU tiny 40x32 bf16": on_gpu(TINY, (40, 32), torch.bfloat16),
     },
 }
+
+
+def build(case: Callable, device: torch.device, options) -> harness.Case | list[harness.Case]:
+    is_for_gpus = case.func is gpu_peers.inference
+    return case(device, options) if is_for_gpus else case(options)
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None):
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.set_defaults(device="cpu")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="time torch.compile")
-    harness.run("peers", parser, CASES, lambda case, device, options: case(options), chart.draw, arguments)
+    harness.run("peers", parser, CASES, build, chart.draw, arguments)
 
 
 if __name__ == "__main__":

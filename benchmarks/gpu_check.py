@@ -1,6 +1,7 @@
 """Build, test, sanitize and measure on a machine with an NVIDIA GPU: `make gpu-check`.
 
     python benchmarks/gpu_check.py --seconds 570
+    python benchmarks/gpu_check.py --quick            # in three minutes: the network's tests, and its times
 
 The Python that runs it is 3.11 or newer, has torch, triton, ninja, pybind11, numpy and pytest, and is left as it is:
 the package is laid out in build/gpu-check/package, with links to the sources. Needs nvcc, but no network and no pip. A
@@ -38,6 +39,7 @@ BENCHMARKED = {  # operator: the case in which torch.compile is timed, too
     "low_rank_experts": "1x36x480x640 bf16",
 }
 OTHERS = ["layer_norm", "pointwise", "conv3x3_shuffle", "rme_block", "sme_block"]
+QUICK_SECONDS = 170
 
 
 class Step(NamedTuple):
@@ -54,10 +56,18 @@ def pytest(name: str, stems: list[str], *options: str, seconds: int = 300) -> St
     return Step(name, [*command, "-p", "no:cacheprovider"], seconds)
 
 
+def network_tests() -> list[Step]:
+    return [
+        pytest("tests of the network", ["triton_network", "recompute"], "-k", "not compiled"),
+        pytest("tests of the network on the GPU", ["gpu_network"]),
+    ]
+
+
 def tests() -> list[Step]:
     """Return steps that may run at the same time: nothing in them is timed."""
     without_triton = "-k", "not triton and not cuda_host"
     return [
+        *network_tests(),
         pytest("tests of operators", [*BENCHMARKED, *OTHERS], *without_triton),
         pytest("tests of the model", ["model"], *without_triton),
         # its compiler takes its time: four processes
@@ -84,18 +94,35 @@ def sanitizer(tool: str, *options: str) -> Step:
     return step._replace(command=command, environment=environment)
 
 
+def script(name: str, *options: str, seconds: int = 120, optional: bool = False) -> Step:
+    command = [sys.executable, f"benchmarks/{name}.py", "--device", "cuda", *options]
+    return Step(f"benchmark {name}", command, seconds, optional)
+
+
+def quick_benchmarks() -> list[Step]:
+    """Return the two cases that count, without torch.compile; nothing is written."""
+    return [
+        script("compare_peers", "--no-compile", "--case", "T x4 640x480 bf16", "--runs", "10"),
+        script("bench_model", "--no-compile", "--case", "bf16", "--runs", "10"),
+    ]
+
+
 def benchmarks() -> list[Step]:
-    """Return steps that run one after another."""
-
-    def bench(name: str, *options: str, seconds: int = 120) -> Step:
-        command = [sys.executable, f"benchmarks/bench_{name}.py", "--device", "cuda", *options]
-        return Step(f"benchmark of {name}", command, seconds)
-
-    steps = [bench("model", "--no-compile"), *(bench(operator, seconds=240) for operator in reversed(BENCHMARKED))]
+    """Return steps that run one after another, what matters most first."""
+    written = ["--results", "benchmarks/results"]
+    steps = [
+        script("tune_backends", "--runs", "5", "--output", "seemore_fast/preferences.json", seconds=90),
+        script("compare_peers", "--no-compile", "--runs", "10"),
+        script("bench_model", "--no-compile", "--runs", "10"),
+    ]
+    for name, case in (("compare_peers", "T x4 640x480 bf16"), ("bench_model", "bf16")):
+        options = "--compile", "--case", case, "--runs", "10", *written, "--name", f"{name}_compiled"
+        steps.append(script(name, *options, seconds=100, optional=True)._replace(name=f"{name}, torch.compile"))
+    steps += [script(f"bench_{operator}", seconds=240) for operator in reversed(BENCHMARKED)]
     for operator, case in BENCHMARKED.items():
-        options = "--compile", "--case", case, "--results", "benchmarks/results", "--name", f"{operator}_compiled"
-        step = bench(operator, *options, seconds=60)
-        steps.append(step._replace(name=f"{step.name}, torch.compile", optional=True))
+        options = "--compile", "--case", case, *written, "--name", f"{operator}_compiled"
+        step = script(f"bench_{operator}", *options, seconds=60, optional=True)
+        steps.append(step._replace(name=f"{step.name}, torch.compile"))
     return steps
 
 
@@ -176,7 +203,8 @@ def build():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=570, help="for everything; what does not fit is left out")
+    parser.add_argument("--seconds", type=float, help="for everything; what does not fit is left out (default: 570)")
+    parser.add_argument("--quick", action="store_true", help=f"what matters most, in {QUICK_SECONDS} s")
     parser.add_argument("--build", action="store_true", help="only build, for TORCH_CUDA_ARCH_LIST")
     options = parser.parse_args()
     if options.build:
@@ -190,19 +218,19 @@ def main():
     for needed in (folder, LOGS):
         needed.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    done, deadline = [], start + options.seconds
+    done, deadline = [], start + (options.seconds or (QUICK_SECONDS if options.quick else 570))
 
     def note(*results: dict):
         done.extend(results)
         facts = {"device": gpu, "torch": torch.__version__, "cuda": torch.version.cuda, "steps": done}
         facts["seconds"] = round(time.monotonic() - start, 1)
-        (folder / "gpu_check.json").write_text(json.dumps(facts, indent=2) + "\n")
+        (folder / f"gpu_check{'_quick' * options.quick}.json").write_text(json.dumps(facts, indent=2) + "\n")
 
     architecture = {"TORCH_CUDA_ARCH_LIST": "{}.{}".format(*torch.cuda.get_device_capability())}
     note(Run(Step("build", [sys.executable, __file__, "--build"], 300, environment=architecture), deadline).finish())
     if done[0]["outcome"] == "passed":
-        note(*together(tests(), deadline))
-        for step in benchmarks():
+        note(*together(network_tests() if options.quick else tests(), deadline))
+        for step in quick_benchmarks() if options.quick else benchmarks():
             note(Run(step, deadline).finish())
     print(f"\n{time.monotonic() - start:.0f} s altogether, figures in {folder}")
     for result in done:

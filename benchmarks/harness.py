@@ -32,7 +32,15 @@ IN_A_GRAPH = ", in a graph"
 SERVES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # backend: type of the device that it is timed on
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 COLUMNS = {
-    **{"ms": "10.4f", "ms_min": "10.4f", "ms_max": "10.4f", "x_ours": "8.2f", "gb_s": "8.1f", "of_copy": "9.0%"},
+    **{
+        "ms": "10.4f",
+        "ms_min": "10.4f",
+        "ms_max": "10.4f",
+        "images_s": "10.1f",
+        "x_ours": "8.2f",
+        "gb_s": "8.1f",
+        "of_copy": "9.0%",
+    },
     **{"gflop_s": "9.1f", "of_matmul": "11.0%", "ns_pixel": "10.1f", "x_pixel": "9.2f"},
     **{"peak_mb": "9.0f", "max_error": "11.1e"},
 }
@@ -65,6 +73,7 @@ class Case:
     pixels: int | None = None  # of the input, where time per pixel is the question
     kernels_only: bool = True  # not the host's launches on CUDA, not fresh pages on the CPU
     pause: float = 0  # seconds between turns, for other runtimes' threads to stop spinning
+    images: int | None = None  # of a call, where images per second are the question
     patience: float = math.inf  # seconds that one provider may take in all its turns; then it gets no more of them
 
 
@@ -268,6 +277,7 @@ def run_case(cases: Case | list[Case], device: torch.device, runs: int) -> dict:
         }
         line |= {"x_ours": ms / best[id(case)] if same_work else None}
         line |= {"gb_s": traffic and traffic / ms / 1e6, "gflop_s": operations and operations / ms / 1e6}
+        line |= {"images_s": 1000 * case.images / ms if case.images and name in case_of else None}
         line |= {"ns_pixel": ms / case.pixels * 1e6 if case.pixels and name in case_of else None}
         lines[name] = lines.get(name, {}) | line | {"peak_mb": peaks[name]}
     relate(lines)

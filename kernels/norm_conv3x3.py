@@ -102,6 +102,15 @@ def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
         gradients = [norm, norm], [weight, vector], pointwise
         backwards = backward(x, *gradients, y, x, norm, norm, weight, vector, pointwise[0], activation, 1e-6)
         yield from ((f"backward {number} {name}", launch) for number, launch in enumerate(backwards))
+    # The network's first layer, always of float32 at least.
+    wide = dict(dtype=torch.promote_types(x.dtype, torch.float32))
+    y, image = torch.empty_like(x, **wide), x.new_empty(len(x), 3, *x.shape[2:], **wide)
+    first, vector = x.new_empty(channels, 3, 3, 3, **wide), x.new_empty(channels, **wide)
+    forwards = forward(y, image, None, None, first, vector, None, None, None, 0.0)
+    yield from ((f"forward {number} of 3 channels", launch) for number, launch in enumerate(forwards))
+    gradients = [None, None], [first, vector], [None, None]
+    backwards = backward(image, *gradients, y, image, None, None, first, vector, None, None, 0.0)
+    yield from ((f"backward {number} of 3 channels", launch) for number, launch in enumerate(backwards))
 
 
 # What is launched

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
+from . import native, preferences
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ALL = (torch.float64, *FLOATS)
@@ -34,7 +34,8 @@ class Kernel(NamedTuple):
     least: int = 0
 
 
-# In the order in which "auto" prefers them. What is not here, the reference computes.
+# In the order in which "auto" prefers them where nobody measured (`preferences`). What is not here, the reference
+# computes.
 KERNELS = {
     "striped_conv": [
         Kernel("cpu", "cpu", CPU),
@@ -93,6 +94,11 @@ class use_backend:
         _chosen = self._previous
 
 
+def current() -> str:
+    """Return the name that was chosen last, "auto" among them."""
+    return _chosen
+
+
 def why_not(backend: str) -> str | None:
     """Return None for a backend that can be used, else the reason why not. Libraries are loaded at the first call."""
     return _why_not(backend)
@@ -133,14 +139,19 @@ def choose(operator: str, x: Tensor, size: int = 1) -> str:
     """Return the backend that computes `operator` (its stem) for `x`, with so many taps or channels, now."""
     if is_plain():
         return "reference"
-    for kernel in _serving(operator, x, size):
-        if kernel.backend == _chosen:
-            return kernel.backend
-        # A compiled graph may be for all sizes.
-        large = torch.compiler.is_compiling() or x.numel() >= kernel.least
-        if _chosen == "auto" and large and kernel.device == x.device.type:
-            return kernel.backend
-    return "reference"
+    serving = _serving(operator, x, size)
+    if _chosen != "auto":
+        return next((kernel.backend for kernel in serving if kernel.backend == _chosen), "reference")
+    # A compiled graph may be for all sizes.
+    large = [kernel for kernel in serving if torch.compiler.is_compiling() or x.numel() >= kernel.least]
+    there = [kernel.backend for kernel in large if kernel.device == x.device.type] + ["reference"]
+    return next(iter(_by_preference(operator, x, there)))
+
+
+def _by_preference(operator: str, x: Tensor, backends: list[str]) -> list[str]:
+    """Return the backends, those first that were measured for this device, quickest first."""
+    measured = preferences.preferred(operator, x.device, x.dtype) or []
+    return sorted(backends, key=lambda name: measured.index(name) if name in measured else len(measured))
 
 
 def _serving(operator: str, x: Tensor, size: int) -> list[Kernel]:
@@ -169,8 +180,8 @@ def kernel_for(operator: str, x: Tensor, size: int = 1, part: str = "") -> Calla
 
     A backward whose forward a kernel computed runs on a kernel, whatever is chosen by then.
     """
-    serving = _serving(operator, x, size)
-    backend = next((kernel.backend for kernel in serving if kernel.backend == _chosen), serving[0].backend)
+    serving = _by_preference(operator, x, [kernel.backend for kernel in _serving(operator, x, size)])
+    backend = _chosen if _chosen in serving else serving[0]
     return getattr(_functions(backend, operator), operator + part)
 
 

@@ -4,8 +4,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from . import engine, ops
+from . import backends, engine, ops
+from .graphs import Graphs
+from .memory import or_explain
+from .recompute import again_in_backward, check_recompute
 from .reference import model as plain
+from .reference.rme_block import channel_shuffle
 
 
 def _affine(*modules: nn.Module) -> list[Tensor]:
@@ -18,9 +22,12 @@ class Fused(nn.Module):
     A hook, a `forward` of its own, a parametrization or another module put in place of one of those that it was built
     with sends it down the plain path: the same result, and everything that was added runs. Attributes that a module
     was built with (padding, stride, ...) are not looked at again: to change one, put in another module.
+
+    What was frozen of its parameters thaws in train(), load_state_dict() and to() (any conversion), and is not copied.
     """
 
     def _remember(self):
+        self._frozen = {}
         # A tuple is no submodule to torch; copying or pickling a module copies it with the modules it names.
         self._built_with = tuple((m, type(m), tuple(m._modules.values())) for m in self.modules())
 
@@ -33,6 +40,22 @@ class Fused(nn.Module):
             for module, built_as, children in self._built_with
         )
 
+    def train(self, mode: bool = True):
+        if mode:
+            self._frozen = {}
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._frozen = {}
+        return super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args, **kwargs):  # to(), float(), cuda(), ...
+        self._frozen = {}
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_frozen": {}}
+
     def built_weights(self) -> list[Tensor]:
         """Return the parameters in the state dict's order; one that two modules share comes twice."""
         weights = (weight for module, _, _ in self._built_with for weight in module._parameters.values())
@@ -40,55 +63,100 @@ class Fused(nn.Module):
 
 
 class FusedBlock(Fused):
-    """What RME and SME share."""
+    """What RME and SME share: x (B, C, H, W) -> the same."""
+
+    recompute = "auto"  # SeemoRe.recompute sets it
 
     def is_untouched(self) -> bool:
         return super().is_untouched() and not plain.has_additions(self)
 
-    def _ffn_parameters(self) -> list[Tensor]:
-        return _affine(self.norm_2, self.ffn.fn_1[0], self.ffn.gate, self.ffn.fn_2[0])
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_untouched():
+            return super().forward(x)
+        return again_in_backward(self.fused, x) if self.recompute == "block" else self.fused(x)
+
+    def freeze(self):
+        """Keep a packed copy of the parameters, for calls without gradients, until something unfreezes it."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._frozen = {"arguments": [(t.detach().clone(), is_wide) for t, is_wide in self._arguments()]}
+
+    def arguments_now(self) -> list[Tensor]:
+        """Return the tensors that the operator takes after x: frozen, or as they are now."""
+        wants_gradients = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if not self._frozen or wants_gradients:
+            return [tensor for tensor, _ in self._arguments()]
+        dtype = plain.body_dtype(self.norm_1.weight)
+        if dtype in self._frozen:
+            return self._frozen[dtype]
+        # Under autocast, all at once what operators would cast at every call.
+        cast = [t if is_wide else t.to(dtype) for t, is_wide in self._frozen["arguments"]]
+        if not torch.compiler.is_compiling():
+            self._frozen[dtype] = cast
+        return cast
+
+
+def _wide(*modules: nn.Module) -> list[tuple[Tensor, bool]]:
+    return [(tensor, True) for tensor in _affine(*modules)]
+
+
+def _narrow(*modules: nn.Module) -> list[tuple[Tensor, bool]]:
+    return [(tensor, False) for tensor in _affine(*modules)]
 
 
 class RME(FusedBlock, plain.RME):
-    """Rank Modulating Expert; x (B, C, H, W)."""
+    """Rank Modulating Expert."""
 
     def __init__(self, channels: int, **moe_options):
         super().__init__(channels, **moe_options)
         self._remember()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.is_untouched():
-            return super().forward(x)
+    def _arguments(self) -> list[tuple[Tensor, bool]]:
+        """Return what `ops.rme_block` takes after x, and of which of it autocast leaves the dtype alone."""
         block, moe = self.block, self.block.moe_layer
-        striped = block.conv_2[0].conv
+        expand = _affine(block.conv_1[2])
+        if block.use_shuffle:  # of the channels that it makes: the same as of its rows
+            expand = [channel_shuffle(parameter[None])[0] for parameter in expand]
+        return [
+            *_wide(self.norm_1),
+            *_narrow(block.conv_1[0]),
+            *((tensor, False) for tensor in expand),
+            *_narrow(block.agg_conv[0], *block.conv, *block.conv_2[0].conv),
+            (moe.gate.body[2].weight, True),
+            *((tensor, False) for tensor in moe.packed_experts()),
+            *_narrow(block.proj),
+            *_wide(self.norm_2),
+            *_narrow(self.ffn.fn_1[0], self.ffn.gate, self.ffn.fn_2[0]),
+        ]
+
+    def fused(self, x: Tensor) -> Tensor:
+        block, moe = self.block, self.block.moe_layer
         return ops.rme_block(
             x,
-            *_affine(self.norm_1, block.conv_1[0], block.conv_1[2], block.agg_conv[0], *block.conv, *striped),
-            moe.gate.body[2].weight,
-            *moe.packed_experts(),
-            *_affine(block.proj),
-            *self._ffn_parameters(),
+            *self.arguments_now(),
             ranks=moe.ranks,
             top_k=moe.gate.top_k,
             recursive=block.recursive,
-            use_shuffle=block.use_shuffle,
+            use_shuffle=False,
         )
 
 
 class SME(FusedBlock, plain.SME):
-    """Spatial Modulating Expert; x (B, C, H, W)."""
+    """Spatial Modulating Expert."""
 
     def __init__(self, channels: int, kernel_size: int = 11):
         super().__init__(channels, kernel_size)
         self._remember()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.is_untouched():
-            return super().forward(x)
-        block = self.block
-        return ops.sme_block(
-            x, *_affine(self.norm_1, block.to_qv[0], *block.attn.conv, block.proj), *self._ffn_parameters()
-        )
+    def _arguments(self) -> list[tuple[Tensor, bool]]:
+        """Return what `ops.sme_block` takes after x, and of which of it autocast leaves the dtype alone."""
+        block, ffn = self.block, self.ffn
+        see = _wide(self.norm_1) + _narrow(block.to_qv[0], *block.attn.conv, block.proj)
+        return see + _wide(self.norm_2) + _narrow(ffn.fn_1[0], ffn.gate, ffn.fn_2[0])
+
+    def fused(self, x: Tensor) -> Tensor:
+        # Making q and v again costs a layer and a stencil, keeping them a quarter of all that a group keeps.
+        again = self.recompute == "auto" and backends.choose("norm_pointwise", x, x.shape[1]) != "reference"
+        return ops.sme_block(x, *self.arguments_now(), recompute=again)
 
 
 class ResGroup(plain.ResGroup):
@@ -103,30 +171,60 @@ class SeemoRe(Fused, plain.SeemoRe):
     (B, in_chans, H, W) in [0, 1] -> (B, in_chans, scale * H, scale * W), at least float32. The arguments and what is
     done with small images are described at `seemore_fast.reference.SeemoRe`.
 
-    In eval mode, on a CPU and without gradients, the whole network is one operator. Its weights are packed at every
-    call; `prepare` freezes them.
+    In eval mode, on a CPU and without gradients, the whole network is one operator; else each block is made of few
+    fused ones. Weights are packed at every call; `prepare` freezes them. `recompute` is about memory in training.
     """
 
     group_class = ResGroup
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._frozen = {}
+        self._recompute = "auto"
         self._remember()
         self._built_shapes = [weight.shape for weight in self.built_weights()]
 
-    def prepare(self) -> "SeemoRe":
-        """Freeze a packed copy of the weights for inference on the CPU, and return the model.
+    @property
+    def recompute(self) -> str:
+        """What is made again in backward instead of being kept from forward; results are the same.
+
+        "auto": what is cheap to make for the memory that it takes, the inside of SEE, where kernels make it. "none":
+        nothing, for speed. "block": all but the inputs of blocks, for a third more time and the least memory.
+        """
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, how: str):
+        check_recompute(how)
+        self._recompute = how
+        for block in (block for group in self.body for block in group.children() if isinstance(block, FusedBlock)):
+            block.recompute = how
+
+    def prepare(self, graph: bool = False) -> "SeemoRe":
+        """Freeze a packed copy of the weights for inference, and return the model.
 
         Later changes of the parameters are not seen until train(), load_state_dict() or to() (any conversion) unfreeze
-        it. A copy or a pickle of the model is not frozen. RuntimeError in training mode.
+        it. A copy or a pickle of the model is not frozen.
+
+        graph: on a CUDA device, replay a CUDA graph for images of a size that comes again (`seemore_fast.graphs`). Each
+        graph keeps the memory that a call takes.
+
+        RuntimeError in training mode.
         """
         if self.training:
             raise RuntimeError("the model is in training mode, expected inference: model.eval().prepare()")
-        with torch.no_grad():
-            self._frozen = {"parameters": [weight.detach().clone() for weight in self.built_weights()]}
+        with torch.inference_mode(False), torch.no_grad():
+            self._frozen = {
+                "parameters": [weight.detach().clone() for weight in self.built_weights()],
+                "ends": [weight.detach().clone() for weight in self._ends()],
+            }
+            for group in self.body:
+                for block in group.children():
+                    if isinstance(block, FusedBlock) and block.is_untouched():
+                        block.freeze()
             if engine.why_not(self, self.mean) is None:
                 self.weights_now(engine.config_of(self))
+        if graph:
+            self._frozen["graphs"] = Graphs(super().forward)
         return self
 
     def weights_now(self, config: list[int]) -> tuple[list[Tensor], bool]:
@@ -139,22 +237,6 @@ class SeemoRe(Fused, plain.SeemoRe):
                 return self._frozen["parameters"], False
             self._frozen[key] = engine.pack(self._frozen["parameters"], config)
         return [self._frozen[key]], True
-
-    def train(self, mode: bool = True) -> "SeemoRe":
-        if mode:
-            self._frozen = {}
-        return super().train(mode)
-
-    def load_state_dict(self, *args, **kwargs):
-        self._frozen = {}
-        return super().load_state_dict(*args, **kwargs)
-
-    def _apply(self, *args, **kwargs):  # to(), float(), cuda(), ...
-        self._frozen = {}
-        return super()._apply(*args, **kwargs)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_frozen": {}}
 
     def is_untouched(self) -> bool:
         """Tell whether all modules and parameters inside are those it was built with, as they were built."""
@@ -169,13 +251,58 @@ class SeemoRe(Fused, plain.SeemoRe):
             )
         )
 
+    def wants_gradients(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in self.built_weights()))
+
     def forward(self, x: Tensor) -> Tensor:
         plain.check_image(x, self.in_chans)
-        return engine.run(self, x) if engine.why_not(self, x) is None else super().forward(x)
+        if x.device != self.mean.device:
+            raise ValueError(
+                f"x is on {x.device}, expected {self.mean.device}, where the model is: move one of them with .to()"
+            )
+        if engine.why_not(self, x) is None:
+            return engine.run(self, x)
+        if "graphs" in self._frozen and self._can_capture(x):
+            return self._frozen["graphs"](x)
+        if x.device.type != "cuda" or torch.compiler.is_compiling():
+            return super().forward(x)
+        return or_explain(super().forward, self, x)
+
+    def _can_capture(self, x: Tensor) -> bool:
+        if x.device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+            return False
+        return self.is_untouched() and not self.wants_gradients(x) and x.numel() > 0
 
     def _forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":  # faster there (benchmarks/bench_model.py); on GPUs it is the other way round
             # A copy, though it may have the layout already: a view of one image can have strides, of the batch's
             # dimension, that torch's convolutions do not take for channels_last.
             x = x.clone(memory_format=torch.channels_last)
-        return super()._forward(x)
+        if not self.is_untouched():
+            return super()._forward(x)
+        keeps = self.wants_gradients(x)
+        weights = self._frozen["ends"] if self._frozen and not keeps else self._ends()
+        x = (x.to(torch.promote_types(x.dtype, torch.float32)) - self.mean) * self.img_range
+        f = self._first(x, *weights[:2])
+        y = f.to(plain.body_dtype(self.conv_1.weight))
+        # f is a fifth of the memory that a call takes, and next to no work for a kernel: made again rather than kept.
+        again = not keeps and backends.choose("norm_conv3x3", x, self.conv_1.out_channels) != "reference"
+        if again:
+            del f
+        for group in self.body:  # not as modules: a group would hold on to its input until its end
+            y = group.local_block(y)
+            y = group.global_block(y)
+        y = ops.norm_conv3x3(y, *weights[2:6])
+        if again:
+            x = x.contiguous(memory_format=torch.channels_last)  # so that f is as the last convolution reads it
+            f = self._first(x, *weights[:2])
+        y = f.add_(y) if again else f + y
+        return ops.conv3x3_shuffle(y, *weights[6:], self.mean, scale=self.scale, img_range=self.img_range)
+
+    def _first(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        with plain.without_autocast(x.device.type):
+            return ops.norm_conv3x3(x, None, None, weight.to(x.dtype), bias.to(x.dtype))
+
+    def _ends(self) -> list[Tensor]:
+        """Return the weights of all that is no block."""
+        return _affine(self.conv_1, self.norm, self.conv_2, self.upsampler[0])

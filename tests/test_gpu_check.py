@@ -74,7 +74,7 @@ def test_the_sanitizer_is_found_or_missed(tmp_path, monkeypatch):
 
 
 def test_every_file_of_a_step_exists():
-    for step in gpu_check.tests() + gpu_check.benchmarks():
+    for step in gpu_check.tests() + gpu_check.benchmarks() + gpu_check.quick_benchmarks():
         files = [word for word in step.command if word.startswith(("tests/", "benchmarks/")) and word.endswith(".py")]
         assert files or isinstance(step.command, str)
         assert all((gpu_check.ROOT / file).exists() for file in files), step

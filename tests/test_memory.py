@@ -8,7 +8,8 @@ import torch
 from conftest import SMALL, T
 from test_network import network
 
-from seemore_fast import backends, memory
+from seemore_fast import SeemoRe, backends, memory
+from seemore_fast.memory import gpu_memory_needed, or_explain
 
 pytestmark = pytest.mark.skipif(backends.why_not("cpu") is not None, reason="no CPU library")
 
@@ -96,3 +97,27 @@ def test_memory_is_what_was_said(config, shape, threads, dtype):
     printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     said, taken = map(int, printed.split())
     assert taken == pytest.approx(said, rel=0.1)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_out_of_memory_on_a_gpu_is_explained(training):
+    model, x = SeemoRe(**SMALL).requires_grad_(training), torch.rand(2, 3, 40, 50)
+    helps = 'model.recompute = "block", a smaller batch or patch' if training else "a smaller image or batch"
+    said = rf"x of shape \(2, 3, 40, 50\) needs about [\d.]+ GiB on cpu.*take {helps}, or bfloat16.*allocate 3 TiB$"
+
+    def fail(x):
+        raise torch.OutOfMemoryError("tried to allocate 3 TiB\nand a long story")
+
+    with pytest.raises(torch.OutOfMemoryError, match=said) as caught:
+        or_explain(fail, model, x)
+    assert caught.value.__context__ is None  # which would hold on to memory
+    assert or_explain(model, model, x).shape == (2, 3, 80, 100)
+
+
+def test_memory_on_a_gpu_grows_with_what_is_kept():
+    model = SeemoRe(**SMALL)
+    needed = {}
+    for model.recompute in ("none", "auto", "block"):
+        needed[model.recompute] = gpu_memory_needed(model, (8, 3, 64, 64), training=True)
+    assert needed["none"] > needed["auto"] > needed["block"] > gpu_memory_needed(model, (8, 3, 64, 64))
+    assert gpu_memory_needed(model.bfloat16(), (8, 3, 64, 64)) < 0.8 * needed["block"]

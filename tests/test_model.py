@@ -362,3 +362,8 @@ def test_impossible_configurations_are_refused(change, message):
 def test_bad_inputs_are_refused(small_model, x, error, message):
     with pytest.raises(error, match=message):
         small_model(x)
+
+
+def test_an_image_on_another_device_is_refused():
+    with pytest.raises(ValueError, match=r"x is on meta, expected cpu, where the model is: move one of them"):
+        SeemoRe(**SMALL)(torch.empty(1, 3, 20, 20, device="meta"))

@@ -22,7 +22,7 @@ def test_python_examples(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photo(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names = {}
     for block in blocks:
         exec(block, names)

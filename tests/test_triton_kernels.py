@@ -219,9 +219,12 @@ def test_matrices_are_multiplied_by_matrix_units(quick, target):
 
 @each_target
 def test_layers_read_16_bytes_at_a_time(quick, target):
-    """For each thread. Windows of three pixels with 36 channels of 16 bits begin at multiples of 8 bytes only."""
+    """For each thread. Windows of three pixels with 36 channels of 16 bits begin at multiples of 8 bytes only.
+
+    Those with 3 channels of float32, 12 bytes, at multiples of 4: nothing is wider, and little is read.
+    """
     for name, kernel in layers(quick[("compile_all", *target, "aligned")]).items():
-        if " forward" in name:
+        if " forward" in name and "3 channels" not in name:
             assert kernel["load"] >= (8 if name.startswith("norm_conv3x3") else 16), name
             assert kernel["store"] >= 8, name
 

@@ -1,11 +1,19 @@
 """The whole network on Triton's kernels, in the interpreter or on a GPU: values, gradients, and that they are used."""
 
+import copy
+import weakref
+from collections import Counter
+
 import kit
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, T
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from seemore_fast import SeemoRe, backends, reference, use_backend
+from seemore_fast.kernels.launch import Launch
+from seemore_fast.memory import gpu_memory_needed
 
 each_backend = kit.each_kernel("gated_ffn")
 
@@ -56,3 +64,113 @@ def test_bfloat16(backend, device, models):
         y = ours.bfloat16()(x)
     assert y.dtype == torch.float32
     assert kit.largest_difference(y, exact) <= 2 * kit.largest_difference(narrow, exact)
+
+
+@each_backend
+def test_launches_of_a_group(backend, device, monkeypatch):
+    """What a call costs the host: counted for two depths, so that both ends of the network cancel out."""
+    launched = Counter()
+    run = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: launched.update([self.kernel.__name__]) or run(self))
+    counts = []
+    for depth in (1, 2):
+        torch.manual_seed(0)
+        model = SeemoRe(**{**SMALL, "num_layers": depth}).to(device).eval().prepare()
+        launched.clear()
+        with torch.no_grad(), kit.chosen(backend, device):
+            model(torch.rand(1, 3, 16, 16, device=device))
+        counts.append(launched.copy())
+    assert (counts[1] - counts[0]).total() == 19
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
+def test_gradients_under_autocast(backend, device, models, dtype):
+    """All of them together, and the result, are at most twice as far from float64 as the plain network's."""
+    plain, ours = models
+    x = torch.rand(2, 3, 16, 17, device=device)
+
+    def step(network, x, cast):
+        network.zero_grad()
+        with torch.autocast(x.device.type, dtype, enabled=cast):
+            y = network(x)
+        y.square().mean().backward()
+        return y.detach().double(), torch.cat([p.grad.double().flatten() for p in network.parameters()])
+
+    exact = step(copy.deepcopy(plain).double(), x.double(), False)
+    with use_backend("reference"):
+        narrow = step(plain, x, True)
+    with kit.chosen(backend, device):
+        found = step(ours, x, True)
+    for one, other, truth in zip(found, narrow, exact, strict=True):
+        assert (one - truth).norm() <= 2 * (other - truth).norm()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in ours.parameters())
+
+
+@pytest.mark.slow
+@each_backend
+def test_as_any_module(backend, device, models):
+    """Data-parallel, averaged weights, accumulation, one frozen parameter: gradients as without all that."""
+    ours, x = models[1], torch.rand(2, 3, 16, 17, device=device)
+    ours.body[0].local_block.block.proj.weight.requires_grad_(False)
+    kind = "nccl" if device == "cuda" else "gloo"
+    torch.distributed.init_process_group(kind, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with kit.chosen(backend, device):
+            for half in x:
+                (ours(half[None]).square().mean() / 2).backward()
+            expected = [p.grad for p in ours.parameters()]
+            ours.zero_grad()
+            wrapped = torch.nn.parallel.DistributedDataParallel(ours)
+            average = torch.optim.swa_utils.AveragedModel(ours)
+            with wrapped.no_sync():
+                (wrapped(x[:1]).square().mean() / 2).backward()
+            (wrapped(x[1:]).square().mean() / 2).backward()
+            average.update_parameters(ours)
+            assert torch.equal(average.module.eval()(x), ours.eval()(x))
+    finally:
+        torch.distributed.destroy_process_group()
+    for one, other in zip((p.grad for p in ours.parameters()), expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)
+
+
+class Peak(TorchDispatchMode):
+    """Adds up the storages that live at the same time."""
+
+    def __init__(self):
+        super().__init__()
+        self._live, self.now, self.most = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        results = function(*arguments, **(options or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(results)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._live:
+                self._live[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._free, storage._cdata)
+        return results
+
+    def _free(self, key):
+        self.now -= self._live.pop(key, 0)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
+def test_memory_of_a_call(backend, device, dtype):
+    """It is what `gpu_memory_needed` tells, but for the weights, and much less than the plain network's."""
+    torch.manual_seed(0)
+    model = SeemoRe(**{**T, "scale": 4, "num_layers": 1}).to(device, dtype).eval().prepare()
+    x, plain = torch.rand(1, 3, 40, 48, device=device), reference.SeemoRe(**model.config).to(device, dtype).eval()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad(), kit.chosen(backend, device), Peak() as ours:
+        model(x)
+    with torch.no_grad(), use_backend("reference"), Peak() as theirs:
+        plain(x)
+    weights = sum(p.nbytes for p in model.parameters())
+    told = gpu_memory_needed(model, x.shape)
+    assert 0.9 * told <= ours.most <= told + weights
+    assert ours.most - weights < {torch.float32: 0.6, torch.bfloat16: 0.4}[dtype] * theirs.most

@@ -82,10 +82,10 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, dy):
-    norm_weight = ctx.saved_tensors[1]
+    saved = ctx.saved_tensors
     backward = torch.ops.seemore_fast.norm_pointwise_backward
-    dx, *norm, dweight, dbias = backward(dy, *ctx.saved_tensors, ctx.activation, ctx.eps)
-    norm = (None, None) if norm_weight is None else norm
+    dx, *norm, dweight, dbias = backward(dy, *saved, ctx.activation, ctx.eps)
+    norm = (None, None) if saved[1] is None else norm
     return dx, *norm, dweight, dbias, None, None, None if ctx.residual_dtype is None else dy.to(ctx.residual_dtype)
 
 

@@ -4,6 +4,8 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..backends import is_plain
+from ..recompute import again_in_backward
+from ..reference.sme_block import see
 from .checks import check_odd, check_tensors
 
 
@@ -27,8 +29,13 @@ def sme_block(
     bias_gate: Tensor,
     weight_2: Tensor,
     bias_2: Tensor,
+    *,
+    recompute: bool = False,
 ) -> Tensor:
-    """Spatial Modulating Expert: SEE, then GatedFFN, each with LayerNorm and residual."""
+    """Spatial Modulating Expert: SEE, then GatedFFN, each with LayerNorm and residual.
+
+    With `recompute`, backward keeps nothing of what SEE makes between its input and its result, but makes it again.
+    """
     sizes = check_tensors(
         "sme_block",
         x=(x, "B C H W"),
@@ -52,25 +59,10 @@ def sme_block(
         bias_2=(bias_2, "C"),
     )
     check_odd("sme_block", "weight_row", sizes["K"])
-    return reference.sme_block(
-        x,
-        norm_1_weight,
-        norm_1_bias,
-        weight_qv,
-        bias_qv,
-        weight_row,
-        bias_row,
-        weight_col,
-        bias_col,
-        weight_proj,
-        bias_proj,
-        norm_2_weight,
-        norm_2_bias,
-        weight_1,
-        bias_1,
-        weight_gate,
-        bias_gate,
-        weight_2,
-        bias_2,
-        parts=reference if is_plain() else ops,
-    )
+    parts = reference if is_plain() else ops
+    inputs = (
+        x, norm_1_weight, norm_1_bias, weight_qv, bias_qv, weight_row, bias_row, weight_col, bias_col,
+        weight_proj, bias_proj, parts,
+    )  # fmt: skip
+    x = again_in_backward(see, *inputs) if recompute else see(*inputs)
+    return parts.gated_ffn(x, norm_2_weight, norm_2_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2)

@@ -48,7 +48,19 @@ def sme_block(
     `parts` is the module whose operators it is made of: this package, or `seemore_fast.ops`, which picks kernels.
     """
     parts = parts or reference
-    q, v = parts.norm_pointwise(x, norm_1_weight, norm_1_bias, weight_qv, bias_qv, activation="gelu").chunk(2, dim=1)
-    q = parts.striped_conv(q, weight_row, bias_row, weight_col, bias_col, gate=v)
-    x = parts.pointwise(q, weight_proj, bias_proj, residual=x)
+    x = see(
+        x, norm_1_weight, norm_1_bias, weight_qv, bias_qv, weight_row, bias_row, weight_col, bias_col,
+        weight_proj, bias_proj, parts,
+    )  # fmt: skip
     return parts.gated_ffn(x, norm_2_weight, norm_2_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2)
+
+
+def see(
+    x, norm_weight, norm_bias, weight_qv, bias_qv, weight_row, bias_row, weight_col, bias_col, weight_proj, bias_proj,
+    parts,
+) -> Tensor:  # fmt: skip
+    """Spatial enhancement with its LayerNorm and residual: the first half of `sme_block`, arguments as there."""
+    q, v = parts.norm_pointwise(x, norm_weight, norm_bias, weight_qv, bias_qv, activation="gelu").chunk(2, dim=1)
+    q = parts.striped_conv(q, weight_row, bias_row, weight_col, bias_col, gate=v)
+    del v  # and with it the memory of both halves
+    return parts.pointwise(q, weight_proj, bias_proj, residual=x)

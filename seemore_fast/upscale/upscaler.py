@@ -52,7 +52,8 @@ class Upscaler:
                 f"the model takes {network.in_chans} channels, expected 3 (RGB) or 1 (one plane at a time)"
             )
         self.scale = network.scale
-        self.model = network.requires_grad_(False).to(self.device, self.dtype).eval().prepare()
+        self.model = network.requires_grad_(False).to(self.device, self.dtype).eval()
+        self.model.prepare(graph=self.device.type == "cuda")
 
     def __call__(self, image: np.ndarray | Image.Image) -> np.ndarray | Image.Image:
         """Upscale one image.

@@ -1,0 +1,94 @@
+"""CUDA graphs of a function of one tensor: one for each size that comes again, and no more than a few."""
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+MOST = 4  # graphs, each of which keeps the memory that a call takes
+MOST_SEEN = 1024  # sizes of which it is known that they came once, or cannot be captured
+
+EAGER = "came once"
+
+
+class Captured:
+    """A call in a CUDA graph: input and output have their places in memory."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor):
+        self._x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        self._graph = torch.cuda.CUDAGraph()
+        self._done = torch.cuda.Event()
+        with torch.cuda.device(x.device):
+            function(self._x.copy_(x))  # loads kernels, which a capture must not
+            with torch.cuda.graph(self._graph):
+                self._y = function(self._x)
+            self._done.record()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch.cuda.device(x.device):
+            self._done.wait()  # the last call's result may still be on its way from here, on another stream
+            self._x.copy_(x)
+            self._graph.replay()
+            y = self._y.clone()
+            self._done.record()
+            self._x.record_stream(torch.cuda.current_stream())  # which may not be the one it was made on
+        return y
+
+
+class Graphs:
+    """Calls `function` of an image: the first time of a size as it is, then in a graph that is captured for that size.
+
+    So images of many sizes, each of which comes once, pay for no graphs. A size is shape, dtype, device, and all that
+    chooses other kernels: autocast, backend, TF32. The graph that was not used for longest makes room for a new one.
+    Where capturing fails, for want of memory say, calls go on without, and a warning says why.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], most: int = MOST, capture: Callable = Captured):
+        self._function, self._most, self._capture = function, most, capture
+        self._known = OrderedDict()  # size: what is called, or EAGER, or why it cannot be captured; the latest last
+        self._lock = threading.Lock()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # Buffers made in inference mode could not be written to outside of it.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            size = size_of(x)
+            call = self._known.pop(size, None)
+            if call == EAGER:
+                call = self._try(x)
+            self._known[size] = EAGER if call is None else call
+            self._forget()
+            return self._function(x) if isinstance(call, str | None) else call(x)
+
+    def __len__(self) -> int:
+        """Return how many graphs there are."""
+        return sum(not isinstance(call, str) for call in self._known.values())
+
+    def _try(self, x: Tensor) -> Callable | str:
+        if len(self) >= self._most:  # before, so that its memory is there for the new one
+            del self._known[next(size for size, call in self._known.items() if not isinstance(call, str))]
+        try:
+            return self._capture(self._function, x)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            reason = f"no CUDA graph for x of shape {tuple(x.shape)}, calls go on without: {first_line(error)}"
+            warnings.warn(reason, stacklevel=3)
+            return reason
+
+    def _forget(self):
+        while len(self._known) > MOST_SEEN:
+            del self._known[next(iter(self._known))]
+
+
+def size_of(x: Tensor) -> tuple:
+    """Return all by which one call launches other kernels than another."""
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return tuple(x.shape), x.dtype, x.device, autocast, backends.current(), torch.backends.cudnn.allow_tf32
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

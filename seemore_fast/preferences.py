@@ -1,0 +1,73 @@
+"""Which backend was measured to be the quickest, by GPU, operator and dtype: what "auto" goes by where it is known.
+
+`seemore-fast benchmark tune` measures the GPU at hand and writes `user_file()`, which goes before what the package
+brings along (`SHIPPED`, written by `make gpu-check`). A table: {"NVIDIA H200": {"gated_ffn": {"bfloat16": ["triton",
+"reference"]}}}, quickest first. Where nothing is known, the order of `backends.KERNELS` counts.
+"""
+
+import functools
+import json
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from .files import replacing
+
+SHIPPED = Path(__file__).with_name("preferences.json")
+
+
+def user_file() -> Path:
+    """Return where this user's table is: SEEMORE_FAST_PREFERENCES, else in the folder for caches."""
+    given = os.environ.get("SEEMORE_FAST_PREFERENCES")
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(given) if given else Path(cache) / "seemore-fast" / "preferences.json"
+
+
+def preferred(operator: str, device: torch.device, dtype: torch.dtype) -> list[str] | None:
+    """Return the backends for an operator on a GPU, quickest first; None where nobody measured."""
+    if device.type != "cuda":
+        return None
+    return table().get(device_name(device.index), {}).get(operator, {}).get(str(dtype).removeprefix("torch."))
+
+
+# torch.compile takes the answers as they are instead of tracing how files are read.
+preferred._dynamo_marked_constant = True
+
+
+@functools.cache
+def device_name(index: int | None) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+@functools.cache
+def table() -> dict[str, dict]:
+    return _read(SHIPPED) | _read(user_file())
+
+
+def write(path: Path, device: str, operators: dict[str, dict[str, list[str]]]):
+    """Enter a device's table in a file; what the file has of other devices stays."""
+    tables = _read(path) | {device: operators}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(tables, indent=1) + "\n")
+    table.cache_clear()
+
+
+def _read(path: Path) -> dict:
+    """Return the tables of a file; none, with a warning, where it is not what `write` writes."""
+    try:
+        text = path.read_text()
+    except OSError:
+        return {}
+    try:
+        tables = json.loads(text)
+        orders = [order for operators in tables.values() for types in operators.values() for order in types.values()]
+        if not all(isinstance(name, str) for order in orders for name in order):
+            raise TypeError("an order is no list of names")
+    except (ValueError, AttributeError, TypeError) as error:
+        doubt = f"{path} is no table of backends, it is left out: {error}; delete it, or tune again"
+        warnings.warn(doubt, stacklevel=2)
+        return {}
+    return tables
