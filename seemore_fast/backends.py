@@ -16,7 +16,6 @@ from . import native, preferences
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ALL = (torch.float64, *FLOATS)
 CPU = (torch.float32, torch.float64, torch.bfloat16)
-LAYERS = (torch.float32, torch.float64, torch.bfloat16)  # that the CPU library's layers take
 MATRIX = 64  # channels whose products fit the registers of Triton's kernels
 
 
@@ -50,10 +49,10 @@ KERNELS = {
     "depthwise_gate": [Kernel("cpu", "cpu", CPU), Kernel("cuda", "cuda", FLOATS), Kernel("triton", "cuda")],
     "calibrate": [Kernel("cpu", "cpu", CPU), Kernel("cuda", "cuda"), Kernel("triton", "cuda")],
     "router": [Kernel("cpu", "cpu", CPU), Kernel("cuda", "cuda"), Kernel("triton", "cuda")],
-    "norm_pointwise": [Kernel("cpu", "cpu", LAYERS), Kernel("triton", "cuda", FLOATS, most=MATRIX)],
+    "norm_pointwise": [Kernel("cpu", "cpu", CPU), Kernel("triton", "cuda", FLOATS, most=MATRIX)],
     "norm_conv3x3": [Kernel("triton", "cuda", FLOATS, most=MATRIX)],
     "conv3x3_shuffle": [Kernel("triton", "cuda", (torch.float32,), most=MATRIX)],
-    "gated_ffn": [Kernel("triton", "cuda", FLOATS, most=MATRIX)],
+    "gated_ffn": [Kernel("cpu", "cpu", CPU), Kernel("triton", "cuda", FLOATS, most=MATRIX)],
     "low_rank_experts": [Kernel("triton", "cuda", FLOATS, most=MATRIX)],
     "network": [Kernel("cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16))],
 }

@@ -132,6 +132,12 @@ void norm_pointwise_backward(const NormPointwise& inputs, const NormPointwiseGra
   chosen->norm_pointwise_backward(inputs, gradients);
 }
 
+void gated_ffn(const GatedFfn& inputs, const TypedImage& y) { chosen->gated_ffn(inputs, y); }
+
+void gated_ffn_backward(const GatedFfn& inputs, const GatedFfnGradients& gradients) {
+  chosen->gated_ffn_backward(inputs, gradients);
+}
+
 NetworkSizes network_sizes(const NetworkConfig& config) { return chosen->network_sizes(config); }
 
 void network_pack(const NetworkConfig& config, const float* parameters, void* weights) {

@@ -27,6 +27,8 @@ decltype(seemore::calibrate_workspace) calibrate_workspace;
 decltype(seemore::calibrate_backward) calibrate_backward;
 decltype(seemore::norm_pointwise) norm_pointwise;
 decltype(seemore::norm_pointwise_backward) norm_pointwise_backward;
+decltype(seemore::gated_ffn) gated_ffn;
+decltype(seemore::gated_ffn_backward) gated_ffn_backward;
 
 extern const Kernels kernels;
 const Kernels kernels{SEEMORE_NAME(SEEMORE_ISA),
@@ -49,6 +51,8 @@ const Kernels kernels{SEEMORE_NAME(SEEMORE_ISA),
                       calibrate_workspace,
                       calibrate_backward,
                       norm_pointwise,
-                      norm_pointwise_backward};
+                      norm_pointwise_backward,
+                      gated_ffn,
+                      gated_ffn_backward};
 
 }  // namespace seemore::SEEMORE_ISA

@@ -3,6 +3,7 @@
 
 #include "calibrate.h"
 #include "depthwise_gate.h"
+#include "gated_ffn.h"
 #include "network.h"
 #include "norm_pointwise.h"
 #include "router.h"
@@ -33,6 +34,8 @@ struct Kernels {
   decltype(&seemore::calibrate_backward) calibrate_backward;
   decltype(&seemore::norm_pointwise) norm_pointwise;
   decltype(&seemore::norm_pointwise_backward) norm_pointwise_backward;
+  decltype(&seemore::gated_ffn) gated_ffn;
+  decltype(&seemore::gated_ffn_backward) gated_ffn_backward;
 };
 
 }  // namespace seemore

@@ -10,6 +10,10 @@
 
 namespace seemore::SEEMORE_ISA {
 
+// From one channel's pixels to the next's: an odd number of cache lines, lest all channels lie in the same few sets of
+// the first cache.
+inline int64_t span_for(int64_t pixels) { return (round_up(pixels, 16) / 16 | 1) * 16; }
+
 // A block's memory.
 template <class A>
 class Block {
@@ -17,6 +21,7 @@ class Block {
   Block(int64_t channels, int64_t span) : span_(span), data_(channels * span) {
     std::memset(data_, 0, channels * span * sizeof(A));
   }
+  int64_t span() const { return span_; }
   A* operator[](int64_t c) const { return data_ + c * span_; }
   operator A*() const { return data_; }
 
@@ -83,7 +88,7 @@ struct Blocks {
     return !image.data || size.height == 1 || image.row == size.width * image.column;
   }
   int64_t count() const { return size.batch * size.height * of_a_line; }
-  int64_t largest() const { return round_up(smaller(most, size.width), kVectorBytes / sizeof(float)); }
+  int64_t span() const { return span_for(smaller(most, size.width)); }
   Place place(int64_t block, int64_t channels, int64_t span) const {
     const int64_t line = block / of_a_line;
     return {line / size.height, 0, channels, line % size.height, block % of_a_line * most, span};
@@ -123,11 +128,11 @@ class Weights {
   A& bias(int64_t row) { return bias_[row]; }
   int64_t rows() const { return count_; }
 
-  // finish(row, i, sums), as `multiply`, for rows that exist.
+  // finish(row, i, sums), as `multiply`, by whole vectors.
   template <class Finish>
   void operator()(const A* x, int64_t span, int64_t width, const Finish& finish) const {
     const Source<A> source{x, span};
-    multiply(matrix_, &source, width, finish);
+    multiply(matrix_, &source, round_up(width, kLanes<A>), finish);
   }
 
   // out[row] = the products
@@ -165,6 +170,13 @@ template <class A>
 inline void clear_tail(const Block<A>& block, int64_t rows, int64_t count) {
   const int64_t end = round_up(count, kLanes<A>);
   for (int64_t r = 0; r < rows && count < end; ++r) std::memset(block[r] + count, 0, (end - count) * sizeof(A));
+}
+
+// The first `count` lanes of a vector; the others are 0.
+template <class A>
+inline Vec<A> first_of(Vec<A> v, int64_t count) {
+  for (int64_t i = count; i < kLanes<A>; ++i) v[i] = 0;
+  return v;
 }
 
 // The sum of a vector's lanes, half onto half.

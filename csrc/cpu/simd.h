@@ -314,6 +314,18 @@ inline Vec<float> gelu<float>(Vec<float> x) {
   return half * e + half;
 }
 
+// Both at once.
+template <class A>
+struct GeluBoth {
+  Vec<A> value, gradient;
+};
+
+template <class A>
+inline GeluBoth<A> gelu_both(Vec<A> x) {
+  const Normal<A> n = normal(x);
+  return {x * n.distribution, n.distribution + x * n.density};
+}
+
 // GELU'(x)
 template <class A>
 inline Vec<A> gelu_gradient(Vec<A> x) {
