@@ -50,7 +50,7 @@ KERNELS = {
     "calibrate": [Kernel("cpu", "cpu", CPU), Kernel("cuda", "cuda"), Kernel("triton", "cuda")],
     "router": [Kernel("cpu", "cpu", CPU), Kernel("cuda", "cuda"), Kernel("triton", "cuda")],
     "norm_pointwise": [Kernel("cpu", "cpu", CPU), Kernel("triton", "cuda", FLOATS, most=MATRIX)],
-    "norm_conv3x3": [Kernel("triton", "cuda", FLOATS, most=MATRIX)],
+    "norm_conv3x3": [Kernel("cpu", "cpu", CPU), Kernel("triton", "cuda", FLOATS, most=MATRIX)],
     "conv3x3_shuffle": [Kernel("triton", "cuda", (torch.float32,), most=MATRIX)],
     "gated_ffn": [Kernel("cpu", "cpu", CPU), Kernel("triton", "cuda", FLOATS, most=MATRIX)],
     "low_rank_experts": [Kernel("triton", "cuda", FLOATS, most=MATRIX)],

@@ -138,6 +138,12 @@ void gated_ffn_backward(const GatedFfn& inputs, const GatedFfnGradients& gradien
   chosen->gated_ffn_backward(inputs, gradients);
 }
 
+void norm_conv3x3(const NormConv3x3& inputs, const TypedImage& y) { chosen->norm_conv3x3(inputs, y); }
+
+void norm_conv3x3_backward(const NormConv3x3& inputs, const NormConv3x3Gradients& gradients) {
+  chosen->norm_conv3x3_backward(inputs, gradients);
+}
+
 NetworkSizes network_sizes(const NetworkConfig& config) { return chosen->network_sizes(config); }
 
 void network_pack(const NetworkConfig& config, const float* parameters, void* weights) {

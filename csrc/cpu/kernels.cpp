@@ -29,6 +29,8 @@ decltype(seemore::norm_pointwise) norm_pointwise;
 decltype(seemore::norm_pointwise_backward) norm_pointwise_backward;
 decltype(seemore::gated_ffn) gated_ffn;
 decltype(seemore::gated_ffn_backward) gated_ffn_backward;
+decltype(seemore::norm_conv3x3) norm_conv3x3;
+decltype(seemore::norm_conv3x3_backward) norm_conv3x3_backward;
 
 extern const Kernels kernels;
 const Kernels kernels{SEEMORE_NAME(SEEMORE_ISA),
@@ -53,6 +55,8 @@ const Kernels kernels{SEEMORE_NAME(SEEMORE_ISA),
                       norm_pointwise,
                       norm_pointwise_backward,
                       gated_ffn,
-                      gated_ffn_backward};
+                      gated_ffn_backward,
+                      norm_conv3x3,
+                      norm_conv3x3_backward};
 
 }  // namespace seemore::SEEMORE_ISA

@@ -5,6 +5,7 @@
 #include "depthwise_gate.h"
 #include "gated_ffn.h"
 #include "network.h"
+#include "norm_conv3x3.h"
 #include "norm_pointwise.h"
 #include "router.h"
 #include "striped_conv.h"
@@ -36,6 +37,8 @@ struct Kernels {
   decltype(&seemore::norm_pointwise_backward) norm_pointwise_backward;
   decltype(&seemore::gated_ffn) gated_ffn;
   decltype(&seemore::gated_ffn_backward) gated_ffn_backward;
+  decltype(&seemore::norm_conv3x3) norm_conv3x3;
+  decltype(&seemore::norm_conv3x3_backward) norm_conv3x3_backward;
 };
 
 }  // namespace seemore

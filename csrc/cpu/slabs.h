@@ -13,7 +13,7 @@ namespace seemore::SEEMORE_ISA {
 // Which lines the slabs hold: from `base` on, `kept` of them of the step before.
 struct Held {
   Held(int64_t width, int64_t kept, int64_t pixels)
-      : width(width), pitch(width + 1), kept(kept), step(round_up(larger(1, pixels / pitch), 2)) {}
+      : width(width), pitch(width + 1), kept(kept), step(round_up(larger(1, pixels / (width + 1)), 2)) {}
 
   int64_t at(int64_t line) const { return (line - base) * pitch; }
 
@@ -27,13 +27,13 @@ class Slab {
   Slab(const Held& held, int64_t channels)
       : held_(held),
         channels_(channels),
-        rows_(channels, span_for(kFront + (held.kept + held.step + 2) * held.pitch + 2 * kLanes<A>)) {}
+        rows_(channels, span_for(kFront + (held.kept + held.step + 3) * held.pitch + 4 * kLanes<A>)) {}
 
   int64_t span() const { return rows_.span(); }
   A* at(int64_t line, int64_t channel = 0) const { return rows_[channel] + kFront + held_.at(line); }
 
   void clear() { std::memset(rows_, 0, channels_ * span() * sizeof(A)); }
-  void clear_line(int64_t line) {
+  void clear_line(int64_t line) const {
     for (int64_t c = 0; c < channels_; ++c) std::memset(at(line, c), 0, held_.pitch * sizeof(A));
   }
   // The zeros between lines [first, last).

@@ -1,0 +1,277 @@
+// Dense 3x3 convolution of slabs, and its gradient, by Winograd's F(2x2, 3x3): 16 products for each tile of four pixels
+// where there were 36.
+//
+// Along one axis, with d the four values around a pair of pixels and g the taps,
+//
+//   m0 = (d0 - d2) g0     m1 = (d1 + d2) (g0 + g1 + g2) / 2     y0 = m0 + m1 + m2
+//   m3 = (d1 - d3) g2     m2 = (d2 - d1) (g0 - g1 + g2) / 2     y1 = m1 - m2 - m3
+//
+// and so along the other: y = A^T (sum over channels of (G g G^T) * (B^T d B)) A. The gradient of g is made of the same
+// transformed d: G^T (sum over tiles of (A dy A^T) * (B^T d B)) G.
+#pragma once
+
+#include "slabs.h"
+
+namespace seemore::SEEMORE_ISA {
+
+// Elements 0, 2, .. and 1, 3, .. of `a` and `b`, one after the other; and back.
+template <class V>
+struct Halves {
+  V first, second;
+};
+
+template <class V>
+inline Halves<V> split(V a, V b) {
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  if constexpr (lanes == 16) {
+    return {__builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+            __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)};
+  } else if constexpr (lanes == 8) {
+    return {__builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14),
+            __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15)};
+  } else if constexpr (lanes == 4) {
+    return {__builtin_shufflevector(a, b, 0, 2, 4, 6), __builtin_shufflevector(a, b, 1, 3, 5, 7)};
+  } else {
+    return {__builtin_shufflevector(a, b, 0, 2), __builtin_shufflevector(a, b, 1, 3)};
+  }
+}
+
+template <class V>
+inline Halves<V> join(V a, V b) {
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  if constexpr (lanes == 16) {
+    return {__builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+            __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)};
+  } else if constexpr (lanes == 8) {
+    return {__builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11),
+            __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)};
+  } else if constexpr (lanes == 4) {
+    return {__builtin_shufflevector(a, b, 0, 4, 1, 5), __builtin_shufflevector(a, b, 2, 6, 3, 7)};
+  } else {
+    return {__builtin_shufflevector(a, b, 0, 2), __builtin_shufflevector(a, b, 1, 3)};
+  }
+}
+
+// The tiles of some lines of a slab, row after row of them: an odd last line or column has no partner.
+struct Tiles {
+  Tiles(const Held& held, int64_t first, int64_t last)
+      : first(first), last(last), rows((last - first + 1) / 2), columns((held.width + 1) / 2) {}
+  int64_t count() const { return rows * columns; }
+  static int64_t most(const Held& held) { return (held.step / 2 + 2) * ((held.width + 1) / 2); }
+
+  int64_t first, last, rows, columns;
+};
+
+// (B^T d B)[m, n] of every channel, or A dy A^T: 16 rows for each channel, [m][n][channel].
+template <class A>
+class Transformed {
+ public:
+  Transformed(const Held& held, int64_t channels)
+      : channels_(channels), rows_(16 * channels, span_for(Tiles::most(held) + kLanes<A>)) {}
+
+  int64_t span() const { return rows_.span(); }
+  const A* operator[](int64_t mn) const { return rows_[mn * channels_]; }
+
+  // What the tiles see of x.
+  void around(const Slab<A>& x, const Tiles& tiles) {
+    for_each_vector(tiles, [&](int64_t c, int64_t row, int64_t column, A* to) {
+      Vec<A> seen[4][4];
+#pragma GCC unroll 4
+      for (int y = 0; y < 4; ++y) {
+        const A* const from = x.at(tiles.first + 2 * row - 1 + y, c) + 2 * column;
+        const auto [d0, d1] = split(load(from - 1), load(from - 1 + kLanes<A>));
+        const auto [d2, d3] = split(load(from + 1), load(from + 1 + kLanes<A>));
+        seen[y][0] = d0 - d2, seen[y][1] = d1 + d2, seen[y][2] = d2 - d1, seen[y][3] = d1 - d3;
+      }
+#pragma GCC unroll 4
+      for (int n = 0; n < 4; ++n) {
+        keep(to, 0, n, seen[0][n] - seen[2][n]);
+        keep(to, 1, n, seen[1][n] + seen[2][n]);
+        keep(to, 2, n, seen[2][n] - seen[1][n]);
+        keep(to, 3, n, seen[1][n] - seen[3][n]);
+      }
+    });
+  }
+
+  // What the products of the tiles are given of the gradient dy; lines outside [first, last) count as 0.
+  void back(const Slab<A>& dy, const Tiles& tiles, int64_t first, int64_t last) {
+    for_each_vector(tiles, [&](int64_t c, int64_t row, int64_t column, A* to) {
+      Vec<A> along[2][4];
+#pragma GCC unroll 2
+      for (int y = 0; y < 2; ++y) {
+        const int64_t line = tiles.first + 2 * row + y;
+        const A* const from = dy.at(line, c) + 2 * column;
+        auto [e0, e1] = split(load(from), load(from + kLanes<A>));
+        if (line < first || line >= last) e0 = e1 = Vec<A>{};
+        along[y][0] = e0, along[y][1] = e0 + e1, along[y][2] = e0 - e1, along[y][3] = -e1;
+      }
+#pragma GCC unroll 4
+      for (int n = 0; n < 4; ++n) {
+        keep(to, 0, n, along[0][n]);
+        keep(to, 1, n, along[0][n] + along[1][n]);
+        keep(to, 2, n, along[0][n] - along[1][n]);
+        keep(to, 3, n, -along[1][n]);
+      }
+    });
+  }
+
+  // What lies behind the tiles is 0 from now on.
+  void clear_behind(const Tiles& tiles) {
+    for (int64_t row = 0; row < 16 * channels_; ++row) store(rows_[row] + tiles.count(), Vec<A>{});
+  }
+
+ private:
+  // In order: a vector may reach into the next row of tiles, which is made after it.
+  template <class Body>
+  void for_each_vector(const Tiles& tiles, const Body& body) {
+    for (int64_t c = 0; c < channels_; ++c) {
+      for (int64_t row = 0; row < tiles.rows; ++row) {
+        for (int64_t column = 0; column < tiles.columns; column += kLanes<A>) {
+          body(c, row, column, rows_[c] + row * tiles.columns + column);
+        }
+      }
+    }
+  }
+  void keep(A* to, int m, int n, Vec<A> v) const { store(to + (4 * m + n) * channels_ * span(), v); }
+
+  int64_t channels_;
+  Block<A> rows_;
+};
+
+// G g along one axis: number m.
+template <class Tap>
+inline auto transformed_tap(int m, const Tap& tap) {
+  switch (m) {
+    case 0:
+      return tap(0);
+    case 1:
+      return (tap(0) + tap(1) + tap(2)) / 2;
+    case 2:
+      return (tap(0) - tap(1) + tap(2)) / 2;
+    default:
+      return tap(2);
+  }
+}
+
+// The kernel, transformed and packed: [tile of rows][m][channel][n][row of the tile].
+template <class A>
+class WinogradWeights {
+ public:
+  WinogradWeights(int64_t rows, int64_t channels)
+      : rows_(round_up(rows, 2)), channels_(channels), weights_(16 * rows_ * channels), bias_(rows_) {
+    for (int64_t r = 0; r < rows_; ++r) bias_[r] = 0;
+  }
+
+  A& bias(int64_t row) { return bias_[row]; }
+
+  // weight(row, channel, tap), taps line by line
+  template <class Weight>
+  void pack(int64_t rows, const Weight& weight) {
+    A* to = weights_;
+    for (int64_t first = 0; first < rows_; first += tile_rows(rows_ - first)) {
+      const int64_t R = tile_rows(rows_ - first);
+      for (int64_t m = 0; m < 4; ++m) {
+        for (int64_t c = 0; c < channels_; ++c) {
+          for (int64_t n = 0; n < 4; ++n) {
+            for (int64_t r = first; r < first + R; ++r) {
+              *to++ = r >= rows ? 0 : static_cast<A>(transformed_tap(m, [&](int line) {
+                return transformed_tap(n, [&](int k) { return static_cast<double>(weight(r, c, 3 * line + k)); });
+              }));
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // finish(row, tile, y): y[2 * line + column][r], vectors of tiles
+  template <class Finish>
+  void operator()(const Transformed<A>& d, int64_t tiles, const Finish& finish) const {
+    for (int64_t i = 0; i < tiles; i += kLanes<A>) {
+      int64_t row = 0;
+      for (; row + 6 <= rows_; row += 6) tile<6>(d, row, i, finish);
+      if (row + 4 == rows_) tile<4>(d, row, i, finish);
+      if (row + 2 == rows_) tile<2>(d, row, i, finish);
+    }
+  }
+
+ private:
+  template <int R, class Finish>
+  void tile(const Transformed<A>& d, int64_t row, int64_t i, const Finish& finish) const {
+    const A* weight = weights_ + row * 16 * channels_;
+    const int64_t span = d.span();
+    Vec<A> y[4][R];
+    for (int q = 0; q < 4; ++q) {
+      for (int r = 0; r < R; ++r) y[q][r] = broadcast(bias_[row + r]);
+    }
+    for (int m = 0; m < 4; ++m) {
+      const A *d0 = d[4 * m] + i, *d1 = d[4 * m + 1] + i, *d2 = d[4 * m + 2] + i, *d3 = d[4 * m + 3] + i;
+      Vec<A> sums[4][R]{};
+      for (int64_t c = 0; c < channels_; ++c, weight += 4 * R) {
+        const Vec<A> x0 = load(d0 + c * span), x1 = load(d1 + c * span);
+        const Vec<A> x2 = load(d2 + c * span), x3 = load(d3 + c * span);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          sums[0][r] += x0 * weight[r];
+          sums[1][r] += x1 * weight[R + r];
+          sums[2][r] += x2 * weight[2 * R + r];
+          sums[3][r] += x3 * weight[3 * R + r];
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec<A> left = sums[0][r] + sums[1][r] + sums[2][r], right = sums[1][r] - sums[2][r] - sums[3][r];
+        if (m < 3) y[0][r] += left, y[1][r] += right;
+        if (m == 1) y[2][r] += left, y[3][r] += right;
+        if (m > 1) y[2][r] -= left, y[3][r] -= right;
+      }
+    }
+    finish(row, i, y);
+  }
+
+  int64_t rows_, channels_;
+  Buffer<A> weights_, bias_;
+};
+
+// The results of tiles, a row of each channel for each of a tile's four pixels, and back to lines.
+template <class A>
+class Quarters {
+ public:
+  Quarters(const Held& held, int64_t channels)
+      : rows_(4 * channels, span_for(Tiles::most(held) + kLanes<A>)), channels_(channels) {}
+
+  A* row(int64_t quarter, int64_t c) const { return rows_[quarter * channels_ + c]; }
+
+  void write(const Slab<A>& to, int64_t channels, const Tiles& tiles) const {
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t line = tiles.first; line < tiles.last; ++line) {
+        const int64_t half = (line - tiles.first) % 2 * 2, first = (line - tiles.first) / 2 * tiles.columns;
+        A* const out = to.at(line, c);
+        for (int64_t j = 0; j < tiles.columns; j += kLanes<A>) {
+          const auto [a, b] = join(load(row(half, c) + first + j), load(row(half + 1, c) + first + j));
+          store(out + 2 * j, a);
+          store(out + 2 * j + kLanes<A>, b);
+        }
+      }
+    }
+  }
+
+ private:
+  Block<A> rows_;
+  int64_t channels_;
+};
+
+// A convolution of so many channels to so many rows on the tiles of slabs.
+template <class A>
+inline void convolve(const Slab<A>& to, int64_t rows, const WinogradWeights<A>& weights, const Transformed<A>& d,
+                     const Quarters<A>& quarters, const Tiles& tiles) {
+  weights(d, tiles.count(), [&](int64_t row, int64_t i, const auto& y) {
+    constexpr int64_t R = sizeof(y[0]) / sizeof(y[0][0]);
+    for (int q = 0; q < 4; ++q) {
+      for (int64_t r = 0; r < smaller(R, rows - row); ++r) store(quarters.row(q, row + r) + i, y[q][r]);
+    }
+  });
+  quarters.write(to, rows, tiles);
+}
+
+}  // namespace seemore::SEEMORE_ISA
