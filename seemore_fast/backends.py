@@ -53,7 +53,7 @@ KERNELS = {
     "norm_conv3x3": [Kernel("cpu", "cpu", CPU), Kernel("triton", "cuda", FLOATS, most=MATRIX)],
     "conv3x3_shuffle": [Kernel("triton", "cuda", (torch.float32,), most=MATRIX)],
     "gated_ffn": [Kernel("cpu", "cpu", CPU), Kernel("triton", "cuda", FLOATS, most=MATRIX)],
-    "low_rank_experts": [Kernel("triton", "cuda", FLOATS, most=MATRIX)],
+    "low_rank_experts": [Kernel("cpu", "cpu", CPU), Kernel("triton", "cuda", FLOATS, most=MATRIX)],
     "network": [Kernel("cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16))],
 }
 BACKENDS = ("cpu", "cuda", "triton")

@@ -144,6 +144,14 @@ void norm_conv3x3_backward(const NormConv3x3& inputs, const NormConv3x3Gradients
   chosen->norm_conv3x3_backward(inputs, gradients);
 }
 
+void low_rank_experts(const LowRankExperts& inputs, const TypedImage& residual, const TypedImage& y) {
+  chosen->low_rank_experts(inputs, residual, y);
+}
+
+void low_rank_experts_backward(const LowRankExperts& inputs, const LowRankExpertsGradients& gradients) {
+  chosen->low_rank_experts_backward(inputs, gradients);
+}
+
 NetworkSizes network_sizes(const NetworkConfig& config) { return chosen->network_sizes(config); }
 
 void network_pack(const NetworkConfig& config, const float* parameters, void* weights) {

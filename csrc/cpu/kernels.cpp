@@ -31,6 +31,8 @@ decltype(seemore::gated_ffn) gated_ffn;
 decltype(seemore::gated_ffn_backward) gated_ffn_backward;
 decltype(seemore::norm_conv3x3) norm_conv3x3;
 decltype(seemore::norm_conv3x3_backward) norm_conv3x3_backward;
+decltype(seemore::low_rank_experts) low_rank_experts;
+decltype(seemore::low_rank_experts_backward) low_rank_experts_backward;
 
 extern const Kernels kernels;
 const Kernels kernels{SEEMORE_NAME(SEEMORE_ISA),
@@ -57,6 +59,8 @@ const Kernels kernels{SEEMORE_NAME(SEEMORE_ISA),
                       gated_ffn,
                       gated_ffn_backward,
                       norm_conv3x3,
-                      norm_conv3x3_backward};
+                      norm_conv3x3_backward,
+                      low_rank_experts,
+                      low_rank_experts_backward};
 
 }  // namespace seemore::SEEMORE_ISA

@@ -4,6 +4,7 @@
 #include "calibrate.h"
 #include "depthwise_gate.h"
 #include "gated_ffn.h"
+#include "low_rank_experts.h"
 #include "network.h"
 #include "norm_conv3x3.h"
 #include "norm_pointwise.h"
@@ -39,6 +40,8 @@ struct Kernels {
   decltype(&seemore::gated_ffn_backward) gated_ffn_backward;
   decltype(&seemore::norm_conv3x3) norm_conv3x3;
   decltype(&seemore::norm_conv3x3_backward) norm_conv3x3_backward;
+  decltype(&seemore::low_rank_experts) low_rank_experts;
+  decltype(&seemore::low_rank_experts_backward) low_rank_experts_backward;
 };
 
 }  // namespace seemore
