@@ -155,11 +155,14 @@ def _by_preference(operator: str, x: Tensor, backends: list[str]) -> list[str]:
 
 def _serving(operator: str, x: Tensor, size: int) -> list[Kernel]:
     """Return the kernels that can compute `operator` for `x`, Triton's in the interpreter among them."""
+    dtypes = {x.dtype}
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        dtypes.add(torch.get_autocast_dtype(x.device.type))  # that of the weights, then
     return [
         kernel
         for kernel in KERNELS.get(operator, ())
         if (kernel.device == x.device.type or (kernel.backend == "triton" and interpreted()))
-        and x.dtype in kernel.dtypes
+        and dtypes <= set(kernel.dtypes)
         and size <= kernel.most
         and why_not(kernel.backend) is None
     ]

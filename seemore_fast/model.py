@@ -274,7 +274,10 @@ class SeemoRe(Fused, plain.SeemoRe):
         return self.is_untouched() and not self.wants_gradients(x) and x.numel() > 0
 
     def _forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":  # faster there (benchmarks/bench_model.py); on GPUs it is the other way round
+        has_kernels = backends.choose("norm_conv3x3", x, self.conv_1.out_channels) != "reference"
+        if has_kernels:  # which take lines
+            x = x.contiguous()
+        elif x.device.type == "cpu":  # faster there (benchmarks/bench_model.py); on GPUs it is the other way round
             # A copy, though it may have the layout already: a view of one image can have strides, of the batch's
             # dimension, that torch's convolutions do not take for channels_last.
             x = x.clone(memory_format=torch.channels_last)
@@ -286,7 +289,7 @@ class SeemoRe(Fused, plain.SeemoRe):
         f = self._first(x, *weights[:2])
         y = f.to(plain.body_dtype(self.conv_1.weight))
         # f is a fifth of the memory that a call takes, and next to no work for a kernel: made again rather than kept.
-        again = not keeps and backends.choose("norm_conv3x3", x, self.conv_1.out_channels) != "reference"
+        again = not keeps and has_kernels
         if again:
             del f
         for group in self.body:  # not as modules: a group would hold on to its input until its end

@@ -1,6 +1,7 @@
 """Public operator `conv3x3_shuffle`; formula and shapes in `seemore_fast.reference.conv3x3_shuffle`."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -14,7 +15,8 @@ def conv3x3_shuffle(
 ) -> Tensor:
     """3x3 convolution, pixel shuffle, division by img_range, sum with mean: in float32 at least, autocast or not.
 
-    Dtypes may differ: the result has that of x, if it is the wider one.
+    Dtypes may differ: the result has that of x, if it is the wider one. On a backend without a kernel of its own, that of
+    `norm_conv3x3` makes the convolution.
     """
     x, weight, bias, mean = _widen(x, weight, bias, mean)
     sizes = check_tensors(
@@ -32,9 +34,13 @@ def conv3x3_shuffle(
             f"conv3x3_shuffle: weight has shape {tuple(weight.shape)}, expected {sizes['I'] * scale**2} output "
             f"channels: {scale}^2 for each of the {sizes['I']} that mean has"
         )
-    if choose("conv3x3_shuffle", x, max(sizes["C"], sizes["D"])) == "reference":
+    widest = max(sizes["C"], sizes["D"])
+    if choose("conv3x3_shuffle", x, widest) != "reference":
+        return torch.ops.seemore_fast.conv3x3_shuffle(x, weight, bias, mean, scale, float(img_range))
+    if choose("norm_conv3x3", x, widest) == "reference":
         return reference.conv3x3_shuffle(x, weight, bias, mean, scale=scale, img_range=img_range)
-    return torch.ops.seemore_fast.conv3x3_shuffle(x, weight, bias, mean, scale, float(img_range))
+    y = torch.ops.seemore_fast.norm_conv3x3(x, None, None, weight, bias, None, None, None, 0.0)
+    return F.pixel_shuffle(y, scale) / img_range + mean
 
 
 def _widen(x, *others) -> tuple:
