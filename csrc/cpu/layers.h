@@ -191,9 +191,41 @@ inline A total(Vec<A> v) {
   return lanes[0];
 }
 
+#if defined(__AVX512F__)
+// Of every four lanes the first two of a and b in turn, and the last two.
+inline Vec<float> low_lanes(Vec<float> a, Vec<float> b) {
+  return (Vec<float>)_mm512_unpacklo_ps((__m512)a, (__m512)b);
+}
+inline Vec<float> high_lanes(Vec<float> a, Vec<float> b) {
+  return (Vec<float>)_mm512_unpackhi_ps((__m512)a, (__m512)b);
+}
+#endif
+
+// to[c] += the total of sum[c]
+template <int C, class A>
+inline void add_totals(A* to, const Vec<A> (&sum)[C]) {
+#if defined(__AVX512F__)
+  if constexpr (C == 4 && sizeof(A) == 4) {  // all four together: a vector's lanes go half onto half
+    using Half = VectorOf<float, 32>::type;
+    const Vec<A> first = low_lanes(sum[0], sum[1]) + high_lanes(sum[0], sum[1]);
+    const Vec<A> second = low_lanes(sum[2], sum[3]) + high_lanes(sum[2], sum[3]);
+    const Vec<A> quads = (Vec<A>)_mm512_shuffle_ps((__m512)first, (__m512)second, 0x44) +
+                         (Vec<A>)_mm512_shuffle_ps((__m512)first, (__m512)second, 0xee);
+    const Half halves = __builtin_shufflevector(quads, quads, 0, 1, 2, 3, 4, 5, 6, 7) +
+                        __builtin_shufflevector(quads, quads, 8, 9, 10, 11, 12, 13, 14, 15);
+    const Four four = __builtin_shufflevector(halves, halves, 0, 1, 2, 3) +
+                      __builtin_shufflevector(halves, halves, 4, 5, 6, 7);
+    store_vector(to, load_vector<Four>(to) + four);
+    return;
+  }
+#endif
+  for (int c = 0; c < C; ++c) to[c] += total<A>(sum[c]);
+}
+
+// Never inlined, for its registers' sake, as `add_products`.
 template <int R, int C, class A>
-inline void outer_tile(A* sums, int64_t sums_stride, const A* a, int64_t a_stride, const A* b, int64_t b_stride,
-                       int64_t length) {
+__attribute__((noinline)) void outer_tile(A* sums, int64_t sums_stride, const A* a, int64_t a_stride, const A* b,
+                                          int64_t b_stride, int64_t length) {
   Vec<A> sum[R][C]{};
   for (int64_t i = 0; i < length; i += kLanes<A>) {
     Vec<A> column[C];
@@ -206,9 +238,8 @@ inline void outer_tile(A* sums, int64_t sums_stride, const A* a, int64_t a_strid
       for (int c = 0; c < C; ++c) sum[r][c] += row * column[c];
     }
   }
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) sums[r * sums_stride + c] += total<A>(sum[r][c]);
-  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) add_totals<C, A>(sums + r * sums_stride, sum[r]);
 }
 
 // sums[r][c] += sum_i a[r][i] * b[c][i], i < length: a weight's gradient.

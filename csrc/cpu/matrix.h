@@ -187,11 +187,15 @@ inline void pack(const Matrix<Cell>& matrix, int64_t rows, int64_t channels, int
   }
 }
 
-// sums += weights * sources, for R rows and V vectors of pixels from i on; returns the weights that follow.
+// sums += weights * sources, for R rows and V vectors of pixels from i on; returns the weights that follow. Never
+// inlined, and on a copy of the sums: or the compiler would not keep them in registers.
 template <int R, int V, class Cell>
-inline const Cell* add_products(Vec<Sum<Cell>> (&sums)[R][V], const Cell* weight, const Source<Cell>* sources,
-                                int64_t count, int64_t cells, int64_t last_cells, int64_t i) {
+__attribute__((noinline)) const Cell* add_products(Vec<Sum<Cell>> (&result)[R][V], const Cell* weight,
+                                                   const Source<Cell>* sources, int64_t count, int64_t cells,
+                                                   int64_t last_cells, int64_t i) {
   constexpr int64_t lanes = kLanes<Sum<Cell>>;
+  Vec<Sum<Cell>> sums[R][V];
+  std::memcpy(sums, result, sizeof(sums));
   for (int64_t s = 0; s < count; ++s) {
     const Cell* x = sources[s].cells + i;
     const int64_t stride = sources[s].stride;
@@ -212,6 +216,7 @@ inline const Cell* add_products(Vec<Sum<Cell>> (&sums)[R][V], const Cell* weight
       }
     }
   }
+  std::memcpy(result, sums, sizeof(sums));
   return weight;
 }
 

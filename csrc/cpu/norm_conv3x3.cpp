@@ -36,8 +36,8 @@ struct Layers {
     const auto weight = [&](int64_t r, int64_t c, int64_t tap) {
       return value_of<A>(in.weight, (r * channels + c) * 9 + tap);
     };
-    forward.pack(rows, weight);
-    backward.pack(channels, [&](int64_t c, int64_t r, int64_t tap) { return weight(r, c, 8 - tap); });
+    forward.pack(weight);
+    backward.pack([&](int64_t c, int64_t r, int64_t tap) { return weight(r, c, 8 - tap); });
     for (int64_t r = 0; r < rows; ++r) forward.bias(r) = value_of<A>(in.bias, r);
   }
 

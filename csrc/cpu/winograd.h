@@ -72,47 +72,55 @@ class Transformed {
   int64_t span() const { return rows_.span(); }
   const A* operator[](int64_t mn) const { return rows_[mn * channels_]; }
 
-  // What the tiles see of x.
+  // What the tiles see of x. A vector may reach into the next row of tiles: what lies there is made after it.
   void around(const Slab<A>& x, const Tiles& tiles) {
-    for_each_vector(tiles, [&](int64_t c, int64_t row, int64_t column, A* to) {
-      Vec<A> seen[4][4];
+    for (int64_t c = 0; c < channels_; ++c) {
+      for (int64_t column = (tiles.columns - 1) / kLanes<A> * kLanes<A>; column >= 0; column -= kLanes<A>) {
+        Vec<A> seen[4][4];
+        along_line(seen[2], x.at(tiles.first - 1, c) + 2 * column);
+        along_line(seen[3], x.at(tiles.first, c) + 2 * column);
+        for (int64_t row = 0; row < tiles.rows; ++row) {
+          std::memcpy(seen, seen + 2, 2 * sizeof(seen[0]));
+          along_line(seen[2], x.at(tiles.first + 2 * row + 1, c) + 2 * column);
+          along_line(seen[3], x.at(tiles.first + 2 * row + 2, c) + 2 * column);
+          A* const to = rows_[c] + row * tiles.columns + column;
 #pragma GCC unroll 4
-      for (int y = 0; y < 4; ++y) {
-        const A* const from = x.at(tiles.first + 2 * row - 1 + y, c) + 2 * column;
-        const auto [d0, d1] = split(load(from - 1), load(from - 1 + kLanes<A>));
-        const auto [d2, d3] = split(load(from + 1), load(from + 1 + kLanes<A>));
-        seen[y][0] = d0 - d2, seen[y][1] = d1 + d2, seen[y][2] = d2 - d1, seen[y][3] = d1 - d3;
+          for (int n = 0; n < 4; ++n) {
+            keep(to, 0, n, seen[0][n] - seen[2][n]);
+            keep(to, 1, n, seen[1][n] + seen[2][n]);
+            keep(to, 2, n, seen[2][n] - seen[1][n]);
+            keep(to, 3, n, seen[1][n] - seen[3][n]);
+          }
+        }
       }
-#pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n) {
-        keep(to, 0, n, seen[0][n] - seen[2][n]);
-        keep(to, 1, n, seen[1][n] + seen[2][n]);
-        keep(to, 2, n, seen[2][n] - seen[1][n]);
-        keep(to, 3, n, seen[1][n] - seen[3][n]);
-      }
-    });
+    }
   }
 
   // What the products of the tiles are given of the gradient dy; lines outside [first, last) count as 0.
   void back(const Slab<A>& dy, const Tiles& tiles, int64_t first, int64_t last) {
-    for_each_vector(tiles, [&](int64_t c, int64_t row, int64_t column, A* to) {
-      Vec<A> along[2][4];
+    for (int64_t c = 0; c < channels_; ++c) {
+      for (int64_t row = 0; row < tiles.rows; ++row) {
+        for (int64_t column = 0; column < tiles.columns; column += kLanes<A>) {
+          Vec<A> along[2][4];
 #pragma GCC unroll 2
-      for (int y = 0; y < 2; ++y) {
-        const int64_t line = tiles.first + 2 * row + y;
-        const A* const from = dy.at(line, c) + 2 * column;
-        auto [e0, e1] = split(load(from), load(from + kLanes<A>));
-        if (line < first || line >= last) e0 = e1 = Vec<A>{};
-        along[y][0] = e0, along[y][1] = e0 + e1, along[y][2] = e0 - e1, along[y][3] = -e1;
-      }
+          for (int y = 0; y < 2; ++y) {
+            const int64_t line = tiles.first + 2 * row + y;
+            const A* const from = dy.at(line, c) + 2 * column;
+            auto [e0, e1] = split(load(from), load(from + kLanes<A>));
+            if (line < first || line >= last) e0 = e1 = Vec<A>{};
+            along[y][0] = e0, along[y][1] = e0 + e1, along[y][2] = e0 - e1, along[y][3] = -e1;
+          }
+          A* const to = rows_[c] + row * tiles.columns + column;
 #pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n) {
-        keep(to, 0, n, along[0][n]);
-        keep(to, 1, n, along[0][n] + along[1][n]);
-        keep(to, 2, n, along[0][n] - along[1][n]);
-        keep(to, 3, n, -along[1][n]);
+          for (int n = 0; n < 4; ++n) {
+            keep(to, 0, n, along[0][n]);
+            keep(to, 1, n, along[0][n] + along[1][n]);
+            keep(to, 2, n, along[0][n] - along[1][n]);
+            keep(to, 3, n, -along[1][n]);
+          }
+        }
       }
-    });
+    }
   }
 
   // What lies behind the tiles is 0 from now on.
@@ -121,116 +129,16 @@ class Transformed {
   }
 
  private:
-  // In order: a vector may reach into the next row of tiles, which is made after it.
-  template <class Body>
-  void for_each_vector(const Tiles& tiles, const Body& body) {
-    for (int64_t c = 0; c < channels_; ++c) {
-      for (int64_t row = 0; row < tiles.rows; ++row) {
-        for (int64_t column = 0; column < tiles.columns; column += kLanes<A>) {
-          body(c, row, column, rows_[c] + row * tiles.columns + column);
-        }
-      }
-    }
+  // Of a line, at its columns around tiles.
+  static void along_line(Vec<A> (&seen)[4], const A* from) {
+    const auto [d0, d1] = split(load(from - 1), load(from - 1 + kLanes<A>));
+    const auto [d2, d3] = split(load(from + 1), load(from + 1 + kLanes<A>));
+    seen[0] = d0 - d2, seen[1] = d1 + d2, seen[2] = d2 - d1, seen[3] = d1 - d3;
   }
   void keep(A* to, int m, int n, Vec<A> v) const { store(to + (4 * m + n) * channels_ * span(), v); }
 
   int64_t channels_;
   Block<A> rows_;
-};
-
-// G g along one axis: number m.
-template <class Tap>
-inline auto transformed_tap(int m, const Tap& tap) {
-  switch (m) {
-    case 0:
-      return tap(0);
-    case 1:
-      return (tap(0) + tap(1) + tap(2)) / 2;
-    case 2:
-      return (tap(0) - tap(1) + tap(2)) / 2;
-    default:
-      return tap(2);
-  }
-}
-
-// The kernel, transformed and packed: [tile of rows][m][channel][n][row of the tile].
-template <class A>
-class WinogradWeights {
- public:
-  WinogradWeights(int64_t rows, int64_t channels)
-      : rows_(round_up(rows, 2)), channels_(channels), weights_(16 * rows_ * channels), bias_(rows_) {
-    for (int64_t r = 0; r < rows_; ++r) bias_[r] = 0;
-  }
-
-  A& bias(int64_t row) { return bias_[row]; }
-
-  // weight(row, channel, tap), taps line by line
-  template <class Weight>
-  void pack(int64_t rows, const Weight& weight) {
-    A* to = weights_;
-    for (int64_t first = 0; first < rows_; first += tile_rows(rows_ - first)) {
-      const int64_t R = tile_rows(rows_ - first);
-      for (int64_t m = 0; m < 4; ++m) {
-        for (int64_t c = 0; c < channels_; ++c) {
-          for (int64_t n = 0; n < 4; ++n) {
-            for (int64_t r = first; r < first + R; ++r) {
-              *to++ = r >= rows ? 0 : static_cast<A>(transformed_tap(m, [&](int line) {
-                return transformed_tap(n, [&](int k) { return static_cast<double>(weight(r, c, 3 * line + k)); });
-              }));
-            }
-          }
-        }
-      }
-    }
-  }
-
-  // finish(row, tile, y): y[2 * line + column][r], vectors of tiles
-  template <class Finish>
-  void operator()(const Transformed<A>& d, int64_t tiles, const Finish& finish) const {
-    for (int64_t i = 0; i < tiles; i += kLanes<A>) {
-      int64_t row = 0;
-      for (; row + 6 <= rows_; row += 6) tile<6>(d, row, i, finish);
-      if (row + 4 == rows_) tile<4>(d, row, i, finish);
-      if (row + 2 == rows_) tile<2>(d, row, i, finish);
-    }
-  }
-
- private:
-  template <int R, class Finish>
-  void tile(const Transformed<A>& d, int64_t row, int64_t i, const Finish& finish) const {
-    const A* weight = weights_ + row * 16 * channels_;
-    const int64_t span = d.span();
-    Vec<A> y[4][R];
-    for (int q = 0; q < 4; ++q) {
-      for (int r = 0; r < R; ++r) y[q][r] = broadcast(bias_[row + r]);
-    }
-    for (int m = 0; m < 4; ++m) {
-      const A *d0 = d[4 * m] + i, *d1 = d[4 * m + 1] + i, *d2 = d[4 * m + 2] + i, *d3 = d[4 * m + 3] + i;
-      Vec<A> sums[4][R]{};
-      for (int64_t c = 0; c < channels_; ++c, weight += 4 * R) {
-        const Vec<A> x0 = load(d0 + c * span), x1 = load(d1 + c * span);
-        const Vec<A> x2 = load(d2 + c * span), x3 = load(d3 + c * span);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          sums[0][r] += x0 * weight[r];
-          sums[1][r] += x1 * weight[R + r];
-          sums[2][r] += x2 * weight[2 * R + r];
-          sums[3][r] += x3 * weight[3 * R + r];
-        }
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Vec<A> left = sums[0][r] + sums[1][r] + sums[2][r], right = sums[1][r] - sums[2][r] - sums[3][r];
-        if (m < 3) y[0][r] += left, y[1][r] += right;
-        if (m == 1) y[2][r] += left, y[3][r] += right;
-        if (m > 1) y[2][r] -= left, y[3][r] -= right;
-      }
-    }
-    finish(row, i, y);
-  }
-
-  int64_t rows_, channels_;
-  Buffer<A> weights_, bias_;
 };
 
 // The results of tiles, a row of each channel for each of a tile's four pixels, and back to lines.
@@ -261,16 +169,127 @@ class Quarters {
   int64_t channels_;
 };
 
-// A convolution of so many channels to so many rows on the tiles of slabs.
+// G g along one axis: number m.
+template <class Tap>
+inline auto transformed_tap(int m, const Tap& tap) {
+  switch (m) {
+    case 0:
+      return tap(0);
+    case 1:
+      return (tap(0) + tap(1) + tap(2)) / 2;
+    case 2:
+      return (tap(0) - tap(1) + tap(2)) / 2;
+    default:
+      return tap(2);
+  }
+}
+
+// The kernel, transformed and packed: [m][tile of rows][channel][n][row of the tile].
+template <class A>
+class WinogradWeights {
+ public:
+  WinogradWeights(int64_t rows, int64_t channels)
+      : rows_(rows), channels_(channels), weights_(16 * round_up(rows, 2) * channels), bias_(rows) {
+    for (int64_t r = 0; r < rows; ++r) bias_[r] = 0;
+  }
+
+  A& bias(int64_t row) { return bias_[row]; }
+
+  // weight(row, channel, tap), taps line by line
+  template <class Weight>
+  void pack(const Weight& weight) {
+    A* to = weights_;
+    for (int m = 0; m < 4; ++m) {
+      for_each_row_tile([&](auto rows_at_once, int64_t first) {
+        constexpr int R = decltype(rows_at_once)::value;
+        for (int64_t c = 0; c < channels_; ++c) {
+          for (int n = 0; n < 4; ++n) {
+            for (int64_t r = first; r < first + R; ++r) {
+              *to++ = r >= rows_ ? 0 : static_cast<A>(transformed_tap(m, [&](int line) {
+                return transformed_tap(n, [&](int k) { return static_cast<double>(weight(r, c, 3 * line + k)); });
+              }));
+            }
+          }
+        }
+      });
+    }
+  }
+
+  // The convolution of so many tiles. All rows' products of one number m come together: what they are made of stays in
+  // the first cache.
+  void operator()(const Quarters<A>& y, const Transformed<A>& d, int64_t tiles) const {
+    for (int64_t i = 0; i < tiles; i += kLanes<A>) {
+      const A* weight = weights_;
+      for (int m = 0; m < 4; ++m) {
+        for_each_row_tile([&](auto rows_at_once, int64_t first) {
+          constexpr int R = decltype(rows_at_once)::value;
+          Vec<A> sums[4][R];
+          weight = add_up_four<R>(sums, weight, d, m, i);
+          for (int r = 0; r < R && first + r < rows_; ++r) {
+            A* const at[4] = {y.row(0, first + r) + i, y.row(1, first + r) + i, y.row(2, first + r) + i,
+                              y.row(3, first + r) + i};
+            const Vec<A> left = sums[0][r] + sums[1][r] + sums[2][r], right = sums[1][r] - sums[2][r] - sums[3][r];
+            const Vec<A> bias = broadcast(bias_[first + r]);
+            switch (m) {
+              case 0:
+                store(at[0], left + bias), store(at[1], right + bias);
+                break;
+              case 1:
+                store(at[0], load(at[0]) + left), store(at[1], load(at[1]) + right);
+                store(at[2], left + bias), store(at[3], right + bias);
+                break;
+              case 2:
+                store(at[0], load(at[0]) + left), store(at[1], load(at[1]) + right);
+                store(at[2], load(at[2]) - left), store(at[3], load(at[3]) - right);
+                break;
+              default:
+                store(at[2], load(at[2]) - left), store(at[3], load(at[3]) - right);
+            }
+          }
+        });
+      }
+    }
+  }
+
+ private:
+  template <class Body>
+  void for_each_row_tile(const Body& body) const {
+    int64_t row = 0;
+    for (; row + 6 <= round_up(rows_, 2); row += 6) body(Constant<6>(), row);
+    if (row + 4 == round_up(rows_, 2)) body(Constant<4>(), row);
+    if (row + 2 == round_up(rows_, 2)) body(Constant<2>(), row);
+  }
+
+  // The products of number m, and the weights that follow; never inlined, for its registers' sake, as `add_products`.
+  template <int R>
+  __attribute__((noinline)) const A* add_up_four(Vec<A> (&result)[4][R], const A* weight, const Transformed<A>& d,
+                                                 int m, int64_t i) const {
+    const A *d0 = d[4 * m] + i, *d1 = d[4 * m + 1] + i, *d2 = d[4 * m + 2] + i, *d3 = d[4 * m + 3] + i;
+    Vec<A> sums[4][R]{};
+    for (int64_t c = 0; c < channels_; ++c, weight += 4 * R) {
+      const int64_t at = c * d.span();
+      const Vec<A> x0 = load(d0 + at), x1 = load(d1 + at), x2 = load(d2 + at), x3 = load(d3 + at);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        sums[0][r] += x0 * weight[r];
+        sums[1][r] += x1 * weight[R + r];
+        sums[2][r] += x2 * weight[2 * R + r];
+        sums[3][r] += x3 * weight[3 * R + r];
+      }
+    }
+    std::memcpy(result, sums, sizeof(sums));
+    return weight;
+  }
+
+  int64_t rows_, channels_;
+  Buffer<A> weights_, bias_;
+};
+
+// A convolution on the tiles of slabs, to `rows` channels.
 template <class A>
 inline void convolve(const Slab<A>& to, int64_t rows, const WinogradWeights<A>& weights, const Transformed<A>& d,
                      const Quarters<A>& quarters, const Tiles& tiles) {
-  weights(d, tiles.count(), [&](int64_t row, int64_t i, const auto& y) {
-    constexpr int64_t R = sizeof(y[0]) / sizeof(y[0][0]);
-    for (int q = 0; q < 4; ++q) {
-      for (int64_t r = 0; r < smaller(R, rows - row); ++r) store(quarters.row(q, row + r) + i, y[q][r]);
-    }
-  });
+  weights(quarters, d, tiles.count());
   quarters.write(to, rows, tiles);
 }
 
