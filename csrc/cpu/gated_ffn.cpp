@@ -171,7 +171,11 @@ class Backward {
     const int64_t width = lines.lines() * held_.pitch, C = layers_.channels;
     x_.load(in_.x, in_.size, image, lines.begin, lines.end);
     normalise_pixels<A>(x_.at(lines.begin), x_.span(), C, width, scale_.at(lines.begin), static_cast<A>(in_.eps));
+    const int64_t calls = width * C / (3 * 4 * kLanes<A>) + 1;
+    Ahead x = x_.ahead(in_.x, in_.size, image, lines.end, lines.end + held_.step, calls);
+    Ahead dy = x_.ahead(grad_.dy, in_.size, image, lines.begin, lines.end, calls);
     layers_.first.forward(x_.at(lines.begin), x_.span(), width, [&](int64_t row, int64_t i, const auto& sums) {
+      x.some(), dy.some();
       each_vector(sums, 2 * C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
         const bool is_u = row + r < C;
         const int64_t c = is_u ? row + r : row + r - C;

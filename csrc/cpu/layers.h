@@ -76,6 +76,37 @@ inline void store_image(const TypedImage& image, const Place& place, double* row
   store_rows<double>(image.view, place, rows, count);
 }
 
+// Asks for the memory of the pixels that come next, a little at a time, while there is work to do: the processor does not
+// foresee that one channel follows on another.
+class Ahead {
+ public:
+  Ahead() = default;
+  // Of `count` pixels from `place` on that lie one after another, in so many calls of `some`.
+  Ahead(const TypedImage& image, const Place& place, int64_t count, int64_t calls) {
+    const int64_t bytes = image.dtype == DType::float64 ? 8 : image.dtype == DType::float32 ? 4 : 2;
+    const int64_t offset = place.b * image.view.batch + place.c * image.view.channel + place.h * image.view.row +
+                           place.w * image.view.column;
+    if (image.view.column != 1) return;
+    from_ = static_cast<const char*>(image.view.data) + offset * bytes;
+    apart_ = image.view.channel * bytes, length_ = count * bytes, channels_ = place.channels;
+    at_once_ = (channels_ * ((length_ + kLine - 1) / kLine) + calls - 1) / calls;
+  }
+
+  void some() {
+    for (int64_t i = 0; i < at_once_ && channels_ > 0; ++i) {
+      __builtin_prefetch(from_ + at_, 0, 2);
+      at_ += kLine;
+      if (at_ >= length_) at_ = 0, from_ += apart_, --channels_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;  // bytes
+
+  const char* from_ = nullptr;
+  int64_t apart_ = 0, length_ = 0, channels_ = 0, at_once_ = 0, at_ = 0;
+};
+
 // The pixels of images in blocks of `most`, one after another: of a line, or of the whole image where in all of the
 // images line follows on line. The blocks depend on sizes and strides alone, so that sums do not depend on threads.
 struct Blocks {

@@ -29,7 +29,10 @@ void run_forward(const NormPointwise& in, const TypedImage& residual, const Type
       if (layer.has_norm()) normalise_pixels<A>(x, span, channels, width, scale, static_cast<A>(in.eps));
       const Place place = blocks.place(b, rows, span);
       if (residual.view.data) load_image(more, residual, blocks.size, place, count);
+      Ahead next;
+      if (b + 1 < end) next = Ahead(in.x, blocks.place(b + 1, channels, span), blocks.width(b + 1), width/64*((rows+5)/6));
       layer.forward(x, span, width, [&](int64_t row, int64_t i, const auto& sums) {
+        next.some();
         each_vector(sums, rows - row, [&](int64_t r, int64_t v, Vec<A> sum) {
           const int64_t at = (row + r) * span + i + v;
           if (is_gelu) sum = gelu<A>(sum);

@@ -232,7 +232,7 @@ struct Normal {
 };
 
 // exp(x) for x <= 0; relative error below 1e-7, 0 below -87.
-inline Vec<float> exp_of_negative(Vec<float> x) {
+__attribute__((always_inline)) inline Vec<float> exp_of_negative(Vec<float> x) {
   const Vec<float> bounded = x < -87.f ? Vec<float>{} - 87.f : x;  // NaN stays
   // n = round(x / ln 2): adding 1.5 * 2^23 leaves the integer in the low bits of the mantissa.
   const Vec<float> shifted = bounded * 1.44269504f + 12582912.f;
@@ -263,7 +263,7 @@ inline Vec<float> divide(Vec<float> a, Vec<float> b) {
 
 // 1 - Phi(|x|) = exp(-x^2 / 2) * t * q(t), t = 1 / (1 + 0.35 |x|): q is the polynomial of least relative error, 3.2e-8,
 // on 0 <= |x| <= 14, fitted by iterated reweighting; beyond, the exponential is 0.
-inline Normal<float> normal(Vec<float> x) {
+__attribute__((always_inline)) inline Normal<float> normal(Vec<float> x) {
   const Vec<float> e = exp_of_negative(x * x * -0.5f);
   const Vec<float> t = divide(broadcast(1.f), 1.f + 0.35f * smaller(broadcast(14.f), x < 0.f ? -x : x));
   Vec<float> q = t * -0.0291459273f + 0.143971683f;
@@ -295,7 +295,7 @@ inline Vec<A> gelu(Vec<A> x) {
 // x / 2 * (1 + erf(x / sqrt(2))), with erf(x / sqrt(2)) / x a rational function of x^2: of least absolute error of erf,
 // 1.2e-8, for |x| <= 5.42, where erf is 1 in float32; fitted by iterated reweighting.
 template <>
-inline Vec<float> gelu<float>(Vec<float> x) {
+__attribute__((always_inline)) inline Vec<float> gelu<float>(Vec<float> x) {
   const Vec<float> square = x * x;
   const Vec<float> s = smaller(square, broadcast(29.3764f));
   Vec<float> p = s * 4.65137902e-08f + 1.27150315e-05f;
@@ -321,7 +321,7 @@ struct GeluBoth {
 };
 
 template <class A>
-inline GeluBoth<A> gelu_both(Vec<A> x) {
+__attribute__((always_inline)) inline GeluBoth<A> gelu_both(Vec<A> x) {
   const Normal<A> n = normal(x);
   return {x * n.distribution, n.distribution + x * n.density};
 }
@@ -336,7 +336,7 @@ inline Vec<A> gelu_gradient(Vec<A> x) {
 // GELU'(x) = Phi(x) + x phi(x) = 1/2 + x * (a rational function of x^2): of least absolute error, 4e-09, for |x| <= 6,
 // beyond which it is within 4e-8 of 0 or 1; fitted by iterated reweighting.
 template <>
-inline Vec<float> gelu_gradient<float>(Vec<float> x) {
+__attribute__((always_inline)) inline Vec<float> gelu_gradient<float>(Vec<float> x) {
   // The bound comes first: what is not a number passes through.
   const Vec<float> bounded = larger(broadcast(-6.f), smaller(broadcast(6.f), x));
   const Vec<float> s = bounded * bounded;

@@ -54,6 +54,13 @@ class Slab {
     }
   }
 
+  // The lines that will be loaded, asked for in so many calls.
+  Ahead ahead(const TypedImage& image, const Size& size, int64_t b, int64_t first, int64_t last, int64_t calls) {
+    first = smaller(larger(first, 0), size.height), last = smaller(last, size.height);
+    if (first >= last || image.view.row != size.width) return {};
+    return {image, {b, 0, channels_, first, 0, 0}, (last - first) * size.width, calls};
+  }
+
   void load(const TypedImage& image, const Size& size, int64_t b, int64_t first, int64_t last) {
     for (int64_t line = first; line < last; ++line) {
       load_image(at(line), image, size, {b, 0, channels_, line, 0, span()}, held_.width);

@@ -80,7 +80,7 @@ class Transformed {
         along_line(seen[2], x.at(tiles.first - 1, c) + 2 * column);
         along_line(seen[3], x.at(tiles.first, c) + 2 * column);
         for (int64_t row = 0; row < tiles.rows; ++row) {
-          std::memcpy(seen, seen + 2, 2 * sizeof(seen[0]));
+          for (int n = 0; n < 4; ++n) seen[0][n] = seen[2][n], seen[1][n] = seen[3][n];
           along_line(seen[2], x.at(tiles.first + 2 * row + 1, c) + 2 * column);
           along_line(seen[3], x.at(tiles.first + 2 * row + 2, c) + 2 * column);
           A* const to = rows_[c] + row * tiles.columns + column;
