@@ -17,12 +17,17 @@ def check_recompute(how: str):
         raise ValueError(f"recompute is {how!r}, expected one of {', '.join(map(repr, CHOICES))}")
 
 
+def is_transformed() -> bool:
+    """Tell whether this runs inside a transform of torch.func."""
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+
+
 def again_in_backward(function: Callable[..., Tensor], *inputs) -> Tensor:
     """Return function(*inputs), of which backward keeps the inputs alone: it calls the function again, on its backend.
 
     Where no gradient is recorded, or in a transform of torch.func, which allows no such thing, it is a call as any.
     """
-    if not torch.is_grad_enabled() or torch._C._functorch.get_dynamic_layer_stack_depth():
+    if not torch.is_grad_enabled() or is_transformed():
         return function(*inputs)
     chosen = backends.current()
 

@@ -76,7 +76,7 @@ def _empty_maps(k: Tensor, recursive: int) -> Tensor:
     return k.new_empty(cells * (1 + (16**recursive - 1) // 15), dtype=dtype)
 
 
-def _forward(k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, recursive):
+def forward(k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, recursive):
     y, maps = torch.empty_like(k), _empty_maps(k, recursive)
     parameters = (p.contiguous() for p in (weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw))
     kernel_for("calibrate", k)(y, maps, k, *parameters, recursive)
@@ -88,8 +88,9 @@ def _forward_fake(k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_p
     return torch.empty_like(k), _empty_maps(k, recursive)
 
 
-def _backward(dy, maps, k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, recursive):
-    dk = torch.empty_like(k)
+def backward(dy, maps, k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, recursive, dk=None):
+    if dk is None:
+        dk = torch.empty_like(k)
     parameters = [p.contiguous() for p in (weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw)]
     gradients = [torch.empty_like(p) for p in parameters]
     kernel_for("calibrate", k, part="_backward")(dk, *gradients, dy, maps, k, *parameters, recursive)
@@ -116,12 +117,12 @@ _INPUTS = (
     "Tensor k, Tensor weight_agg, Tensor bias_agg, Tensor weight_dw, Tensor bias_dw, Tensor weight_pw, "
     "Tensor bias_pw, int recursive"
 )
-define("calibrate", f"({_INPUTS}) -> (Tensor, Tensor)", _forward, _forward_fake)  # y, the small maps
+define("calibrate", f"({_INPUTS}) -> (Tensor, Tensor)", forward, _forward_fake)  # y, the small maps
 # dk and those of the parameters
 define(
     "calibrate_backward",
     f"(Tensor dy, Tensor maps, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+    backward,
     _backward_fake,
 )
 differentiate("calibrate", _save, _gradients)

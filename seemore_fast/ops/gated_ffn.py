@@ -50,7 +50,7 @@ def _result(x, weight_2):
     return torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight_2.dtype))
 
 
-def _forward(x, norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2, eps):
+def forward(x, norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2, eps):
     y = _result(x, weight_2)
     parameters = contiguous(norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2)
     kernel_for("gated_ffn", x, x.shape[1])(y, x, *parameters, eps)
@@ -62,7 +62,7 @@ def _forward_fake(x, norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias
     return _result(x, weight_2)
 
 
-def _backward(dy, x, norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2, eps):
+def backward(dy, x, norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2, eps):
     parameters = contiguous(norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2)
     gradients = [torch.empty_like(tensor) for tensor in (x, *parameters)]
     kernel_for("gated_ffn", x, x.shape[1], "_backward")(*gradients, dy, x, *parameters, eps)
@@ -87,12 +87,12 @@ _INPUTS = (
     "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight_1, Tensor bias_1, Tensor weight_gate, "
     "Tensor bias_gate, Tensor weight_2, Tensor bias_2, float eps"
 )
-define("gated_ffn", f"({_INPUTS}) -> Tensor", _forward, _forward_fake)
+define("gated_ffn", f"({_INPUTS}) -> Tensor", forward, _forward_fake)
 # dx and those of the parameters
 define(
     "gated_ffn_backward",
     f"(Tensor dy, {_INPUTS}) -> ({', '.join(['Tensor'] * 9)})",
-    _backward,
+    backward,
     _backward_fake,
 )
 differentiate("gated_ffn", _save, _gradients)

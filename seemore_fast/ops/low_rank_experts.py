@@ -99,7 +99,7 @@ def _result(a, weight_out, weight_proj, residual):
     return empty_image(a, a.shape[1], torch.promote_types(summand.dtype, weight_out.dtype))
 
 
-def _forward(
+def forward(
     a, k, expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out, ranks,
     weight_proj, bias_proj, residual,
 ):  # fmt: skip
@@ -120,7 +120,7 @@ def _forward_fake(
     return _result(a, weight_out, weight_proj, residual)
 
 
-def _backward(
+def backward(
     dy, a, k, expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out, ranks,
     weight_proj, bias_proj,
 ):  # fmt: skip
@@ -163,12 +163,12 @@ _INPUTS = (
     "Tensor a, Tensor k, Tensor expert_index, Tensor expert_weight, Tensor weight_a, Tensor bias_a, Tensor weight_k, "
     "Tensor bias_k, Tensor weight_out, Tensor bias_out, int[] ranks, Tensor? weight_proj, Tensor? bias_proj"
 )
-define("low_rank_experts", f"({_INPUTS}, Tensor? residual) -> Tensor", _forward, _forward_fake)
+define("low_rank_experts", f"({_INPUTS}, Tensor? residual) -> Tensor", forward, _forward_fake)
 # da, dk and those of the parameters, expert_weight first and the projection's last (empty without one)
 define(
     "low_rank_experts_backward",
     f"(Tensor dy, {_INPUTS}) -> ({', '.join(['Tensor'] * 11)})",
-    _backward,
+    backward,
     _backward_fake,
 )
 differentiate("low_rank_experts", _save, _gradients)

@@ -56,7 +56,7 @@ def _result(x, weight, weight_pw):
     return empty_image(x, len(weight if weight_pw is None else weight_pw), weight.dtype)
 
 
-def _forward(x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation, eps):
+def forward(x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation, eps):
     y = _result(x, weight, weight_pw)
     parameters = contiguous(norm_weight, norm_bias, weight, bias, weight_pw, bias_pw)
     kernel_for("norm_conv3x3", x, widest(weight, weight_pw))(y, x, *parameters, activation, eps)
@@ -68,7 +68,7 @@ def _forward_fake(x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, a
     return _result(x, weight, weight_pw)
 
 
-def _backward(dy, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation, eps):
+def backward(dy, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation, eps):
     parameters = contiguous(norm_weight, norm_bias, weight, bias, weight_pw, bias_pw)
     dx, gradients = torch.empty_like(x), [None if p is None else torch.empty_like(p) for p in parameters]
     run = kernel_for("norm_conv3x3", x, widest(weight, weight_pw), "_backward")
@@ -97,7 +97,7 @@ _INPUTS = (
     "Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor bias, "
     "Tensor? weight_pw, Tensor? bias_pw, str? activation, float eps"
 )
-define("norm_conv3x3", f"({_INPUTS}) -> Tensor", _forward, _forward_fake)
+define("norm_conv3x3", f"({_INPUTS}) -> Tensor", forward, _forward_fake)
 # dx and those of the parameters, empty where there is none
-define("norm_conv3x3_backward", f"(Tensor dy, {_INPUTS}) -> ({', '.join(['Tensor'] * 7)})", _backward, _backward_fake)
+define("norm_conv3x3_backward", f"(Tensor dy, {_INPUTS}) -> ({', '.join(['Tensor'] * 7)})", backward, _backward_fake)
 differentiate("norm_conv3x3", _save, _gradients)

@@ -46,7 +46,7 @@ def widest(x: Tensor, weight: Tensor) -> int:
     return max(x.shape[1], (weight.shape[0] + 1) // 2)
 
 
-def _forward(x, norm_weight, norm_bias, weight, bias, activation, eps, residual):
+def forward(x, norm_weight, norm_bias, weight, bias, activation, eps, residual):
     y = empty_image(x, weight.shape[0], _dtype(weight, residual))
     parameters = contiguous(norm_weight, norm_bias, weight, bias)
     kernel_for("norm_pointwise", x, widest(x, weight))(y, x, *parameters, activation, eps, residual)
@@ -62,7 +62,7 @@ def _dtype(weight, residual):
     return weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
 
 
-def _backward(dy, x, norm_weight, norm_bias, weight, bias, activation, eps):
+def backward(dy, x, norm_weight, norm_bias, weight, bias, activation, eps):
     parameters = contiguous(norm_weight, norm_bias, weight, bias)
     dx, gradients = torch.empty_like(x), [None if p is None else torch.empty_like(p) for p in parameters]
     run = kernel_for("norm_pointwise", x, widest(x, weight), "_backward")
@@ -90,12 +90,12 @@ def _gradients(ctx, dy):
 
 
 _INPUTS = "Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor bias, str? activation, float eps"
-define("norm_pointwise", f"({_INPUTS}, Tensor? residual) -> Tensor", _forward, _forward_fake)
+define("norm_pointwise", f"({_INPUTS}, Tensor? residual) -> Tensor", forward, _forward_fake)
 # dx, dnorm_weight and dnorm_bias (empty without a norm), dweight, dbias
 define(
     "norm_pointwise_backward",
     f"(Tensor dy, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+    backward,
     _backward_fake,
 )
 differentiate("norm_pointwise", _save, _gradients)

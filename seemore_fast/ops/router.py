@@ -97,7 +97,7 @@ def _route_fake(mean, weight, top_k):
     return _decision(mean, mean.shape[0], weight.shape[0], top_k)
 
 
-def _route_backward(dexpert_weight, expert_index, mean, probability, weight):
+def route_backward(dexpert_weight, expert_index, mean, probability, weight):
     mean, weight = mean.contiguous(), weight.contiguous()
     dmean, dweight = torch.empty_like(mean), torch.empty_like(weight)
     run = kernel_for("router", mean, part="_from_sums_backward")
@@ -156,5 +156,5 @@ differentiate("router", _save_router, _router_gradients)
 # expert_weight, expert_index, probability
 define("route", "(Tensor mean, Tensor weight, int top_k) -> (Tensor, Tensor, Tensor)", _route, _route_fake)
 # dmean, dweight
-define("route_backward", f"({_SAVED}) -> (Tensor, Tensor)", _route_backward, _route_backward_fake)
+define("route_backward", f"({_SAVED}) -> (Tensor, Tensor)", route_backward, _route_backward_fake)
 differentiate("route", _save_route, _route_gradients)

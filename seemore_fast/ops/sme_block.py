@@ -1,12 +1,24 @@
 """Public operator `sme_block`; formula and shapes in `seemore_fast.reference.sme_block`."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import ops, reference
 from ..backends import is_plain
 from ..recompute import again_in_backward
 from ..reference.sme_block import see
 from .checks import check_odd, check_tensors
+from .gated_ffn import backward as ffn_backward
+from .gated_ffn import forward as ffn_forward
+from .library import cast_for_autocast
+from .node import EPS, can_be_one_node, halves_like
+from .norm_pointwise import backward as pointwise_backward
+from .norm_pointwise import forward as pointwise_forward
+from .striped_conv import backward as striped_backward
+from .striped_conv import forward as striped_forward
 
 
 def sme_block(
@@ -59,10 +71,45 @@ def sme_block(
         bias_2=(bias_2, "C"),
     )
     check_odd("sme_block", "weight_row", sizes["K"])
+    see_of = (norm_1_weight, norm_1_bias, weight_qv, bias_qv, weight_row, bias_row, weight_col, bias_col, weight_proj)
+    see_of = (*see_of, bias_proj)
+    ffn_of = (norm_2_weight, norm_2_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2)
+    if can_be_one_node(x):
+        narrow = cast_for_autocast(*see_of[2:], *ffn_of[2:])
+        return Node.apply(x, recompute, *see_of[:2], *narrow[:8], *ffn_of[:2], *narrow[8:])
     parts = reference if is_plain() else ops
-    inputs = (
-        x, norm_1_weight, norm_1_bias, weight_qv, bias_qv, weight_row, bias_row, weight_col, bias_col,
-        weight_proj, bias_proj, parts,
-    )  # fmt: skip
-    x = again_in_backward(see, *inputs) if recompute else see(*inputs)
-    return parts.gated_ffn(x, norm_2_weight, norm_2_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2)
+    x = again_in_backward(see, x, *see_of, parts) if recompute else see(x, *see_of, parts)
+    return parts.gated_ffn(x, *ffn_of)
+
+
+class Node(torch.autograd.Function):
+    """The block, made of kernels: kept are x and what SEE makes of it, and SEE's inside unless `recompute`."""
+
+    @staticmethod
+    def forward(ctx, x, recompute, *parameters):
+        see_of, ffn_of = parameters[:10], parameters[10:]
+        qv, mixed = enhance(x, see_of)
+        middle = pointwise_forward(mixed, None, None, *see_of[8:], None, 0.0, x)
+        ctx.save_for_backward(x, middle, *parameters, *(() if recompute else (qv, mixed)))
+        return ffn_forward(middle, *ffn_of, EPS)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, middle, *saved = ctx.saved_tensors
+        see_of, ffn_of = saved[:10], saved[10:18]
+        qv, mixed = saved[18:] or enhance(x, see_of)
+        dmiddle, *of_ffn = ffn_backward(dy, middle, *ffn_of, EPS)
+        dmixed, _, _, *of_proj = pointwise_backward(dmiddle, mixed, None, None, *see_of[8:], None, 0.0)
+        q, v = qv.chunk(2, dim=1)
+        dqv, dq, dv = halves_like(qv)
+        _, *of_stripes, _ = striped_backward(dmixed, q, *see_of[4:8], None, v, dq, dv)
+        dx, *of_qv = pointwise_backward(dqv, x, *see_of[:4], "gelu", EPS)
+        return dx.add_(dmiddle), None, *of_qv, *of_stripes, *of_proj, *of_ffn
+
+
+def enhance(x: Tensor, see_of: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return q and v, one after the other, and what SEE's projection is given of them."""
+    qv = pointwise_forward(x, *see_of[:4], "gelu", EPS, None)
+    q, v = qv.chunk(2, dim=1)
+    return qv, striped_forward(q, *see_of[4:8], None, v)

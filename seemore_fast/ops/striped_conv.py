@@ -43,7 +43,7 @@ def striped_conv(
     return torch.ops.seemore_fast.striped_conv(x, weight_row, bias_row, weight_col, bias_col, activation, gate)
 
 
-def _forward(x, weight_row, bias_row, weight_col, bias_col, activation, gate):
+def forward(x, weight_row, bias_row, weight_col, bias_col, activation, gate):
     y = torch.empty_like(x)
     parameters = (p.contiguous() for p in (weight_row, bias_row, weight_col, bias_col))
     kernel_for("striped_conv", x, weight_row.shape[3])(y, x, *parameters, activation, gate)
@@ -56,9 +56,11 @@ def _forward_fake(x, weight_row, bias_row, weight_col, bias_col, activation, gat
     return torch.empty_like(x)
 
 
-def _backward(dy, x, weight_row, bias_row, weight_col, bias_col, activation, gate):
-    dx = torch.empty_like(x)
-    dgate = x.new_empty(0) if gate is None else torch.empty_like(gate)
+def backward(dy, x, weight_row, bias_row, weight_col, bias_col, activation, gate, dx=None, dgate=None):
+    if dx is None:
+        dx = torch.empty_like(x)
+    if dgate is None:
+        dgate = x.new_empty(0) if gate is None else torch.empty_like(gate)
     parameters = [p.contiguous() for p in (weight_row, bias_row, weight_col, bias_col)]
     gradients = [torch.empty_like(p) for p in parameters]
     run = kernel_for("striped_conv", x, weight_row.shape[3], "_backward")
@@ -85,12 +87,12 @@ def _gradients(ctx, dy):
 _INPUTS = (
     "Tensor x, Tensor weight_row, Tensor bias_row, Tensor weight_col, Tensor bias_col, str? activation, Tensor? gate"
 )
-define("striped_conv", f"({_INPUTS}) -> Tensor", _forward, _forward_fake)
+define("striped_conv", f"({_INPUTS}) -> Tensor", forward, _forward_fake)
 # dx, those of the parameters, dgate (empty without a gate)
 define(
     "striped_conv_backward",
     f"(Tensor dy, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+    backward,
     _backward_fake,
 )
 differentiate("striped_conv", _save, _gradients)

@@ -49,7 +49,7 @@ def striped_conv_router(
     return torch.ops.seemore_fast.striped_conv_router(*convolution, weight_router, activation, top_k)[:3]
 
 
-def _forward(x, weight_row, bias_row, weight_col, bias_col, weight_router, activation, top_k):
+def forward(x, weight_row, bias_row, weight_col, bias_col, weight_router, activation, top_k):
     y, index, weight, mean, probability = results = _forward_fake(
         x, weight_row, bias_row, weight_col, bias_col, weight_router, activation, top_k
     )
@@ -96,7 +96,7 @@ define(
     "striped_conv_router",
     "(Tensor x, Tensor weight_row, Tensor bias_row, Tensor weight_col, Tensor bias_col, Tensor weight_router, "
     "str? activation, int top_k) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward,
+    forward,
     _forward_fake,
 )
 torch.library.register_autograd("seemore_fast::striped_conv_router", _gradients, setup_context=_save, lib=LIBRARY)

@@ -1,0 +1,27 @@
+"""A block as one node of autograd's graph, where one backend has kernels for all of its operators.
+
+The operators' kernels are called one after another, without a node, a check and a dispatcher's call for each, and halves
+of an image get their gradients as such, in place. Results are those of the operators by themselves.
+"""
+
+import torch
+from torch import Tensor
+
+from ..backends import choose
+from ..recompute import is_transformed
+
+EPS = 1e-6  # of LayerNorm
+OPERATORS = ("norm_pointwise", "norm_conv3x3", "striped_conv", "calibrate", "low_rank_experts", "gated_ffn")
+
+
+def can_be_one_node(x: Tensor) -> bool:
+    """Tell whether a block of x can be one node: on a CPU, in eager mode, with images in the batch."""
+    if x.device.type != "cpu" or len(x) == 0 or torch.compiler.is_compiling() or is_transformed():
+        return False
+    return all(choose(operator, x, x.shape[1]) == "cpu" for operator in OPERATORS)
+
+
+def halves_like(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return room for the gradient of an image, and its two halves of the channels."""
+    whole = torch.empty_like(image)
+    return whole, *whole.chunk(2, dim=1)
