@@ -86,7 +86,9 @@ class Forward {
     const int64_t width = lines.lines() * held_.pitch, C = layers_.channels;
     x_.load(in_.x, in_.size, image, lines.begin, lines.end);
     normalise_pixels<A>(x_.at(lines.begin), x_.span(), C, width, scale_.at(lines.begin), static_cast<A>(in_.eps));
+    Ahead x = x_.ahead(in_.x, in_.size, image, lines.end, lines.end + held_.step, 2 * C, width);
     layers_.first.forward(x_.at(lines.begin), x_.span(), width, [&](int64_t row, int64_t i, const auto& sums) {
+      x.some();
       each_vector(sums, 2 * C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
         const int64_t c = row + r;
         store((c < C ? u_.at(lines.begin, c) : g_.at(lines.begin, c - C)) + i + v, gelu<A>(sum));
@@ -171,9 +173,8 @@ class Backward {
     const int64_t width = lines.lines() * held_.pitch, C = layers_.channels;
     x_.load(in_.x, in_.size, image, lines.begin, lines.end);
     normalise_pixels<A>(x_.at(lines.begin), x_.span(), C, width, scale_.at(lines.begin), static_cast<A>(in_.eps));
-    const int64_t calls = width * C / (3 * 4 * kLanes<A>) + 1;
-    Ahead x = x_.ahead(in_.x, in_.size, image, lines.end, lines.end + held_.step, calls);
-    Ahead dy = x_.ahead(grad_.dy, in_.size, image, lines.begin, lines.end, calls);
+    Ahead x = x_.ahead(in_.x, in_.size, image, lines.end, lines.end + held_.step, 2 * C, width);
+    Ahead dy = dt_.ahead(grad_.dy, in_.size, image, lines.begin, lines.end, 2 * C, width);
     layers_.first.forward(x_.at(lines.begin), x_.span(), width, [&](int64_t row, int64_t i, const auto& sums) {
       x.some(), dy.some();
       each_vector(sums, 2 * C - row, [&](int64_t r, int64_t v, Vec<A> sum) {

@@ -81,12 +81,14 @@ inline void store_image(const TypedImage& image, const Place& place, double* row
 class Ahead {
  public:
   Ahead() = default;
-  // Of `count` pixels from `place` on that lie one after another, in so many calls of `some`.
-  Ahead(const TypedImage& image, const Place& place, int64_t count, int64_t calls) {
+  // Of `count` pixels from `place` on that lie one after another, while a product makes `rows` rows of `width` pixels:
+  // a call of `some` for each of its tiles.
+  Ahead(const TypedImage& image, const Place& place, int64_t count, int64_t rows, int64_t width) {
+    const int64_t calls = (rows + 5) / 6 * ((width + kTileVectors * kWidth - 1) / (kTileVectors * kWidth));
     const int64_t bytes = image.dtype == DType::float64 ? 8 : image.dtype == DType::float32 ? 4 : 2;
     const int64_t offset = place.b * image.view.batch + place.c * image.view.channel + place.h * image.view.row +
                            place.w * image.view.column;
-    if (image.view.column != 1) return;
+    if (image.view.column != 1 || calls == 0) return;
     from_ = static_cast<const char*>(image.view.data) + offset * bytes;
     apart_ = image.view.channel * bytes, length_ = count * bytes, channels_ = place.channels;
     at_once_ = (channels_ * ((length_ + kLine - 1) / kLine) + calls - 1) / calls;
@@ -125,6 +127,11 @@ struct Blocks {
     return {line / size.height, 0, channels, line % size.height, block % of_a_line * most, span};
   }
   int64_t width(int64_t block) const { return smaller(most, size.width - block % of_a_line * most); }
+  // An image's pixels of a block before `end`, asked for while a product makes `rows` rows of `width` pixels.
+  Ahead ahead(const TypedImage& image, int64_t block, int64_t end, int64_t channels, int64_t rows, int64_t width) const {
+    if (block >= end) return {};
+    return {image, place(block, channels, 0), this->width(block), rows, width};
+  }
 
   Size size;
   int64_t most, of_a_line;

@@ -29,8 +29,7 @@ void run_forward(const NormPointwise& in, const TypedImage& residual, const Type
       if (layer.has_norm()) normalise_pixels<A>(x, span, channels, width, scale, static_cast<A>(in.eps));
       const Place place = blocks.place(b, rows, span);
       if (residual.view.data) load_image(more, residual, blocks.size, place, count);
-      Ahead next;
-      if (b + 1 < end) next = Ahead(in.x, blocks.place(b + 1, channels, span), blocks.width(b + 1), width/64*((rows+5)/6));
+      Ahead next = blocks.ahead(in.x, b + 1, end, channels, rows, width);
       layer.forward(x, span, width, [&](int64_t row, int64_t i, const auto& sums) {
         next.some();
         each_vector(sums, rows - row, [&](int64_t r, int64_t v, Vec<A> sum) {
@@ -59,8 +58,10 @@ void run_backward(const NormPointwise& in, const NormPointwiseGradients& grad) {
       load_image(x, in.x, blocks.size, x_place, count);
       if (layer.has_norm()) normalise_pixels<A>(x, span, channels, width, scale, static_cast<A>(in.eps));
       load_image(ds, grad.dy, blocks.size, blocks.place(b, rows, span), count);
+      Ahead next_x = blocks.ahead(in.x, b + 1, end, channels, rows, width);
       if (in.activation == Activation::gelu) {
         layer.forward(x, span, width, [&](int64_t row, int64_t i, const auto& s) {
+          next_x.some();
           each_vector(s, rows - row, [&](int64_t r, int64_t v, Vec<A> sum) {
             A* const at = ds + (row + r) * span + i + v;
             store(at, load(at) * gelu_gradient<A>(sum));
@@ -72,7 +73,13 @@ void run_backward(const NormPointwise& in, const NormPointwiseGradients& grad) {
       A* const own = partial + b * layer.sums();
       std::memset(own, 0, layer.sums() * sizeof(A));
       layer.add_gradients(own, ds, span, x, span, width);
-      layer.backward(dx, span, ds, span, width);
+      Ahead next_dy = blocks.ahead(grad.dy, b + 1, end, rows, channels, width);
+      layer.backward(ds, span, width, [&](int64_t row, int64_t i, const auto& sums) {
+        next_dy.some();
+        each_vector(sums, channels - row, [&](int64_t r, int64_t v, Vec<A> sum) {
+          store(dx + (row + r) * span + i + v, sum);
+        });
+      });
       if (layer.has_norm()) normalise_backward<A>(dx, x, span, channels, width, scale);
       store_image(grad.dx, x_place, dx, count);
     }

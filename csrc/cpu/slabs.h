@@ -54,11 +54,12 @@ class Slab {
     }
   }
 
-  // The lines that will be loaded, asked for in so many calls.
-  Ahead ahead(const TypedImage& image, const Size& size, int64_t b, int64_t first, int64_t last, int64_t calls) {
-    first = smaller(larger(first, 0), size.height), last = smaller(last, size.height);
+  // The lines that will be loaded, asked for while a product makes `rows` rows of `width` pixels.
+  Ahead ahead(const TypedImage& image, const Size& size, int64_t b, int64_t first, int64_t last, int64_t rows,
+              int64_t width) const {
+    last = smaller(last, size.height);
     if (first >= last || image.view.row != size.width) return {};
-    return {image, {b, 0, channels_, first, 0, 0}, (last - first) * size.width, calls};
+    return {image, {b, 0, channels_, first, 0, 0}, (last - first) * size.width, rows, width};
   }
 
   void load(const TypedImage& image, const Size& size, int64_t b, int64_t first, int64_t last) {
