@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kPixels = 640;  // of a step
 
 // The parameters in the type of sums, and packed.
-template <class A>
+template <class A, class Cell>
 struct Layers {
   explicit Layers(const GatedFfn& in)
       : channels(in.size.channels),
@@ -45,14 +45,14 @@ struct Layers {
   }
 
   int64_t channels;
-  NormedLayer<A> first, second;
+  NormedLayer<A, Cell> first, second;
   Buffer<A> gate;  // (C, 10): nine taps and the bias
 };
 
-template <class A>
+template <class A, class Cell>
 class Forward {
  public:
-  Forward(const GatedFfn& in, const TypedImage& y, const Layers<A>& layers, const Bands& bands)
+  Forward(const GatedFfn& in, const TypedImage& y, const Layers<A, Cell>& layers, const Bands& bands)
       : in_(in),
         y_(y),
         layers_(layers),
@@ -118,16 +118,16 @@ class Forward {
 
   const GatedFfn& in_;
   const TypedImage& y_;
-  const Layers<A>& layers_;
+  const Layers<A, Cell>& layers_;
   const Bands& bands_;
   Held held_;
   Slab<A> x_, u_, g_, scale_;
 };
 
-template <class A>
+template <class A, class Cell>
 class Backward {
  public:
-  Backward(const GatedFfn& in, const GatedFfnGradients& grad, const Layers<A>& layers, const Bands& bands)
+  Backward(const GatedFfn& in, const GatedFfnGradients& grad, const Layers<A, Cell>& layers, const Bands& bands)
       : in_(in),
         grad_(grad),
         layers_(layers),
@@ -265,7 +265,7 @@ class Backward {
 
   const GatedFfn& in_;
   const GatedFfnGradients& grad_;
-  const Layers<A>& layers_;
+  const Layers<A, Cell>& layers_;
   const Bands& bands_;
   Held held_;
   LineRange own_{};
@@ -273,25 +273,25 @@ class Backward {
   Slab<A> x_, u_, g_, u_slope_, g_slope_, du_, dc_, product_, dt_, ds_, scale_;
 };
 
-template <class A>
+template <class A, class Cell>
 void run_forward(const GatedFfn& in, const TypedImage& y) {
-  const Layers<A> layers(in);
+  const Layers<A, Cell> layers(in);
   const Bands bands(in.size);
   for_each_range(bands.count(), [&](int64_t begin, int64_t end) {
-    Forward<A> forward(in, y, layers, bands);
+    Forward<A, Cell> forward(in, y, layers, bands);
     for (int64_t band = begin; band < end; ++band) forward(band);
   });
 }
 
-template <class A>
+template <class A, class Cell>
 void run_backward(const GatedFfn& in, const GatedFfnGradients& grad) {
-  const Layers<A> layers(in);
+  const Layers<A, Cell> layers(in);
   const Bands bands(in.size);
   const int64_t of_gate = layers.channels * 10, all = layers.first.sums() + layers.second.sums() + of_gate;
   const Buffer<A> partial(bands.count() * all), sums(all);
   std::memset(partial, 0, bands.count() * all * sizeof(A));
   for_each_range(bands.count(), [&](int64_t begin, int64_t end) {
-    Backward<A> backward(in, grad, layers, bands);
+    Backward<A, Cell> backward(in, grad, layers, bands);
     for (int64_t band = begin; band < end; ++band) backward(band, partial + band * all);
   });
   add_up<A>(sums, partial, bands.count(), all);
@@ -307,11 +307,15 @@ void run_backward(const GatedFfn& in, const GatedFfnGradients& grad) {
 }  // namespace
 
 void gated_ffn(const GatedFfn& in, const TypedImage& y) {
-  in.is_double ? run_forward<double>(in, y) : run_forward<float>(in, y);
+  with_precision(in.is_double, in.weight_1, [&](auto precision) {
+    run_forward<typename decltype(precision)::A, typename decltype(precision)::Cell>(in, y);
+  });
 }
 
 void gated_ffn_backward(const GatedFfn& in, const GatedFfnGradients& grad) {
-  in.is_double ? run_backward<double>(in, grad) : run_backward<float>(in, grad);
+  with_precision(in.is_double, in.weight_1, [&](auto precision) {
+    run_backward<typename decltype(precision)::A, typename decltype(precision)::Cell>(in, grad);
+  });
 }
 
 }  // namespace seemore::SEEMORE_ISA

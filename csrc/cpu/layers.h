@@ -149,12 +149,17 @@ inline void add_up(A* sums, const A* partial, int64_t parts, int64_t count) {
   });
 }
 
-// weight * x + bias, packed for `multiply`: rows of `weight` (rows, columns), or of it transposed.
-template <class A>
+// weight * x + bias, packed for `multiply`: rows of `weight` (rows, columns), or of it transposed. With cells that are
+// Pairs x is rounded to bfloat16, a few vectors of pixels at a time.
+template <class A, class Cell = A>
 class Weights {
  public:
-  Weights(int64_t rows, int64_t columns) : matrix_{round_up(rows, 2), 1, columns, columns, nullptr, nullptr},
-        weights_(matrix_.rows * columns), bias_(matrix_.rows), count_(rows), columns_(columns) {
+  Weights(int64_t rows, int64_t columns)
+      : matrix_{round_up(rows, 2), 1, cells_of<Cell>(columns), cells_of<Cell>(columns), nullptr, nullptr},
+        weights_(matrix_.size()),
+        bias_(matrix_.rows),
+        count_(rows),
+        columns_(columns) {
     matrix_.weights = weights_, matrix_.bias = bias_;
     for (int64_t r = 0; r < matrix_.rows; ++r) bias_[r] = 0;
   }
@@ -164,13 +169,26 @@ class Weights {
     SEEMORE_ISA::pack(matrix_, count_, columns_, columns_, [&](int64_t r, int64_t, int64_t c) { return element(r, c); });
   }
   A& bias(int64_t row) { return bias_[row]; }
-  int64_t rows() const { return count_; }
 
   // finish(row, i, sums), as `multiply`, by whole vectors.
   template <class Finish>
   void operator()(const A* x, int64_t span, int64_t width, const Finish& finish) const {
-    const Source<A> source{x, span};
-    multiply(matrix_, &source, round_up(width, kLanes<A>), finish);
+    width = round_up(width, kLanes<A>);
+    if constexpr (sizeof(A) == sizeof(Cell) && kChannels<Cell> == 1) {
+      const Source<A> source{x, span};
+      multiply(matrix_, &source, width, finish);
+    } else {
+      constexpr int64_t most = kTileVectors * kWidth;
+      const Buffer<Cell> cells(matrix_.cells * most);
+      const Source<Cell> source{cells, most};
+      for (int64_t first = 0; first < width; first += most) {
+        const int64_t count = smaller(most, width - first);
+        narrow(cells, most, x + first, span, count);
+        multiply(matrix_, &source, count, [&](int64_t row, int64_t i, const auto& sums) {
+          finish(row, first + i, sums);
+        });
+      }
+    }
   }
 
   // out[row] = the products
@@ -179,6 +197,16 @@ class Weights {
   }
 
  private:
+  void narrow(Cell* to, int64_t stride, const A* x, int64_t span, int64_t count) const {
+    for (int64_t c = 0; c < matrix_.cells; ++c) {
+      for (int64_t i = 0; i < count; i += kLanes<A>) {
+        const A* const channel = x + 2 * c * span + i;
+        const Vec<A> both[2] = {load(channel), 2 * c + 1 < columns_ ? load(channel + span) : Vec<A>{}};
+        store_cells(to + c * stride + i, both);
+      }
+    }
+  }
+
   template <int R, int V>
   void keep(A* out, int64_t span, int64_t row, int64_t i, const Vec<A> (&sums)[R][V]) const {
     for (int r = 0; r < R && row + r < count_; ++r) {
@@ -186,10 +214,28 @@ class Weights {
     }
   }
 
-  Matrix<A> matrix_;
-  Buffer<A> weights_, bias_;
+  Matrix<Cell> matrix_;
+  Buffer<Cell> weights_;
+  Buffer<A> bias_;
   int64_t count_, columns_;
 };
+
+// The type of sums, and what the factors of products are rounded to: where all weights are bfloat16, that, if the
+// processor multiplies it.
+template <class Sum, class Factor>
+struct Precision {
+  using A = Sum;
+  using Cell = Factor;
+};
+
+template <class Run>
+inline void with_precision(bool is_double, const Parameter& weight, const Run& run) {
+  if (is_double) return run(Precision<double, double>());
+#if defined(__AVX512BF16__)
+  if (weight.dtype == DType::bfloat16) return run(Precision<float, Pair>());
+#endif
+  run(Precision<float, float>());
+}
 
 // body(r, place, sums) for the vectors of a tile's rows that exist, `rows` of them at most; place: of its first pixel.
 template <int R, int V, class A, class Body>
@@ -260,47 +306,104 @@ inline void add_totals(A* to, const Vec<A> (&sum)[C]) {
   for (int c = 0; c < C; ++c) to[c] += total<A>(sum[c]);
 }
 
+// Rows of factors, `kSteps` pixels in a vector of them.
+template <class A>
+struct PlainRow {
+  static constexpr int64_t kSteps = kLanes<A>;
+  explicit PlainRow(const A* from) : v(load(from)) {}
+  void add(Vec<A>& sum, const PlainRow& other) const { sum += v * other.v; }
+  Vec<A> v;
+};
+
+#if defined(__AVX512BF16__)
+struct NarrowRow {
+  static constexpr int64_t kSteps = 32;
+  explicit NarrowRow(const BFloat16* from) { std::memcpy(&v, from, sizeof(v)); }
+  void add(Vec<float>& sum, const NarrowRow& other) const {
+    sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, v, other.v);
+  }
+  __m512bh v;
+};
+
+// to[r][i] = from[r][i] rounded, and zeros up to `length`, a multiple of 32
+inline void narrow_rows(BFloat16* to, int64_t length, const float* from, int64_t stride, int64_t rows, int64_t count) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < length; i += 32) {
+      const float* const x = from + r * stride + i;
+      const Vec<float> first = load(x), second = i + kLanes<float> < count ? load(x + kLanes<float>) : Vec<float>{};
+      const __m512bh both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+      std::memcpy(to + r * length + i, &both, sizeof(both));
+    }
+  }
+}
+#endif
+
 // Never inlined, for its registers' sake, as `add_products`.
-template <int R, int C, class A>
-__attribute__((noinline)) void outer_tile(A* sums, int64_t sums_stride, const A* a, int64_t a_stride, const A* b,
+template <int R, int C, class Row, class A, class T>
+__attribute__((noinline)) void outer_tile(A* sums, int64_t sums_stride, const T* a, int64_t a_stride, const T* b,
                                           int64_t b_stride, int64_t length) {
   Vec<A> sum[R][C]{};
-  for (int64_t i = 0; i < length; i += kLanes<A>) {
-    Vec<A> column[C];
+  for (int64_t i = 0; i < length; i += Row::kSteps) {
+    if constexpr (C == 1) {
+      const Row column(b + i);
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) column[c] = load(b + c * b_stride + i);
+      for (int r = 0; r < R; ++r) Row(a + r * a_stride + i).add(sum[r][0], column);
+    } else {
+      const Row c0(b + i), c1(b + b_stride + i), c2(b + (C > 2 ? 2 : 0) * b_stride + i);
+      const Row c3(b + (C > 3 ? 3 : 0) * b_stride + i);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vec<A> row = load(a + r * a_stride + i);
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) sum[r][c] += row * column[c];
+      for (int r = 0; r < R; ++r) {
+        const Row row(a + r * a_stride + i);
+        row.add(sum[r][0], c0);
+        row.add(sum[r][1], c1);
+        if constexpr (C > 2) row.add(sum[r][2], c2);
+        if constexpr (C > 3) row.add(sum[r][3], c3);
+      }
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) add_totals<C, A>(sums + r * sums_stride, sum[r]);
 }
 
-// sums[r][c] += sum_i a[r][i] * b[c][i], i < length: a weight's gradient.
-template <class A>
-inline void add_outer(A* sums, int64_t sums_stride, const A* a, int64_t a_stride, int64_t rows, const A* b,
-                      int64_t b_stride, int64_t columns, int64_t length) {
+template <class Row, class A, class T>
+inline void add_outer_rows(A* sums, int64_t sums_stride, const T* a, int64_t a_stride, int64_t rows, const T* b,
+                           int64_t b_stride, int64_t columns, int64_t length) {
   constexpr int C = kTileVectors;
   const auto some = [&](auto rows_at_once, int64_t r) {
     constexpr int R = decltype(rows_at_once)::value;
     int64_t c = 0;
     for (; c + C <= columns; c += C) {
-      outer_tile<R, C>(sums + r * sums_stride + c, sums_stride, a + r * a_stride, a_stride, b + c * b_stride, b_stride,
-                       length);
+      outer_tile<R, C, Row, A, T>(sums + r * sums_stride + c, sums_stride, a + r * a_stride, a_stride,
+                                  b + c * b_stride, b_stride, length);
     }
     for (; c < columns; ++c) {
-      outer_tile<R, 1>(sums + r * sums_stride + c, sums_stride, a + r * a_stride, a_stride, b + c * b_stride, b_stride,
-                       length);
+      outer_tile<R, 1, Row, A, T>(sums + r * sums_stride + c, sums_stride, a + r * a_stride, a_stride,
+                                  b + c * b_stride, b_stride, length);
     }
   };
   int64_t r = 0;
   for (; r + 6 <= rows; r += 6) some(Constant<6>(), r);
   for (; r + 2 <= rows; r += 2) some(Constant<2>(), r);
   for (; r < rows; ++r) some(Constant<1>(), r);
+}
+
+// sums[r][c] += sum_i a[r][i] * b[c][i], i < length, rounded up to a vector: a weight's gradient. With cells that are
+// Pairs, the factors are rounded to bfloat16.
+template <class A, class Cell = A>
+inline void add_outer(A* sums, int64_t sums_stride, const A* a, int64_t a_stride, int64_t rows, const A* b,
+                      int64_t b_stride, int64_t columns, int64_t length) {
+  if constexpr (kChannels<Cell> == 1) {
+    add_outer_rows<PlainRow<A>>(sums, sums_stride, a, a_stride, rows, b, b_stride, columns, length);
+  } else {
+#if defined(__AVX512BF16__)
+    const int64_t wide = round_up(length, 32);
+    const Buffer<BFloat16> factors((rows + columns) * wide);
+    BFloat16* const of_b = factors + rows * wide;
+    narrow_rows(factors, wide, a, a_stride, rows, length);
+    narrow_rows(of_b, wide, b, b_stride, columns, length);
+    add_outer_rows<NarrowRow, A, BFloat16>(sums, sums_stride, factors, wide, rows, of_b, wide, columns, wide);
+#endif
+  }
 }
 
 // sums[r] += sum_i a[r][i]: a bias's gradient.

@@ -118,7 +118,7 @@ inline double chosen_bias(const Parameters<A>& parameters, int64_t image, int64_
 }
 
 // What an image's blocks are multiplied with.
-template <class A>
+template <class A, class Cell>
 struct Packed {
   Packed(const Parameters<A>& parameters, int64_t image, bool for_backward)
       : choice(parameters, image),
@@ -161,8 +161,8 @@ struct Packed {
 
   Choice<A> choice;
   int64_t rows;
-  Weights<A> of_a, of_k, out;                        // forward
-  Weights<A> out_backward, a_backward, k_backward;  // dm of dy; da of dy and d(Wa a); dk of d(Wk k)
+  Weights<A, Cell> of_a, of_k, out;                        // forward
+  Weights<A, Cell> out_backward, a_backward, k_backward;  // dm of dy; da of dy and d(Wa a); dk of d(Wk k)
 };
 
 // task(image, begin, end) for the blocks of each image in a range.
@@ -176,7 +176,7 @@ inline void for_each_image(const Blocks& blocks, int64_t begin, int64_t end, con
   }
 }
 
-template <class A>
+template <class A, class Cell>
 void run_forward(const LowRankExperts& in, const TypedImage& residual, const TypedImage& y) {
   const Parameters<A> parameters(in);
   const Blocks blocks(kPixels, in.size, in.a, in.k, residual, y);
@@ -184,7 +184,7 @@ void run_forward(const LowRankExperts& in, const TypedImage& residual, const Typ
   for_each_range(blocks.count(), [&](int64_t begin, int64_t end) {
     const Block<A> a(C + most, span), k(C, span), more(residual.view.data ? C : 0, span);
     for_each_image(blocks, begin, end, [&](int64_t image, int64_t first, int64_t last) {
-      const Packed<A> packed(parameters, image, false);
+      const Packed<A, Cell> packed(parameters, image, false);
       const Choice<A>& choice = packed.choice;
       for (int64_t b = first; b < last; ++b) {
         const int64_t count = blocks.width(b), width = round_up(count, kLanes<A>);
@@ -200,7 +200,7 @@ void run_forward(const LowRankExperts& in, const TypedImage& residual, const Typ
           });
         });
         const Block<A>& added = residual.view.data ? more : a;
-        packed.out(a[C - Packed<A>::first(parameters)], span, width, [&](int64_t row, int64_t i, const auto& sums) {
+        packed.out(a[C - Packed<A, Cell>::first(parameters)], span, width, [&](int64_t row, int64_t i, const auto& sums) {
           each_vector(sums, C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
             store(k[row + r] + i + v, load(added[row + r] + i + v) + sum);
           });
@@ -230,10 +230,10 @@ struct Sums {
   int64_t count;
 };
 
-template <class A>
-void add_block(const Parameters<A>& parameters, const Packed<A>& packed, const Block<A>& a, const Block<A>& k,
+template <class A, class Cell>
+void add_block(const Parameters<A>& parameters, const Packed<A, Cell>& packed, const Block<A>& a, const Block<A>& k,
                const Block<A>& dy, const Block<A>& dm, const Block<A>& dk, int64_t width, const Sums<A>& sums) {
-  const int64_t C = parameters.channels, first = C - Packed<A>::first(parameters), span = a.span();
+  const int64_t C = parameters.channels, first = C - Packed<A, Cell>::first(parameters), span = a.span();
   const Choice<A>& choice = packed.choice;
   packed.of_a(a[C], span, a, span, width);
   packed.of_k(k[C], span, k, span, width);
@@ -250,9 +250,9 @@ void add_block(const Parameters<A>& parameters, const Packed<A>& packed, const B
     }
     sums.of_p[choice.slot(r)] += total<A>(dp);
   }
-  add_outer<A>(sums.dy + first, sums.columns, dy, span, C, a[first], span, C - first + packed.rows, width);
-  add_outer<A>(sums.of_a, C + 1, dy[C], span, packed.rows, a, span, C, width);
-  add_outer<A>(sums.of_k, C + 1, dm, span, packed.rows, k, span, C, width);
+  add_outer<A, Cell>(sums.dy + first, sums.columns, dy, span, C, a[first], span, C - first + packed.rows, width);
+  add_outer<A, Cell>(sums.of_a, C + 1, dy[C], span, packed.rows, a, span, C, width);
+  add_outer<A, Cell>(sums.of_k, C + 1, dm, span, packed.rows, k, span, C, width);
   for (int64_t c = 0; c < C; ++c) sums.of_dy[c] += total<A>(row_sum(dy[c], width));
   for (int64_t r = 0; r < packed.rows; ++r) {
     sums.of_a[r * (C + 1) + C] += total<A>(row_sum(dy[C + r], width));
@@ -326,7 +326,7 @@ void write_gradients(const Parameters<A>& parameters, const LowRankExpertsGradie
   proj.write(grad.dweight_proj), bias_proj.write(grad.dbias_proj);
 }
 
-template <class A>
+template <class A, class Cell>
 void run_backward(const LowRankExperts& in, const LowRankExpertsGradients& grad) {
   const Parameters<A> parameters(in);
   const Blocks blocks(kPixels, in.size, in.a, in.k, grad.dy, grad.da, grad.dk);
@@ -338,7 +338,7 @@ void run_backward(const LowRankExperts& in, const LowRankExpertsGradients& grad)
     // With room for what belongs to the experts' rows: m, Wk k, d(Wa a); dm, then d(Wk k).
     const Block<A> a(C + most, span), k(C + most, span), dy(C + most, span), dm(most, span), out(C, span);
     for_each_image(blocks, begin, end, [&](int64_t image, int64_t first, int64_t last) {
-      const Packed<A> packed(parameters, image, true);
+      const Packed<A, Cell> packed(parameters, image, true);
       for (int64_t b = first; b < last; ++b) {
         const int64_t count = blocks.width(b), width = round_up(count, kLanes<A>);
         const Place place = blocks.place(b, C, span);
@@ -349,7 +349,7 @@ void run_backward(const LowRankExperts& in, const LowRankExpertsGradients& grad)
         const Sums<A> sums(C, most, in.top_k, partial + b * layout.count);
         add_block(parameters, packed, a, k, dy, dm, out, width, sums);
         store_image(grad.dk, place, out, count);
-        packed.a_backward(dy[C - Packed<A>::first(parameters)], span, width,
+        packed.a_backward(dy[C - Packed<A, Cell>::first(parameters)], span, width,
                           [&](int64_t row, int64_t i, const auto& d) {
                             each_vector(d, C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
                               if (!parameters.has_proj()) sum += load(dy[row + r] + i + v);
@@ -366,11 +366,15 @@ void run_backward(const LowRankExperts& in, const LowRankExpertsGradients& grad)
 }  // namespace
 
 void low_rank_experts(const LowRankExperts& in, const TypedImage& residual, const TypedImage& y) {
-  in.is_double ? run_forward<double>(in, residual, y) : run_forward<float>(in, residual, y);
+  with_precision(in.is_double, in.weight_a, [&](auto precision) {
+    run_forward<typename decltype(precision)::A, typename decltype(precision)::Cell>(in, residual, y);
+  });
 }
 
 void low_rank_experts_backward(const LowRankExperts& in, const LowRankExpertsGradients& grad) {
-  in.is_double ? run_backward<double>(in, grad) : run_backward<float>(in, grad);
+  with_precision(in.is_double, in.weight_a, [&](auto precision) {
+    run_backward<typename decltype(precision)::A, typename decltype(precision)::Cell>(in, grad);
+  });
 }
 
 }  // namespace seemore::SEEMORE_ISA

@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kPixels = 512;  // of a step
 
 // The parameters in the type of sums, and packed.
-template <class A>
+template <class A, class Cell>
 struct Layers {
   explicit Layers(const NormConv3x3& in)
       : has_norm(in.norm_weight.data),
@@ -45,12 +45,12 @@ struct Layers {
   int64_t channels, rows, out_rows;
   Buffer<A> gain, shift;
   WinogradWeights<A> forward, backward;
-  NormedLayer<A> pointwise;
+  NormedLayer<A, Cell> pointwise;
 };
 
 // LayerNorm's weight and bias, for the lines as the kernel sees them.
-template <class A>
-void scale_and_shift(const Slab<A>& to, const Slab<A>& x, const Layers<A>& layers, int64_t line, int64_t width) {
+template <class A, class Cell>
+void scale_and_shift(const Slab<A>& to, const Slab<A>& x, const Layers<A, Cell>& layers, int64_t line, int64_t width) {
   for (int64_t c = 0; c < layers.channels; ++c) {
     A* const out = to.at(line, c);
     const A* const in = x.at(line, c);
@@ -58,10 +58,10 @@ void scale_and_shift(const Slab<A>& to, const Slab<A>& x, const Layers<A>& layer
   }
 }
 
-template <class A>
+template <class A, class Cell>
 class Forward {
  public:
-  Forward(const NormConv3x3& in, const TypedImage& y, const Layers<A>& layers, const Bands& bands)
+  Forward(const NormConv3x3& in, const TypedImage& y, const Layers<A, Cell>& layers, const Bands& bands)
       : in_(in),
         y_(y),
         layers_(layers),
@@ -123,7 +123,7 @@ class Forward {
 
   const NormConv3x3& in_;
   const TypedImage& y_;
-  const Layers<A>& layers_;
+  const Layers<A, Cell>& layers_;
   const Bands& bands_;
   Held held_;
   Slab<A> x_, h_, out_, scale_;
@@ -132,9 +132,9 @@ class Forward {
 };
 
 // Where the sums of a band lie that gradients are made of.
-template <class A>
+template <class A, class Cell>
 struct Sums {
-  explicit Sums(const Layers<A>& layers, A* memory = nullptr)
+  explicit Sums(const Layers<A, Cell>& layers, A* memory = nullptr)
       : conv(memory),
         bias(conv + 16 * layers.rows * layers.channels),
         norm(bias + layers.rows),
@@ -145,10 +145,10 @@ struct Sums {
   int64_t count;
 };
 
-template <class A>
+template <class A, class Cell>
 class Backward {
  public:
-  Backward(const NormConv3x3& in, const NormConv3x3Gradients& grad, const Layers<A>& layers, const Bands& bands)
+  Backward(const NormConv3x3& in, const NormConv3x3Gradients& grad, const Layers<A, Cell>& layers, const Bands& bands)
       : in_(in),
         grad_(grad),
         layers_(layers),
@@ -167,7 +167,7 @@ class Backward {
         around_ds_(held_, layers.rows),
         quarters_(held_, larger(layers.rows, layers.channels)) {}
 
-  void operator()(int64_t band, const Sums<A>& sums) {
+  void operator()(int64_t band, const Sums<A, Cell>& sums) {
     const int64_t image = bands_.image(band);
     own_ = {bands_.top(band), bands_.bottom(band)};
     Stage reading(bands_, band, 2), bending(bands_, band, 1), writing(bands_, band, 0);
@@ -204,7 +204,7 @@ class Backward {
   }
 
   // ds, and the gradients of what made y of it
-  void bend(int64_t image, const Stage& lines, const Sums<A>& sums) {
+  void bend(int64_t image, const Stage& lines, const Sums<A, Cell>& sums) {
     const int64_t width = lines.lines() * held_.pitch;
     if (width == 0) return;
     const LineRange own{larger(lines.begin, own_.first), smaller(lines.end, own_.last)};
@@ -266,7 +266,7 @@ class Backward {
     }
   }
 
-  void write(int64_t image, const Stage& lines, const Sums<A>& sums) {
+  void write(int64_t image, const Stage& lines, const Sums<A, Cell>& sums) {
     const int64_t width = lines.lines() * held_.pitch;
     if (width == 0) return;
     const Tiles tiles(held_, lines.begin, lines.end);
@@ -294,7 +294,7 @@ class Backward {
 
   const NormConv3x3& in_;
   const NormConv3x3Gradients& grad_;
-  const Layers<A>& layers_;
+  const Layers<A, Cell>& layers_;
   const Bands& bands_;
   Held held_;
   LineRange own_{};
@@ -303,29 +303,29 @@ class Backward {
   Quarters<A> quarters_;
 };
 
-template <class A>
+template <class A, class Cell>
 void run_forward(const NormConv3x3& in, const TypedImage& y) {
-  const Layers<A> layers(in);
+  const Layers<A, Cell> layers(in);
   const Bands bands(in.size);
   for_each_range(bands.count(), [&](int64_t begin, int64_t end) {
-    Forward<A> forward(in, y, layers, bands);
+    Forward<A, Cell> forward(in, y, layers, bands);
     for (int64_t band = begin; band < end; ++band) forward(band);
   });
 }
 
-template <class A>
+template <class A, class Cell>
 void run_backward(const NormConv3x3& in, const NormConv3x3Gradients& grad) {
-  const Layers<A> layers(in);
+  const Layers<A, Cell> layers(in);
   const Bands bands(in.size);
-  const int64_t count = Sums<A>(layers).count;
+  const int64_t count = Sums<A, Cell>(layers).count;
   const Buffer<A> partial(bands.count() * count), memory(count);
   std::memset(partial, 0, bands.count() * count * sizeof(A));
   for_each_range(bands.count(), [&](int64_t begin, int64_t end) {
-    Backward<A> backward(in, grad, layers, bands);
-    for (int64_t band = begin; band < end; ++band) backward(band, Sums<A>(layers, partial + band * count));
+    Backward<A, Cell> backward(in, grad, layers, bands);
+    for (int64_t band = begin; band < end; ++band) backward(band, Sums<A, Cell>(layers, partial + band * count));
   });
   add_up<A>(memory, partial, bands.count(), count);
-  const Sums<A> sums(layers, memory);
+  const Sums<A, Cell> sums(layers, memory);
   const int64_t of_one = layers.rows * layers.channels;
   for (int64_t rc = 0; rc < of_one; ++rc) {
     double lines[3][4];  // G^T of the products' numbers m
@@ -351,11 +351,15 @@ void run_backward(const NormConv3x3& in, const NormConv3x3Gradients& grad) {
 }  // namespace
 
 void norm_conv3x3(const NormConv3x3& in, const TypedImage& y) {
-  in.is_double ? run_forward<double>(in, y) : run_forward<float>(in, y);
+  with_precision(in.is_double, in.weight, [&](auto precision) {
+    run_forward<typename decltype(precision)::A, typename decltype(precision)::Cell>(in, y);
+  });
 }
 
 void norm_conv3x3_backward(const NormConv3x3& in, const NormConv3x3Gradients& grad) {
-  in.is_double ? run_backward<double>(in, grad) : run_backward<float>(in, grad);
+  with_precision(in.is_double, in.weight, [&](auto precision) {
+    run_backward<typename decltype(precision)::A, typename decltype(precision)::Cell>(in, grad);
+  });
 }
 
 }  // namespace seemore::SEEMORE_ISA

@@ -9,14 +9,14 @@ namespace {
 
 constexpr int64_t kPixels = 1024;  // of a block: the gradients' blocks of 36 and 72 channels fit the second cache
 
-template <class A>
-NormedLayer<A> layer_of(const NormPointwise& in) {
+template <class A, class Cell>
+NormedLayer<A, Cell> layer_of(const NormPointwise& in) {
   return {in.norm_weight, in.norm_bias, in.weight, in.bias, in.out_channels, in.size.channels};
 }
 
-template <class A>
+template <class A, class Cell>
 void run_forward(const NormPointwise& in, const TypedImage& residual, const TypedImage& y) {
-  const NormedLayer<A> layer = layer_of<A>(in);
+  const NormedLayer<A, Cell> layer = layer_of<A, Cell>(in);
   const int64_t channels = in.size.channels, rows = in.out_channels;
   const Blocks blocks(kPixels, in.size, in.x, residual, y);
   const int64_t span = blocks.span();
@@ -43,9 +43,9 @@ void run_forward(const NormPointwise& in, const TypedImage& residual, const Type
   });
 }
 
-template <class A>
+template <class A, class Cell>
 void run_backward(const NormPointwise& in, const NormPointwiseGradients& grad) {
-  const NormedLayer<A> layer = layer_of<A>(in);
+  const NormedLayer<A, Cell> layer = layer_of<A, Cell>(in);
   const int64_t channels = in.size.channels, rows = in.out_channels;
   const Blocks blocks(kPixels, in.size, in.x, grad.dy, grad.dx);
   const int64_t span = blocks.span();
@@ -92,11 +92,15 @@ void run_backward(const NormPointwise& in, const NormPointwiseGradients& grad) {
 }  // namespace
 
 void norm_pointwise(const NormPointwise& in, const TypedImage& residual, const TypedImage& y) {
-  in.is_double ? run_forward<double>(in, residual, y) : run_forward<float>(in, residual, y);
+  with_precision(in.is_double, in.weight, [&](auto precision) {
+    run_forward<typename decltype(precision)::A, typename decltype(precision)::Cell>(in, residual, y);
+  });
 }
 
 void norm_pointwise_backward(const NormPointwise& in, const NormPointwiseGradients& grad) {
-  in.is_double ? run_backward<double>(in, grad) : run_backward<float>(in, grad);
+  with_precision(in.is_double, in.weight, [&](auto precision) {
+    run_backward<typename decltype(precision)::A, typename decltype(precision)::Cell>(in, grad);
+  });
 }
 
 }  // namespace seemore::SEEMORE_ISA

@@ -9,7 +9,7 @@
 
 namespace seemore::SEEMORE_ISA {
 
-template <class A>
+template <class A, class Cell = A>
 class NormedLayer {
  public:
   NormedLayer(const Parameter& norm_weight, const Parameter& norm_bias, const Parameter& weight, const Parameter& bias,
@@ -43,7 +43,7 @@ class NormedLayer {
 
   // Adds up the products of ds (rows, zero beyond the pixels) and normalised pixels.
   void add_gradients(A* sums, const A* ds, int64_t ds_span, const A* x, int64_t x_span, int64_t width) const {
-    add_outer<A>(sums, columns(), ds, ds_span, rows_, x, x_span, channels_, width);
+    add_outer<A, Cell>(sums, columns(), ds, ds_span, rows_, x, x_span, channels_, width);
     for (int64_t r = 0; r < rows_; ++r) sums[r * columns() + channels_] += total<A>(row_sum(ds + r * ds_span, width));
   }
 
@@ -67,7 +67,7 @@ class NormedLayer {
     }
   }
 
-  Weights<A> forward, backward;  // of normalised pixels, and to their gradient
+  Weights<A, Cell> forward, backward;  // of normalised pixels, and to their gradient
 
  private:
   int64_t columns() const { return channels_ + 1; }
