@@ -150,7 +150,8 @@ inline void add_up(A* sums, const A* partial, int64_t parts, int64_t count) {
 }
 
 // weight * x + bias, packed for `multiply`: rows of `weight` (rows, columns), or of it transposed. With cells that are
-// Pairs x is rounded to bfloat16, a few vectors of pixels at a time.
+// Pairs x is rounded to bfloat16, a few vectors of pixels at a time. Factors of rows and columns are then exact beside
+// weights that are: they are not rounded with them.
 template <class A, class Cell = A>
 class Weights {
  public:
@@ -158,6 +159,8 @@ class Weights {
       : matrix_{round_up(rows, 2), 1, cells_of<Cell>(columns), cells_of<Cell>(columns), nullptr, nullptr},
         weights_(matrix_.size()),
         bias_(matrix_.rows),
+        of_row_(matrix_.rows),
+        of_column_(columns),
         count_(rows),
         columns_(columns) {
     matrix_.weights = weights_, matrix_.bias = bias_;
@@ -166,7 +169,18 @@ class Weights {
 
   template <class Element>
   void pack(const Element& element) {
-    SEEMORE_ISA::pack(matrix_, count_, columns_, columns_, [&](int64_t r, int64_t, int64_t c) { return element(r, c); });
+    const auto one = [](int64_t) { return A{1}; };
+    pack(element, one, one);
+  }
+
+  // element(row, column) * of_row(row) * of_column(column)
+  template <class Element, class OfRow, class OfColumn>
+  void pack(const Element& element, const OfRow& of_row, const OfColumn& of_column) {
+    for (int64_t r = 0; r < matrix_.rows; ++r) of_row_[r] = r < count_ ? of_row(r) : 0;
+    for (int64_t c = 0; c < columns_; ++c) of_column_[c] = of_column(c);
+    SEEMORE_ISA::pack(matrix_, count_, columns_, columns_, [&](int64_t r, int64_t, int64_t c) -> A {
+      return kIsNarrow ? element(r, c) : element(r, c) * of_row_[r] * of_column_[c];
+    });
   }
   A& bias(int64_t row) { return bias_[row]; }
 
@@ -174,7 +188,7 @@ class Weights {
   template <class Finish>
   void operator()(const A* x, int64_t span, int64_t width, const Finish& finish) const {
     width = round_up(width, kLanes<A>);
-    if constexpr (sizeof(A) == sizeof(Cell) && kChannels<Cell> == 1) {
+    if constexpr (!kIsNarrow) {
       const Source<A> source{x, span};
       multiply(matrix_, &source, width, finish);
     } else {
@@ -185,7 +199,12 @@ class Weights {
         const int64_t count = smaller(most, width - first);
         narrow(cells, most, x + first, span, count);
         multiply(matrix_, &source, count, [&](int64_t row, int64_t i, const auto& sums) {
-          finish(row, first + i, sums);
+          constexpr int64_t R = sizeof(sums) / sizeof(sums[0]), V = sizeof(sums[0]) / sizeof(sums[0][0]);
+          Vec<A> scaled[R][V];
+          for (int64_t r = 0; r < R; ++r) {
+            for (int64_t v = 0; v < V; ++v) scaled[r][v] = sums[r][v] * of_row_[row + r];
+          }
+          finish(row, first + i, scaled);
         });
       }
     }
@@ -197,11 +216,15 @@ class Weights {
   }
 
  private:
+  static constexpr bool kIsNarrow = kChannels<Cell> > 1;
+
   void narrow(Cell* to, int64_t stride, const A* x, int64_t span, int64_t count) const {
     for (int64_t c = 0; c < matrix_.cells; ++c) {
       for (int64_t i = 0; i < count; i += kLanes<A>) {
         const A* const channel = x + 2 * c * span + i;
-        const Vec<A> both[2] = {load(channel), 2 * c + 1 < columns_ ? load(channel + span) : Vec<A>{}};
+        const bool is_pair = 2 * c + 1 < columns_;
+        const Vec<A> both[2] = {load(channel) * of_column_[2 * c],
+                                is_pair ? load(channel + span) * of_column_[2 * c + 1] : Vec<A>{}};
         store_cells(to + c * stride + i, both);
       }
     }
@@ -216,7 +239,7 @@ class Weights {
 
   Matrix<Cell> matrix_;
   Buffer<Cell> weights_;
-  Buffer<A> bias_;
+  Buffer<A> bias_, of_row_, of_column_;
   int64_t count_, columns_;
 };
 

@@ -27,8 +27,10 @@ class NormedLayer {
       gain_[c] = has_norm_ ? value_of<A>(norm_weight, c) : 1;
       shift_[c] = has_norm_ ? value_of<A>(norm_bias, c) : 0;
     }
-    forward.pack([&](int64_t r, int64_t c) { return weight_[r * channels + c] * gain_[c]; });
-    backward.pack([&](int64_t c, int64_t r) { return weight_[r * channels + c] * gain_[c]; });
+    const auto one = [](int64_t) { return A{1}; };
+    const auto gain = [&](int64_t c) { return gain_[c]; };
+    forward.pack([&](int64_t r, int64_t c) { return weight_[r * channels + c]; }, one, gain);
+    backward.pack([&](int64_t c, int64_t r) { return weight_[r * channels + c]; }, gain, one);
     for (int64_t r = 0; r < rows; ++r) {
       double sum = value_of<A>(bias, r);
       for (int64_t c = 0; c < channels; ++c) sum += static_cast<double>(weight_[r * channels + c]) * shift_[c];
