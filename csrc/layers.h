@@ -1,4 +1,5 @@
-// What the trained layers of the CPU library are told of: images and parameters of types of their own, as under autocast.
+// What the trained layers of the CPU library are told of: images and parameters of types of their own, as under
+// autocast.
 #pragma once
 
 #include "views.h"

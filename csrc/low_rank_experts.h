@@ -6,8 +6,8 @@
 namespace seemore {
 
 struct LowRankExperts {
-  bool is_double;  // a is float64: then all is
-  Size size;       // of a
+  bool is_double;                // a is float64: then all is
+  Size size;                     // of a
   int64_t experts, top_k, rank;  // rank: of all experts together
   const int64_t* ranks;          // of each
   TypedImage a, k;

@@ -212,11 +212,16 @@ def test_no_images(backend, device, pointwise):
 
 @kit.each_kernel("norm_conv3x3")
 @pytest.mark.parametrize("wide", [{"shape": (1, 65, 2, 3)}, {"middle": 65}, {"out": 129}], ids=str)
-def test_wide_models_are_left_to_the_reference(backend, device, wide):
+def test_wide_models(backend, device, wide):
+    """Triton's kernels leave them to the reference; the CPU's take any number of channels."""
     tensors, options = float_tensors(device, **wide)
     with kit.chosen(backend, device):
         y = norm_conv3x3(**tensors, **options)
-    assert torch.equal(y, reference.norm_conv3x3(**tensors, **options))
+    expected = reference.norm_conv3x3(**tensors, **options)
+    if backend.startswith("cpu"):
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    else:
+        assert torch.equal(y, expected)
 
 
 @kit.each_kernel("norm_conv3x3")

@@ -43,16 +43,16 @@ void gated_ffn_backward(Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tenso
   const auto inputs =
       inputs_of(check, x, norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2, eps);
   const auto [batch, channels, height, width] = size(x);
-  seemore::gated_ffn_backward(inputs, {check.image("dy", dy, {batch, channels, height, width}),
-                                       check.image("dx", dx, {batch, channels, height, width}),
-                                       check.parameter("dnorm_weight", dnorm_weight, {channels}),
-                                       check.parameter("dnorm_bias", dnorm_bias, {channels}),
-                                       check.parameter("dweight_1", dweight_1, {2 * channels, channels, 1, 1}),
-                                       check.parameter("dbias_1", dbias_1, {2 * channels}),
-                                       check.parameter("dweight_gate", dweight_gate, {channels, 1, 3, 3}),
-                                       check.parameter("dbias_gate", dbias_gate, {channels}),
-                                       check.parameter("dweight_2", dweight_2, {channels, channels, 1, 1}),
-                                       check.parameter("dbias_2", dbias_2, {channels})});
+  seemore::gated_ffn_backward(
+      inputs,
+      {check.image("dy", dy, {batch, channels, height, width}), check.image("dx", dx, {batch, channels, height, width}),
+       check.parameter("dnorm_weight", dnorm_weight, {channels}), check.parameter("dnorm_bias", dnorm_bias, {channels}),
+       check.parameter("dweight_1", dweight_1, {2 * channels, channels, 1, 1}),
+       check.parameter("dbias_1", dbias_1, {2 * channels}),
+       check.parameter("dweight_gate", dweight_gate, {channels, 1, 3, 3}),
+       check.parameter("dbias_gate", dbias_gate, {channels}),
+       check.parameter("dweight_2", dweight_2, {channels, channels, 1, 1}),
+       check.parameter("dbias_2", dbias_2, {channels})});
 }
 
 }  // namespace

@@ -12,10 +12,10 @@ namespace {
 using namespace seemore::bindings;
 using OptionalTensor = std::optional<Tensor>;
 
-seemore::LowRankExperts inputs_of(const LayerCheck& check, const Tensor& a, const Tensor& k,
-                                  const Tensor& expert_index, const Tensor& expert_weight, const Tensor& weight_a,
-                                  const Tensor& bias_a, const Tensor& weight_k, const Tensor& bias_k,
-                                  const Tensor& weight_out, const Tensor& bias_out, const std::vector<int64_t>& ranks,
+seemore::LowRankExperts inputs_of(const LayerCheck& check, const Tensor& a, const Tensor& k, const Tensor& expert_index,
+                                  const Tensor& expert_weight, const Tensor& weight_a, const Tensor& bias_a,
+                                  const Tensor& weight_k, const Tensor& bias_k, const Tensor& weight_out,
+                                  const Tensor& bias_out, const std::vector<int64_t>& ranks,
                                   const OptionalTensor& weight_proj, const OptionalTensor& bias_proj) {
   const auto [batch, channels, height, width] = size(a);
   const int64_t experts = ranks.size(), rank = std::accumulate(ranks.begin(), ranks.end(), int64_t{0});
@@ -69,10 +69,8 @@ void low_rank_experts_backward(Tensor da, Tensor dk, Tensor dexpert_weight, Tens
   seemore::low_rank_experts_backward(
       inputs, {check.image("dy", dy, shape), check.image("da", da, shape), check.image("dk", dk, shape),
                check.parameter("dexpert_weight", dexpert_weight, {batch, inputs.top_k}),
-               check.parameter("dweight_a", dweight_a, {rank, channels}),
-               check.parameter("dbias_a", dbias_a, {rank}),
-               check.parameter("dweight_k", dweight_k, {rank, channels}),
-               check.parameter("dbias_k", dbias_k, {rank}),
+               check.parameter("dweight_a", dweight_a, {rank, channels}), check.parameter("dbias_a", dbias_a, {rank}),
+               check.parameter("dweight_k", dweight_k, {rank, channels}), check.parameter("dbias_k", dbias_k, {rank}),
                check.parameter("dweight_out", dweight_out, {channels, rank}),
                check.parameter("dbias_out", dbias_out, {inputs.experts, channels}),
                check.parameter("dweight_proj", dweight_proj, {channels, channels, 1, 1}),

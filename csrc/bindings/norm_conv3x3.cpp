@@ -32,11 +32,9 @@ seemore::NormConv3x3 inputs_of(const LayerCheck& check, const Tensor& x, const O
 }
 
 void norm_conv3x3(Tensor y, Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensor weight, Tensor bias,
-                  OptionalTensor weight_pw, OptionalTensor bias_pw, std::optional<std::string> activation,
-                  double eps) {
+                  OptionalTensor weight_pw, OptionalTensor bias_pw, std::optional<std::string> activation, double eps) {
   const LayerCheck check("norm_conv3x3", "x", x);
-  const auto inputs =
-      inputs_of(check, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation, eps);
+  const auto inputs = inputs_of(check, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation, eps);
   seemore::norm_conv3x3(inputs, check.image("y", y, {x.size(0), inputs.out_channels, x.size(2), x.size(3)}));
 }
 
@@ -46,18 +44,15 @@ void norm_conv3x3_backward(Tensor dx, OptionalTensor dnorm_weight, OptionalTenso
                            OptionalTensor weight_pw, OptionalTensor bias_pw, std::optional<std::string> activation,
                            double eps) {
   const LayerCheck check("norm_conv3x3", "x", x);
-  const auto inputs =
-      inputs_of(check, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation, eps);
+  const auto inputs = inputs_of(check, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation, eps);
   const auto [batch, channels, height, width] = size(x);
   const int64_t rows = inputs.conv_channels, out = inputs.out_channels;
-  seemore::norm_conv3x3_backward(inputs, {check.image("dy", dy, {batch, out, height, width}),
-                                          check.image("dx", dx, {batch, channels, height, width}),
-                                          check.parameter("dnorm_weight", dnorm_weight, {channels}),
-                                          check.parameter("dnorm_bias", dnorm_bias, {channels}),
-                                          check.parameter("dweight", dweight, {rows, channels, 3, 3}),
-                                          check.parameter("dbias", dbias, {rows}),
-                                          check.parameter("dweight_pw", dweight_pw, {out, rows, 1, 1}),
-                                          check.parameter("dbias_pw", dbias_pw, {out})});
+  seemore::norm_conv3x3_backward(
+      inputs,
+      {check.image("dy", dy, {batch, out, height, width}), check.image("dx", dx, {batch, channels, height, width}),
+       check.parameter("dnorm_weight", dnorm_weight, {channels}), check.parameter("dnorm_bias", dnorm_bias, {channels}),
+       check.parameter("dweight", dweight, {rows, channels, 3, 3}), check.parameter("dbias", dbias, {rows}),
+       check.parameter("dweight_pw", dweight_pw, {out, rows, 1, 1}), check.parameter("dbias_pw", dbias_pw, {out})});
 }
 
 }  // namespace

@@ -41,12 +41,11 @@ void norm_pointwise_backward(Tensor dx, OptionalTensor dnorm_weight, OptionalTen
   const auto inputs = inputs_of(check, x, norm_weight, norm_bias, weight, bias, activation, eps);
   const auto [batch, channels, height, width] = size(x);
   const int64_t rows = inputs.out_channels;
-  seemore::norm_pointwise_backward(inputs, {check.image("dy", dy, {batch, rows, height, width}),
-                                            check.image("dx", dx, {batch, channels, height, width}),
-                                            check.parameter("dnorm_weight", dnorm_weight, {channels}),
-                                            check.parameter("dnorm_bias", dnorm_bias, {channels}),
-                                            check.parameter("dweight", dweight, {rows, channels, 1, 1}),
-                                            check.parameter("dbias", dbias, {rows})});
+  seemore::norm_pointwise_backward(
+      inputs,
+      {check.image("dy", dy, {batch, rows, height, width}), check.image("dx", dx, {batch, channels, height, width}),
+       check.parameter("dnorm_weight", dnorm_weight, {channels}), check.parameter("dnorm_bias", dnorm_bias, {channels}),
+       check.parameter("dweight", dweight, {rows, channels, 1, 1}), check.parameter("dbias", dbias, {rows})});
 }
 
 }  // namespace

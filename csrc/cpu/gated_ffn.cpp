@@ -202,13 +202,13 @@ class Backward {
       }
     }
     dt_.load(grad_.dy, in_.size, image, lines.begin, lines.end);
-    layers_.second.forward(
-        product_.at(lines.begin), product_.span(), width, [&](int64_t row, int64_t i, const auto& t) {
-          each_vector(t, C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
-            A* const at = dt_.at(lines.begin, row + r) + i + v;
-            store(at, load(at) * gelu_gradient<A>(sum));
-          });
-        });
+    layers_.second.forward(product_.at(lines.begin), product_.span(), width,
+                           [&](int64_t row, int64_t i, const auto& t) {
+                             each_vector(t, C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
+                               A* const at = dt_.at(lines.begin, row + r) + i + v;
+                               store(at, load(at) * gelu_gradient<A>(sum));
+                             });
+                           });
     dt_.clear_gaps(lines.begin, lines.end);
     dt_.clear_behind(lines.end);
     layers_.second.backward(dt_.at(lines.begin), dt_.span(), width, [&](int64_t row, int64_t i, const auto& dp) {
@@ -239,9 +239,8 @@ class Backward {
       Vec<A> sum[10]{};
       for (int64_t i = 0; i < width; i += kLanes<A>) {
         const Vec<A> d = i + kLanes<A> <= width ? load(dc + i) : first_of<A>(load(dc + i), width - i);
-        each_of_nine(held_.pitch, [&](int64_t distance, auto tap) {
-          sum[decltype(tap)::value] += d * load(g + i + distance);
-        });
+        each_of_nine(held_.pitch,
+                     [&](int64_t distance, auto tap) { sum[decltype(tap)::value] += d * load(g + i + distance); });
         sum[9] += d;
         store(ds_u + i, load(du + i) * load(u_slope + i));
         store(ds_g + i, layers_.stencil_backward(c, dc + i, held_.pitch) * load(g_slope + i));

@@ -1,7 +1,7 @@
 // What the trained layers share: LayerNorm, products with weights, and the sums over pixels that are their gradients.
 //
-// A block is some pixels of an image with all their channels, one row of `span` elements for each channel, a multiple of
-// a vector. What lies beyond the pixels is finite, and zero in what is summed over.
+// A block is some pixels of an image with all their channels, one row of `span` elements for each channel, a multiple
+// of a vector. What lies beyond the pixels is finite, and zero in what is summed over.
 #pragma once
 
 #include "../layers.h"
@@ -76,8 +76,8 @@ inline void store_image(const TypedImage& image, const Place& place, double* row
   store_rows<double>(image.view, place, rows, count);
 }
 
-// Asks for the memory of the pixels that come next, a little at a time, while there is work to do: the processor does not
-// foresee that one channel follows on another.
+// Asks for the memory of the pixels that come next, a little at a time, while there is work to do: the processor does
+// not foresee that one channel follows on another.
 class Ahead {
  public:
   Ahead() = default;
@@ -128,7 +128,8 @@ struct Blocks {
   }
   int64_t width(int64_t block) const { return smaller(most, size.width - block % of_a_line * most); }
   // An image's pixels of a block before `end`, asked for while a product makes `rows` rows of `width` pixels.
-  Ahead ahead(const TypedImage& image, int64_t block, int64_t end, int64_t channels, int64_t rows, int64_t width) const {
+  Ahead ahead(const TypedImage& image, int64_t block, int64_t end, int64_t channels, int64_t rows,
+              int64_t width) const {
     if (block >= end) return {};
     return {image, place(block, channels, 0), this->width(block), rows, width};
   }
@@ -300,9 +301,7 @@ inline A total(Vec<A> v) {
 
 #if defined(__AVX512F__)
 // Of every four lanes the first two of a and b in turn, and the last two.
-inline Vec<float> low_lanes(Vec<float> a, Vec<float> b) {
-  return (Vec<float>)_mm512_unpacklo_ps((__m512)a, (__m512)b);
-}
+inline Vec<float> low_lanes(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm512_unpacklo_ps((__m512)a, (__m512)b); }
 inline Vec<float> high_lanes(Vec<float> a, Vec<float> b) {
   return (Vec<float>)_mm512_unpackhi_ps((__m512)a, (__m512)b);
 }
@@ -320,8 +319,8 @@ inline void add_totals(A* to, const Vec<A> (&sum)[C]) {
                          (Vec<A>)_mm512_shuffle_ps((__m512)first, (__m512)second, 0xee);
     const Half halves = __builtin_shufflevector(quads, quads, 0, 1, 2, 3, 4, 5, 6, 7) +
                         __builtin_shufflevector(quads, quads, 8, 9, 10, 11, 12, 13, 14, 15);
-    const Four four = __builtin_shufflevector(halves, halves, 0, 1, 2, 3) +
-                      __builtin_shufflevector(halves, halves, 4, 5, 6, 7);
+    const Four four =
+        __builtin_shufflevector(halves, halves, 0, 1, 2, 3) + __builtin_shufflevector(halves, halves, 4, 5, 6, 7);
     store_vector(to, load_vector<Four>(to) + four);
     return;
   }
@@ -396,12 +395,12 @@ inline void add_outer_rows(A* sums, int64_t sums_stride, const T* a, int64_t a_s
     constexpr int R = decltype(rows_at_once)::value;
     int64_t c = 0;
     for (; c + C <= columns; c += C) {
-      outer_tile<R, C, Row, A, T>(sums + r * sums_stride + c, sums_stride, a + r * a_stride, a_stride,
-                                  b + c * b_stride, b_stride, length);
+      outer_tile<R, C, Row, A, T>(sums + r * sums_stride + c, sums_stride, a + r * a_stride, a_stride, b + c * b_stride,
+                                  b_stride, length);
     }
     for (; c < columns; ++c) {
-      outer_tile<R, 1, Row, A, T>(sums + r * sums_stride + c, sums_stride, a + r * a_stride, a_stride,
-                                  b + c * b_stride, b_stride, length);
+      outer_tile<R, 1, Row, A, T>(sums + r * sums_stride + c, sums_stride, a + r * a_stride, a_stride, b + c * b_stride,
+                                  b_stride, length);
     }
   };
   int64_t r = 0;
@@ -435,8 +434,8 @@ inline void add_rows(A* sums, const A* a, int64_t a_stride, int64_t rows, int64_
   for (int64_t r = 0; r < rows; ++r) sums[r] += total<A>(row_sum(a + r * a_stride, length));
 }
 
-// x <- (x - mean) / deviation over the channels of each pixel; scale: 1 / deviation, for the gradient. V vectors. The mean
-// is rounded, by more than the deviations where they are small beside it: theirs is taken off them.
+// x <- (x - mean) / deviation over the channels of each pixel; scale: 1 / deviation, for the gradient. V vectors. The
+// mean is rounded, by more than the deviations where they are small beside it: theirs is taken off them.
 template <int V, class A>
 inline void normalise_vectors(A* x, int64_t span, int64_t channels, A* scale, A eps) {
   Vec<A> mean[V]{}, rest[V]{}, square[V]{};
@@ -473,7 +472,8 @@ inline void normalise_pixels(A* x, int64_t span, int64_t channels, int64_t width
   for (; i < width; i += kLanes<A>) normalise_vectors<1>(x + i, span, channels, scale + i, eps);
 }
 
-// d <- (d - mean(d) - x * mean(d x)) * scale, means over the channels, x normalised: from its gradient that of what was.
+// d <- (d - mean(d) - x * mean(d x)) * scale, means over the channels, x normalised: from its gradient that of what
+// was.
 template <int V, class A>
 inline void normalise_backward_vectors(A* d, const A* x, int64_t span, int64_t channels, const A* scale) {
   Vec<A> mean[V]{}, product[V]{};

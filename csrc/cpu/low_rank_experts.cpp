@@ -1,4 +1,5 @@
-// low_rank_experts on the CPU: a task takes a block of pixels of one image, whose chosen experts are one matrix of rows.
+// low_rank_experts on the CPU: a task takes a block of pixels of one image, whose chosen experts are one matrix of
+// rows.
 //
 //   m_e = p_e (Wa_e a + ba_e) (Wk_e k + bk_e);  y = r + P [I, Wout_e, ..] [a, m_e, ..] + P sum p_e bout_e + bp
 //
@@ -144,9 +145,8 @@ struct Packed {
       k_backward.pack([&](int64_t c, int64_t r) { return choice.weight_k(r, c); });
       return;
     }
-    out.pack([&](int64_t c, int64_t i) {
-      return i < at ? parameters.weight_proj[c * C + i] : choice.projected(c, i - at);
-    });
+    out.pack(
+        [&](int64_t c, int64_t i) { return i < at ? parameters.weight_proj[c * C + i] : choice.projected(c, i - at); });
     for (int64_t c = 0; c < C; ++c) {
       double sum = parameters.has_proj() ? value_of<A>(parameters.in.bias_proj, c) : 0;
       for (int64_t i = 0; i < C; ++i) {
@@ -161,7 +161,7 @@ struct Packed {
 
   Choice<A> choice;
   int64_t rows;
-  Weights<A, Cell> of_a, of_k, out;                        // forward
+  Weights<A, Cell> of_a, of_k, out;                       // forward
   Weights<A, Cell> out_backward, a_backward, k_backward;  // dm of dy; da of dy and d(Wa a); dk of d(Wk k)
 };
 
@@ -200,11 +200,12 @@ void run_forward(const LowRankExperts& in, const TypedImage& residual, const Typ
           });
         });
         const Block<A>& added = residual.view.data ? more : a;
-        packed.out(a[C - Packed<A, Cell>::first(parameters)], span, width, [&](int64_t row, int64_t i, const auto& sums) {
-          each_vector(sums, C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
-            store(k[row + r] + i + v, load(added[row + r] + i + v) + sum);
-          });
-        });
+        packed.out(a[C - Packed<A, Cell>::first(parameters)], span, width,
+                   [&](int64_t row, int64_t i, const auto& sums) {
+                     each_vector(sums, C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
+                       store(k[row + r] + i + v, load(added[row + r] + i + v) + sum);
+                     });
+                   });
         store_image(y, place, k, count);
       }
     });
@@ -224,9 +225,9 @@ struct Sums {
         count(of_p + top_k - memory) {}
 
   int64_t columns;
-  A *dy, *of_dy;     // of dy [a, m]^T (C, C + rows) and dy (C)
-  A *of_a, *of_k;    // of d(Wa a) [a, 1]^T and d(Wk k) [k, 1]^T, (rows, C + 1)
-  A* of_p;           // of dp, but for what bout adds (top_k)
+  A *dy, *of_dy;   // of dy [a, m]^T (C, C + rows) and dy (C)
+  A *of_a, *of_k;  // of d(Wa a) [a, 1]^T and d(Wk k) [k, 1]^T, (rows, C + 1)
+  A* of_p;         // of dp, but for what bout adds (top_k)
   int64_t count;
 };
 

@@ -56,7 +56,7 @@ inline void store_cells(Pair* to, const Vec<float> (&v)[2]) {
 #else
   Vec<uint32_t> rounded[2];
   for (int i = 0; i < 2; ++i) {
-    const Vec<uint32_t> bits = bit_cast<Vec<uint32_t> >(v[i]);
+    const Vec<uint32_t> bits = bit_cast<Vec<uint32_t>>(v[i]);
     rounded[i] = v[i] == v[i] ? bits + 0x7fff + ((bits >> 16) & 1) : Vec<uint32_t>{} + 0x7fc00000u;
   }
   const Vec<uint32_t> pairs = (rounded[0] >> 16) | (rounded[1] & 0xffff0000u);
@@ -101,7 +101,7 @@ struct Product<Pair> {
   explicit Product(const Pair* cells) {
     Vec<uint32_t> bits;
     std::memcpy(&bits, cells, sizeof(bits));
-    low = bit_cast<Vec<float> >(bits << 16), high = bit_cast<Vec<float> >(bits & 0xffff0000u);
+    low = bit_cast<Vec<float>>(bits << 16), high = bit_cast<Vec<float>>(bits & 0xffff0000u);
   }
   void add(Vec<float>& sum, Pair weight) const {
     sum += low * bit_cast<float>(weight.bits << 16);

@@ -1,5 +1,5 @@
-// norm_conv3x3 on the CPU: a band of lines slides through its stages, of which each lags behind the one before as far as
-// the kernel sees.
+// norm_conv3x3 on the CPU: a band of lines slides through its stages, of which each lags behind the one before as far
+// as the kernel sees.
 //
 //   n = LN(x);  s = conv(n);  h = activation(s);  y = W h
 //

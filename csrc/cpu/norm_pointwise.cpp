@@ -76,9 +76,8 @@ void run_backward(const NormPointwise& in, const NormPointwiseGradients& grad) {
       Ahead next_dy = blocks.ahead(grad.dy, b + 1, end, rows, channels, width);
       layer.backward(ds, span, width, [&](int64_t row, int64_t i, const auto& sums) {
         next_dy.some();
-        each_vector(sums, channels - row, [&](int64_t r, int64_t v, Vec<A> sum) {
-          store(dx + (row + r) * span + i + v, sum);
-        });
+        each_vector(sums, channels - row,
+                    [&](int64_t r, int64_t v, Vec<A> sum) { store(dx + (row + r) * span + i + v, sum); });
       });
       if (layer.has_norm()) normalise_backward<A>(dx, x, span, channels, width, scale);
       store_image(grad.dx, x_place, dx, count);
