@@ -15,8 +15,8 @@ def conv3x3_shuffle(
 ) -> Tensor:
     """3x3 convolution, pixel shuffle, division by img_range, sum with mean: in float32 at least, autocast or not.
 
-    Dtypes may differ: the result has that of x, if it is the wider one. On a backend without a kernel of its own, that of
-    `norm_conv3x3` makes the convolution.
+    Dtypes may differ: the result has that of x, if it is the wider one. On a backend without a kernel of its own,
+    that of `norm_conv3x3` makes the convolution.
     """
     x, weight, bias, mean = _widen(x, weight, bias, mean)
     sizes = check_tensors(

@@ -1,7 +1,7 @@
 """A block as one node of autograd's graph, where one backend has kernels for all of its operators.
 
-The operators' kernels are called one after another, without a node, a check and a dispatcher's call for each, and halves
-of an image get their gradients as such, in place. Results are those of the operators by themselves.
+The operators' kernels are called one after another, without a node, a check and a dispatcher's call for each, and
+halves of an image get their gradients as such, in place. Results are those of the operators by themselves.
 """
 
 import torch
