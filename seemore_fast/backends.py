@@ -156,7 +156,7 @@ def _by_preference(operator: str, x: Tensor, backends: list[str]) -> list[str]:
 def _serving(operator: str, x: Tensor, size: int) -> list[Kernel]:
     """Return the kernels that can compute `operator` for `x`, Triton's in the interpreter among them."""
     dtypes = {x.dtype}
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtypes.add(torch.get_autocast_dtype(x.device.type))  # that of the weights, then
     return [
         kernel

@@ -7,7 +7,7 @@ halves of an image get their gradients as such, in place. Results are those of t
 import torch
 from torch import Tensor
 
-from ..backends import choose
+from ..backends import choose, is_plain
 from ..recompute import is_transformed
 
 EPS = 1e-6  # of LayerNorm
@@ -16,9 +16,9 @@ OPERATORS = ("norm_pointwise", "norm_conv3x3", "striped_conv", "calibrate", "low
 
 def can_be_one_node(x: Tensor) -> bool:
     """Tell whether a block of x can be one node: on a CPU, in eager mode, with images in the batch."""
-    if x.device.type != "cpu" or len(x) == 0 or torch.compiler.is_compiling() or is_transformed():
+    if is_plain() or torch.compiler.is_compiling() or is_transformed() or x.device.type != "cpu":
         return False
-    return all(choose(operator, x, x.shape[1]) == "cpu" for operator in OPERATORS)
+    return len(x) > 0 and all(choose(operator, x, x.shape[1]) == "cpu" for operator in OPERATORS)
 
 
 def halves_like(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
