@@ -77,6 +77,15 @@ def float_tensors(device, shape=(2, 3, 6, 7), dtype=torch.float32):
 
 
 @kit.each_kernel("gated_ffn")
+@pytest.mark.parametrize("shape", [(1, 4, 40, 40), (2, 3, 51, 33)], ids=str)
+def test_many_lines(backend, device, shape):
+    """More lines than a kernel takes at a time: what a step leaves for the next one."""
+    if backend == "triton":
+        pytest.skip("slow in the interpreter, and its kernels take tiles")
+    kit.assert_within_yardstick(backend, gated_ffn, naive_gated_ffn, tensors_of(device, shape), torch.float32)
+
+
+@kit.each_kernel("gated_ffn")
 @pytest.mark.parametrize(
     "shape", [(1, 36, 7, 41), (1, 48, 3, 9), (1, 64, 3, 5), (3, 1, 1, 1), (2, 17, 1, 33), (1, 5, 70, 1)], ids=str
 )

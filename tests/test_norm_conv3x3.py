@@ -259,3 +259,13 @@ def test_under_autocast(backend, device):
     assert found["y"].dtype == torch.bfloat16
     assert found["gradient of x"].dtype == found["gradient of weight"].dtype == torch.float32
     assert kit.largest_difference(found["y"], exact) < 2**-6 * exact.abs().max()
+
+
+@kit.each_kernel("norm_conv3x3")
+@pytest.mark.parametrize("shape", [(1, 4, 40, 40), (2, 3, 51, 33)], ids=str)
+def test_many_lines(backend, device, shape):
+    """More lines than a kernel takes at a time: what a step leaves for the next one."""
+    if backend == "triton":
+        pytest.skip("slow in the interpreter, and its kernels take tiles")
+    tensors, options = case_of(device, shape)
+    kit.assert_within_yardstick(backend, norm_conv3x3, naive_norm_conv3x3, tensors, torch.float32, **options)

@@ -61,6 +61,7 @@ class Forward {
         x_(held_, layers.channels),
         u_(held_, layers.channels),
         g_(held_, layers.channels),
+        product_(held_, layers.channels),
         scale_(held_, 1) {}
 
   void operator()(int64_t band) {
@@ -101,13 +102,14 @@ class Forward {
   void write(int64_t image, const Stage& lines) {
     const int64_t width = lines.lines() * held_.pitch, C = layers_.channels;
     for (int64_t c = 0; c < C; ++c) {
-      A *const u = u_.at(lines.begin, c), *const g = g_.at(lines.begin, c);
+      const A *const u = u_.at(lines.begin, c), *const g = g_.at(lines.begin, c);
+      A* const product = product_.at(lines.begin, c);
       for (int64_t i = 0; i < width; i += kLanes<A>) {
-        store(u + i, load(u + i) * layers_.stencil(c, g + i, held_.pitch));
+        store(product + i, load(u + i) * layers_.stencil(c, g + i, held_.pitch));
       }
     }
     x_.load(in_.x, in_.size, image, lines.begin, lines.end);
-    layers_.second.forward(u_.at(lines.begin), u_.span(), width, [&](int64_t row, int64_t i, const auto& sums) {
+    layers_.second.forward(product_.at(lines.begin), product_.span(), width, [&](int64_t row, int64_t i, const auto& sums) {
       each_vector(sums, C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
         A* const at = x_.at(lines.begin, row + r) + i + v;
         store(at, load(at) + gelu<A>(sum));
@@ -121,7 +123,7 @@ class Forward {
   const Layers<A, Cell>& layers_;
   const Bands& bands_;
   Held held_;
-  Slab<A> x_, u_, g_, scale_;
+  Slab<A> x_, u_, g_, product_, scale_;
 };
 
 template <class A, class Cell>
