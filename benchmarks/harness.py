@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +42,7 @@ COLUMNS = {
         "of_copy": "9.0%",
     },
     **{"gflop_s": "9.1f", "of_matmul": "11.0%", "ns_pixel": "10.1f", "x_pixel": "9.2f"},
-    **{"peak_mb": "9.0f", "max_error": "11.1e"},
+    **{"peak_mb": "9.0f", "saved_mb": "10.0f", "step_mb": "9.0f", "max_error": "11.1e"},
 }
 IS_INSTALLED = not (HERE.parent / "setup.py").exists()  # as seemore_fast.benchmarks, outside of a checkout
 CPU_CACHE = 64 * 2**20  # torch does not tell: larger than most last levels
@@ -75,6 +75,9 @@ class Case:
     pause: float = 0  # seconds between turns, for other runtimes' threads to stop spinning
     images: int | None = None  # of a call, where images per second are the question
     patience: float = math.inf  # seconds that one provider may take in all its turns; then it gets no more of them
+    more: dict[str, dict] = field(
+        default_factory=dict
+    )  # further figures of a provider, which it may fill when it is made
 
 
 def operator(function: Callable, mode: str = "forward", layout: torch.memory_format | None = None) -> Provider:
@@ -279,7 +282,7 @@ def run_case(cases: Case | list[Case], device: torch.device, runs: int) -> dict:
         line |= {"gb_s": traffic and traffic / ms / 1e6, "gflop_s": operations and operations / ms / 1e6}
         line |= {"images_s": 1000 * case.images / ms if case.images and name in case_of else None}
         line |= {"ns_pixel": ms / case.pixels * 1e6 if case.pixels and name in case_of else None}
-        lines[name] = lines.get(name, {}) | line | {"peak_mb": peaks[name]}
+        lines[name] = lines.get(name, {}) | line | {"peak_mb": peaks[name]} | case.more.get(name, {})
     relate(lines)
     return lines
 

@@ -5,8 +5,12 @@ import importlib
 
 from .exits import DONE
 
-HELP = "Compare speeds on this machine: inference; or tune: find the quickest backends of this GPU."
-KINDS = {"inference": "compare_peers", "tune": "tune_backends"}  # the modules of seemore_fast.benchmarks
+HELP = "Compare speeds on this machine: inference, training; or tune: find the quickest backends of this GPU."
+KINDS = {
+    "inference": "compare_peers",
+    "training": "compare_training",
+    "tune": "tune_backends",
+}  # the modules of seemore_fast.benchmarks
 
 
 def add_arguments(parser: argparse.ArgumentParser):
