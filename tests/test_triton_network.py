@@ -16,6 +16,7 @@ from seemore_fast.kernels.launch import Launch
 from seemore_fast.memory import gpu_memory_needed
 
 each_backend = kit.each_kernel("gated_ffn")
+on_triton = pytest.mark.parametrize("backend", ["triton"])
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_bfloat16(backend, device, models):
     assert kit.largest_difference(y, exact) <= 2 * kit.largest_difference(narrow, exact)
 
 
-@each_backend
+@on_triton
 def test_launches_of_a_group(backend, device, monkeypatch):
     """What a call costs the host: counted for two depths, so that both ends of the network cancel out."""
     launched = Counter()
@@ -158,7 +159,7 @@ class Peak(TorchDispatchMode):
         self.now -= self._live.pop(key, 0)
 
 
-@each_backend
+@on_triton
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 def test_memory_of_a_call(backend, device, dtype):
     """It is what `gpu_memory_needed` tells, but for the weights, and much less than the plain network's."""

@@ -109,12 +109,13 @@ class Forward {
       }
     }
     x_.load(in_.x, in_.size, image, lines.begin, lines.end);
-    layers_.second.forward(product_.at(lines.begin), product_.span(), width, [&](int64_t row, int64_t i, const auto& sums) {
-      each_vector(sums, C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
-        A* const at = x_.at(lines.begin, row + r) + i + v;
-        store(at, load(at) + gelu<A>(sum));
-      });
-    });
+    layers_.second.forward(product_.at(lines.begin), product_.span(), width,
+                           [&](int64_t row, int64_t i, const auto& sums) {
+                             each_vector(sums, C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
+                               A* const at = x_.at(lines.begin, row + r) + i + v;
+                               store(at, load(at) + gelu<A>(sum));
+                             });
+                           });
     x_.save(y_, image, lines.begin, lines.end);
   }
 
