@@ -5,6 +5,7 @@ that allocate the results and hand them to the kernel of the backend chosen at t
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,14 +23,15 @@ def define(name: str, schema: str, implementation: Callable, fake: Callable):
 def differentiate(name: str, setup_context: Callable, backward: Callable):
     """Register the gradient of an operator, and that its backward has none."""
     torch.library.register_autograd(f"seemore_fast::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-
-    def refuse(ctx, *gradients):
-        raise RuntimeError(
-            f"{name}: its gradient is not differentiable, expected a single backward; "
-            'under seemore_fast.use_backend("reference") torch differentiates any number of times'
-        )
-
+    refuse = partial(refuse_second_derivative, name)
     torch.library.register_autograd(f"seemore_fast::{name}_backward", refuse, lib=LIBRARY)
+
+
+def refuse_second_derivative(name: str, ctx, *gradients):
+    raise RuntimeError(
+        f"{name}: its gradient is not differentiable, expected a single backward; "
+        'under seemore_fast.use_backend("reference") torch differentiates any number of times'
+    )
 
 
 def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

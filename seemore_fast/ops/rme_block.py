@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import ops, reference
 from ..backends import is_plain
@@ -20,7 +19,7 @@ from .library import cast_for_autocast
 from .low_rank_experts import backward as experts_backward
 from .low_rank_experts import check_ranks
 from .low_rank_experts import forward as experts_forward
-from .node import EPS, can_be_one_node, halves_like
+from .node import EPS, can_be_one_node, differentiable_once, halves_like
 from .norm_conv3x3 import backward as conv_backward
 from .norm_conv3x3 import forward as conv_forward
 from .router import check_top_k, route_backward
@@ -157,7 +156,7 @@ class Node(torch.autograd.Function):
         return ffn_forward(middle, *ffn_of, EPS)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dy):
         x, widened, a, expert_index, expert_weight, mean, probability, k, maps, middle, *parameters = ctx.saved_tensors
         expand_of, calibrate_of, stripes_of, weight_router = of_parts(parameters)[:4]

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import ops, reference
 from ..backends import is_plain
@@ -14,7 +13,7 @@ from .checks import check_odd, check_tensors
 from .gated_ffn import backward as ffn_backward
 from .gated_ffn import forward as ffn_forward
 from .library import cast_for_autocast
-from .node import EPS, can_be_one_node, halves_like
+from .node import EPS, can_be_one_node, differentiable_once, halves_like
 from .norm_pointwise import backward as pointwise_backward
 from .norm_pointwise import forward as pointwise_forward
 from .striped_conv import backward as striped_backward
@@ -94,7 +93,7 @@ class Node(torch.autograd.Function):
         return ffn_forward(middle, *ffn_of, EPS)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dy):
         x, middle, *saved = ctx.saved_tensors
         see_of, ffn_of = saved[:10], saved[10:18]
