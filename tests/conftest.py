@@ -50,11 +50,15 @@ def pytest_addoption(parser):
     parser.addoption("--data", default=os.environ.get("SEEMORE_FAST_DATA"), help="folder with test/Set5 and train/")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--device").startswith("cuda"):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU: --device cuda"))
+            arguments = item.callspec.params if hasattr(item, "callspec") else {}
+            if arguments.get("backend") == "triton" and arguments.get("dtype") == torch.float16:
+                item.add_marker(pytest.mark.slow)  # the interpreter's seconds: bfloat16's test is the same code
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,6 @@ def test_triton_makes_sees_inside_again(model, device):
         assert_equal(found, expected)
         features = 4 * 16 * 16 * model.config["embedding_dim"]
         assert kept == most - 3 * features
-        assert step(model, x, "block")[1] < kept
         model.recompute = "block"
         y = model(x)
     model.zero_grad()

@@ -32,8 +32,8 @@ def models(device):
 @each_backend
 def test_values_and_gradients_are_those_of_the_plain_network(backend, device, models, monkeypatch):
     plain, ours = models
-    x, used = torch.rand(2, 3, 16, 17, device=device), set()
-    target = torch.rand(2, 3, 32, 34, device=device)
+    x, used = torch.rand(2, 3, 5, 13, device=device), set()
+    target = torch.rand(2, 3, 10, 26, device=device)
     functions = backends._functions
     monkeypatch.setattr(backends, "_functions", lambda name, operator: used.add(operator) or functions(name, operator))
     torch.nn.functional.l1_loss(plain(x), target).backward()
@@ -89,7 +89,7 @@ def test_launches_of_a_group(backend, device, monkeypatch):
 def test_gradients_under_autocast(backend, device, models, dtype):
     """All of them together, and the result, are at most twice as far from float64 as the plain network's."""
     plain, ours = models
-    x = torch.rand(2, 3, 16, 17, device=device)
+    x = torch.rand(2, 3, 5, 13, device=device)
 
     def step(network, x, cast):
         network.zero_grad()
@@ -165,7 +165,7 @@ def test_memory_of_a_call(backend, device, dtype):
     """It is what `gpu_memory_needed` tells, but for the weights, and much less than the plain network's."""
     torch.manual_seed(0)
     model = SeemoRe(**{**T, "scale": 4, "num_layers": 1}).to(device, dtype).eval().prepare()
-    x, plain = torch.rand(1, 3, 40, 48, device=device), reference.SeemoRe(**model.config).to(device, dtype).eval()
+    x, plain = torch.rand(1, 3, 24, 32, device=device), reference.SeemoRe(**model.config).to(device, dtype).eval()
     plain.load_state_dict(model.state_dict())
     with torch.no_grad(), kit.chosen(backend, device), Peak() as ours:
         model(x)
