@@ -82,8 +82,7 @@ class FusedBlock(Fused):
 
     def arguments_now(self) -> list[Tensor]:
         """Return the tensors that the operator takes after x: frozen, or as they are now."""
-        wants_gradients = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        if not self._frozen or wants_gradients:
+        if not self._frozen or (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
             return [tensor for tensor, _ in self._arguments()]
         dtype = plain.body_dtype(self.norm_1.weight)
         if dtype in self._frozen:

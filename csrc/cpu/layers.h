@@ -56,6 +56,37 @@ inline void set_value(const Parameter& parameter, int64_t i, double value) {
   }
 }
 
+// A whole parameter in the type of sums, and its gradient.
+template <class A>
+inline void read_values(A* to, const Parameter& parameter, int64_t count) {
+  switch (parameter.dtype) {
+    case DType::float32:
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<const float*>(parameter.data)[i];
+      return;
+    case DType::float64:
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<A>(static_cast<const double*>(parameter.data)[i]);
+      return;
+    default:
+      for (int64_t i = 0; i < count; ++i) to[i] = load_one(static_cast<const BFloat16*>(parameter.data) + i);
+  }
+}
+
+template <class A>
+inline void write_values(const Parameter& parameter, const A* from, int64_t count) {
+  switch (parameter.dtype) {
+    case DType::float32:
+      for (int64_t i = 0; i < count; ++i) static_cast<float*>(parameter.data)[i] = static_cast<float>(from[i]);
+      return;
+    case DType::float64:
+      for (int64_t i = 0; i < count; ++i) static_cast<double*>(parameter.data)[i] = from[i];
+      return;
+    default:
+      for (int64_t i = 0; i < count; ++i) {
+        store_one(static_cast<BFloat16*>(parameter.data) + i, static_cast<float>(from[i]));
+      }
+  }
+}
+
 // load_rows and store_rows of images of any type; in double, all are.
 
 inline void load_image(float* out, const TypedImage& image, const Size& size, const Place& place, int64_t count) {

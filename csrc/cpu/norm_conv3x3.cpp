@@ -18,7 +18,7 @@ constexpr int64_t kPixels = 512;  // of a step
 // The parameters in the type of sums, and packed.
 template <class A, class Cell>
 struct Layers {
-  explicit Layers(const NormConv3x3& in)
+  Layers(const NormConv3x3& in, bool is_training)
       : has_norm(in.norm_weight.data),
         has_pointwise(in.weight_pw.data),
         is_gelu(in.activation == Activation::gelu),
@@ -28,17 +28,16 @@ struct Layers {
         gain(channels),
         shift(channels),
         forward(rows, channels),
-        backward(channels, rows),
+        backward(is_training ? channels : 0, rows),
         pointwise({}, {}, in.weight_pw, in.bias_pw, has_pointwise ? out_rows : 0, rows) {
-    for (int64_t c = 0; c < channels && has_norm; ++c) {
-      gain[c] = value_of<A>(in.norm_weight, c), shift[c] = value_of<A>(in.norm_bias, c);
+    if (has_norm) read_values<A>(gain, in.norm_weight, channels), read_values<A>(shift, in.norm_bias, channels);
+    const Buffer<A> weight(rows * channels * 9);
+    read_values<A>(weight, in.weight, rows * channels * 9);
+    forward.template pack<false>([&](int64_t r, int64_t c) { return weight + (r * channels + c) * 9; });
+    if (is_training) {
+      backward.template pack<true>([&](int64_t c, int64_t r) { return weight + (r * channels + c) * 9; });
     }
-    const auto weight = [&](int64_t r, int64_t c, int64_t tap) {
-      return value_of<A>(in.weight, (r * channels + c) * 9 + tap);
-    };
-    forward.pack(weight);
-    backward.pack([&](int64_t c, int64_t r, int64_t tap) { return weight(r, c, 8 - tap); });
-    for (int64_t r = 0; r < rows; ++r) forward.bias(r) = value_of<A>(in.bias, r);
+    read_values<A>(forward.bias(), in.bias, rows);
   }
 
   bool has_norm, has_pointwise, is_gelu;
@@ -305,7 +304,7 @@ class Backward {
 
 template <class A, class Cell>
 void run_forward(const NormConv3x3& in, const TypedImage& y) {
-  const Layers<A, Cell> layers(in);
+  const Layers<A, Cell> layers(in, false);
   const Bands bands(in.size);
   for_each_range(bands.count(), [&](int64_t begin, int64_t end) {
     Forward<A, Cell> forward(in, y, layers, bands);
@@ -315,7 +314,7 @@ void run_forward(const NormConv3x3& in, const TypedImage& y) {
 
 template <class A, class Cell>
 void run_backward(const NormConv3x3& in, const NormConv3x3Gradients& grad) {
-  const Layers<A, Cell> layers(in);
+  const Layers<A, Cell> layers(in, true);
   const Bands bands(in.size);
   const int64_t count = Sums<A, Cell>(layers).count;
   const Buffer<A> partial(bands.count() * count), memory(count);
@@ -327,23 +326,26 @@ void run_backward(const NormConv3x3& in, const NormConv3x3Gradients& grad) {
   add_up<A>(memory, partial, bands.count(), count);
   const Sums<A, Cell> sums(layers, memory);
   const int64_t of_one = layers.rows * layers.channels;
+  const Buffer<A> dweight(9 * of_one);
   for (int64_t rc = 0; rc < of_one; ++rc) {
-    double lines[3][4];  // G^T of the products' numbers m
+    double lines[3][4];
     for (int n = 0; n < 4; ++n) {
-      const auto sum = [&](int m) { return static_cast<double>(sums.conv[(4 * m + n) * of_one + rc]); };
-      lines[0][n] = sum(0) + (sum(1) + sum(2)) / 2, lines[1][n] = (sum(1) - sum(2)) / 2;
-      lines[2][n] = (sum(1) + sum(2)) / 2 + sum(3);
+      double of[4], tap[3];
+      for (int m = 0; m < 4; ++m) of[m] = sums.conv[(4 * m + n) * of_one + rc];
+      transform_back(tap, of);
+      for (int line = 0; line < 3; ++line) lines[line][n] = tap[line];
     }
     for (int line = 0; line < 3; ++line) {
-      const double* const of = lines[line];
-      const double taps[3] = {of[0] + (of[1] + of[2]) / 2, (of[1] - of[2]) / 2, (of[1] + of[2]) / 2 + of[3]};
-      for (int k = 0; k < 3; ++k) set_value(grad.dweight, rc * 9 + line * 3 + k, taps[k]);
+      double tap[3];
+      transform_back(tap, lines[line]);
+      for (int k = 0; k < 3; ++k) dweight[rc * 9 + line * 3 + k] = static_cast<A>(tap[k]);
     }
   }
-  for (int64_t r = 0; r < layers.rows; ++r) set_value(grad.dbias, r, sums.bias[r]);
-  for (int64_t c = 0; c < layers.channels && layers.has_norm; ++c) {
-    set_value(grad.dnorm_weight, c, sums.norm[c]);
-    set_value(grad.dnorm_bias, c, sums.norm[layers.channels + c]);
+  write_values<A>(grad.dweight, dweight, 9 * of_one);
+  write_values<A>(grad.dbias, sums.bias, layers.rows);
+  if (layers.has_norm) {
+    write_values<A>(grad.dnorm_weight, sums.norm, layers.channels);
+    write_values<A>(grad.dnorm_bias, sums.norm + layers.channels, layers.channels);
   }
   if (layers.has_pointwise) layers.pointwise.write_gradients(sums.pointwise, {}, {}, grad.dweight_pw, grad.dbias_pw);
 }

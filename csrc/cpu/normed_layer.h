@@ -22,11 +22,9 @@ class NormedLayer {
         weight_(rows * channels),
         gain_(channels),
         shift_(channels) {
-    for (int64_t i = 0; i < rows * channels; ++i) weight_[i] = value_of<A>(weight, i);
-    for (int64_t c = 0; c < channels; ++c) {
-      gain_[c] = has_norm_ ? value_of<A>(norm_weight, c) : 1;
-      shift_[c] = has_norm_ ? value_of<A>(norm_bias, c) : 0;
-    }
+    read_values<A>(weight_, weight, rows * channels);
+    for (int64_t c = 0; c < channels; ++c) gain_[c] = 1, shift_[c] = 0;
+    if (has_norm_) read_values<A>(gain_, norm_weight, channels), read_values<A>(shift_, norm_bias, channels);
     const auto one = [](int64_t) { return A{1}; };
     const auto gain = [&](int64_t c) { return gain_[c]; };
     forward.pack([&](int64_t r, int64_t c) { return weight_[r * channels + c]; }, one, gain);

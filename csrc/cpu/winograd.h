@@ -169,19 +169,14 @@ class Quarters {
   int64_t channels_;
 };
 
-// G g along one axis: number m.
-template <class Tap>
-inline auto transformed_tap(int m, const Tap& tap) {
-  switch (m) {
-    case 0:
-      return tap(0);
-    case 1:
-      return (tap(0) + tap(1) + tap(2)) / 2;
-    case 2:
-      return (tap(0) - tap(1) + tap(2)) / 2;
-    default:
-      return tap(2);
-  }
+// G g along one axis, and G^T of what the products of the four numbers add up to.
+inline void transform_taps(double (&to)[4], double first, double middle, double last) {
+  to[0] = first, to[1] = (first + middle + last) / 2, to[2] = (first - middle + last) / 2, to[3] = last;
+}
+
+inline void transform_back(double (&tap)[3], const double (&of)[4]) {
+  const double half = (of[1] + of[2]) / 2;
+  tap[0] = of[0] + half, tap[1] = (of[1] - of[2]) / 2, tap[2] = half + of[3];
 }
 
 // The kernel, transformed and packed: [m][tile of rows][channel][n][row of the tile].
@@ -193,26 +188,36 @@ class WinogradWeights {
     for (int64_t r = 0; r < rows; ++r) bias_[r] = 0;
   }
 
-  A& bias(int64_t row) { return bias_[row]; }
+  A* bias() const { return bias_; }
 
-  // weight(row, channel, tap), taps line by line
-  template <class Weight>
-  void pack(const Weight& weight) {
-    A* to = weights_;
-    for (int m = 0; m < 4; ++m) {
-      for_each_row_tile([&](auto rows_at_once, int64_t first) {
-        constexpr int R = decltype(rows_at_once)::value;
-        for (int64_t c = 0; c < channels_; ++c) {
+  // taps(row, channel): where the nine taps lie, line by line; they are taken so or from the last to the first.
+  template <bool from_last, class Taps>
+  void pack(const Taps& taps) {
+    const int64_t of_number = 4 * round_up(rows_, 2) * channels_;
+    for_each_row_tile([&](auto rows_at_once, int64_t first) {
+      constexpr int R = decltype(rows_at_once)::value;
+      for (int64_t c = 0; c < channels_; ++c) {
+        A* const to = weights_ + 4 * (first * channels_ + R * c);
+        for (int64_t r = 0; r < R; ++r) {
+          double lines[3][4], both[4][4];
+          const A* const tap = taps(smaller(first + r, rows_ - 1), c);
+          for (int line = 0; line < 3; ++line) {
+            const A* const at = tap + 3 * (from_last ? 2 - line : line);
+            transform_taps(lines[line], at[from_last ? 2 : 0], at[1], at[from_last ? 0 : 2]);
+          }
           for (int n = 0; n < 4; ++n) {
-            for (int64_t r = first; r < first + R; ++r) {
-              *to++ = r >= rows_ ? 0 : static_cast<A>(transformed_tap(m, [&](int line) {
-                return transformed_tap(n, [&](int k) { return static_cast<double>(weight(r, c, 3 * line + k)); });
-              }));
+            double column[4];
+            transform_taps(column, lines[0][n], lines[1][n], lines[2][n]);
+            for (int m = 0; m < 4; ++m) both[m][n] = column[m];
+          }
+          for (int m = 0; m < 4; ++m) {
+            for (int n = 0; n < 4; ++n) {
+              to[m * of_number + n * R + r] = first + r < rows_ ? static_cast<A>(both[m][n]) : 0;
             }
           }
         }
-      });
-    }
+      }
+    });
   }
 
   // The convolution of so many tiles. All rows' products of one number m come together: what they are made of stays in

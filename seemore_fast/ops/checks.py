@@ -1,5 +1,7 @@
 """One checker for the arguments of every operator, so that every backend refuses with the same words."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -49,22 +51,30 @@ def check_device(operator: str, name: str, tensor: Tensor, first_name: str, firs
 
 
 def _check_shape(operator: str, name: str, tensor: Tensor, spec: str, sizes: dict[str, int]):
-    expected = spec.split()
+    expected = _parse(spec)
     fits = tensor.dim() == len(expected)
-    for size, symbol in zip(tensor.shape, expected, strict=False):
-        if symbol.isdigit():
-            wanted = int(symbol)
-        else:
-            factor, letter = (2, symbol[1:]) if symbol[0] == "2" else (1, symbol)
-            wanted = factor * sizes.setdefault(letter, size)
-            if size == 0 and letter not in ("B", "K"):  # no image is a batch; the taps K are checked to be odd
-                raise ValueError(f"{operator}: {name} has shape {tuple(tensor.shape)}, expected no size of 0 but B's")
+    for size, (factor, letter) in zip(tensor.shape, expected, strict=False):
+        wanted = factor * sizes.setdefault(letter, size) if letter else factor
+        if size == 0 and letter not in ("", "B", "K"):  # no image is a batch; the taps K are checked to be odd
+            raise ValueError(f"{operator}: {name} has shape {tuple(tensor.shape)}, expected no size of 0 but B's")
         fits = fits and size == wanted
     if not fits:
         known = ", ".join(f"{letter} = {size}" for letter, size in sizes.items())
         raise ValueError(
-            f"{operator}: {name} has shape {tuple(tensor.shape)}, expected ({', '.join(expected)}) with {known}"
+            f"{operator}: {name} has shape {tuple(tensor.shape)}, expected ({', '.join(spec.split())}) with {known}"
         )
+
+
+@functools.cache
+def _parse(spec: str) -> list[tuple[int, str]]:
+    """Return the factor and the letter of each size, the letter empty for a number."""
+    sizes = []
+    for symbol in spec.split():
+        if symbol.isdigit():
+            sizes.append((int(symbol), ""))
+        else:
+            sizes.append((2, symbol[1:]) if symbol[0] == "2" else (1, symbol))
+    return sizes
 
 
 def check_choice(operator: str, name: str, value, choices: tuple):
