@@ -135,7 +135,7 @@ def test_a_second_derivative_is_refused(part):
         model, x = getattr(model.body[0], part), torch.rand(1, model.config["embedding_dim"], 16, 16)
     x.requires_grad_()
     (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="not differentiable, expected a single backward.*use_backend"):
+    with pytest.raises(RuntimeError, match=r"not differentiable, expected a single backward.*use_backend"):
         gradient.sum().backward()
 
 

@@ -1,5 +1,5 @@
 """Measures of picture quality."""
 
-from .metrics import luma, psnr_y
+from .metrics import luma, psnr_y, ssim_y
 
-__all__ = ["luma", "psnr_y"]
+__all__ = ["luma", "psnr_y", "ssim_y"]

@@ -1,0 +1,45 @@
+"""``seemore-fast export``: a network as a file for other programs."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..files import why_not_writable
+from .exits import DONE, FAILED, UsageError
+
+HELP = "Write a network as .safetensors, .pth (published layout), .onnx or .pt2 (torch.export)."
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Declare the command's arguments."""
+    parser.add_argument("--model", default="seemore_t_x2", metavar="NAME|PATH", help="shipped model or weights file")
+    parser.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="FILE", help="its ending says what to write"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the file, whole or not at all."""
+    from ..checkpoint import CheckpointError, load_model
+    from ..export import FORMATS, export, smallest
+
+    if options.output.suffix.lower() not in FORMATS:
+        kinds = ", ".join(FORMATS)
+        raise UsageError(f"{options.output} ends in {options.output.suffix!r}, expected one of {kinds}")
+    if reason := why_not_writable(options.output):
+        raise UsageError(reason)
+    try:
+        model = load_model(options.model)
+    except CheckpointError as error:
+        print(f"seemore-fast export: {error}", file=sys.stderr)
+        return FAILED
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(str(error)) from None
+    try:
+        export(model, options.output)
+    except ImportError as error:
+        raise UsageError(f"{error.name} is missing: pip install 'seemore-fast[export]'") from None
+    print(f"{options.output}: {FORMATS[options.output.suffix.lower()]}")
+    if options.output.suffix.lower() in (".onnx", ".pt2"):
+        print(f"images of at least {smallest(model)} pixels a side; values in [0, 1]")
+    return DONE

@@ -1,0 +1,48 @@
+"""``seemore-fast train``: a training run from a configuration."""
+
+import argparse
+import sys
+
+from .exits import DONE, FAILED, UsageError
+
+HELP = "Train a network from a YAML configuration; torchrun runs it on several GPUs or machines."
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Declare the command's arguments."""
+    parser.add_argument("config", help="a recipe of the package (t_x2, ...), a .yml file, or an option file of BasicSR")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.train=photos data.batch=8")
+    parser.add_argument("--resume", metavar="auto|FILE", help="go on from the newest checkpoint in `out`, or from one")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (by default a GPU if there is one)")
+    parser.add_argument("--until", type=int, metavar="STEP", help="stop there, with a checkpoint, as if interrupted")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train; a run that was asked to stop and has saved all is done, too."""
+    try:
+        import yaml  # noqa: F401
+    except ImportError:
+        raise UsageError("training reads YAML: pip install 'seemore-fast[train]'") from None
+    from ..training.config import ConfigError, load_config
+    from ..training.group import join
+    from ..training.state import StateError
+    from ..training.trainer import Trainer, TrainingError
+
+    try:
+        config, notes = load_config(options.config, options.overrides)
+        group = join(options.device)
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
+    try:
+        if group.is_first:
+            for note in notes:
+                print(f"note: {note}", file=sys.stderr)
+        Trainer(config, group, options.resume).run(options.until)
+    except (ConfigError, StateError) as error:
+        raise UsageError(str(error)) from None
+    except TrainingError as error:
+        print(f"seemore-fast train: {error}", file=sys.stderr)
+        return FAILED
+    finally:
+        group.close()
+    return DONE

@@ -1,0 +1,198 @@
+"""Option files in BasicSR's format, which the published recipes have, as a configuration of ours."""
+
+import difflib
+from collections.abc import Mapping
+
+from .config import ConfigError
+
+# What has no counterpart here and changes nothing about the weights that come out.
+_SILENT = {
+    "name", "model_type", "num_gpu", "dist_params", "print_freq", "use_tb_logger", "wandb", "is_train", "dist",
+    "rank", "world_size", "auto_resume", "find_unused_parameters", "dist_port", "launcher", "use_petrel",
+}  # fmt: skip
+_NETWORK = {
+    "scale", "in_chans", "num_experts", "num_layers", "embedding_dim", "img_range", "use_shuffle",
+    "global_kernel_size", "recursive", "lr_space", "topk",
+}  # fmt: skip
+
+_TRAINING = {
+    "total_iter", "ema_decay", "optim_g", "scheduler", "pixel_opt", "fft_opt", "grad_clip", "use_grad_clip",
+    "warmup_iter", "use_amp",
+}  # fmt: skip
+_IMAGES = {
+    "name", "type", "dataroot_gt", "dataroot_lq", "filename_tmpl", "io_backend", "gt_size", "use_hflip", "use_rot",
+    "num_worker_per_gpu", "batch_size_per_gpu", "phase", "scale", "use_shuffle", "dataset_enlarge_ratio",
+    "prefetch_mode", "pin_memory", "num_prefetch_queue", "meta_info_file",
+}  # fmt: skip
+
+
+def translate(options: Mapping, where: str) -> tuple[dict, list[str]]:
+    """Return sections and keys of ours, and a line for each thing asked for that is not supported.
+
+    Read are name, scale, manual_seed, network_g, path, datasets (train, and every val as validation), train
+    (total_iter, ema_decay, optim_g, scheduler, pixel_opt, fft_opt, grad_clip, warmup_iter), val and logger. Batches
+    are those of BasicSR: `batch_size_per_gpu` times `num_gpu`.
+
+    Raises ConfigError for a file without what a run needs, or with a value that cannot be carried out.
+    """
+    return _Reader(options, where).read()
+
+
+class _Reader:
+    def __init__(self, options: Mapping, where: str):
+        self.options, self.where, self.notes = options, where, []
+
+    def read(self) -> tuple[dict, list[str]]:
+        options = self.options
+        self._name_unsupported(
+            options, "", {"scale", "manual_seed", "network_g", "path", "datasets", "train", "val", "logger"}
+        )
+        content = {"out": f"runs/{options.get('name', 'run')}", "init_from": None}
+        if options.get("manual_seed") is not None:
+            content["seed"] = options["manual_seed"]
+        content["model"] = self._network(self._section(options, "network_g"))
+        content |= self._training(self._section(options, "train"))
+        datasets = self._section(options, "datasets")
+        content["data"] = self._training_data(self._section(datasets, "train", "datasets."), content["model"]["scale"])
+        content["validation"] = self._validation(datasets, options.get("val") or {})
+        content |= self._path_and_logger()
+        return content, self.notes
+
+    def _section(self, options: Mapping, key: str, prefix: str = "") -> Mapping:
+        section = options.get(key)
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"{self.where}: {prefix}{key} is {section!r}, expected a section of keys")
+        return section
+
+    def _name_unsupported(self, section: Mapping, prefix: str, known: set[str]):
+        for key in section:
+            if key in known or key in _SILENT:
+                continue
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f" (did you mean {prefix}{near[0]}?)" if near else ""
+            self.notes.append(f"{self.where}: {prefix}{key} is not supported and has no effect{hint}")
+
+    def _network(self, section: Mapping) -> dict:
+        self._name_unsupported(section, "network_g.", {"type", *_NETWORK})
+        if section.get("type") not in ("SeemoRe", "SeemoReFast"):
+            raise ConfigError(f"{self.where}: network_g.type is {section.get('type')!r}, expected SeemoRe")
+        scale = section.get("scale", self.options.get("scale"))
+        if scale is None:
+            raise ConfigError(f"{self.where}: there is no scale, expected it in network_g or at the top")
+        defaults = {"num_experts": 6, "num_layers": 6, "embedding_dim": 64, "topk": 2, "lr_space": "linear"}
+        own = {key: value for key, value in section.items() if key in _NETWORK}
+        return {"preset": None, **defaults, **own, "scale": scale}
+
+    def _training(self, section: Mapping) -> dict:
+        self._name_unsupported(section, "train.", _TRAINING)
+        optimizer = dict(self._section(section, "optim_g", "train."))
+        self._name_unsupported(optimizer, "train.optim_g.", {"type", "lr", "weight_decay", "betas"})
+        content = {
+            "steps": section.get("total_iter", 500_000),
+            "ema": section.get("ema_decay", 0),
+            "optimizer": {
+                "name": str(optimizer.pop("type", "Adam")).lower(),
+                **{key: value for key, value in optimizer.items() if key in ("lr", "weight_decay", "betas")},
+            },
+            "schedule": self._schedule(section, optimizer),
+            "loss": self._losses(section),
+        }
+        clip = section.get("grad_clip", 0.01 if section.get("use_grad_clip") else None)
+        if clip and not isinstance(clip, bool):
+            content["optimizer"]["clip"] = clip
+        if section.get("use_amp"):
+            content["precision"] = "bf16"
+        return content
+
+    def _schedule(self, section: Mapping, optimizer: Mapping) -> dict:
+        scheduler = dict(section.get("scheduler") or {})
+        kind, warmup = scheduler.pop("type", None), section.get("warmup_iter", -1)
+        content = {"warmup": max(0, warmup or 0)}
+        if kind is None:
+            return {"name": "constant", **content}
+        if kind in ("MultiStepLR", "MultiStepRestartLR"):
+            self._name_unsupported(scheduler, "train.scheduler.", {"milestones", "gamma"})
+            own = {key: scheduler[key] for key in ("milestones", "gamma") if key in scheduler}
+            return {"name": "multistep", **content, **own}
+        if kind in ("CosineAnnealingRestartLR", "CosineAnnealingRestartCyclicLR", "TrueCosineAnnealingLR"):
+            periods = scheduler.get("periods", [scheduler.get("T_max", 0)])
+            if len(periods) > 1:
+                self.notes.append(
+                    f"{self.where}: train.scheduler.periods is {periods}: one cosine over all steps is taken"
+                )
+            lowest = scheduler.get("eta_min", scheduler.get("eta_mins", [0]))
+            lowest = lowest[-1] if isinstance(lowest, list) else lowest
+            return {"name": "cosine", **content, "lowest": float(lowest) / float(optimizer.get("lr", 1e-3))}
+        raise ConfigError(
+            f"{self.where}: train.scheduler.type is {kind!r}, expected MultiStepLR or CosineAnnealingRestartLR"
+        )
+
+    def _losses(self, section: Mapping) -> dict:
+        weights = {"l1": 0.0, "fft": 0.0}
+        for key, name, kinds in (("pixel_opt", "l1", ("L1Loss",)), ("fft_opt", "fft", ("FFTLoss",))):
+            told = section.get(key)
+            if told is None:
+                continue
+            if told.get("type") not in kinds or told.get("reduction", "mean") != "mean":
+                raise ConfigError(f"{self.where}: train.{key} is {dict(told)}, expected {kinds[0]} with reduction mean")
+            weights[name] = told.get("loss_weight", 1.0)
+        return weights
+
+    def _training_data(self, section: Mapping, scale: int) -> dict:
+        self._name_unsupported(section, "datasets.train.", _IMAGES)
+        size, where = section.get("gt_size", 128), f"{self.where}: datasets.train"
+        if not isinstance(size, int) or size % scale:
+            raise ConfigError(f"{where}.gt_size is {size!r}, expected a multiple of the scale, {scale}")
+        if (section.get("io_backend") or {}).get("type", "disk") != "disk":
+            raise ConfigError(f"{where}.io_backend.type is {section['io_backend']['type']!r}, expected disk")
+        if section.get("meta_info_file"):
+            self.notes.append(f"{where}.meta_info_file has no effect: all images of the folder are taken")
+        flips, turns = (section.get(key, True) for key in ("use_hflip", "use_rot"))
+        if flips != turns:
+            self.notes.append(f"{where}: use_hflip and use_rot go together here, both are on")
+        workers = section.get("num_worker_per_gpu", 0)
+        data = {
+            "train": self._folders(section.get("dataroot_gt"), f"{where}.dataroot_gt"),
+            "patch": size // scale,
+            "batch": section.get("batch_size_per_gpu", 16) * max(1, self.options.get("num_gpu") or 1),
+            "augment": bool(flips or turns),
+            "workers": workers,
+        }
+        if section.get("dataroot_lq"):
+            data["lr"] = self._folders(section["dataroot_lq"], f"{where}.dataroot_lq")
+            data["lr_name"] = section.get("filename_tmpl", "{}")
+        return data
+
+    @staticmethod
+    def _folders(value, where: str) -> list[str]:
+        folders = value if isinstance(value, list) else [value]
+        if not all(isinstance(folder, str) for folder in folders):
+            raise ConfigError(f"{where} is {value!r}, expected a folder")
+        return folders
+
+    def _validation(self, datasets: Mapping, section: Mapping) -> dict:
+        self._name_unsupported(section, "val.", {"val_freq", "save_img", "metrics", "suffix", "pbar"})
+        data = {}
+        for key, told in datasets.items():
+            if str(key).startswith("val") and isinstance(told, Mapping) and told.get("dataroot_gt"):
+                data[str(told.get("name", key))] = told["dataroot_gt"]
+                if told.get("dataroot_lq"):
+                    self.notes.append(f"{self.where}: datasets.{key}.dataroot_lq has no effect: LR is made of HR")
+        return {"data": data, "every": int(float(section.get("val_freq", 5000)))}
+
+    def _path_and_logger(self) -> dict:
+        path, logger = self.options.get("path") or {}, self.options.get("logger") or {}
+        self._name_unsupported(
+            path, "path.", {"pretrain_network_g", "strict_load_g", "resume_state", "param_key_g", "experiments_root"}
+        )
+        self._name_unsupported(logger, "logger.", {"print_freq", "save_checkpoint_freq"})
+        content = {}
+        if path.get("pretrain_network_g"):
+            content["init_from"] = path["pretrain_network_g"]
+        if path.get("resume_state"):
+            self.notes.append(f"{self.where}: path.resume_state has no effect: --resume goes on with a run of ours")
+        if logger.get("save_checkpoint_freq"):
+            content["checkpoint"] = {"every": int(float(logger["save_checkpoint_freq"]))}
+        if logger.get("print_freq"):
+            content["log"] = {"every": logger["print_freq"]}
+        return content

@@ -1,0 +1,207 @@
+"""Training images, decoded once into one memory-mapped file: high resolution, and low resolution beside it.
+
+Low resolution is made of the whole image before anything is cut: a patch that is shrunk by itself has other borders.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ..resize import bicubic_resize
+from ..upscale.images import FORMATS, ImageError, read_image
+from .config import ConfigError, Data
+
+VERSION = 1  # of the cache's format
+_AT_ONCE = 8  # images that are decoded before they are written
+
+
+@dataclass
+class Images:
+    """Pairs of images, uint8 RGB (H, W, 3), one after another in a memory-mapped file.
+
+    offsets   (pairs, 2) int64: at which bytes LR and HR begin
+    sizes     (pairs, 2) int64: height and width of LR; HR has `scale` times as many
+    names     the HR files
+    skipped   a line for each file that could not be read
+    """
+
+    path: Path
+    offsets: np.ndarray
+    sizes: np.ndarray
+    names: list[str]
+    skipped: list[str]
+    scale: int
+
+    @functools.cached_property
+    def pixels(self) -> np.ndarray:
+        """All of them, (N,) uint8. What would be written to them stays in this process."""
+        return np.memmap(self.path, np.uint8, "c")
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "pixels"}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return LR (H, W, 3) and HR (scale H, scale W, 3)."""
+        height, width = (int(n) for n in self.sizes[index])
+        found = []
+        for offset, s in zip(self.offsets[index], (1, self.scale), strict=True):
+            count = s * height * s * width * 3
+            found.append(self.pixels[offset : offset + count].reshape(s * height, s * width, 3))
+        return found[0], found[1]
+
+
+def list_pairs(data: Data) -> list[tuple[Path, Path | None]]:
+    """Return the HR files of all folders, sorted in each, with their LR files where those are given."""
+    pairs = []
+    for i, folder in enumerate(data.train):
+        files = list_images(Path(folder), "data.train")
+        partners = {}
+        if data.lr:
+            files_lr = list_images(Path(data.lr[i]), "data.lr")
+            partners = {file.with_suffix("").relative_to(data.lr[i]): file for file in files_lr}
+        for file in files:
+            if not data.lr:
+                pairs.append((file, None))
+                continue
+            relative = file.relative_to(folder)
+            name = relative.with_name(data.lr_name.format(relative.stem))
+            if name not in partners:
+                raise ConfigError(
+                    f"data.lr: {data.lr[i]} holds no {name} with an image's ending, the LR image of {file}"
+                )
+            pairs.append((file, partners[name]))
+    return pairs
+
+
+def list_images(folder: Path, key: str) -> list[Path]:
+    """Return the image files in a folder and its subfolders, sorted."""
+    if not folder.is_dir():
+        reason = "is a file, expected a folder" if folder.exists() else "does not exist"
+        raise ConfigError(f"{key}: {folder} {reason}")
+    files = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
+    files = sorted(file for file in files if file.suffix.lower() in FORMATS)
+    if not files:
+        raise ConfigError(f"{key}: {folder} holds no image: expected files that end in {', '.join(FORMATS)}")
+    return files
+
+
+def read_rgb(file: Path) -> np.ndarray:
+    """Return an upright image as uint8 (H, W, 3); raise ImageError, with the file's name, where it cannot be read."""
+    try:
+        return np.asarray(read_image(file).image.convert("RGB"))
+    except ImageError as error:
+        raise ImageError(f"{file} {error}") from None
+
+
+def open_images(data: Data, scale: int, folder: Path, is_first: bool = True) -> Images:
+    """Return the images of a run from their cache in `folder`, which is made where it is not there yet.
+
+    A cache belongs to the very files (path, size, time of change), the scale and the format: others get one of their
+    own. Damaged files are skipped, named and counted. Only one process, `is_first`, makes it.
+
+    Raises ConfigError for folders and pairs that do not fit, and for images smaller than a patch.
+    """
+    pairs = list_pairs(data)
+    stem = folder / f"x{scale}-{_fingerprint(pairs, scale)}"
+    if is_first and not stem.with_suffix(".json").exists():
+        _make(pairs, scale, stem)
+    images = _open(stem, scale)
+    if not len(images):
+        raise ConfigError(f"data.train: none of {len(pairs)} images can be read; the first: {images.skipped[0]}")
+    small = [i for i in range(len(images)) if min(images.sizes[i]) < data.patch]
+    if small:
+        sides = scale * images.sizes
+        some = ", ".join(f"{images.names[i]} ({sides[i, 1]}x{sides[i, 0]})" for i in small[:5])
+        raise ConfigError(
+            f"data.patch is {data.patch}, that is {data.patch * scale} pixels of an HR image, but {len(small)} images "
+            f"are smaller: {some}{', ...' if len(small) > 5 else ''}; remove them or make data.patch smaller"
+        )
+    return images
+
+
+def _fingerprint(pairs: list[tuple[Path, Path | None]], scale: int) -> str:
+    told = [VERSION, scale]
+    for file in (file for pair in pairs for file in pair if file):
+        state = file.stat()
+        told.append((str(file.resolve()), state.st_size, state.st_mtime_ns))
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+def _make(pairs: list[tuple[Path, Path | None]], scale: int, stem: Path):
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    table, skipped, end = {"offsets": [], "sizes": [], "names": []}, [], 0
+    temporary = stem.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file, tqdm(total=len(pairs), desc="decoding images", unit="image") as progress:
+            for (name, _), found in zip(pairs, _decode_all(pairs, scale), strict=True):
+                progress.update()
+                if isinstance(found, str):
+                    skipped.append(found)
+                    progress.write(f"skipped: {found}")
+                    continue
+                lr, hr = found
+                table["offsets"].append((end, end + lr.size))
+                table["sizes"].append(lr.shape[:2])
+                table["names"].append(str(name))
+                file.write(lr.data)
+                file.write(hr.data)
+                end += lr.size + hr.size
+        os.replace(temporary, stem.with_suffix(".bin"))
+        temporary.write_text(json.dumps({**table, "skipped": skipped, "bytes": end}))
+        os.replace(temporary, stem.with_suffix(".json"))  # the last: what has it is whole
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _decode_all(pairs: list[tuple[Path, Path | None]], scale: int) -> Iterator[tuple[np.ndarray, np.ndarray] | str]:
+    with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as pool:
+        for first in range(0, len(pairs), _AT_ONCE):
+            yield from pool.map(lambda pair: _decode(*pair, scale), pairs[first : first + _AT_ONCE])
+
+
+def _decode(file: Path, partner: Path | None, scale: int) -> tuple[np.ndarray, np.ndarray] | str:
+    """Return LR and HR, or what is wrong with them; raise ConfigError where they do not belong together."""
+    try:
+        hr = read_rgb(file)
+        lr = read_rgb(partner) if partner else None
+    except ImageError as error:
+        return str(error)
+    height, width = (n // scale for n in hr.shape[:2])
+    if lr is not None and lr.shape[:2] != (height, width):
+        raise ConfigError(
+            f"data.lr: {partner} has {lr.shape[1]}x{lr.shape[0]} pixels, expected {width}x{height}, "
+            f"1/{scale} of the {hr.shape[1]}x{hr.shape[0]} of {file}"
+        )
+    hr = np.ascontiguousarray(hr[: height * scale, : width * scale])
+    if not hr.size:
+        return f"{file} has {hr.shape[1]}x{hr.shape[0]} pixels, less than one of low resolution"
+    return (bicubic_resize(hr, 1 / scale) if lr is None else lr), hr
+
+
+def _open(stem: Path, scale: int) -> Images:
+    table = json.loads(stem.with_suffix(".json").read_text())
+    path = stem.with_suffix(".bin")
+    if path.stat().st_size != table["bytes"]:
+        stem.with_suffix(".json").unlink()
+        raise ConfigError(f"data.cache: {path} has {path.stat().st_size} bytes, expected {table['bytes']}: run again")
+    offsets, sizes = (np.array(table[key], np.int64).reshape(-1, 2) for key in ("offsets", "sizes"))
+    return Images(path, offsets, sizes, table["names"], table["skipped"], scale)
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the space left on the disk of a folder that may not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,73 @@
+"""What a run writes down as it goes: CSV files, and TensorBoard's where it is installed."""
+
+import csv
+import importlib.util
+from pathlib import Path
+
+from .config import ConfigError
+
+
+class Table:
+    """A CSV file with a row for some steps; of a resumed run the rows after its checkpoint are dropped."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        self.rows = []
+        if path.exists() and step > 0:
+            with path.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= step]
+        self._write(self.rows, "w")
+
+    def add(self, row: dict):
+        is_new_column = self.rows and set(row) - set(self.rows[0])
+        self.rows.append(row)
+        if len(self.rows) == 1 or is_new_column:
+            self._write(self.rows, "w")
+        else:
+            self._write([row], "a")
+
+    def _write(self, rows: list[dict], mode: str):
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        with self.path.open(mode, newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="")
+            if mode == "w" and columns:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+class Records:
+    """`steps.csv` and `validation.csv` in a folder, and the same for TensorBoard."""
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool | None):
+        self.steps, self.validation = (Table(folder / f"{name}.csv", step) for name in ("steps", "validation"))
+        self._board = None
+        if has_tensorboard() if tensorboard is None else tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+
+    def add_step(self, step: int, values: dict[str, float]):
+        self._add(self.steps, "training", step, values)
+
+    def add_validation(self, step: int, values: dict[str, float]):
+        self._add(self.validation, "validation", step, values)
+
+    def _add(self, table: Table, title: str, step: int, values: dict[str, float]):
+        table.add({"step": step, **{name: f"{value:.6g}" for name, value in values.items()}})
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(f"{title}/{name}", value, step)
+
+    def close(self):
+        if self._board:
+            self._board.close()
+
+
+def has_tensorboard() -> bool:
+    return importlib.util.find_spec("tensorboard") is not None
+
+
+def check_tensorboard(wanted: bool | None):
+    """Raise ConfigError where TensorBoard is asked for and not there."""
+    if wanted and not has_tensorboard():
+        raise ConfigError("log.tensorboard is true, but it is not installed: pip install 'seemore-fast[train]'")

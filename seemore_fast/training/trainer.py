@@ -1,0 +1,365 @@
+"""A training run: from its first step, or from its last checkpoint, to its end."""
+
+import contextlib
+import json
+import math
+import signal
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from ..checkpoint import save_model
+from ..model import SeemoRe
+from .config import Config, ConfigError
+from .crops import Crops, Steps, batches
+from .group import Group
+from .images import Images, free_bytes, open_images
+from .losses import pixel_loss
+from .records import Records, check_tensorboard
+from .schedule import factor
+from .start import start_from, start_from_interpolation
+from .state import Checkpoints, StateError, check_same_network, first_line, read_state
+from .validation import Validation, expert_usage
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on: says at which step, of which images, and what is left of it."""
+
+
+class Trainer:
+    """Everything that a run is made of; `run` trains.
+
+    All that can be wrong with the configuration is found here, before the first step: ConfigError and StateError.
+    """
+
+    def __init__(self, config: Config, group: Group | None = None, resume: str | None = None):
+        self.config, self.group = config, group or Group()
+        self.out = Path(config.out)
+        self._check_combination()
+        torch.manual_seed(config.seed)
+        self.model = self._build_model()
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).eval()
+        self.average.requires_grad_(False)
+        self.optimizer = self._build_optimizer()
+        self.scaler = torch.amp.GradScaler(self.group.device.type, enabled=config.precision == "fp16")
+        self.checkpoints = Checkpoints(self.out / "checkpoints", config.checkpoint.keep)
+        self.step, self.best, self.notes = 0, -math.inf, []
+        state = self._find_state(resume)
+        if state is None:
+            self._initialise()
+        self.images = self._open_images()
+        self.validation = Validation(config.validation.data, config.model.scale, self.group)
+        self.steps = Steps(self._crops(), config.data.batch, self.group.rank, self.group.world)
+        if state is not None:
+            self._restore(state)
+        self._parallel = self.model
+        if self.group.world > 1:
+            ids = [self.group.device] if self.group.device.type == "cuda" else None
+            self._parallel = DistributedDataParallel(self.model, device_ids=ids)
+        self._asked_to_stop = False
+
+    # What it is made of
+
+    def _check_combination(self):
+        config, world = self.config, self.group.world
+        check_tensorboard(config.log.tensorboard)
+        if config.data.batch % (world * config.accumulate):
+            raise ConfigError(
+                f"data.batch is {config.data.batch}, expected a multiple of {world * config.accumulate}: "
+                f"{world} processes times accumulate = {config.accumulate}"
+            )
+        if config.precision == "fp16" and self.group.device.type != "cuda":
+            raise ConfigError("precision is fp16, expected fp32 or bf16 where there is no GPU")
+
+    def _build_model(self) -> SeemoRe:
+        try:
+            model = SeemoRe(**self.config.model.arguments())
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"model: {error}") from None
+        if model.in_chans != 3:
+            raise ConfigError(f"model.in_chans is {model.in_chans}, expected 3: images are read as RGB")
+        if self.config.data.patch < model.min_size:
+            raise ConfigError(
+                f"data.patch is {self.config.data.patch}, expected at least {model.min_size}, the smallest image that "
+                "the network takes as it is"
+            )
+        model.recompute = self.config.recompute
+        dtype = torch.float64 if self.config.precision == "fp64" else torch.float32
+        return model.to(self.group.device, dtype).train()
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        told = self.config.optimizer
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[told.name]
+        parameters = self.model.parameters()
+        return kind(parameters, told.lr, betas=told.betas, weight_decay=told.weight_decay, fused=True)
+
+    def _initialise(self):
+        start = self.config.init_from
+        if start == "interpolation":
+            start_from_interpolation(self.model)
+        elif start is not None:
+            start_from(self.model, start)
+
+    def _open_images(self) -> Images:
+        data, scale = self.config.data, self.config.model.scale
+        folder = Path(data.cache) if data.cache else self.out / "cache"
+        images = None
+        if self.group.is_first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            images = open_images(data, scale, folder)
+        self.group.wait()
+        return images or open_images(data, scale, folder, is_first=False)
+
+    def _crops(self) -> Crops:
+        data, device = self.config.data, self.group.device
+        resident = data.on_device
+        if resident is None:
+            resident = device.type == "cuda" and self.images.pixels.size < torch.cuda.mem_get_info(device)[0] / 4
+        return Crops(self.images, data.patch, self.config.seed, data.augment, device if resident else "cpu")
+
+    # Checkpoints
+
+    def _find_state(self, resume: str | None) -> dict | None:
+        if resume is None:
+            if there := self.checkpoints.steps():
+                raise StateError(
+                    f"{self.checkpoints.folder} holds a run of {there[-1]} steps: give --resume auto to go on with it, "
+                    "or another folder as `out`"
+                )
+            return None
+        if resume == "auto":
+            state, complaints = self.checkpoints.newest()
+            self.notes += [f"{line}; the one before is taken" for line in complaints]
+            if complaints and state is None:
+                raise StateError(f"none of the checkpoints in {self.checkpoints.folder} can be read: {complaints[0]}")
+        else:
+            state = read_state(Path(resume))
+        if state is not None:
+            check_same_network(state, self.model.config, self.checkpoints.path(state["step"]))
+        return state
+
+    def _state(self) -> dict:
+        state = {
+            "step": self.step,
+            "network": json.dumps(self.model.config),
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": torch.get_rng_state(),
+            "best": self.best,
+        }
+        if self.group.device.type == "cuda":
+            state["random_cuda"] = torch.cuda.get_rng_state(self.group.device)
+        return state
+
+    def _restore(self, state: dict):
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"])
+        if "random_cuda" in state and self.group.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"], self.group.device)
+        self.step, self.best = state["step"], state["best"]
+
+    def _save(self, say=print) -> bool:
+        """Write a checkpoint and the averaged weights; where the disk does not take them, say so and leave the old."""
+        if not self.group.is_first:
+            return True
+        try:
+            self.checkpoints.save(self._state())
+            save_model(self.average.module, self.out / "weights.safetensors", step=self.step)
+        except (OSError, RuntimeError) as error:  # torch wraps what the disk says
+            folder = self.checkpoints.folder
+            say(
+                f"step {self.step}: the checkpoint cannot be written to {folder} ({free_bytes(folder) / 1e6:.0f} MB "
+                f"are free): {first_line(error)}; the older ones are untouched"
+            )
+            return False
+        return True
+
+    # Steps
+
+    def forward_backward(self, lr: Tensor, hr: Tensor) -> Tensor:
+        """Compute the gradients of a batch, uint8, in so many parts as told; return its loss."""
+        told, device = self.config, self.group.device
+        dtype, cast = next(self.model.parameters()).dtype, AUTOCAST.get(told.precision)
+        total = torch.zeros((), dtype=dtype, device=device)
+        parts = list(zip(lr.chunk(told.accumulate), hr.chunk(told.accumulate), strict=True))
+        for i, (x, truth) in enumerate(parts):
+            x, truth = (images.to(device, non_blocking=True).to(dtype) / 255 for images in (x, truth))
+            is_last = i == len(parts) - 1
+            apart = contextlib.nullcontext() if is_last or self.group.world == 1 else self._parallel.no_sync()
+            with apart:
+                with torch.autocast(device.type, cast, enabled=cast is not None):
+                    y = self._parallel(x)
+                loss = pixel_loss(y, truth, told.loss.l1, told.loss.fft) / len(parts)
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def train_step(self, lr: Tensor, hr: Tensor) -> Tensor:
+        """Take one step; return its loss."""
+        rate = self.config.optimizer.lr * factor(self.config.schedule, self.step, self.config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        loss = self.forward_backward(lr, hr)
+        if self.config.optimizer.clip:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.average.update_parameters(self.model)
+        self.step += 1
+        return loss
+
+    def run(self, until: int | None = None) -> bool:
+        """Train to the last step, or to step `until`; return whether it came there, rather than was asked to stop.
+
+        SIGINT and SIGTERM finish the step and write a checkpoint. Raises TrainingError where the loss is no number.
+        """
+        config, end = self.config, min(self.config.steps, until or self.config.steps)
+        records = Records(self.out, self.step, config.log.tensorboard) if self.group.is_first else None
+        progress = tqdm(
+            desc="training", unit="step", total=config.steps, initial=self.step, smoothing=0.05,
+            disable=not self.group.is_first,
+        )  # fmt: skip
+        for note in self.notes:
+            progress.write(note)
+        window = Window(self.group)
+        try:
+            with self._handling_signals():
+                self._loop(end, progress, records, window)
+        finally:
+            progress.close()
+            if records:
+                records.close()
+        return self.step >= end
+
+    def _loop(self, end: int, progress: tqdm, records: Records | None, window: "Window"):
+        config = self.config
+        source = batches(self.steps, self.step, end, config.data.workers, self.group.device.type == "cuda")
+        # On a GPU the loss of a step is looked at when the next one is under way, so that the device never waits.
+        lag = 1 if self.group.device.type == "cuda" else 0
+        pending: list[tuple[int, Tensor]] = []
+        saved = self.step
+        while self.step < end:
+            lr, hr = window.waiting(lambda: next(source))
+            loss = self.train_step(lr, hr)
+            told = torch.stack([loss.double() / self.group.world, loss.new_tensor(float(self._asked_to_stop)).double()])
+            pending.append((self.step, self.group.total(told)))
+            is_due = {
+                "log": self.step % config.log.every == 0,
+                "validation": self.validation.sets
+                and (self.step % config.validation.every == 0 or self.step == config.steps),
+                "checkpoint": self.step % config.checkpoint.every == 0 or self.step == end,
+            }
+            keep = 0 if any(is_due.values()) else lag
+            while len(pending) > keep:
+                self._look_at(*pending.pop(0), window)
+            progress.update()
+            if is_due["log"]:
+                values = window.values()
+                values["lr"] = self.optimizer.param_groups[0]["lr"]
+                progress.set_postfix_str(
+                    f"loss {values['loss']:.5f}, lr {values['lr']:.1e}, waiting {values['waiting']:.1%}"
+                )
+                if records:
+                    records.add_step(self.step, values)
+            if is_due["validation"]:
+                self._validate(lr, records, progress)
+                window.restart()
+            stop = window.stop
+            if is_due["checkpoint"] or stop:
+                if self._save(progress.write):
+                    saved = self.step
+                elif stop or self.step == end:
+                    raise TrainingError(f"step {self.step} could not be saved; the last checkpoint is of step {saved}")
+                window.restart()
+            if stop:
+                progress.write(f"stopped after step {self.step}; --resume auto goes on from there")
+                return
+
+    def _look_at(self, step: int, told: Tensor, window: "Window"):
+        loss, stop = told.tolist()
+        window.add(loss, stop > 0)
+        if math.isfinite(loss):
+            return
+        there = self.checkpoints.steps()
+        last = f"the last good checkpoint is {self.checkpoints.path(there[-1])}" if there else "there is no checkpoint"
+        files = sorted(set(self.steps.names(step - 1)))
+        raise TrainingError(f"the loss of step {step} is {loss}; {last}; its patches are of {', '.join(files)}")
+
+    def _validate(self, lr: Tensor, records: Records | None, progress: tqdm):
+        config = self.config
+        folder = self.out / "samples" / f"step_{self.step:09d}"
+        results = self.validation.measure(self.average.module, config.validation.samples, folder)
+        x = lr.to(self.group.device).to(next(self.model.parameters()).dtype) / 255
+        usage = self.group.total(expert_usage(self.average.module, x)).tolist()
+        if not self.group.is_first:
+            return
+        values = {}
+        for name, (psnr, ssim) in results.items():
+            values |= {f"{name}_psnr": psnr, f"{name}_ssim": ssim}
+        for group, counts in enumerate(usage):
+            values |= {f"group_{group}_expert_{e}": count for e, count in enumerate(counts)}
+        records.add_validation(self.step, values)
+        said = ", ".join(f"{name} {psnr:.3f} dB / {ssim:.4f}" for name, (psnr, ssim) in results.items())
+        progress.write(f"step {self.step}: {said}; experts by group {usage}")
+        mean = sum(psnr for psnr, _ in results.values()) / len(results)
+        if mean > self.best:
+            self.best = mean
+            self.checkpoints.save_best(self.average.module, step=self.step, psnr=f"{mean:.4f}")
+
+    @contextlib.contextmanager
+    def _handling_signals(self):
+        def ask(number, frame):
+            self._asked_to_stop = True
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Window:
+    """Loss, speed and time spent waiting for data since the last look."""
+
+    def __init__(self, group: Group):
+        self.group, self.stop = group, False
+        self.restart()
+
+    def restart(self):
+        self._begin, self._waited, self._losses = time.perf_counter(), 0.0, []
+
+    def waiting(self, function):
+        begin = time.perf_counter()
+        result = function()
+        self._waited += time.perf_counter() - begin
+        return result
+
+    def add(self, loss: float, stop: bool):
+        self._losses.append(loss)
+        self.stop = self.stop or stop
+
+    def values(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self._begin
+        values = {
+            "loss": sum(self._losses) / max(1, len(self._losses)),
+            "steps_per_second": len(self._losses) / seconds,
+            "waiting": self._waited / seconds,
+        }
+        self.restart()
+        return values

@@ -1,0 +1,169 @@
+"""What a run is told: sections, overrides, recipes, option files in BasicSR's format, and what is wrong with them."""
+
+import pytest
+
+from seemore_fast.training.config import Config, ConfigError, load_config, recipes
+from seemore_fast.training.schedule import factor
+
+pytest.importorskip("yaml", reason="configurations are YAML")
+ENOUGH = ["data.train=photos"]
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Write a file and load it as a configuration."""
+
+    def load(text, *overrides):
+        path = tmp_path / "run.yml"
+        path.write_text(text)
+        return load_config(str(path), [*ENOUGH, *overrides])
+
+    return load
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_recipes_are_whole(name):
+    config, notes = load_config(name, ENOUGH)
+    size, scale = name.split("_x")
+    assert (config.model.preset, config.model.scale, notes) == (size, int(scale), [])
+    assert (config.steps, config.data.batch, config.data.patch, config.loss.fft) == (500_000, 32, 64, 0.1)
+    assert config.optimizer.betas == (0.9, 0.99) and config.schedule.milestones[-1] == 475_000
+
+
+def test_there_is_a_recipe_for_each_published_network():
+    assert recipes() == sorted(f"{size}_x{scale}" for size in "tbl" for scale in (2, 3, 4))
+
+
+def test_overrides_win_and_numbers_may_be_texts(written):
+    config, _ = written("optimizer: {lr: 2e-4}\nsteps: 1e5", "data.batch=8", "validation.data.Set5=x", "log.every=7")
+    assert (config.optimizer.lr, config.steps, config.data.batch) == (2e-4, 100_000, 8)
+    assert config.validation.data == {"Set5": "x"} and config.log.every == 7 and config.data.train == ["photos"]
+
+
+@pytest.mark.parametrize(
+    "text, overrides, message",
+    [
+        ("stepz: 3", [], "no key stepz; did you mean steps"),
+        ("data: {pacth: 3}", [], r"no key data\.pacth; did you mean data\.patch"),
+        ("patch: 3", [], r"no key patch; did you mean data\.patch"),
+        ("zzzzz: 3", [], "no key zzzzz; expected one of out, steps"),
+        ("", ["optimiser.lr=1"], r"optimiser\.lr=1: there is no key optimiser; did you mean optimizer"),
+        ("", ["steps"], "steps: expected key=value"),
+        ("", ["steps.more=3"], "steps is one value"),
+        ("steps: many", [], "steps is 'many', expected a whole number"),
+        ("steps: 1.5", [], "steps is 1.5, expected a whole number"),
+        ("steps: true", [], "steps is True, expected a whole number"),
+        ("steps: 0", [], "steps is 0, expected at least 1"),
+        ("data: 3", [], "data is a int, expected keys and values"),
+        ("- 1", [], "holds a list, expected sections"),
+        ("a: [", [], "is no YAML"),
+        ("optimizer: {betas: [0.9]}", [], "expected 2 values"),
+        ("optimizer: {name: sgd}", [], "optimizer.name is 'sgd', expected one of adam, adamw"),
+        ("precision: fp8", [], "precision is 'fp8', expected one of fp32"),
+        ("ema: 1", [], "ema is 1.0, expected a number from 0"),
+        ("loss: {l1: 0}", [], "loss.l1 is 0.0, expected a positive"),
+        ("accumulate: 3", [], "accumulate is 3, expected a divisor of data.batch, 32"),
+        ("schedule: {milestones: [5, 3]}", [], "expected growing steps"),
+        ("", ["data.train=[]"], r"data.train is \[\], expected at least one folder"),
+        ("", ["data.lr=[a, b]"], "data.lr is .*, expected a folder for each"),
+    ],
+)
+def test_what_is_wrong_is_named(written, text, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        written(text, *overrides)
+
+
+def test_a_missing_file_names_what_there_is():
+    with pytest.raises(ConfigError, match=r"t_x9 does not exist.*t_x"):
+        load_config("t_x9", ENOUGH)
+
+
+def test_rates_follow_from_the_step():
+    schedule = Config().schedule
+    schedule.name, schedule.milestones, schedule.warmup = "multistep", [10, 20], 4
+    assert [factor(schedule, step, 30) for step in (0, 3, 4, 9, 10, 19, 20, 29)] == [
+        0.2, 0.8, 1, 1, 0.5, 0.5, 0.25, 0.25
+    ]  # fmt: skip
+    schedule.name, schedule.begin, schedule.lowest = "cosine", 10, 0.1
+    assert [factor(schedule, step, 30) for step in (4, 10, 20, 30)] == pytest.approx([1, 1, 0.55, 0.1])
+
+
+PUBLISHED = """
+name: train_T_X2
+model_type: SeemoReModel
+scale: 2
+num_gpu: 4
+manual_seed: 7
+datasets:
+  train:
+    name: DF2K
+    type: PairedImageDataset
+    dataroot_gt: hr
+    dataroot_lq: lr
+    filename_tmpl: '{}x2'
+    io_backend: {type: disk}
+    gt_size: 128
+    use_hflip: true
+    use_rot: true
+    num_worker_per_gpu: 6
+    batch_size_per_gpu: 8
+  val_1: {name: Set5, type: PairedImageDataset, dataroot_gt: set5, dataroot_lq: set5_lr}
+network_g:
+  type: SeemoRe
+  scale: 2
+  in_chans: 3
+  num_experts: 3
+  num_layers: 6
+  embedding_dim: 36
+  img_range: 1.0
+  use_shuffle: true
+  global_kernel_size: 11
+  recursive: 2
+  lr_space: exp
+  topk: 1
+path: {pretrain_network_g: ~, strict_load_g: true, resume_state: ~}
+train:
+  ema_decay: 0.999
+  optim_g: {type: Adam, lr: !!float 1e-3, weight_decay: 0, betas: [0.9, 0.99]}
+  scheduler: {type: MultiStepLR, milestones: [250000, 400000], gamma: 0.5}
+  total_iter: 500000
+  warmup_iter: -1
+  pixel_opt: {type: L1Loss, loss_weight: 1.0, reduction: mean}
+  fft_opt: {type: FFTLoss, loss_weight: 0.1, reduction: mean}
+  perceptual_opt: {type: PerceptualLoss}
+val: {val_freq: !!float 5e3, save_img: false, metrics: {psnr: {type: calculate_psnr}}}
+logger: {print_freq: 200, save_checkpoint_freq: !!float 1e4, use_tb_logger: true, wandb: {project: ~}}
+"""
+
+
+def test_option_files_of_basicsr_are_read_as_they_are(tmp_path):
+    path = tmp_path / "train_T_X2.yml"
+    path.write_text(PUBLISHED)
+    config, notes = load_config(str(path))
+    assert config.model.arguments() == load_config("t_x2", ENOUGH)[0].model.arguments()
+    assert (config.data.train, config.data.lr, config.data.lr_name) == (["hr"], ["lr"], "{}x2")
+    assert (config.data.patch, config.data.batch, config.data.workers, config.seed) == (64, 32, 6, 7)
+    assert (config.loss.l1, config.loss.fft, config.ema, config.steps) == (1.0, 0.1, 0.999, 500_000)
+    assert (config.validation.data, config.validation.every) == ({"Set5": "set5"}, 5000)
+    assert (config.checkpoint.every, config.log.every, config.init_from) == (10_000, 200, None)
+    named = [note.split(": ", 1)[1].split(" ")[0] for note in notes]
+    assert named == ["train.perceptual_opt", "datasets.val_1.dataroot_lq"]
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("gt_size: 128", "gt_size: 127", "gt_size is 127, expected a multiple of the scale, 2"),
+        ("type: MultiStepLR", "type: Plateau", "scheduler.type is 'Plateau'"),
+        ("type: L1Loss", "type: MSELoss", "pixel_opt is .*expected L1Loss"),
+        ("  type: SeemoRe\n", "  type: EDSR\n", "network_g.type is 'EDSR'"),
+        ("dataroot_gt: hr", "dataroot_gt: ~", "dataroot_gt is None, expected a folder"),
+        ("train:\n  ema", "trian:\n  ema", "train is None, expected a section"),
+    ],
+)
+def test_option_files_that_cannot_be_carried_out(tmp_path, old, new, message):
+    assert old in PUBLISHED
+    path = tmp_path / "options.yml"
+    path.write_text(PUBLISHED.replace(old, new))
+    with pytest.raises(ConfigError, match=message):
+        load_config(str(path))

@@ -1,0 +1,355 @@
+"""Whole runs: resumed bit for bit, stopped by signals and by force, in two processes, and what ends one."""
+
+import contextlib
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from seemore_fast import load_model
+from seemore_fast.resize import bicubic_resize
+from seemore_fast.training.config import ConfigError, load_config
+from seemore_fast.training.losses import fft_loss
+from seemore_fast.training.start import other_scale, start_from, start_from_interpolation
+from seemore_fast.training.state import Checkpoints, StateError, read_state
+from seemore_fast.training.trainer import Trainer, TrainingError
+
+pytest.importorskip("yaml", reason="configurations are YAML")
+TINY = """
+steps: 12
+ema: 0.9
+model: {preset: t, scale: 2, num_layers: 1, embedding_dim: 12}
+data: {patch: 16, batch: 4}
+schedule: {name: cosine, warmup: 2}
+checkpoint: {every: 5, keep: 2}
+validation: {every: 6, samples: 1}
+log: {every: 3, tensorboard: false}
+"""
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A folder with photos to learn from, two to measure, and tiny.yml."""
+    rng = np.random.default_rng(0)
+    for folder, count in (("photos", 3), ("held_out", 2)):
+        (tmp_path / folder).mkdir()
+        for i in range(count):
+            smooth = bicubic_resize(rng.integers(0, 256, (12, 14, 3), np.uint8), 5)
+            Image.fromarray(smooth).save(tmp_path / folder / f"{i}.png")
+    (tmp_path / "tiny.yml").write_text(TINY)
+    return tmp_path
+
+
+def arguments(work, *overrides, out="run"):
+    told = [f"data.train={work}/photos", f"validation.data.held={work}/held_out", f"out={work}/{out}"]
+    return [str(work / "tiny.yml"), *told, f"data.cache={work}/cache", *overrides]
+
+
+def trainer(work, *overrides, out="run", resume=None):
+    path, *told = arguments(work, *overrides, out=out)
+    return Trainer(load_config(path, told)[0], resume=resume)
+
+
+def everything(state):
+    """Return all tensors of a checkpoint, in one order."""
+    optimizer = [v for of in state["optimizer"]["state"].values() for v in of.values()]
+    return [*state["model"].values(), *state["average"].values(), *map(torch.as_tensor, optimizer), state["random"]]
+
+
+def newest(work, out="run"):
+    state, complaints = Checkpoints(work / out / "checkpoints", 9).newest()
+    assert not complaints
+    return state
+
+
+def test_a_run_leaves_all_that_it_promises(work):
+    assert trainer(work).run()
+    run = work / "run"
+    assert Checkpoints(run / "checkpoints", 2).steps() == [10, 12]
+    with (run / "steps.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [3, 6, 9, 12] and all(float(row["loss"]) > 0 for row in rows)
+    with (run / "validation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [6, 12]
+    assert all(float(row["held_psnr"]) > 20 and 0.5 < float(row["held_ssim"]) < 1 for row in rows)
+    assert all(sum(float(row[f"group_0_expert_{e}"]) for e in range(3)) == 4 for row in rows)
+    with Image.open(run / "samples" / "step_000000012" / "held" / "0.png") as sample:
+        assert sample.size == (70, 60)
+    model, state = load_model(run / "weights.safetensors"), newest(work)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, state["average"][f"module.{name}"])
+    assert load_model(run / "checkpoints" / "best.safetensors").scale == 2
+    assert not list(run.rglob("*.tmp*"))
+
+
+@pytest.mark.parametrize("stop", [5, 7])
+def test_a_resumed_run_is_bit_equal(work, stop):
+    trainer(work, out="whole").run()
+    first = trainer(work)
+    first.run(until=stop)
+    assert first.step == stop
+    resumed = trainer(work, "data.workers=1", resume="auto")
+    assert resumed.step == stop and resumed.run()
+    expected, found = newest(work, "whole"), newest(work)
+    assert found["step"] == expected["step"] == 12 and found["best"] == expected["best"]
+    for one, other in zip(everything(found), everything(expected), strict=True):
+        assert torch.equal(one, other)
+    told = [(work / out / "validation.csv").read_text() for out in ("run", "whole")]
+    assert told[0] == told[1]
+    resumed = trainer(work, resume=str(work / "run" / "checkpoints" / "step_000000010.pt"))
+    assert resumed.step == 10
+
+
+def test_what_a_run_cannot_resume(work):
+    assert trainer(work, resume="auto").step == 0  # nothing there yet: from the beginning
+    trainer(work).run(until=5)
+    with pytest.raises(StateError, match="holds a run of 5 steps: give --resume auto"):
+        trainer(work)
+    with pytest.raises(StateError, match=r"made with model.embedding_dim = 12, this run has 16"):
+        trainer(work, "model.embedding_dim=16", resume="auto")
+    with pytest.raises(StateError, match=r"nothing\.pt does not exist"):
+        trainer(work, resume="nothing.pt")
+    trainer(work, resume="auto").run(until=7)
+    folder = work / "run" / "checkpoints"
+    whole = (folder / "step_000000007.pt").read_bytes()
+    (folder / "step_000000007.pt").write_bytes(whole[: len(whole) // 2])
+    older = trainer(work, resume="auto")
+    assert older.step == 5 and "step_000000007.pt cannot be read" in older.notes[0]
+    (folder / "step_000000005.pt").write_bytes(b"")
+    with pytest.raises(StateError, match="none of the checkpoints"):
+        trainer(work, resume="auto")
+
+
+def test_parts_of_a_batch_give_the_gradients_of_the_whole(work):
+    gradients = []
+    for i, accumulate in enumerate((1, 2, 4)):
+        run = trainer(work, f"accumulate={accumulate}", "precision=fp64", "loss.fft=0.1", out=str(i))
+        loss = run.forward_backward(*run.steps[0])
+        gradients.append(torch.cat([loss[None], *(p.grad.flatten() for p in run.model.parameters())]))
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-9, atol=1e-12)
+
+
+WAYS = [
+    ["optimizer.name=adamw", "optimizer.weight_decay=0.1"],
+    ["optimizer.clip=0.01"],
+    ["precision=bf16"],
+    ["recompute=block"],
+    ["schedule.name=constant"],
+]
+
+
+@pytest.mark.parametrize("told", WAYS, ids=str)
+def test_other_ways_to_train_run(work, told):
+    run = trainer(work, *told)
+    before = run.forward_backward(*run.steps[0])
+    run.model.zero_grad()
+    assert run.run(until=6)
+    after = run.forward_backward(*run.steps[0])
+    assert after.isfinite() and after != before
+
+
+def test_training_makes_the_loss_small(work):
+    run = trainer(work, "steps=60", "data.augment=false", "validation.every=60", "ema=0.5")
+    first = [run.forward_backward(*run.steps[i]).item() for i in range(4)]
+    run.model.zero_grad()
+    run.run()
+    last = [run.forward_backward(*run.steps[i]).item() for i in range(4)]
+    assert sum(last) < 0.8 * sum(first)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(work):
+    run = trainer(work)
+    run.run(until=5)
+    run = trainer(work, resume="auto")
+    with torch.no_grad():
+        run.model.conv_2.bias[0] = torch.nan
+    expected = r"loss of step 6 is nan; the last good checkpoint is .*step_000000005\.pt; its patches are of .*photos"
+    with pytest.raises(TrainingError, match=expected):
+        run.run()
+    assert newest(work)["step"] == 5
+
+
+def test_a_full_disk_costs_no_checkpoint(work, monkeypatch, capsys):
+    run = trainer(work)
+    run.run(until=5)
+    run = trainer(work, resume="auto")
+    save = torch.save
+
+    def full(state, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrainingError, match="step 12 could not be saved; the last checkpoint is of step 5"):
+        run.run()
+    monkeypatch.setattr(torch, "save", save)
+    assert "step 10: the checkpoint cannot be written" in (said := capsys.readouterr().out + capsys.readouterr().err)
+    assert "No space left" in said and "MB are free" in said
+    assert [path.name for path in (work / "run" / "checkpoints").glob("*.pt")] == ["step_000000005.pt"]
+    assert trainer(work, resume="auto").step == 5
+
+
+@pytest.mark.parametrize(
+    "told, message",
+    [
+        (["model.num_layers=0"], "model: "),
+        (["model.in_chans=1"], "model.in_chans is 1, expected 3"),
+        (["data.patch=8"], "data.patch is 8, expected at least 16"),
+        (["precision=fp16"], "precision is fp16, expected fp32 or bf16"),
+        (["data.patch=40"], "that is 80 pixels of an HR image, but 3 images are smaller"),
+        (["init_from=nowhere.pth"], "init_from: nowhere.pth does not exist"),
+        (["init_from=seemore_t_x2"], r"init_from: seemore_t_x2 has body.* of shape .36,., this network of .12,."),
+        (["validation.data.more=nowhere"], "validation.data.more: nowhere does not exist"),
+    ],
+)
+def test_what_cannot_be_is_said_before_the_first_step(work, told, message):
+    with pytest.raises(ConfigError, match=message):
+        trainer(work, *told)
+
+
+# As processes
+
+
+def command(work, *more, out="run"):
+    return [sys.executable, "-m", "seemore_fast.cli", "train", *arguments(work, *more, out=out), "--device", "cpu"]
+
+
+def wait_for(condition, process, seconds=60):
+    for _ in range(20 * seconds):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError("it took too long")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_a_signal_finishes_the_step_and_saves(work, number):
+    told = command(work, "steps=100000", "validation.every=100000", "checkpoint.every=100000", "log.every=1")
+    process = subprocess.Popen(told, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    table = work / "run" / "steps.csv"
+    wait_for(lambda: table.exists() and len(table.read_text().splitlines()) > 3, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    step = newest(work)["step"]
+    assert step >= 3 and f"stopped after step {step}; --resume auto" in output
+    assert trainer(work, "steps=100000", resume="auto").step == step
+
+
+def test_killed_at_any_moment_it_loses_the_steps_since_a_checkpoint_alone(work):
+    told = ["steps=100000", "validation.every=100000", "checkpoint.every=2", "log.every=1", "data.batch=2"]
+    rng, reached = random.Random(0), 0
+    for _ in range(4):
+        process = subprocess.Popen(
+            [*command(work, *told), "--resume", "auto"], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+        )
+        folder = Checkpoints(work / "run" / "checkpoints", 2)
+        wait_for(lambda: folder.steps() and folder.steps()[-1] > reached, process)  # noqa: B023
+        time.sleep(rng.uniform(0, 0.4))
+        process.kill()
+        process.wait()
+        with contextlib.suppress(FileNotFoundError):
+            rows = (work / "run" / "steps.csv").read_text().splitlines()
+        done = int(rows[-1].split(",")[0]) if rows[-1].count(",") == rows[0].count(",") else 0
+        state = newest(work)
+        assert state["step"] > reached and state["step"] >= done - 2
+        reached = state["step"]
+    assert trainer(work, *told, resume="auto").step == reached
+
+
+def run_in_two(work, *more, out):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = [*torchrun, "-m", "seemore_fast.training", *arguments(work, *more, out=out), "--device", "cpu"]
+    return subprocess.run(process, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_with_half_the_batch_give_the_weights_of_one(work):
+    told = ["precision=fp64", "steps=20", "validation.every=20", "loss.fft=0.1", "optimizer.lr=1e-3"]
+    assert trainer(work, *told, out="one").run()
+    done = run_in_two(work, *told, out="two")
+    assert done.returncode == 0, done.stderr
+    one, two = newest(work, "one"), newest(work, "two")
+    for kind in ("model", "average"):
+        for name, weight in one[kind].items():
+            torch.testing.assert_close(two[kind][name], weight, rtol=1e-9, atol=1e-9)
+    rows = []
+    for out in ("one", "two"):
+        with (work / out / "validation.csv").open() as file:
+            rows.append(next(csv.DictReader(file)))
+    assert rows[0] == rows[1]
+
+
+# What it is made of
+
+
+def test_fft_loss_is_that_of_the_published_training():
+    x, truth = torch.rand(2, 2, 3, 12, 13, dtype=torch.float64)
+    spectra = [torch.fft.rfft2(image) for image in (x, truth)]
+    parts = [torch.stack([spectrum.real, spectrum.imag], dim=-1) for spectrum in spectra]
+    torch.testing.assert_close(fft_loss(x, truth), torch.nn.functional.l1_loss(*parts))
+    assert fft_loss(x.half(), truth.half()).dtype == torch.float32
+
+
+def test_it_starts_as_bilinear_interpolation():
+    from seemore_fast import seemore_t
+
+    for scale in (2, 3, 4):
+        model = seemore_t(scale)
+        start_from_interpolation(model)
+        x = torch.rand(1, 3, 24, 24)
+        expected = torch.nn.functional.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+        inside = (..., slice(2 * scale, -2 * scale), slice(2 * scale, -2 * scale))
+        assert (model.eval()(x) - expected)[inside].abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("wanted", [1, 3, 4])
+def test_an_upsampler_of_another_scale_is_interpolated(wanted):
+    """A plane that rises evenly inside a pixel stays one."""
+
+    def plane(scale):
+        place = (torch.arange(scale).double() + 0.5) / scale - 0.5
+        values = 3 + 2 * place[:, None] - 5 * place
+        return torch.stack([values, -values]).flatten()
+
+    torch.testing.assert_close(other_scale(plane(2), 2, wanted), plane(wanted))
+    weight = plane(2)[:, None].expand(8, 5).contiguous()
+    torch.testing.assert_close(other_scale(weight, 2, wanted), plane(wanted)[:, None].expand(-1, 5))
+
+
+def test_another_scales_weights_are_a_start(tmp_path):
+    from seemore_fast import seemore_t
+
+    model, source = seemore_t(3), load_model("seemore_t_x2")
+    start_from(model, "seemore_t_x2")
+    x = torch.rand(1, 3, 4, 5).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    with torch.no_grad():
+        y, expected = model.eval()(x), source(x)
+    small = torch.nn.functional.interpolate(expected, scale_factor=1.5, mode="bilinear", align_corners=False)
+    assert (y - small).abs().mean() < 0.03
+    assert torch.equal(model.conv_1.weight, source.conv_1.weight)
+
+
+def test_checkpoints_hold_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    path = tmp_path / "step_000000001.pt"
+    torch.save({"version": 1, "step": Evil()}, path)
+    with pytest.raises(StateError, match="cannot be read as a checkpoint"):
+        read_state(path)
+    torch.save({"step": 1}, path)
+    with pytest.raises(StateError, match="is no checkpoint of a run"):
+        read_state(path)
