@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seemore_fast.evaluation import luma, psnr_y
+from seemore_fast.evaluation import luma, psnr_y, ssim_y
 from seemore_fast.resize import bicubic_resize
 
 
@@ -45,3 +45,39 @@ def test_bicubic_on_set5(data, scale, expected):
         hr = hr[:height, :width]
         values.append(psnr_y(bicubic_resize(bicubic_resize(hr, 1 / scale), scale), hr, crop=scale))
     assert np.mean(values) == pytest.approx(expected, abs=0.006)
+
+
+def test_ssim_of_equal_and_of_constant_images():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 256, (20, 24, 3), np.uint8)
+    assert ssim_y(truth, truth) == pytest.approx(1)
+    x, y = np.full((12, 12), 100, np.uint8), np.full((12, 12), 120, np.uint8)
+    c1 = (0.01 * 255) ** 2
+    assert ssim_y(x, y) == pytest.approx((2 * 100 * 120 + c1) / (100**2 + 120**2 + c1))
+
+
+def test_ssim_against_its_definition():
+    """Every window by itself, with the weights of a two-dimensional Gaussian."""
+    rng = np.random.default_rng(1)
+    x, y = rng.integers(0, 256, (2, 17, 15), np.uint8)
+    offsets = np.arange(-5, 6)
+    weights = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * 1.5**2))
+    weights /= weights.sum()
+    values = []
+    for top in range(1, 17 - 11):
+        for left in range(1, 15 - 11):
+            a, b = (image[top : top + 11, left : left + 11].astype(float) for image in (x, y))
+            mean_a, mean_b = (weights * a).sum(), (weights * b).sum()
+            var_a, var_b = (weights * (a - mean_a) ** 2).sum(), (weights * (b - mean_b) ** 2).sum()
+            covariance = (weights * (a - mean_a) * (b - mean_b)).sum()
+            c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+            value = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+            values.append(value / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)))
+    assert ssim_y(x, y, crop=1) == pytest.approx(np.mean(values), abs=1e-12)
+
+
+def test_ssim_wants_a_window_and_one_size():
+    with pytest.raises(ValueError, match=r"has 10x11 pixels inside a border of 1, expected at least 11x11"):
+        ssim_y(np.zeros((13, 12), np.uint8), np.zeros((13, 12), np.uint8), crop=1)
+    with pytest.raises(ValueError, match="the shape of truth"):
+        ssim_y(np.zeros((13, 12), np.uint8), np.zeros((13, 13), np.uint8))

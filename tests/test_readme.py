@@ -12,10 +12,16 @@ from seemore_fast.cli import main
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
+LESS = ["steps=2", "data.patch=16", "data.batch=2"]  # of what a training would take
+
+
 def photo(folder):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     Image.fromarray(pixels).save(folder / "photo.jpg")
     Image.fromarray(pixels).save(folder / "logo.png")
+    for name in ("photos", "held_out"):
+        (folder / name).mkdir()
+        Image.fromarray(pixels.repeat(2, 0).repeat(2, 1)).save(folder / name / "photo.png")
 
 
 def test_python_examples(tmp_path, monkeypatch):
@@ -34,7 +40,9 @@ def test_command_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photo(tmp_path)
     lines = re.findall(r"^    seemore-fast (?!benchmark)(.*)$", README, re.M)  # that one takes its time
-    assert len(lines) == 3
+    assert len(lines) == 6
     for line in lines:
-        assert main(shlex.split(line, comments=True)) == 0
+        arguments = shlex.split(line, comments=True)
+        assert main([*arguments, *(LESS if arguments[0] == "train" else [])]) == 0
+    assert {"weights.safetensors", "steps.csv"} <= {path.name for path in (tmp_path / "runs" / "mine").iterdir()}
     assert sorted(path.name for path in (tmp_path / "enlarged").iterdir()) == ["logo_x2.png", "photo_x2.jpg"]

@@ -98,7 +98,7 @@ def test_every_place_is_as_likely(photos, tmp_path):
 def test_the_order_depends_on_the_seed_and_the_step_alone(photos, tmp_path):
     crops = Crops(opened(photos, tmp_path), 16, seed=5)
     whole = [torch.cat([lr.flatten(), hr.flatten()]) for lr, hr in batches(Steps(crops, 4), 0, 6, 0, False)]
-    for workers in (1, 3):
+    for workers in (1, 2):
         found = batches(Steps(crops, 4), 2, 6, workers, False)
         for (lr, hr), expected in zip(found, whole[2:], strict=True):
             assert torch.equal(torch.cat([lr.flatten(), hr.flatten()]), expected)

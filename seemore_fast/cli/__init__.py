@@ -19,7 +19,11 @@ def main(arguments: list[str] | None = None) -> int:
         subparser = commands.add_parser(name, help=command.HELP, description=command.HELP)
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if options.command == "train" and not any(word.startswith("-") for word in rest):
+        options.overrides += rest  # that come after an option, where argparse looks for none
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return options.run(options)
     except UsageError as error:

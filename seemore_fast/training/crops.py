@@ -35,9 +35,8 @@ class Crops:
         """Return (count, 4) int64: image, top, left and orientation of the patches from `first` on."""
         drawn = np.empty((count, 4), np.int64)
         for row, number in enumerate(range(first, first + count)):
-            place, orientation = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, number])).random(
-                2
-            )
+            stream = np.random.Philox(key=self.seed, counter=[0, 0, 0, number])  # one for each patch
+            place, orientation = np.random.Generator(stream).random(2)
             place = int(place * self._ends[-1])
             image = int(np.searchsorted(self._ends, place, side="right"))
             place -= int(self._ends[image - 1]) if image else 0

@@ -1,0 +1,88 @@
+"""`seemore-fast export`: files that other programs read, with the same results at sizes other than the traced one."""
+
+import re
+
+import pytest
+import torch
+from conftest import SMALL
+from test_model import route_apart
+
+from seemore_fast import SeemoRe, load_model
+from seemore_fast.checkpoint import save_model
+from seemore_fast.cli import main
+
+SIZES = [(1, 32, 32), (3, 33, 47), (4, 64, 50)]
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A small network that chooses different experts for different images, saved as small.safetensors."""
+    model = SeemoRe(**SMALL).eval()
+    with torch.no_grad():
+        route_apart(model, images(4, 24, 40))
+    save_model(model, tmp_path / "small.safetensors")
+    return model
+
+
+def images(batch, height, width):
+    brightness = torch.tensor([0.1, 1, 0.5, 2])[:batch, None, None, None]
+    return torch.rand(batch, 3, height, width) * brightness
+
+
+def exported(tmp_path, ending):
+    path = tmp_path / f"out{ending}"
+    assert main(["export", "--model", str(tmp_path / "small.safetensors"), "-o", str(path)]) == 0
+    return path
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pth"])
+def test_weights_come_back(model, tmp_path, ending):
+    path, known = exported(tmp_path, ending), {name: SMALL[name] for name in ("use_shuffle", "recursive", "topk")}
+    again = load_model(path, **known)
+    assert again.config == model.config
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight)
+
+
+def test_the_published_layout(model, tmp_path):
+    content = torch.load(exported(tmp_path, ".pth"), weights_only=True)
+    assert set(content) == {"params", "params_ema"} and set(content["params"]) == set(model.state_dict())
+
+
+@torch.no_grad()
+def test_an_onnx_file_runs_at_other_sizes(model, tmp_path, capsys):
+    pytest.importorskip("onnxscript", reason="ONNX export needs onnxscript")
+    runtime = pytest.importorskip("onnxruntime", reason="the exported file is run by onnxruntime")
+    path = exported(tmp_path, ".onnx")
+    assert "at least 32 pixels a side" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.data"))
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for size in SIZES:
+        x = images(*size)
+        y = torch.from_numpy(session.run(["enlarged"], {"image": x.numpy()})[0])
+        torch.testing.assert_close(y, model(x), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_program_of_torch_runs_at_other_sizes(model, tmp_path):
+    program = torch.export.load(exported(tmp_path, ".pt2")).module()
+    for size in SIZES:
+        x = images(*size)
+        torch.testing.assert_close(program(x), model(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "told, status, message",
+    [
+        (["-o", "out.txt"], 2, "out.txt ends in '.txt', expected one of .safetensors, .pth"),
+        (["-o", "nowhere/out.pth"], 2, "the folder .*nowhere does not exist"),
+        (["--model", "seemore_q_x2", "-o", "out.pth"], 2, "there is no shipped model 'seemore_q_x2'"),
+        (["--model", "broken.pth", "-o", "out.pth"], 1, "broken.pth is not a plain file of weights"),
+    ],
+)
+def test_what_cannot_be_exported(tmp_path, monkeypatch, capsys, told, status, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.pth").write_bytes(b"no weights")
+    assert main(["export", *told]) == status
+    assert re.search(message, capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.pth"]
