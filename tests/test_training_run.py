@@ -210,9 +210,16 @@ def test_a_full_disk_costs_no_checkpoint(work, monkeypatch, capsys):
         (["init_from=nowhere.pth"], "init_from: nowhere.pth does not exist"),
         (["init_from=seemore_t_x2"], r"init_from: seemore_t_x2 has body.* of shape .36,., this network of .12,."),
         (["validation.data.more=nowhere"], "validation.data.more: nowhere does not exist"),
+        (["validation.data.more=WORK/tiny"], r"more: .*a\.png has 14x20 pixels, expected at least 15x15"),
+        (["validation.data.more=WORK/broken"], r"more: .*b\.png cannot be decoded"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_first_step(work, told, message):
+    (work / "tiny").mkdir()
+    Image.new("RGB", (14, 20)).save(work / "tiny" / "a.png")
+    (work / "broken").mkdir()
+    (work / "broken" / "b.png").write_bytes((work / "photos" / "0.png").read_bytes()[:99])
+    told = [one.replace("WORK", str(work)) for one in told]
     with pytest.raises(ConfigError, match=message):
         trainer(work, *told)
 
@@ -265,7 +272,9 @@ def test_killed_at_any_moment_it_loses_the_steps_since_a_checkpoint_alone(work):
         state = newest(work)
         assert state["step"] > reached and state["step"] >= done - 2
         reached = state["step"]
+    (work / "run" / "checkpoints" / ".seemore-fast.1.tmp.pt").write_bytes(b"half of a checkpoint")
     assert trainer(work, *told, resume="auto").step == reached
+    assert not list((work / "run" / "checkpoints").glob(".*"))
 
 
 def run_in_two(work, *more, out):

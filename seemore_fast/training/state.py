@@ -23,6 +23,11 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
 
+    def clear(self):
+        """Remove what a run that was killed in the middle of a checkpoint has left."""
+        for path in self.folder.glob(".seemore-fast.*.tmp*"):
+            path.unlink(missing_ok=True)
+
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints that are there, oldest first."""
         numbers = (re.fullmatch(r"step_(\d+)\.pt", path.name) for path in self.folder.glob("step_*.pt"))

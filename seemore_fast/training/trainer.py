@@ -113,6 +113,7 @@ class Trainer:
         images = None
         if self.group.is_first:
             self.out.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.clear()
             images = open_images(data, scale, folder)
         self.group.wait()
         return images or open_images(data, scale, folder, is_first=False)

@@ -8,42 +8,55 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..evaluation import psnr_y, ssim_y
+from ..evaluation.metrics import SSIM_WINDOW
 from ..resize import bicubic_resize
 from ..upscale import Upscaler
-from ..upscale.images import read_image
+from ..upscale.images import ImageError, read_image
+from .config import ConfigError
 from .group import Group
 from .images import list_images
 
 
 class Validation:
-    """HR images of some folders, with LR made of them once, shared out among the processes."""
+    """HR images of some folders, with LR made of them, shared out among the processes.
+
+    All are read at once, lest a run fails over one of them after hours: ConfigError names what cannot be used.
+    """
 
     def __init__(self, folders: dict[str, str], scale: int, group: Group):
         self.scale, self.group = scale, group
-        self.sets = {name: list_images(Path(folder), f"validation.data.{name}") for name, folder in folders.items()}
-        self._pairs: dict[Path, tuple[np.ndarray, np.ndarray]] = {}
+        self.sets = {}
+        for name, folder in folders.items():
+            files = list_images(Path(folder), f"validation.data.{name}")[group.rank :: group.world]
+            try:
+                self.sets[name] = [(file.stem, *self._pair(file)) for file in files]
+            except ImageError as error:
+                raise ConfigError(f"validation.data.{name}: {error}") from None
 
-    def pair(self, file: Path) -> tuple[np.ndarray, np.ndarray]:
+    def _pair(self, file: Path) -> tuple[np.ndarray, np.ndarray]:
         """Return LR and HR, uint8 (H, W, 3), or (H, W) of a grey image, whose values are its luma."""
-        if file not in self._pairs:
+        try:
             image = read_image(file).image
-            hr = np.asarray(image.convert("L" if image.mode in ("L", "LA") else "RGB"))
-            height, width = (n // self.scale * self.scale for n in hr.shape[:2])
-            hr = np.ascontiguousarray(hr[:height, :width])
-            self._pairs[file] = bicubic_resize(hr, 1 / self.scale), hr
-        return self._pairs[file]
+        except ImageError as error:
+            raise ImageError(f"{file} {error}") from None
+        hr = np.asarray(image.convert("L" if image.mode in ("L", "LA") else "RGB"))
+        height, width = (n // self.scale * self.scale for n in hr.shape[:2])
+        least = SSIM_WINDOW + 2 * self.scale
+        if min(height, width) < least:
+            raise ImageError(f"{file} has {hr.shape[1]}x{hr.shape[0]} pixels, expected at least {least}x{least}")
+        hr = np.ascontiguousarray(hr[:height, :width])
+        return bicubic_resize(hr, 1 / self.scale), hr
 
     def measure(self, model: nn.Module, samples: int = 0, folder: Path | None = None) -> dict[str, tuple[float, float]]:
         """Return the mean Y-PSNR and SSIM of each set; write the first `samples` pictures of each into `folder`."""
         upscaler, results = Upscaler(model, device=str(self.group.device)), {}
-        for name, files in self.sets.items():
+        for name, images in self.sets.items():
             sums = torch.zeros(3, dtype=torch.float64)
-            for i in range(self.group.rank, len(files), self.group.world):
-                lr, hr = self.pair(files[i])
+            for i, (stem, lr, hr) in enumerate(images):
                 picture = upscaler(lr)
-                if folder and i < samples:
+                if folder and i * self.group.world + self.group.rank < samples:
                     (folder / name).mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(picture).save(folder / name / f"{files[i].stem}.png")
+                    Image.fromarray(picture).save(folder / name / f"{stem}.png")
                 measured = [psnr_y(picture, hr, crop=self.scale), ssim_y(picture, hr, crop=self.scale), 1]
                 sums += torch.tensor(measured, dtype=torch.float64)
             psnr, ssim, count = self.group.total(sums.to(self.group.device)).tolist()
