@@ -97,6 +97,7 @@ manual_seed: 7
 datasets:
   train:
     name: DF2K
+    task: SR
     type: PairedImageDataset
     dataroot_gt: hr
     dataroot_lq: lr
@@ -150,9 +151,18 @@ def test_option_files_of_basicsr_are_read_as_they_are(tmp_path):
     assert named == ["train.perceptual_opt", "datasets.val_1.dataroot_lq"]
 
 
+def test_batches_of_basicsr_grow_with_the_processes(tmp_path, monkeypatch):
+    path = tmp_path / "options.yml"
+    path.write_text(PUBLISHED.replace("num_gpu: 4", "num_gpu: auto"))
+    assert load_config(str(path))[0].data.batch == 8
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert load_config(str(path))[0].data.batch == 16
+
+
 @pytest.mark.parametrize(
     "old, new, message",
     [
+        ("per_gpu: 8", "per_gpu: many", "batch_size_per_gpu is 'many', expected a whole number"),
         ("gt_size: 128", "gt_size: 127", "gt_size is 127, expected a multiple of the scale, 2"),
         ("type: MultiStepLR", "type: Plateau", "scheduler.type is 'Plateau'"),
         ("type: L1Loss", "type: MSELoss", "pixel_opt is .*expected L1Loss"),

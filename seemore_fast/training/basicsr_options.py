@@ -1,6 +1,7 @@
 """Option files in BasicSR's format, which the published recipes have, as a configuration of ours."""
 
 import difflib
+import os
 from collections.abc import Mapping
 
 from .config import ConfigError
@@ -8,7 +9,7 @@ from .config import ConfigError
 # What has no counterpart here and changes nothing about the weights that come out.
 _SILENT = {
     "name", "model_type", "num_gpu", "dist_params", "print_freq", "use_tb_logger", "wandb", "is_train", "dist",
-    "rank", "world_size", "auto_resume", "find_unused_parameters", "dist_port", "launcher", "use_petrel",
+    "rank", "world_size", "task", "auto_resume", "find_unused_parameters", "dist_port", "launcher", "use_petrel",
 }  # fmt: skip
 _NETWORK = {
     "scale", "in_chans", "num_experts", "num_layers", "embedding_dim", "img_range", "use_shuffle",
@@ -31,7 +32,7 @@ def translate(options: Mapping, where: str) -> tuple[dict, list[str]]:
 
     Read are name, scale, manual_seed, network_g, path, datasets (train, and every val as validation), train
     (total_iter, ema_decay, optim_g, scheduler, pixel_opt, fft_opt, grad_clip, warmup_iter), val and logger. Batches
-    are those of BasicSR: `batch_size_per_gpu` times `num_gpu`.
+    are those of BasicSR: `batch_size_per_gpu` times `num_gpu`, or times the processes that there are where it is "auto".
 
     Raises ConfigError for a file without what a run needs, or with a value that cannot be carried out.
     """
@@ -154,7 +155,8 @@ class _Reader:
         data = {
             "train": self._folders(section.get("dataroot_gt"), f"{where}.dataroot_gt"),
             "patch": size // scale,
-            "batch": section.get("batch_size_per_gpu", 16) * max(1, self.options.get("num_gpu") or 1),
+            "batch": self._number(section.get("batch_size_per_gpu", 16), "datasets.train.batch_size_per_gpu")
+            * self._gpus(),
             "augment": bool(flips or turns),
             "workers": workers,
         }
@@ -162,6 +164,15 @@ class _Reader:
             data["lr"] = self._folders(section["dataroot_lq"], f"{where}.dataroot_lq")
             data["lr_name"] = section.get("filename_tmpl", "{}")
         return data
+
+    def _gpus(self) -> int:
+        told = self.options.get("num_gpu", "auto")
+        return int(os.environ.get("WORLD_SIZE", 1)) if told == "auto" else max(1, self._number(told, "num_gpu"))
+
+    def _number(self, value, key: str) -> int:
+        if not isinstance(value, int):
+            raise ConfigError(f"{self.where}: {key} is {value!r}, expected a whole number")
+        return value
 
     @staticmethod
     def _folders(value, where: str) -> list[str]:
