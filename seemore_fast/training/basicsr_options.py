@@ -32,7 +32,7 @@ def translate(options: Mapping, where: str) -> tuple[dict, list[str]]:
 
     Read are name, scale, manual_seed, network_g, path, datasets (train, and every val as validation), train
     (total_iter, ema_decay, optim_g, scheduler, pixel_opt, fft_opt, grad_clip, warmup_iter), val and logger. Batches
-    are those of BasicSR: `batch_size_per_gpu` times `num_gpu`, or times the processes that there are where it is "auto".
+    are those of BasicSR: `batch_size_per_gpu` times `num_gpu`, or times the processes there are where that is "auto".
 
     Raises ConfigError for a file without what a run needs, or with a value that cannot be carried out.
     """
