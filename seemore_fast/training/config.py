@@ -100,7 +100,9 @@ class Loss:
 class Validation:
     """Images whose Y-PSNR and SSIM are taken every so many steps, with the averaged weights."""
 
-    data: dict[str, str] = field(default_factory=dict)  # name: folder of HR images
+    data: dict[str, str] = field(
+        default_factory=dict
+    )  # name: folder of HR images, or with HR and LR_bicubic/X<scale> in it
     every: int = 5000
     samples: int = 2  # pictures of each to keep
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ..evaluation.pairs import PairError, list_images, read_plain
 from ..resize import bicubic_resize
-from ..upscale.images import FORMATS, ImageError, read_image
+from ..upscale.images import ImageError
 from .config import ConfigError, Data
 
 VERSION = 1  # of the cache's format
@@ -66,10 +67,10 @@ def list_pairs(data: Data) -> list[tuple[Path, Path | None]]:
     """Return the HR files of all folders, sorted in each, with their LR files where those are given."""
     pairs = []
     for i, folder in enumerate(data.train):
-        files = list_images(Path(folder), "data.train")
+        files = images_in(folder, "data.train")
         partners = {}
         if data.lr:
-            files_lr = list_images(Path(data.lr[i]), "data.lr")
+            files_lr = images_in(data.lr[i], "data.lr")
             partners = {file.with_suffix("").relative_to(data.lr[i]): file for file in files_lr}
         for file in files:
             if not data.lr:
@@ -85,24 +86,18 @@ def list_pairs(data: Data) -> list[tuple[Path, Path | None]]:
     return pairs
 
 
-def list_images(folder: Path, key: str) -> list[Path]:
-    """Return the image files in a folder and its subfolders, sorted."""
-    if not folder.is_dir():
-        reason = "is a file, expected a folder" if folder.exists() else "does not exist"
-        raise ConfigError(f"{key}: {folder} {reason}")
-    files = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
-    files = sorted(file for file in files if file.suffix.lower() in FORMATS)
-    if not files:
-        raise ConfigError(f"{key}: {folder} holds no image: expected files that end in {', '.join(FORMATS)}")
-    return files
+def images_in(folder: str, key: str) -> list[Path]:
+    """Return the image files in a folder and its subfolders; ConfigError, with the key, where there is none."""
+    try:
+        return list_images(Path(folder))
+    except PairError as error:
+        raise ConfigError(f"{key}: {error}") from None
 
 
 def read_rgb(file: Path) -> np.ndarray:
     """Return an upright image as uint8 (H, W, 3); raise ImageError, with the file's name, where it cannot be read."""
-    try:
-        return np.asarray(read_image(file).image.convert("RGB"))
-    except ImageError as error:
-        raise ImageError(f"{file} {error}") from None
+    plain = read_plain(file)
+    return plain if plain.ndim == 3 else plain[:, :, None].repeat(3, axis=2)
 
 
 def open_images(data: Data, scale: int, folder: Path, is_first: bool = True) -> Images:

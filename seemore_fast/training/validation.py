@@ -2,23 +2,20 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from ..evaluation import psnr_y, ssim_y
-from ..evaluation.metrics import SSIM_WINDOW
-from ..resize import bicubic_resize
+from ..evaluation.pairs import PairError, find_pairs
 from ..upscale import Upscaler
-from ..upscale.images import ImageError, read_image
+from ..upscale.images import ImageError
 from .config import ConfigError
 from .group import Group
-from .images import list_images
 
 
 class Validation:
-    """HR images of some folders, with LR made of them, shared out among the processes.
+    """Data sets as `find_pairs` takes them, shared out among the processes.
 
     All are read at once, lest a run fails over one of them after hours: ConfigError names what cannot be used.
     """
@@ -27,36 +24,22 @@ class Validation:
         self.scale, self.group = scale, group
         self.sets = {}
         for name, folder in folders.items():
-            files = list_images(Path(folder), f"validation.data.{name}")[group.rank :: group.world]
             try:
-                self.sets[name] = [(file.stem, *self._pair(file)) for file in files]
-            except ImageError as error:
+                pairs = find_pairs(Path(folder), scale)[group.rank :: group.world]
+                self.sets[name] = [(pair.name, *pair.read()) for pair in pairs]
+            except (PairError, ImageError) as error:
                 raise ConfigError(f"validation.data.{name}: {error}") from None
-
-    def _pair(self, file: Path) -> tuple[np.ndarray, np.ndarray]:
-        """Return LR and HR, uint8 (H, W, 3), or (H, W) of a grey image, whose values are its luma."""
-        try:
-            image = read_image(file).image
-        except ImageError as error:
-            raise ImageError(f"{file} {error}") from None
-        hr = np.asarray(image.convert("L" if image.mode in ("L", "LA") else "RGB"))
-        height, width = (n // self.scale * self.scale for n in hr.shape[:2])
-        least = SSIM_WINDOW + 2 * self.scale
-        if min(height, width) < least:
-            raise ImageError(f"{file} has {hr.shape[1]}x{hr.shape[0]} pixels, expected at least {least}x{least}")
-        hr = np.ascontiguousarray(hr[:height, :width])
-        return bicubic_resize(hr, 1 / self.scale), hr
 
     def measure(self, model: nn.Module, samples: int = 0, folder: Path | None = None) -> dict[str, tuple[float, float]]:
         """Return the mean Y-PSNR and SSIM of each set; write the first `samples` pictures of each into `folder`."""
         upscaler, results = Upscaler(model, device=str(self.group.device)), {}
         for name, images in self.sets.items():
             sums = torch.zeros(3, dtype=torch.float64)
-            for i, (stem, lr, hr) in enumerate(images):
+            for i, (picture_name, lr, hr) in enumerate(images):
                 picture = upscaler(lr)
                 if folder and i * self.group.world + self.group.rank < samples:
                     (folder / name).mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(picture).save(folder / name / f"{stem}.png")
+                    Image.fromarray(picture).save(folder / name / f"{picture_name}.png")
                 measured = [psnr_y(picture, hr, crop=self.scale), ssim_y(picture, hr, crop=self.scale), 1]
                 sums += torch.tensor(measured, dtype=torch.float64)
             psnr, ssim, count = self.group.total(sums.to(self.group.device)).tolist()

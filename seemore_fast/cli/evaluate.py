@@ -1,0 +1,97 @@
+"""``seemore-fast evaluate``: PSNR and SSIM of a model on folders of images."""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from ..files import why_not_writable
+from .exits import DONE, FAILED, UsageError
+
+HELP = "Measure Y-PSNR and SSIM of a model on data sets, as the field does."
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Declare the command's arguments."""
+    parser.add_argument("--model", required=True, metavar="NAME|PATH", help='shipped model, weights file, or "bicubic"')
+    parser.add_argument(
+        "--data", required=True, action="append", type=Path, metavar="DIR",
+        help="folder of HR images, or one with HR and LR_bicubic/X<scale> in it; again for each data set",
+    )  # fmt: skip
+    parser.add_argument("--lr", action="append", type=Path, metavar="DIR", help="LR images, once for each --data")
+    parser.add_argument("--scale", type=int, choices=(2, 3, 4), help="default: the model's own")
+    parser.add_argument("--ensemble", action="store_true", help="the mean over eight flips and turns of each image")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each image")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: auto; also cuda:N")
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure every image that can be; print means, and what could not be measured."""
+    from tqdm import tqdm
+
+    from ..evaluation.evaluate import evaluate, write_csv
+    from ..evaluation.pairs import PairError, find_pairs, name_of
+
+    if options.lr and len(options.lr) != len(options.data):
+        raise UsageError(f"--lr is given {len(options.lr)} times, expected once for each of {len(options.data)} --data")
+    if options.csv and (reason := why_not_writable(options.csv)):
+        raise UsageError(reason)
+    upscale, scale = _upscaler(options)
+    try:
+        lr_folders = options.lr or [None] * len(options.data)
+        sets = [(name_of(d), find_pairs(d, scale, lr)) for d, lr in zip(options.data, lr_folders, strict=True)]
+    except PairError as error:
+        raise UsageError(str(error)) from None
+    results = []
+    try:
+        with tqdm(total=sum(len(pairs) for _, pairs in sets), unit="image", desc="evaluating") as progress:
+            for name, pairs in sets:
+                for result in evaluate(upscale, name, pairs):
+                    results.append(result)
+                    progress.update()
+    finally:  # what was measured is kept, whatever stopped the rest
+        if options.csv and results:
+            write_csv(options.csv, results)
+    _print_means(options, scale, [name for name, _ in sets], results)
+    failed = [result for result in results if result.error]
+    for result in failed:
+        print(f"not measured: {result.error}", file=sys.stderr)
+    return FAILED if failed else DONE
+
+
+def _upscaler(options: argparse.Namespace):
+    """Return the function that enlarges an array, and its scale."""
+    from ..checkpoint import CheckpointError
+    from ..evaluation.evaluate import bicubic, self_ensemble
+    from ..upscale import Upscaler
+
+    if options.model == "bicubic":
+        if options.scale is None:
+            raise UsageError("--model bicubic has no scale of its own: give --scale")
+        upscale, scale = bicubic(options.scale), options.scale
+    else:
+        try:
+            with warnings.catch_warnings(record=True) as doubts:
+                warnings.simplefilter("always", UserWarning)
+                upscale = Upscaler(options.model, options.scale, options.device, options.dtype)
+        except (CheckpointError, ValueError, FileNotFoundError) as error:
+            raise UsageError(str(error)) from None
+        for doubt in doubts:
+            print(f"note: {doubt.message}", file=sys.stderr)
+        scale = upscale.scale
+    return (self_ensemble(upscale) if options.ensemble else upscale), scale
+
+
+def _print_means(options: argparse.Namespace, scale: int, names: list[str], results: list):
+    from ..evaluation.evaluate import mean
+    from ..evaluation.published import PUBLISHED
+
+    title = f"{options.model} x{scale}{', eight orientations' if options.ensemble else ''}"
+    print(f"{title:<28} {'images':>6} {'Y-PSNR':>8} {'SSIM':>7} {'s/image':>8}   published: bicubic, SeemoRe-T")
+    for name in dict.fromkeys(names):
+        own = [result for result in results if result.data == name]
+        psnr, ssim, seconds = mean(own)
+        line = f"{name:<28} {sum(not r.error for r in own):>6} {psnr:>8.2f} {ssim:>7.4f} {seconds:>8.3f}"
+        known = [PUBLISHED.get((network, scale), {}).get(name) for network in ("bicubic", "SeemoRe-T")]
+        print(line + "   " + ", ".join(f"{k[0]:.2f}/{k[1]:.4f}" if k else "unknown" for k in known))

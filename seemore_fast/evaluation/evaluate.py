@@ -1,0 +1,75 @@
+"""Quality of an upscaler on data sets, image by image."""
+
+import csv
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..resize import bicubic_resize
+from ..upscale.images import ImageError
+from .metrics import psnr_y, ssim_y
+from .pairs import Pair
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of one image: Y-PSNR in dB, SSIM, seconds; or why it was not."""
+
+    data: str
+    name: str
+    psnr: float = float("nan")
+    ssim: float = float("nan")
+    seconds: float = float("nan")
+    error: str = ""
+
+
+def evaluate(upscale: Callable[[np.ndarray], np.ndarray], data: str, pairs: list[Pair]) -> Iterator[Result]:
+    """Yield the result of each pair, in order; `scale` pixels are left out at every border, as the field does."""
+    for pair in pairs:
+        try:
+            lr, hr = pair.read()
+        except ImageError as error:
+            yield Result(data, pair.name, error=str(error))
+            continue
+        begin = time.perf_counter()
+        image = upscale(lr)
+        seconds = time.perf_counter() - begin
+        yield Result(data, pair.name, psnr_y(image, hr, pair.scale), ssim_y(image, hr, pair.scale), seconds)
+
+
+def bicubic(scale: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the field's baseline: MATLAB's bicubic enlargement."""
+    return lambda image: bicubic_resize(image, scale)
+
+
+def self_ensemble(upscale: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    """Return an upscaler of uint8 images that takes the mean over the eight orientations of an image."""
+
+    def eightfold(image: np.ndarray) -> np.ndarray:
+        unit = image.astype(np.float32) / 255
+        total = 0
+        for turns in range(4):
+            for flip in (1, -1):
+                turned = np.ascontiguousarray(np.rot90(unit, turns)[:, ::flip])
+                total = total + np.rot90(upscale(turned)[:, ::flip], -turns)
+        return np.floor(total / 8 * 255 + 0.5).clip(0, 255).astype(np.uint8)
+
+    return eightfold
+
+
+def mean(results: list[Result]) -> tuple[float, float, float]:
+    """Return the means of PSNR, SSIM and seconds over the images that were measured."""
+    values = [(result.psnr, result.ssim, result.seconds) for result in results if not result.error]
+    return tuple(float(np.mean(column)) for column in zip(*values, strict=True)) if values else (float("nan"),) * 3
+
+
+def write_csv(path: Path, results: list[Result]):
+    """Write a row for each image."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["data", "image", "psnr_y", "ssim_y", "seconds", "error"])
+        for r in results:
+            writer.writerow([r.data, r.name, f"{r.psnr:.4f}", f"{r.ssim:.6f}", f"{r.seconds:.4f}", r.error])

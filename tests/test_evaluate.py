@@ -1,0 +1,184 @@
+"""`seemore-fast evaluate`: data sets found, measured and told as the field does."""
+
+import csv
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from seemore_fast import Upscaler
+from seemore_fast.cli import main
+from seemore_fast.evaluation import luma, psnr_y, ssim_y
+from seemore_fast.evaluation.evaluate import evaluate, self_ensemble
+from seemore_fast.evaluation.pairs import PairError, find_pairs, name_of
+from seemore_fast.evaluation.published import PUBLISHED
+from seemore_fast.resize import bicubic_resize
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """Two sets: `plain`, of HR alone, one image grey, and `pairs`, with LR that is half as bright."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "plain").mkdir()
+    for i, shape in enumerate([(31, 40, 3), (36, 33, 3), (30, 30)]):
+        smooth = bicubic_resize(rng.integers(0, 256, (8, 8, *shape[2:]), np.uint8), 6)[: shape[0], : shape[1]]
+        Image.fromarray(smooth).save(tmp_path / "plain" / f"{i}.png")
+        for folder, image in (
+            ("HR", smooth),
+            ("LR_bicubic/X2", bicubic_resize(smooth[:30, : shape[1] // 2 * 2], 0.5) // 2),
+        ):
+            (tmp_path / "pairs" / folder).mkdir(parents=True, exist_ok=True)
+            if i == 0:
+                name = "0.png" if folder == "HR" else "0x2.png"
+                Image.fromarray(image).save(tmp_path / "pairs" / folder / name)
+    return tmp_path
+
+
+def run(capsys, *told):
+    status = main(["evaluate", "--device", "cpu", *map(str, told)])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_bicubic_of_hr_alone(sets, capsys):
+    status, out, _ = run(
+        capsys, "--model", "bicubic", "--scale", 2, "--data", sets / "plain", "--csv", sets / "rows.csv"
+    )
+    assert status == 0
+    with (sets / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    expected = []
+    for i in range(3):
+        hr = np.asarray(Image.open(sets / "plain" / f"{i}.png"))
+        hr = hr[: len(hr) // 2 * 2, : hr.shape[1] // 2 * 2]
+        image = bicubic_resize(bicubic_resize(hr, 0.5), 2)
+        expected.append((psnr_y(image, hr, 2), ssim_y(image, hr, 2)))
+        assert (float(rows[i]["psnr_y"]), float(rows[i]["ssim_y"])) == pytest.approx(expected[i], abs=1e-4)
+    psnr, ssim = np.mean(expected, axis=0)
+    assert re.search(rf"plain +3 +{psnr:.2f} +{ssim:.4f}", out)
+
+
+def test_given_low_resolution_is_measured(sets, capsys):
+    (pair,) = find_pairs(sets / "pairs", 2)
+    lr, hr = pair.read()
+    assert lr.max() < 128 and hr.shape == (30, 40, 3)
+    assert find_pairs(sets / "pairs", 3)[0].lr is None
+    (result,) = evaluate(lambda image: bicubic_resize(image, 2), "pairs", [pair])
+    assert result.psnr < 15 and result.seconds > 0
+    status, out, _ = run(capsys, "--model", "bicubic", "--scale", 2, "--data", sets / "pairs", "--data", sets / "plain")
+    assert status == 0 and re.search(rf"pairs +1 +{result.psnr:.2f}", out) and re.search("plain +3 ", out)
+
+
+def test_a_model_beside_what_was_published(sets, capsys):
+    (sets / "plain").rename(sets / "Set5")
+    status, out, _ = run(capsys, "--model", "seemore_t_x2", "--data", sets / "Set5")
+    assert status == 0 and "33.66/0.9299, 38.06/0.9608" in out
+    values = [Upscaler("seemore_t_x2", device="cpu")(pair.read()[0]) for pair in find_pairs(sets / "Set5", 2)]
+    mean = np.mean([psnr_y(v, p.read()[1], 2) for v, p in zip(values, find_pairs(sets / "Set5", 2), strict=True)])
+    assert f"{mean:.2f}" in out
+
+
+def test_an_ensemble_is_the_mean_over_orientations():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (12, 17, 3), np.uint8)
+    seen = []
+
+    def upscale(x):
+        seen.append(x)
+        return x.repeat(2, 0).repeat(2, 1)
+
+    np.testing.assert_array_equal(self_ensemble(upscale)(image), image.repeat(2, 0).repeat(2, 1))
+    assert len({x.tobytes() + str(x.shape).encode() for x in seen}) == 8
+    shifted = self_ensemble(lambda x: np.full((2 * x.shape[0], 2 * x.shape[1], 3), 0.1 * x[0, 0, 0], np.float32))(image)
+    corners = np.float32([image[i, j, 0] for i in (0, -1) for j in (0, -1)])
+    assert abs(int(shifted[0, 0, 0]) - corners.mean() * 0.1) <= 1
+
+
+def test_what_cannot_be_measured_costs_the_others_nothing(sets, capsys):
+    Image.new("RGB", (14, 40)).save(sets / "plain" / "small.png")
+    (sets / "plain" / "x.png").write_bytes(b"no image")
+    told = ["--model", "bicubic", "--scale", 2, "--data", sets / "plain", "--csv", sets / "rows.csv"]
+    status, out, err = run(capsys, *told)
+    assert status == 1 and re.search("plain +3 ", out)
+    assert "small.png has 14x40 pixels, expected at least 15x15" in err and "x.png is no PNG" in err
+    assert len((sets / "rows.csv").read_text().splitlines()) == 6
+
+
+def test_an_interruption_keeps_what_was_measured(sets, capsys, monkeypatch):
+    import seemore_fast.evaluation.evaluate as module
+
+    def interrupted(upscale, data, pairs):
+        yield module.Result(data, "first", 30.0, 0.9, 0.1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "evaluate", interrupted)
+    told = ["--model", "bicubic", "--scale", 2, "--data", sets / "plain", "--csv", sets / "rows.csv"]
+    assert run(capsys, *told)[0] == 130
+    assert "first,30.0000" in (sets / "rows.csv").read_text()
+
+
+def test_pairs_that_do_not_fit(sets):
+    lr = sets / "pairs" / "LR_bicubic" / "X2"
+    with pytest.raises(
+        PairError, match=r"X2 has no LR image for 2 of 3 images in .*plain: 1.png, 2.png; expected NAME"
+    ):
+        find_pairs(sets / "plain", 2, lr)
+    Image.new("RGB", (7, 7)).save(lr / "0x2.png")
+    (result,) = evaluate(lambda image: image, "pairs", find_pairs(sets / "pairs", 2))
+    assert re.search(r"0x2.png has 7x7 pixels, expected 20x15, 1/2 of .*0.png", result.error)
+    Image.new("L", (20, 15)).save(lr / "0x2.png")
+    (result,) = evaluate(lambda image: image, "pairs", find_pairs(sets / "pairs", 2))
+    assert re.search(r"0x2.png is grey, but .*0.png is colour", result.error)
+    assert name_of(sets / "pairs" / "HR") == "pairs" and name_of(sets / "plain") == "plain"
+
+
+@pytest.mark.parametrize(
+    "told, message",
+    [
+        (["--model", "bicubic", "--data", "plain"], "bicubic has no scale of its own"),
+        (["--model", "bicubic", "--scale", 2, "--data", "nowhere"], "nowhere does not exist"),
+        (["--model", "bicubic", "--scale", 2, "--data", "empty"], "empty holds no image"),
+        (["--model", "bicubic", "--scale", 2, "--data", "plain", "--lr", "a", "--lr", "b"], "--lr is given 2 times"),
+        (["--model", "seemore_q", "--data", "plain"], "there is no shipped model"),
+        (["--model", "bicubic", "--scale", 2, "--data", "plain", "--csv", "no/rows.csv"], "no does not exist"),
+    ],
+)
+def test_wrong_usage(sets, capsys, monkeypatch, told, message):
+    monkeypatch.chdir(sets)
+    (sets / "empty").mkdir()
+    status, _, err = run(capsys, *told)
+    assert status == 2 and message in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, scale, psnr, ssim",
+    [
+        ("Set5", 2, 33.67, 0.9303), ("Set5", 3, 30.40, 0.8689), ("Set5", 4, 28.43, 0.8111),
+        ("Set14", 2, 30.23, 0.8691), ("Set14", 3, 27.54, 0.7745), ("Set14", 4, 25.99, 0.7029),
+        ("B100", 2, 29.56, 0.8434), ("B100", 3, 27.21, 0.7391), ("B100", 4, 25.96, 0.6681),
+    ],
+)  # fmt: skip
+def test_bicubic_of_the_data_sets(data, capsys, name, scale, psnr, ssim):
+    """As a network is measured: 8-bit RGB in and out. The published line is up to 0.0007 SSIM lower: see below."""
+    status, out, _ = run(capsys, "--model", "bicubic", "--scale", scale, "--data", data / "test" / name)
+    assert status == 0
+    found = re.search(rf"{name} +\d+ +(\S+) +(\S+)", out)
+    assert float(found[1]) == pytest.approx(psnr, abs=0.0051)
+    assert float(found[2]) == pytest.approx(ssim, abs=0.00005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, scale", [("Set5", 2), ("Set5", 3), ("Set5", 4), ("Set14", 2), ("B100", 2), ("B100", 4)])
+def test_published_bicubic(data, name, scale):
+    """It was made in luma alone, 8 bit, resized without rounding: so it comes out to 0.01 dB and .0002."""
+    measured = []
+    for pair in find_pairs(data / "test" / name, scale):
+        plane = np.floor(luma(pair.read()[1]) + 0.5).astype(np.uint8)
+        large = bicubic_resize(bicubic_resize(plane / 255, 1 / scale), scale)
+        image = np.floor(255 * large + 0.5).clip(0, 255).astype(np.uint8)
+        measured.append((psnr_y(image, plane, scale), ssim_y(image, plane, scale)))
+    psnr, ssim = np.mean(measured, axis=0)
+    published = PUBLISHED["bicubic", scale][name]
+    assert psnr == pytest.approx(published[0], abs=0.0101) and ssim == pytest.approx(published[1], abs=0.0002)
