@@ -140,10 +140,12 @@ class Trainer:
             self.notes += [f"{line}; the one before is taken" for line in complaints]
             if complaints and state is None:
                 raise StateError(f"none of the checkpoints in {self.checkpoints.folder} can be read: {complaints[0]}")
+            path = self.checkpoints.path(state["step"]) if state else None
         else:
-            state = read_state(Path(resume))
+            path = Path(resume)
+            state = read_state(path)
         if state is not None:
-            check_same_network(state, self.model.config, self.checkpoints.path(state["step"]))
+            check_same_network(state, self.model.config, path)
         return state
 
     def _state(self) -> dict:
