@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from . import benchmark, evaluate, export, info, train, upscale
+from . import analyze, benchmark, evaluate, export, info, train, upscale
 from .exits import FAILED, INTERRUPTED, USAGE, UsageError
 
 
@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="seemore-fast", description="Fast SeemoRe super-resolution.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (upscale, train, evaluate, export, benchmark, info):
+    for command in (upscale, train, evaluate, analyze, export, benchmark, info):
         name = command.__name__.rpartition(".")[2]
         subparser = commands.add_parser(name, help=command.HELP, description=command.HELP)
         command.add_arguments(subparser)

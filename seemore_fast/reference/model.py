@@ -318,7 +318,7 @@ class SeemoRe(nn.Module):
 def body_dtype(weight: Tensor) -> torch.dtype:
     """Return the type the features are computed in: autocast's where it is on, else that of the weights."""
     device = weight.device.type
-    if weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
+    if weight.dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return weight.dtype
 

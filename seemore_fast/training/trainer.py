@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from ..analysis.routing import expert_usage
 from ..checkpoint import save_model
 from ..model import SeemoRe
 from .config import Config, ConfigError
@@ -24,7 +25,7 @@ from .records import Records, check_tensorboard
 from .schedule import factor
 from .start import start_from, start_from_interpolation
 from .state import Checkpoints, StateError, check_same_network, first_line, read_state
-from .validation import Validation, expert_usage
+from .validation import Validation
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

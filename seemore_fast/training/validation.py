@@ -1,10 +1,10 @@
-"""Quality of a network on folders of images, and which experts it chooses."""
+"""Quality of a network on folders of images."""
 
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from ..evaluation import psnr_y, ssim_y
 from ..evaluation.pairs import PairError, find_pairs
@@ -45,21 +45,3 @@ class Validation:
             psnr, ssim, count = self.group.total(sums.to(self.group.device)).tolist()
             results[name] = psnr / count, ssim / count
         return results
-
-
-@torch.no_grad()
-def expert_usage(model: nn.Module, x: Tensor) -> Tensor:
-    """Return how often each group chooses each expert for the images x, int64 (groups, experts)."""
-    chosen = []
-
-    def count(gate: nn.Module, inputs: tuple, outputs: tuple[Tensor, Tensor]):
-        chosen.append(torch.bincount(outputs[0].flatten(), minlength=gate.body[2].out_features))
-
-    gates = [group.local_block.block.moe_layer.gate for group in model.body]
-    handles = [gate.register_forward_hook(count) for gate in gates]
-    try:
-        model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.stack(chosen)

@@ -1,0 +1,34 @@
+"""The maps around the experts, as in the paper's Figure 5: what goes into MoRE and SEE, and what comes out."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .routing import listening
+
+
+class Maps(NamedTuple):
+    """Strength of features, the mean of their magnitude over channels, float32 (H, W) for each group."""
+
+    before: list[Tensor]
+    after: list[Tensor]
+
+
+@torch.no_grad()
+def feature_maps(model: nn.Module, x: Tensor) -> dict[str, Maps]:
+    """Return the maps before and after "MoRE" and "SEE" of an image x (1, C, H, W), group by group."""
+    blocks = {
+        "MoRE": [group.local_block.block.moe_layer for group in model.body],
+        "SEE": [group.global_block.block for group in model.body],
+    }
+    maps = {name: Maps([], []) for name in blocks}
+    names = {module: name for name, modules in blocks.items() for module in modules}
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor):
+        for kept, feature in zip(maps[names[module]], (inputs[0], output), strict=True):
+            kept.append(feature[0].float().abs().mean(dim=0))
+
+    with listening(list(names), keep):
+        model(x)
+    return maps

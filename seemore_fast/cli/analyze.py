@@ -1,0 +1,184 @@
+"""``seemore-fast analyze``: what a network does inside."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..files import replacing, why_not_writable
+from .exits import DONE, FAILED, UsageError
+
+HELP = "Look inside a network: routing, features, receptive field, operations."
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Declare what can be looked at, and the arguments of each."""
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    routing = kinds.add_parser("routing", help="which experts each group chooses, by data set: a heat map")
+    features = kinds.add_parser("features", help="maps before and after MoRE and SEE, as in the paper's Figure 5")
+    receptive = kinds.add_parser("receptive", help="the effective receptive field, by gradient: a picture")
+    operations = kinds.add_parser("operations", help="parameters and multiply-adds of each operator: a table")
+    for kind in (routing, features, receptive):
+        name = kind.prog.rpartition(" ")[2]
+        kind.add_argument("--model", default="seemore_t_x2", metavar="NAME|PATH", help="shipped model or weights file")
+        kind.add_argument("-o", "--output", type=Path, default=Path(f"{name}.png"), help=f"default: {name}.png")
+    routing.add_argument(
+        "--data", required=True, action="append", type=Path, metavar="DIR",
+        help="folder of HR images, or one with HR and LR_bicubic/X<scale> in it; again for each data set",
+    )  # fmt: skip
+    routing.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each image and group")
+    for kind in (features, receptive):
+        kind.add_argument("--image", required=True, type=Path, metavar="FILE", help="the network's input")
+    receptive.add_argument(
+        "--size",
+        type=int,
+        metavar="PIXELS",
+        help="side of the middle of the image that is looked at (default: up to 64)",
+    )
+    operations.add_argument("--model", metavar="NAME|PATH", help="default: --preset")
+    operations.add_argument("--preset", default="t", choices=("t", "b", "l"), help="default: t")
+    operations.add_argument("--scale", type=int, default=2, choices=(2, 3, 4), help="of the preset (default: 2)")
+    operations.add_argument(
+        "--output-size", default="1280x720", metavar="WxH", help="the enlarged picture (default: 1280x720, the field's)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Look at what was asked for."""
+    picture = vars(options).get("output")
+    if picture and picture.suffix.lower() not in PICTURES:
+        raise UsageError(f"{picture} ends in {picture.suffix!r}, expected {', '.join(PICTURES)}")
+    for path in (picture, vars(options).get("csv")):
+        if path and (reason := why_not_writable(path)):
+            raise UsageError(reason)
+    look = {"routing": _routing, "features": _features, "receptive": _receptive, "operations": _operations}
+    return look[options.kind](options)
+
+
+def _routing(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from ..analysis.routing import choices_of, mean_rank, trend, usage_by_set, write_csv
+    from ..evaluation.pairs import PairError, find_pairs, name_of
+
+    plots, model = _plots(), _model(options.model)
+    try:
+        sets = [(name_of(folder), find_pairs(folder, model.scale)) for folder in options.data]
+    except PairError as error:
+        raise UsageError(str(error)) from None
+    choices = []
+    with tqdm(total=sum(len(pairs) for _, pairs in sets), unit="image", desc="routing") as progress:
+        for name, pairs in sets:
+            for choice in choices_of(model, name, pairs):
+                choices.append(choice)
+                progress.update()
+    ranks, shares = model.body[0].local_block.block.moe_layer.ranks, usage_by_set(choices)
+    if options.csv:
+        with replacing(options.csv) as temporary:
+            write_csv(temporary, choices, ranks)
+    for name, share in shares.items():
+        print(f"{name}: mean rank by group {', '.join(f'{rank:.2f}' for rank in mean_rank(share, ranks))}")
+        print(f"{'':{len(name)}}  correlation with depth {trend(share, ranks):+.2f} (below 0: deeper, lower)")
+    if shares:
+        title = f"Experts chosen by {_name(options.model)}"
+        plots.save(plots.heat_map(shares, ranks, title), options.output)
+        print(f"wrote {options.output}")
+    failed = [choice for choice in choices if choice.error]
+    for choice in failed:
+        print(f"left out: {choice.error}", file=sys.stderr)
+    return FAILED if failed else DONE
+
+
+def _features(options: argparse.Namespace) -> int:
+    from ..analysis.features import feature_maps
+
+    plots, model = _plots(), _model(options.model)
+    maps = feature_maps(model, _image(options.image))
+    title = f"Mean magnitude of features, {_name(options.model)}, {options.image.name}"
+    plots.save(plots.grid(maps, title), options.output)
+    print(f"wrote {options.output}")
+    return DONE
+
+
+def _receptive(options: argparse.Namespace) -> int:
+    from ..analysis.receptive import receptive_field, side_of
+
+    plots, model, x = _plots(), _model(options.model), _image(options.image)
+    most = min(x.shape[2:])
+    size = min(64, most) if options.size is None else options.size
+    if not model.min_size <= size <= most:
+        raise UsageError(
+            f"{size} pixels of {options.image} a side are to be looked at, expected {model.min_size}, which the "
+            f"network takes at least, to {most}, which there are: give another --size or image"
+        )
+    top, left = ((n - size) // 2 for n in x.shape[2:])
+    field = receptive_field(model, x[:, :, top : top + size, left : left + size])
+    sides = {share: side_of(field, share) for share in (0.5, 0.9, 0.99)}
+    for share, side in sides.items():
+        print(f"{share:.0%} of the gradient of the middle pixel lies within {side}x{side} pixels")
+    plots.save(plots.field_picture(field, sides, f"Receptive field of {_name(options.model)}"), options.output)
+    print(f"wrote {options.output}")
+    return DONE
+
+
+def _operations(options: argparse.Namespace) -> int:
+    from ..analysis.operations import PUBLISHED, operations, total
+    from ..presets import PRESETS
+
+    if options.model:
+        config, title, known = _model(options.model).config, _name(options.model), None
+    else:
+        config = {"scale": options.scale, **PRESETS[options.preset]}
+        title, known = f"{options.preset.upper()} x{options.scale}", PUBLISHED[options.preset, options.scale]
+    width, height = _size(options.output_size, config["scale"])
+    table = operations(config, height // config["scale"], width // config["scale"])
+    every = total(table)
+    print(f"{title}, {width}x{height} pixels of output")
+    print(f"{'operator':<30} {'parameters':>10} {'GMAC':>8} {'share':>6}")
+    for name, cost in [*table.items(), ("all", every)]:
+        print(f"{name:<30} {cost.parameters:>10,} {cost.macs / 1e9:>8.2f} {cost.macs / every.macs:>6.1%}")
+    if known and (width, height) == (1280, 720):
+        print(f"{'published':<30} {known[0]:>10,} {known[1]:>8.1f}")
+    return DONE
+
+
+def _size(text: str, scale: int) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) >= scale for part in parts):
+        raise UsageError(f"--output-size is {text!r}, expected WxH, at least {scale}x{scale}, such as 1280x720")
+    return int(parts[0]), int(parts[1])
+
+
+def _plots():
+    try:
+        from ..analysis import plots
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{error.name} is not installed: pip install 'seemore-fast[analyze]'") from None
+    return plots
+
+
+def _model(name: str):
+    from ..checkpoint import CheckpointError, load_model
+
+    try:
+        model = load_model(name)
+    except (CheckpointError, ValueError, FileNotFoundError) as error:
+        raise UsageError(str(error)) from None
+    if model.in_chans != 3:
+        raise UsageError(f"{name} takes {model.in_chans} channels, expected 3: images are read as RGB")
+    return model.requires_grad_(False).eval()
+
+
+def _image(path: Path):
+    from ..analysis.routing import as_batch
+    from ..evaluation.pairs import read_plain
+    from ..upscale.images import ImageError
+
+    try:
+        return as_batch(read_plain(path))
+    except ImageError as error:
+        raise UsageError(str(error)) from None
+
+
+def _name(model: str) -> str:
+    return Path(model).stem

@@ -1,0 +1,225 @@
+"""What the analysis says of a network, against counts and gradients made another way; and its command."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import seemore_fast
+from seemore_fast import cli
+from seemore_fast.analysis import features, operations, receptive, routing
+from seemore_fast.checkpoint import save_model
+from seemore_fast.evaluation.pairs import find_pairs
+from seemore_fast.presets import PRESETS
+from seemore_fast.reference.rme_block import channel_shuffle
+
+plots = pytest.importorskip("seemore_fast.analysis.plots", reason="needs matplotlib")
+
+
+def network(**overrides) -> seemore_fast.SeemoRe:
+    torch.manual_seed(3)
+    return seemore_fast.SeemoRe(
+        **{"scale": 2, **PRESETS["t"], "num_layers": 2, "embedding_dim": 12, **overrides}
+    ).eval()
+
+
+@pytest.fixture
+def folder(tmp_path, rng):
+    """Two images of a data set called Noise."""
+    (tmp_path / "Noise").mkdir()
+    for name in ("one", "two"):
+        Image.fromarray(rng.integers(0, 256, (50, 44, 3), dtype=np.uint8)).save(tmp_path / "Noise" / f"{name}.png")
+    return tmp_path / "Noise"
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(5)
+
+
+# Operations
+
+
+@pytest.mark.parametrize(("preset", "scale"), operations.PUBLISHED)
+def test_operations_add_up_to_what_was_published(preset, scale):
+    """A crop of rows that the scale does not divide changes the last digit at most."""
+    config = {"scale": scale, **PRESETS[preset]}
+    parameters, macs = operations.total(operations.operations(config, 720 // scale, 1280 // scale))
+    published = operations.PUBLISHED[preset, scale]
+    assert parameters == published[0] == sum(p.numel() for p in seemore_fast.SeemoRe(**config).parameters())
+    assert macs / 1e9 == pytest.approx(published[1], abs=0.06)
+
+
+def test_operations_count_the_largest_experts_that_an_image_can_choose():
+    c, pixels = 12, 32 * 48
+    for topk, ranks in ((1, 8), (2, 8 + 4), (3, 8 + 4 + 2)):
+        config = network(topk=topk).config
+        macs = operations.operations(config, 32, 48)["low_rank_experts"].macs
+        assert macs == config["num_layers"] * pixels * (3 * c * ranks + c * c)  # with the projection that follows
+
+
+def test_operations_of_small_maps_are_those_of_their_sizes():
+    config = network(num_layers=1).config
+    small = (35 // 4) * (50 // 4) * 12 * 16 + (35 // 16) * (50 // 16) * 12 * (16 + 9 + 12)
+    assert operations.operations(config, 35, 50)["calibrate"].macs == small
+
+
+# Routing
+
+
+def test_usage_is_what_the_router_chooses():
+    model, x = network(topk=2), torch.rand(3, 3, 40, 36)
+    usage = routing.expert_usage(model, x)
+    assert usage.shape == (2, 3) and usage.sum(dim=1).tolist() == [6, 6]
+    f = model.conv_1(x - model.mean)
+    block = model.body[0].local_block
+    u = channel_shuffle(block.block.conv_1(block.norm_1(f)))
+    a = block.block.conv_2(u.chunk(2, dim=1)[0])
+    chosen = block.block.moe_layer.gate.body[2](a.mean(dim=(2, 3))).topk(2).indices
+    assert usage[0].tolist() == torch.bincount(chosen.flatten(), minlength=3).tolist()
+
+
+def test_listening_leaves_the_model_as_it_was():
+    model, x = network(), torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        before = model(x)
+        routing.expert_usage(model, x)
+        features.feature_maps(model, x)
+        assert torch.equal(model(x), before)
+    assert model.is_untouched()
+
+
+def test_shares_ranks_and_trend():
+    choices = [
+        routing.Choice("A", "1", torch.tensor([[1, 0, 0], [0, 0, 1]])),
+        routing.Choice("A", "2", torch.tensor([[0, 1, 0], [0, 0, 1]])),
+        routing.Choice("A", "3", None, "damaged"),
+        routing.Choice("B", "4", torch.tensor([[0, 0, 1], [1, 0, 0]])),
+    ]
+    shares = routing.usage_by_set(choices)
+    assert shares["A"].tolist() == [[0.5, 0.5, 0], [0, 0, 1]]
+    assert routing.mean_rank(shares["A"], [2, 4, 8]).tolist() == [3, 8]
+    assert routing.trend(shares["A"], [2, 4, 8]) == pytest.approx(1)
+    assert routing.trend(shares["B"], [2, 4, 8]) == pytest.approx(-1)
+    assert np.isnan(routing.trend(torch.ones(1, 3) / 3, [2, 4, 8]))
+
+
+def test_a_damaged_image_is_named_and_the_rest_goes_on(folder):
+    (folder / "bad.png").write_bytes(b"no image")
+    choices = list(routing.choices_of(network(), "Noise", find_pairs(folder, 2)))
+    assert [choice.name for choice in choices if choice.usage is None] == ["bad"]
+    assert "bad.png" in choices[0].error and len(choices) == 3
+
+
+# Features and receptive field
+
+
+def test_feature_maps_are_of_what_goes_in_and_out():
+    model, x = network(), torch.rand(1, 3, 40, 36)
+    maps = features.feature_maps(model, x)
+    assert {name: (len(m.before), len(m.after)) for name, m in maps.items()} == {"MoRE": (2, 2), "SEE": (2, 2)}
+    heard = []
+    see = model.body[1].global_block.block
+    handle = see.register_forward_hook(lambda module, inputs, output: heard.extend((inputs[0], output)))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    for kept, feature in zip((maps["SEE"].before[1], maps["SEE"].after[1]), heard, strict=True):
+        torch.testing.assert_close(kept, feature[0].abs().mean(dim=0))
+
+
+class Blur(torch.nn.Module):
+    """A mean over so many pixels around, whose field is known; enlarged by two."""
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.side = side
+
+    def forward(self, x):
+        y = torch.nn.functional.avg_pool2d(x, self.side, stride=1, padding=self.side // 2)
+        return torch.nn.functional.interpolate(y, scale_factor=2, mode="nearest")
+
+
+def test_the_field_of_a_mean_is_its_square():
+    field = receptive.receptive_field(Blur(5), torch.rand(2, 3, 33, 33))
+    wanted = torch.zeros(33, 33)
+    wanted[14:19, 14:19] = 1 / 25
+    torch.testing.assert_close(field, wanted)
+    assert [receptive.side_of(field, share) for share in (0.03, 0.5, 1.0)] == [1, 5, 5]
+
+
+def test_the_field_of_a_network_is_that_of_differences():
+    """By moving one input pixel at a time: float64, so that differences are exact enough."""
+    model, x = network(num_layers=1).double(), torch.rand(1, 3, 17, 17, dtype=torch.float64)
+    model.requires_grad_(False)
+    field = receptive.receptive_field(model, x)
+    moved = torch.zeros(3, 17, 17, dtype=torch.float64)
+    middle = lambda image: model(image)[..., 16:18, 16:18].mean()  # noqa: E731
+    for place in ((0, 8, 8), (1, 3, 12), (2, 16, 0)):
+        step = torch.zeros_like(x)
+        step[(0, *place)] = 1e-5
+        moved[place] = (middle(x + step) - middle(x - step)) / 2e-5
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(middle(x), x)
+    for place in ((0, 8, 8), (1, 3, 12), (2, 16, 0)):
+        assert gradient[(0, *place)].item() == pytest.approx(moved[place].item(), rel=1e-5, abs=1e-12)
+    wanted = gradient[0].abs().sum(dim=0)
+    torch.testing.assert_close(field.double(), wanted / wanted.sum(), rtol=1e-5, atol=1e-9)
+
+
+# The command
+
+
+@pytest.fixture
+def weights(tmp_path):
+    save_model(network(), tmp_path / "small.safetensors")
+    return str(tmp_path / "small.safetensors")
+
+
+def test_routing_command(folder, weights, tmp_path, capsys):
+    picture, table = tmp_path / "routing.png", tmp_path / "routing.csv"
+    arguments = ["analyze", "routing", "--model", weights, "--data", str(folder)]
+    assert cli.main([*arguments, "-o", str(picture), "--csv", str(table)]) == 0
+    assert "Noise: mean rank by group" in capsys.readouterr().out
+    with Image.open(picture) as image:
+        assert min(image.size) > 200
+    rows = list(csv.DictReader(table.open()))
+    assert [(row["image"], row["group"]) for row in rows] == [("one", "1"), ("one", "2"), ("two", "1"), ("two", "2")]
+    assert all(sum(int(row[f"rank_{rank}"]) for rank in (2, 4, 8)) == 1 for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["features", "receptive"])
+def test_picture_commands(kind, folder, weights, tmp_path):
+    picture = tmp_path / "picture.svg"
+    size = ["--size", "32"] if kind == "receptive" else []
+    arguments = ["analyze", kind, "--model", weights, "--image", str(folder / "one.png"), "-o", str(picture)]
+    assert cli.main([*arguments, *size]) == 0
+    assert "</svg>" in picture.read_text()
+
+
+def test_operations_command(capsys):
+    assert cli.main(["analyze", "operations", "--preset", "b", "--scale", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].split() == ["published", "505,952", "26.3"]
+    assert lines[-2].split()[1:3] == ["505,952", "26.34"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["routing", "--data", "{folder}/nowhere"], "does not exist"),
+        (["routing", "--data", "{folder}", "-o", "{folder}/a.bmp"], "expected .png, .svg, .pdf"),
+        (["routing", "--data", "{folder}", "-o", "{folder}/no/a.png"], "does not exist: create it first"),
+        (["features", "--image", "{folder}/nothing.png"], "nothing.png"),
+        (["receptive", "--image", "{folder}/one.png", "--size", "64"], "to 44, which there are"),
+        (["receptive", "--model", "seemore_z", "--image", "{folder}/one.png"], "there is no shipped model"),
+        (["operations", "--output-size", "720p"], "expected WxH"),
+    ],
+)
+def test_wrong_usage_is_explained(arguments, said, folder, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["analyze", *(word.format(folder=folder) for word in arguments)]) == 2
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["Noise"]
