@@ -50,9 +50,8 @@ def operations(setting: Setting) -> int:
     return 2 * {"forward": forward, "backward": backward, "both": forward + backward}[setting.mode]
 
 
-def build(setting: Setting, device: torch.device, arguments) -> harness.Case:
-    channels = setting.shape[1]
-    parameters = {
+def parameters(channels: int) -> dict[str, tuple[int, ...]]:
+    return {
         "weight_agg": (channels, 1, 4, 4),
         "bias_agg": (channels,),
         "weight_dw": (channels, 1, 3, 3),
@@ -60,13 +59,16 @@ def build(setting: Setting, device: torch.device, arguments) -> harness.Case:
         "weight_pw": (channels, channels, 1, 1),
         "bias_pw": (channels,),
     }
-    amount, images = operations(setting), {"k": setting.shape}
-    return operators.build(
-        "calibrate", setting, images, parameters, device, arguments, amount, recursive=setting.recursive
-    )
 
+
+def build(setting: Setting, device: torch.device, arguments) -> harness.Case:
+    shapes = parameters(setting.shape[1])
+    amount, images = operations(setting), {"k": setting.shape}
+    return operators.build("calibrate", setting, images, shapes, device, arguments, amount, recursive=setting.recursive)
+
+
+CASES = operators.cases(QUICK, CPU, CUDA)
+test_speed = operators.test_speed
 
 if __name__ == "__main__":
-    cases = {"quick": QUICK, "cpu": CPU, "cuda": CUDA}
-    cases = {kind: operators.titled(settings) for kind, settings in cases.items()}
-    harness.main("calibrate", __doc__, cases, build)
+    harness.main("calibrate", __doc__, CASES, build)

@@ -5,37 +5,19 @@
 Forward, backward alone (on graphs that are built before), and both in one call.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from seemore_fast.benchmarks import harness, operators
 
 
-class Setting(NamedTuple):
-    shape: tuple[int, int, int, int]  # of x: (B, C, H, W)
-    dtype: torch.dtype = torch.float32
-    channels_last: bool = False
-    mode: str = "forward"
-
-    def title(self) -> str:
-        return operators.title(self)
-
-
-CPU = [Setting((1, 36, 180, 320)), Setting(operators.PATCHES)]
-CUDA = [Setting(*setting) for setting in operators.ON_CUDA]
-QUICK = [Setting((1, 5, 9, 14)), Setting((2, 4, 9, 14), torch.bfloat16, channels_last=True)]
-
-
-def operations(setting: Setting) -> int:
+def operations(setting: operators.Setting) -> int:
     """Count those of the 3x3 and the 1x1 products, two for a multiply-add; backward has two gradients, too."""
     products = {"forward": 1, "backward": 3, "both": 4}[setting.mode]
     return products * 2 * (9 + 2) * setting.shape[1] * torch.Size(setting.shape).numel()
 
 
-def build(setting: Setting, device: torch.device, arguments) -> harness.Case:
-    batch, channels, *size = setting.shape
-    parameters = {
+def parameters(channels: int) -> dict[str, tuple[int, ...]]:
+    return {
         "norm_weight": (channels,),
         "norm_bias": (channels,),
         "weight": (channels, channels, 3, 3),
@@ -43,11 +25,15 @@ def build(setting: Setting, device: torch.device, arguments) -> harness.Case:
         "weight_pw": (2 * channels, channels, 1, 1),
         "bias_pw": (2 * channels,),
     }
+
+
+def build(setting: operators.Setting, device: torch.device, arguments) -> harness.Case:
+    batch, channels, *size = setting.shape
     return operators.build(
         "norm_conv3x3",
         setting,
         {"x": setting.shape},
-        parameters,
+        parameters(channels),
         device,
         arguments,
         operations(setting),
@@ -56,7 +42,8 @@ def build(setting: Setting, device: torch.device, arguments) -> harness.Case:
     )
 
 
+CASES = operators.cases()
+test_speed = operators.test_speed
+
 if __name__ == "__main__":
-    cases = {"quick": QUICK, "cpu": CPU, "cuda": CUDA}
-    cases = {kind: operators.titled(settings) for kind, settings in cases.items()}
-    harness.main("norm_conv3x3", __doc__, cases, build)
+    harness.main("norm_conv3x3", __doc__, CASES, build)

@@ -5,35 +5,18 @@
 Forward, backward alone (on graphs that are built before), and both in one call.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from seemore_fast.benchmarks import harness, operators
 
 
-class Setting(NamedTuple):
-    shape: tuple[int, int, int, int]  # of x: (B, C, H, W)
-    dtype: torch.dtype = torch.float32
-    channels_last: bool = False
-    mode: str = "forward"
-
-    def title(self) -> str:
-        return operators.title(self)
-
-
-CPU = [Setting((1, 36, 180, 320)), Setting(operators.PATCHES)]
-CUDA = [Setting(*setting) for setting in operators.ON_CUDA]
-QUICK = [Setting((1, 5, 9, 14)), Setting((2, 4, 9, 14), torch.bfloat16, channels_last=True)]
-
-
-def operations(setting: Setting) -> int:
+def operations(setting: operators.Setting) -> int:
     """Count those of the product, two for a multiply-add; backward has it again, and dx and dweight."""
     products = {"forward": 1, "backward": 3, "both": 4}[setting.mode]
     return products * 2 * 2 * setting.shape[1] * torch.Size(setting.shape).numel()
 
 
-def build(setting: Setting, device: torch.device, arguments) -> harness.Case:
+def build(setting: operators.Setting, device: torch.device, arguments) -> harness.Case:
     batch, channels, *size = setting.shape
     parameters = {"norm_weight": (channels,), "norm_bias": (channels,)}
     parameters |= {"weight": (2 * channels, channels, 1, 1), "bias": (2 * channels,)}
@@ -50,7 +33,8 @@ def build(setting: Setting, device: torch.device, arguments) -> harness.Case:
     )
 
 
+CASES = operators.cases()
+test_speed = operators.test_speed
+
 if __name__ == "__main__":
-    cases = {"quick": QUICK, "cpu": CPU, "cuda": CUDA}
-    cases = {kind: operators.titled(settings) for kind, settings in cases.items()}
-    harness.main("norm_pointwise", __doc__, cases, build)
+    harness.main("norm_pointwise", __doc__, CASES, build)

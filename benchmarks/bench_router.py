@@ -6,8 +6,6 @@ Forward, backward alone (on graphs that are built before), and both in one call.
 probabilities; those of random images are nearly equal.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from seemore_fast.benchmarks import harness, operators
@@ -15,33 +13,18 @@ from seemore_fast.benchmarks import harness, operators
 EXPERTS, TOP_K = 3, 1  # those of T, B and L
 
 
-class Setting(NamedTuple):
-    shape: tuple[int, int, int, int]  # of a: (B, C, H, W)
-    dtype: torch.dtype = torch.float32
-    channels_last: bool = False
-    mode: str = "forward"
-
-    def title(self) -> str:
-        return operators.title(self)
-
-
-CPU = [Setting((1, 36, 360, 640)), Setting((1, 36, 360, 640), torch.bfloat16), Setting(operators.PATCHES)]
-CUDA = [Setting(*setting) for setting in operators.ON_CUDA]
-QUICK = [Setting((1, 5, 9, 14)), Setting((3, 4, 9, 14), torch.bfloat16, channels_last=True)]
-
-
-def operations(setting: Setting) -> int:
+def operations(setting: operators.Setting) -> int:
     """Count the additions of the pool; all else is per image, and backward only spreads a value per channel."""
     return 0 if setting.mode == "backward" else torch.Size(setting.shape).numel()
 
 
-def traffic(setting: Setting) -> int:
+def traffic(setting: operators.Setting) -> int:
     """Count the bytes of one image for the pool, one for its gradient, which needs the means alone."""
     images = {"forward": 1, "backward": 1, "both": 2}[setting.mode]
     return images * torch.Size(setting.shape).numel() * setting.dtype.itemsize
 
 
-def build(setting: Setting, device: torch.device, arguments) -> harness.Case:
+def build(setting: operators.Setting, device: torch.device, arguments) -> harness.Case:
     images, parameters = {"a": setting.shape}, {"weight": (EXPERTS, setting.shape[1])}
     return operators.build(
         "router",
@@ -57,7 +40,8 @@ def build(setting: Setting, device: torch.device, arguments) -> harness.Case:
     )
 
 
+CASES = operators.cases()
+test_speed = operators.test_speed
+
 if __name__ == "__main__":
-    cases = {"quick": QUICK, "cpu": CPU, "cuda": CUDA}
-    cases = {kind: operators.titled(settings) for kind, settings in cases.items()}
-    harness.main("router", __doc__, cases, build)
+    harness.main("router", __doc__, CASES, build)

@@ -58,22 +58,26 @@ def operations(setting: Setting) -> int:
     return convolutions * 2 * setting.taps * torch.Size(setting.shape).numel()
 
 
-def build(setting: Setting, device: torch.device, arguments) -> harness.Case:
+def parameters(setting: Setting) -> dict[str, tuple[int, ...]]:
     channels, taps = setting.shape[1], setting.taps
-    images = {"x": setting.shape} | ({"gate": setting.shape} if setting.gated else {})
-    parameters = {
+    return {
         "weight_row": (channels, 1, 1, taps),
         "bias_row": (channels,),
         "weight_col": (channels, 1, taps, 1),
         "bias_col": (channels,),
     }
-    amount = operations(setting)
+
+
+def build(setting: Setting, device: torch.device, arguments) -> harness.Case:
+    images = {"x": setting.shape} | ({"gate": setting.shape} if setting.gated else {})
+    shapes, amount = parameters(setting), operations(setting)
     return operators.build(
-        "striped_conv", setting, images, parameters, device, arguments, amount, activation=setting.activation
+        "striped_conv", setting, images, shapes, device, arguments, amount, activation=setting.activation
     )
 
 
+CASES = operators.cases(QUICK, CPU, CUDA)
+test_speed = operators.test_speed
+
 if __name__ == "__main__":
-    cases = {"quick": QUICK, "cpu": CPU, "cuda": CUDA}
-    cases = {kind: operators.titled(settings) for kind, settings in cases.items()}
-    harness.main("striped_conv", __doc__, cases, build)
+    harness.main("striped_conv", __doc__, CASES, build)

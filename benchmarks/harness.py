@@ -83,7 +83,7 @@ class Case:
 def operator(function: Callable, mode: str = "forward", layout: torch.memory_format | None = None) -> Provider:
     """Return a provider of an operator's forward, of its backward alone, or of both in one call.
 
-    With a backward, input sets have "upstream", the gradient of the one floating result.
+    With a backward, input sets have "upstream...", the gradient of each floating result in order.
     """
 
     def prepare(tensors: InputSet) -> Callable:
@@ -92,17 +92,17 @@ def operator(function: Callable, mode: str = "forward", layout: torch.memory_for
         if mode == "forward":
             return torch.no_grad()(partial(function, **tensors))
         tensors = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
-        upstream = tensors.pop("upstream").detach()
+        upstream = [tensors.pop(name).detach() for name in list(tensors) if name.startswith("upstream")]
         leaves = [t for t in tensors.values() if t.requires_grad]
 
         def both() -> list[Tensor]:
             y = as_list(function(**tensors))
-            return [*y, *torch.autograd.grad(y, leaves, [upstream])]
+            return [*y, *torch.autograd.grad(y, leaves, upstream)]
 
         if mode == "both":
             return both
         y = as_list(function(**tensors))
-        return partial(torch.autograd.grad, y, leaves, [upstream], retain_graph=True)
+        return partial(torch.autograd.grad, y, leaves, upstream, retain_graph=True)
 
     return prepare
 
@@ -188,7 +188,7 @@ def operator_case(
     truth = as_list(operator(reference, mode)(wide)())
     dtype = next(iter(inputs[0].values())).dtype
     if traffic is None:
-        reads = {name: 2 if mode == "both" and name != "upstream" else 1 for name in inputs[0]}
+        reads = {name: 2 if mode == "both" and not name.startswith("upstream") else 1 for name in inputs[0]}
         traffic = sum(reads[name] * t.nbytes for name, t in inputs[0].items())
         traffic += sum(t.numel() for t in truth) * dtype.itemsize
     atol = max(torch.finfo(dtype).eps / 2, 1e-6)  # half a rounding step; in float32, another order of summation

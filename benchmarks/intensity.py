@@ -57,7 +57,8 @@ def all_work() -> dict[str, Work]:
         back = mode == "backward"
 
         def halved(bench, mode=mode, **options) -> float:
-            return bench.operations(bench.Setting(operators.PHOTO, mode=mode, **options)) / 2
+            settings = bench if hasattr(bench, "Setting") else operators  # those with options have one of their own
+            return bench.operations(settings.Setting(operators.PHOTO, mode=mode, **options)) / 2
 
         small = n * c * (1 / 16 + 1 / 256)
         striped = bench_striped_conv

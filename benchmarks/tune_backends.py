@@ -27,9 +27,9 @@ REFERENCE = "torch eager"
 def settings_of(module, quick: bool) -> list:
     """Return a benchmark's settings that count: a photo forward, training patches in both directions."""
     if quick:
-        return [setting._replace(mode="both") for setting in module.QUICK[:1]]
-    photos = [setting._replace(mode="forward") for setting in module.CUDA if setting.shape == operators.PHOTO]
-    return photos + [setting._replace(mode="both") for setting in module.CUDA if setting.shape == operators.PATCHES]
+        return [setting for setting in module.CASES["quick"].values() if setting.mode == "both"][:1]
+    wanted = {(operators.PHOTO, "forward"), (operators.PATCHES, "both")}
+    return [setting for setting in module.CASES["cuda"].values() if (setting.shape, setting.mode) in wanted]
 
 
 def order(times: dict[tuple, dict[str, float]]) -> list[str]:
