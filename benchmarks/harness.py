@@ -367,31 +367,48 @@ def run(
     draw: Callable | None = None,
     arguments: list[str] | None = None,
 ):
-    """Run a command line: build(cases["quick" | "cpu" | "cuda"][title], device, options) makes a table's Case or Cases.
+    """Run a command line whose `parser` gives `device` and `compile`; see `run_cases`."""
+    add_options(parser)
+    parser.add_argument("--name", default=name, help="of the file of results, without .json")
+    options = parser.parse_args(arguments)
+    if not choose(options, cases):
+        parser.error(f"no case has {options.case!r} in its title")
+    if not run_cases(options.name, options, cases, build, draw):
+        raise SystemExit("seemore-fast is wrong or fails: see above")
 
-    `parser` gives `device` and `compile`; the other options are added to it. draw(facts, path) makes a picture of what
-    was written.
-    """
+
+def add_options(parser: argparse.ArgumentParser):
+    """Add the options that all command lines have."""
     parser.add_argument("--quick", action="store_true", help="tiny cases, to see that it runs")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--case", default="", help="run only the cases with this text in their titles")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
     parser.add_argument("--instruction-sets", action="store_true", help="time each one that the CPU library has")
     parser.add_argument("--results", type=Path, help="folder to write to (by default, only a complete run writes)")
-    parser.add_argument("--name", default=name, help="of the file of results, without .json")
-    options = parser.parse_args(arguments)
+
+
+def choose(options, cases: dict[str, dict]) -> dict:
+    """Return the cases that are asked for, by title."""
+    kind = "quick" if options.quick else torch.device(options.device).type
+    return {title: setting for title, setting in cases[kind].items() if options.case in title}
+
+
+def run_cases(name: str, options, cases: dict[str, dict], build: Callable, draw: Callable | None = None) -> bool:
+    """Run build(cases["quick" | "cpu" | "cuda"][title], device, options), a table's Case or Cases, for every title.
+
+    Tables are printed and, of a complete run, written as <name>.json; draw(facts, path) makes a picture of that. Return
+    whether ours is right and runs in all of them.
+    """
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit("torch finds no CUDA device here: run with --device cpu --quick to try the benchmark itself")
     device, results = torch.device(options.device), {}
     torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    chosen = {t: s for t, s in cases["quick" if options.quick else device.type].items() if options.case in t}
-    if not chosen:
-        parser.error(f"no case has {options.case!r} in its title")
+    chosen = choose(options, cases)
     writes = options.results or not (options.quick or options.case)
     facts = {**machine_facts(device, not IS_INSTALLED), "runs": options.runs, "cases": results}
     root = options.results or (Path() if IS_INSTALLED else HERE / "results")
-    path = root / folder_name(facts) / f"{options.name}.json"
+    path = root / folder_name(facts) / f"{name}.json"
     for title, setting in chosen.items():
         if options.compile:
             torch.compiler.reset()  # else code of an earlier case is compiled for dynamic shapes, or no more
@@ -405,5 +422,4 @@ def run(
         if draw:
             draw(facts, path.with_suffix(".png"))
     bad = [key for lines in results.values() for key in lines if {"wrong", "failed"} & set(lines[key])]
-    if any(key.startswith(OURS) for key in bad):
-        raise SystemExit("seemore-fast is wrong or fails: see above")
+    return not any(key.startswith(OURS) for key in bad)

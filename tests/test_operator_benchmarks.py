@@ -15,6 +15,7 @@ from test_benchmarks import BENCHMARKS, figures, scaled_sum
 from torch.utils.flop_counter import FlopCounterMode
 
 from seemore_fast import reference
+from seemore_fast.cli import main
 
 bench = test_benchmarks.bench
 
@@ -85,6 +86,30 @@ def test_bench_operators(harness, bench, tmp_path, operator, count):
             assert line["max_error"] < (0.5 if operator.endswith("block") else 0.05)
         assert lines["clone"]["gb_s"] > 0
         assert "max_error" not in lines["clone"]
+
+
+def test_the_command_runs_operators_with_such_a_case(tmp_path, capsys):
+    arguments = ["benchmark", "kernels", "--quick", "--runs", "1", "--device", "cpu", "--results", str(tmp_path)]
+    assert main([*arguments, "--case", "backward 1x5x9x14 K=11"]) == 0
+    assert [path.name for path in tmp_path.glob("*/*")] == ["striped_conv.json"]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--case", "sideways"])
+    assert "no case has 'sideways' in its title" in capsys.readouterr().err
+
+
+def test_the_command_goes_on_after_a_wrong_operator_and_fails(monkeypatch, capsys):
+    from seemore_fast.benchmarks import bench_router
+
+    def wrong(setting, device, options, build=bench_router.build):
+        case = build(setting, device, options)
+        case.providers["seemore-fast cpu"] = lambda tensors: lambda: torch.zeros(1, 1)
+        return case
+
+    monkeypatch.setattr(bench_router, "build", wrong)
+    arguments = ["benchmark", "kernels", "--quick", "--runs", "1", "--device", "cpu", "--case", "forward 1x5"]
+    with pytest.raises(SystemExit, match="wrong or fails in router: see above"):
+        main([*arguments, "--operators", "router", "pointwise"])
+    assert "\npointwise\n" in capsys.readouterr().out
 
 
 def test_the_file_of_results_can_be_named(bench, tmp_path):

@@ -5,17 +5,20 @@ import importlib
 
 from .exits import DONE
 
-HELP = "Compare speeds on this machine: inference, training; or tune: find the quickest backends of this GPU."
+HELP = "Measure speeds on this machine, compare and report them; or tune: find the quickest backends of this GPU."
 KINDS = {
+    "kernels": "compare_kernels",
     "inference": "compare_peers",
     "training": "compare_training",
+    "compare": "compare_results",
+    "report": "report",
     "tune": "tune_backends",
 }  # the modules of seemore_fast.benchmarks
 
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Declare the command's arguments: the comparison's own are its module's."""
-    parser.add_argument("kind", choices=KINDS, help="which comparison")
+    parser.add_argument("kind", choices=KINDS, help="what to measure, or what to do with the figures")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its options: add --help for a list")
 
 
