@@ -1,4 +1,4 @@
-"""The figures of a comparison as bars, in a PNG."""
+"""The figures of a comparison as bars."""
 
 from pathlib import Path
 
@@ -9,28 +9,34 @@ LONGEST = 12
 
 
 def draw(facts: dict, path: Path):
-    """Draw a panel per table: medians as bars, and lines from the fastest to the slowest run."""
+    """Write `bars_of` as a PNG, where matplotlib is installed."""
     absent = harness.missing("matplotlib")
     if absent:
         print(f"no chart: {absent}")
-        return
+    elif figure := bars_of(facts, "SeemoRe inference"):
+        figure.savefig(path, dpi=150)
+        print(f"chart in {path}")
+
+
+def bars_of(facts: dict, title: str):
+    """Return a figure with a panel per table: medians as bars, and lines from the fastest to the slowest run.
+
+    None where nothing was timed.
+    """
     from matplotlib.figure import Figure
 
-    tables = {title: bars(lines) for title, lines in facts["cases"].items()}
-    tables = {title: rows for title, rows in tables.items() if rows}
+    tables = {name: bars(lines) for name, lines in facts["cases"].items()}
+    tables = {name: rows for name, rows in tables.items() if rows}
     if not tables:
-        return
+        return None
     heights = [len(rows) for rows in tables.values()]
     height = 0.26 * sum(heights) + 0.45 * len(heights) + 1
     figure = Figure(figsize=(9, height), layout="constrained")  # drawn by Agg: needs no display
-    threads = facts["backend_info"]["cpu"]["threads"]
-    figure.suptitle(
-        f"SeemoRe inference on {facts['processor']}, {threads} thread{'s'[: threads - 1]}", color=INK, weight="bold"
-    )
+    figure.suptitle(f"{title} on {machine_of(facts)}", color=INK, weight="bold")
     axes = figure.subplots(len(tables), squeeze=False, height_ratios=heights)[:, 0]
-    for axis, (title, rows) in zip(axes, tables.items(), strict=True):
+    for axis, (name, rows) in zip(axes, tables.items(), strict=True):
         names, values, spreads, labels = zip(*cut(rows), strict=True)
-        ours = [name.startswith(harness.OURS) for name in names]
+        ours = [provider.startswith(harness.OURS) for provider in names]
         axis.barh(names, values, color=[OURS if own else OTHERS for own in ours], height=0.75)
         axis.hlines(names, *zip(*spreads, strict=True), color=INK, linewidth=1)
         for row, (spread, label) in enumerate(zip(spreads, labels, strict=True)):
@@ -39,15 +45,23 @@ def draw(facts: dict, path: Path):
             )
         for tick, own in zip(axis.get_yticklabels(), ours, strict=True):
             tick.set(color=OURS if own else INK, weight="bold" if own else "normal")
-        axis.set_title(title, loc="left", color=INK, fontsize=10, weight="bold")
+        axis.set_title(name, loc="left", color=INK, fontsize=10, weight="bold")
         axis.set_xlim(0, 1.2 * max(spread[1] for spread in spreads))
         axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.tick_params(left=False, bottom=False, labelbottom=False, labelsize=8)
         axis.spines[:].set_visible(False)
     note = f"median, fastest and slowest of up to {facts['runs']} runs; in brackets: beside ours in the same precision"
     figure.supxlabel(note, color=QUIET, fontsize=8)
-    figure.savefig(path, dpi=150)
-    print(f"chart in {path}")
+    return figure
+
+
+def machine_of(facts: dict) -> str:
+    """Return the GPU's name, or the processor's and how many threads ran on it."""
+    info = facts["backend_info"]
+    if facts["device"] not in info["platform"]:  # which names the processor's architecture, as `device` does on a CPU
+        return facts["device"]
+    threads = info["cpu"]["threads"]
+    return f"{facts.get('processor') or facts['device']}, {threads} thread{'s'[: threads - 1]}"
 
 
 def bars(lines: dict) -> list[tuple[str, float, tuple[float, float], str]]:

@@ -236,19 +236,24 @@ def lower_instruction_sets(model: nn.Module) -> dict[str, harness.Provider]:
 
 
 def growth(config: dict, sizes: list[Size], options) -> list[harness.Case]:
-    """Return a case of each size, for one table of times per pixel."""
+    """Return a case of each size, for one table of time per pixel and of memory."""
     model, cases = seeded(config), []
     for width, height in sizes:
-        x = image((width, height))
+        x, memory = image((width, height)), {}
         y, operations = solve(model, x)
+        providers = {harness.OURS: eager(like(model))}
+        if width * height <= WIDE:  # beyond it, they take minutes
+            providers["published channels_last"] = published(model, torch.channels_last)
+        providers = {f"{name} {width}x{height}": provider for name, provider in providers.items()}
         cases.append(
             harness.Case(
-                {f"seemore-fast {width}x{height}": eager(like(model))},
+                {name: harness.weighed(name, provider, memory) for name, provider in providers.items()},
                 *([{"x": x}], [y], (), ATOL),
                 operations=operations,
                 pixels=width * height,
                 kernels_only=False,
                 patience=PATIENCE,
+                more=memory,
             )
         )
     return cases
@@ -280,7 +285,7 @@ CASES = {
         "T x2 640x360": partial(peers, {**T, "scale": 2}, (640, 360)),
         "B x4 320x180": partial(peers, B, (320, 180)),
         "L x4 320x180": partial(peers, L, (320, 180)),
-        "growth T x4": partial(growth, T, [(320, 180), (2464, 1632)]),
+        "growth T x4": partial(growth, T, [(320, 180), (160, 90), (640, 360), (1280, 720), (2464, 1632)]),
         "threads T x4 320x180": partial(scaling, T, (320, 180)),
     },
     "cuda": {

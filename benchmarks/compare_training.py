@@ -9,11 +9,8 @@ much the resident memory grows in a step at most. A complete run writes training
 """
 
 import argparse
-import ctypes
 import dataclasses
-import platform
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -55,25 +52,6 @@ def saved_megabytes(step) -> float:
     return sum(sizes.values()) / 1e6
 
 
-def grown_megabytes(step) -> float | None:
-    """Return by how much resident memory grows in a step at most, in MB; None where Linux does not tell."""
-    try:
-        if platform.libc_ver()[0] == "glibc":
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again, and not be seen
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
-        before = resident("VmRSS")
-        step()
-        return (resident("VmHWM") - before) / 1e3
-    except OSError:
-        return None
-
-
-def resident(field: str) -> int:
-    """Return a field of /proc/self/status, in kB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
 def providers_of(config: dict, weights: dict, dtype: torch.dtype, compile: bool, figures: dict) -> dict:
     """Return name -> provider of a training step in `dtype`; `figures` gets what each keeps in memory."""
 
@@ -87,7 +65,7 @@ def providers_of(config: dict, weights: dict, dtype: torch.dtype, compile: bool,
             step = partial(training_step, model, tensors["x"].contiguous(memory_format=layout), dtype)
             if name not in figures and not name.endswith("compile"):  # whose hooks are not called
                 saved = saved_megabytes(step)  # the first step, which loads what it needs
-                figures[name] = {"saved_mb": saved, "step_mb": grown_megabytes(step)}
+                figures[name] = {"saved_mb": saved, "step_mb": harness.grown_megabytes(step)}
             return step
 
         return prepare

@@ -341,6 +341,38 @@ def measure(call: Callable, device: torch.device, kernels_only: bool) -> tuple[f
     return begin.elapsed_time(end), (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
+def weighed(name: str, provider: Provider | str, figures: dict[str, dict]) -> Provider | str:
+    """Return a provider that notes in figures[name], when it is made, the memory of a call (`Case.more`)."""
+
+    def prepare(tensors: InputSet) -> Callable:
+        call = provider(tensors)
+        if name not in figures:
+            call()  # the first loads what it needs
+            figures[name] = {"step_mb": grown_megabytes(call)}
+        return call
+
+    return provider if isinstance(provider, str) else prepare
+
+
+def grown_megabytes(call: Callable) -> float | None:
+    """Return by how much resident memory grows in a call at most, in MB; None where Linux does not tell."""
+    try:
+        if platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again, and not be seen
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+        before = resident("VmRSS")
+        call()
+        return (resident("VmHWM") - before) / 1e3
+    except OSError:
+        return None
+
+
+def resident(field: str) -> int:
+    """Return a field of /proc/self/status, in kB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
 def print_table(title: str, lines: dict):
     shown = {key: form for key, form in COLUMNS.items() if any(line.get(key) is not None for line in lines.values())}
     widths = {key: int(form.split(".")[0]) for key, form in shown.items()}
