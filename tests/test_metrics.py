@@ -76,6 +76,22 @@ def test_ssim_against_its_definition():
     assert ssim_y(x, y, crop=1) == pytest.approx(np.mean(values), abs=1e-12)
 
 
+@pytest.mark.parametrize("crop", [0, 2, 3])
+def test_both_agree_with_scikit_image(crop):
+    color, metrics = (pytest.importorskip(f"skimage.{name}") for name in ("color", "metrics"))
+    rng = np.random.default_rng(2)
+    truth = np.kron(rng.integers(0, 256, (9, 8, 3)), np.ones((5, 6, 1))).astype(np.uint8)
+    image = (truth + rng.normal(0, 20, truth.shape)).clip(0, 255).astype(np.uint8)
+    inner = (slice(crop, -crop or None),) * 2
+    ours, theirs = (color.rgb2ycbcr(pixels)[..., 0][inner] for pixels in (image, truth))
+    wanted = metrics.peak_signal_noise_ratio(theirs, ours, data_range=255)
+    assert psnr_y(image, truth, crop) == pytest.approx(wanted, abs=1e-6)
+    wanted = metrics.structural_similarity(
+        theirs, ours, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+    )
+    assert ssim_y(image, truth, crop) == pytest.approx(wanted, abs=1e-6)
+
+
 def test_ssim_wants_a_window_and_one_size():
     with pytest.raises(ValueError, match=r"has 10x11 pixels inside a border of 1, expected at least 11x11"):
         ssim_y(np.zeros((13, 12), np.uint8), np.zeros((13, 12), np.uint8), crop=1)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -277,17 +278,18 @@ def test_killed_at_any_moment_it_loses_the_steps_since_a_checkpoint_alone(work):
     assert not list((work / "run" / "checkpoints").glob(".*"))
 
 
-def run_in_two(work, *more, out):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = [*torchrun, "-m", "seemore_fast.training", *arguments(work, *more, out=out), "--device", "cpu"]
-    return subprocess.run(process, env=environment, capture_output=True, text=True, timeout=300)
+def in_two(work, *more, out, torchrun=()):
+    """Return the command line and environment of a run in two processes."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *torchrun]
+    told = [*start, "-m", "seemore_fast.training", *arguments(work, *more, out=out), "--device", "cpu"]
+    return told, {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def test_two_processes_with_half_the_batch_give_the_weights_of_one(work):
     told = ["precision=fp64", "steps=20", "validation.every=20", "loss.fft=0.1", "optimizer.lr=1e-3"]
     assert trainer(work, *told, out="one").run()
-    done = run_in_two(work, *told, out="two")
+    line, environment = in_two(work, *told, out="two")
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     one, two = newest(work, "one"), newest(work, "two")
     for kind in ("model", "average"):
@@ -298,6 +300,26 @@ def test_two_processes_with_half_the_batch_give_the_weights_of_one(work):
         with (work / out / "validation.csv").open() as file:
             rows.append(next(csv.DictReader(file)))
     assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_that_lost_a_process(work):
+    """Elastic: all processes are started anew, and go on from the last checkpoint to the end."""
+    told = ["steps=60", "validation.every=60", "checkpoint.every=5", "data.batch=2", "log.every=1"]
+    line, environment = in_two(work, *told, out="run", torchrun=["--max-restarts=1", "--monitor-interval=0.2"])
+    process = subprocess.Popen(
+        [*line, "--resume", "auto"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    folder = Checkpoints(work / "run" / "checkpoints", 2)
+    wait_for(lambda: folder.steps(), process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    killed_at = folder.steps()[-1]
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert killed_at < 60 and newest(work)["step"] == 60
+    rows = [int(line.split(",")[0]) for line in (work / "run" / "steps.csv").read_text().splitlines()[1:]]
+    assert rows == list(range(1, 61))
 
 
 # What it is made of
