@@ -66,6 +66,9 @@ def test_overrides_win_and_numbers_may_be_texts(written):
         ("schedule: {milestones: [5, 3]}", [], "expected growing steps"),
         ("", ["data.train=[]"], r"data.train is \[\], expected at least one folder"),
         ("", ["data.lr=[a, b]"], "data.lr is .*, expected a folder for each"),
+        ("", ["data.sizes=[0.5, 2]"], r"data.sizes is \[0.5, 2.0\], expected numbers above 0 and up to 1"),
+        ("", ["data.sizes=[1, 1]"], "data.sizes is .*, expected each of them once"),
+        ("", ["data.lr=[a]", "data.sizes=[0.5]"], r"data.sizes is \[0.5\], expected \[1\], as data.lr gives"),
     ],
 )
 def test_what_is_wrong_is_named(written, text, overrides, message):

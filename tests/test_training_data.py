@@ -42,6 +42,22 @@ def test_pairs_are_made_of_whole_images(photos, tmp_path, scale):
         np.testing.assert_array_equal(lr, bicubic_resize(hr, 1 / scale))
 
 
+def test_images_are_used_at_each_size(photos, tmp_path):
+    (photos / "broken.png").write_bytes(b"no image")
+    images = opened(photos, tmp_path, sizes=[1, 0.5], patch=8)
+    assert len(images) == 6 and len(images.skipped) == 1
+    for i in range(3):
+        name = images.names[2 * i]
+        assert images.names[2 * i + 1] == name
+        half = bicubic_resize(np.asarray(Image.open(name)), 0.5)
+        lr, hr = images.pair(2 * i + 1)
+        np.testing.assert_array_equal(hr, half[: len(half) // 2 * 2, : half.shape[1] // 2 * 2])
+        np.testing.assert_array_equal(lr, bicubic_resize(hr, 0.5))
+    assert len(opened(photos, tmp_path, patch=8)) == 3  # another cache
+    with pytest.raises(ConfigError, match=r"3 images are smaller: .*, make data.patch smaller or data.sizes larger"):
+        opened(photos, tmp_path, sizes=[1, 0.375])
+
+
 def test_a_cache_is_made_once_and_belongs_to_its_files(photos, tmp_path):
     opened(photos, tmp_path)
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}

@@ -117,6 +117,9 @@ def test_what_a_run_cannot_resume(work):
         trainer(work)
     with pytest.raises(StateError, match=r"made with model.embedding_dim = 12, this run has 16"):
         trainer(work, "model.embedding_dim=16", resume="auto")
+    given = work / "run" / "checkpoints" / "step_000000005.pt"
+    with pytest.raises(StateError, match=r"step_000000005\.pt was made with model.embedding_dim"):
+        trainer(work, "model.embedding_dim=16", resume=str(given))
     with pytest.raises(StateError, match=r"nothing\.pt does not exist"):
         trainer(work, resume="nothing.pt")
     trainer(work, resume="auto").run(until=7)

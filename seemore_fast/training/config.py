@@ -55,6 +55,7 @@ class Data:
     train: list[str] = field(default_factory=list)  # folders of HR images, read with their subfolders
     lr: list[str] = field(default_factory=list)  # a folder of LR images for each of them, or none
     lr_name: str = "{}"  # an LR file's name without its ending, "{}x2" for photo.png and photox2.png
+    sizes: list[float] = field(default_factory=lambda: [1.0])  # each image is used at all of these; 0.5: half as wide
     cache: str | None = None  # folder of the decoded images; by default `cache` in `out`
     patch: int = 64  # side of an LR patch in pixels
     batch: int = 32  # patches of a step, of all processes and accumulated parts together
@@ -308,5 +309,9 @@ def check(config: Config, where: str):
     expect(bool(config.data.train), "data.train", "at least one folder of images")
     if config.data.lr:
         expect(len(config.data.lr) == len(config.data.train), "data.lr", "a folder for each of data.train")
+        expect(config.data.sizes == [1], "data.sizes", "[1], as data.lr gives the low resolution")
+    sizes = config.data.sizes
+    expect(sizes and all(0 < size <= 1 for size in sizes), "data.sizes", "numbers above 0 and up to 1")
+    expect(len(set(sizes)) == len(sizes), "data.sizes", "each of them once")
     expect("{}" in config.data.lr_name, "data.lr_name", "a name with {} in it, where the HR image's goes")
     expect(config.data.batch % config.accumulate == 0, "accumulate", f"a divisor of data.batch, {config.data.batch}")

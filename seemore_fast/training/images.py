@@ -103,15 +103,16 @@ def read_rgb(file: Path) -> np.ndarray:
 def open_images(data: Data, scale: int, folder: Path, is_first: bool = True) -> Images:
     """Return the images of a run from their cache in `folder`, which is made where it is not there yet.
 
-    A cache belongs to the very files (path, size, time of change), the scale and the format: others get one of their
-    own. Damaged files are skipped, named and counted. Only one process, `is_first`, makes it.
+    A cache belongs to the very files (path, size, time of change), sizes, scale and format: others get one of their
+    own. Damaged files are skipped, named and counted. Only one process, `is_first`, makes it. An image is there once
+    for each of `data.sizes`, shrunk by MATLAB's bicubic: smaller ones are sharper at the pixel, and more of them.
 
     Raises ConfigError for folders and pairs that do not fit, and for images smaller than a patch.
     """
     pairs = list_pairs(data)
-    stem = folder / f"x{scale}-{_fingerprint(pairs, scale)}"
+    stem = folder / f"x{scale}-{_fingerprint(pairs, scale, data.sizes)}"
     if is_first and not stem.with_suffix(".json").exists():
-        _make(pairs, scale, stem)
+        _make(pairs, scale, data.sizes, stem)
     images = _open(stem, scale)
     if not len(images):
         raise ConfigError(f"data.train: none of {len(pairs)} images can be read; the first: {images.skipped[0]}")
@@ -121,38 +122,39 @@ def open_images(data: Data, scale: int, folder: Path, is_first: bool = True) -> 
         some = ", ".join(f"{images.names[i]} ({sides[i, 1]}x{sides[i, 0]})" for i in small[:5])
         raise ConfigError(
             f"data.patch is {data.patch}, that is {data.patch * scale} pixels of an HR image, but {len(small)} images "
-            f"are smaller: {some}{', ...' if len(small) > 5 else ''}; remove them or make data.patch smaller"
+            f"are smaller: {some}{', ...' if len(small) > 5 else ''}; remove them, make data.patch smaller "
+            "or data.sizes larger"
         )
     return images
 
 
-def _fingerprint(pairs: list[tuple[Path, Path | None]], scale: int) -> str:
-    told = [VERSION, scale]
+def _fingerprint(pairs: list[tuple[Path, Path | None]], scale: int, sizes: list[float]) -> str:
+    told = [VERSION, scale, sizes]
     for file in (file for pair in pairs for file in pair if file):
         state = file.stat()
         told.append((str(file.resolve()), state.st_size, state.st_mtime_ns))
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
-def _make(pairs: list[tuple[Path, Path | None]], scale: int, stem: Path):
+def _make(pairs: list[tuple[Path, Path | None]], scale: int, sizes: list[float], stem: Path):
     stem.parent.mkdir(parents=True, exist_ok=True)
     table, skipped, end = {"offsets": [], "sizes": [], "names": []}, [], 0
     temporary = stem.with_suffix(f".{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file, tqdm(total=len(pairs), desc="decoding images", unit="image") as progress:
-            for (name, _), found in zip(pairs, _decode_all(pairs, scale), strict=True):
+            for (name, _), found in zip(pairs, _decode_all(pairs, scale, sizes), strict=True):
                 progress.update()
                 if isinstance(found, str):
                     skipped.append(found)
                     progress.write(f"skipped: {found}")
                     continue
-                lr, hr = found
-                table["offsets"].append((end, end + lr.size))
-                table["sizes"].append(lr.shape[:2])
-                table["names"].append(str(name))
-                file.write(lr.data)
-                file.write(hr.data)
-                end += lr.size + hr.size
+                for lr, hr in found:
+                    table["offsets"].append((end, end + lr.size))
+                    table["sizes"].append(lr.shape[:2])
+                    table["names"].append(str(name))
+                    file.write(lr.data)
+                    file.write(hr.data)
+                    end += lr.size + hr.size
         os.replace(temporary, stem.with_suffix(".bin"))
         temporary.write_text(json.dumps({**table, "skipped": skipped, "bytes": end}))
         os.replace(temporary, stem.with_suffix(".json"))  # the last: what has it is whole
@@ -160,29 +162,42 @@ def _make(pairs: list[tuple[Path, Path | None]], scale: int, stem: Path):
         temporary.unlink(missing_ok=True)
 
 
-def _decode_all(pairs: list[tuple[Path, Path | None]], scale: int) -> Iterator[tuple[np.ndarray, np.ndarray] | str]:
+def _decode_all(
+    pairs: list[tuple[Path, Path | None]], scale: int, sizes: list[float]
+) -> Iterator[list[tuple[np.ndarray, np.ndarray]] | str]:
     with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as pool:
         for first in range(0, len(pairs), _AT_ONCE):
-            yield from pool.map(lambda pair: _decode(*pair, scale), pairs[first : first + _AT_ONCE])
+            yield from pool.map(lambda pair: _decode(*pair, scale, sizes), pairs[first : first + _AT_ONCE])
 
 
-def _decode(file: Path, partner: Path | None, scale: int) -> tuple[np.ndarray, np.ndarray] | str:
-    """Return LR and HR, or what is wrong with them; raise ConfigError where they do not belong together."""
+def _decode(
+    file: Path, partner: Path | None, scale: int, sizes: list[float]
+) -> list[tuple[np.ndarray, np.ndarray]] | str:
+    """Return LR and HR at each size, or what is wrong with them; raise ConfigError where they do not fit."""
     try:
         hr = read_rgb(file)
         lr = read_rgb(partner) if partner else None
     except ImageError as error:
         return str(error)
+    if lr is None:
+        smaller = [hr if size == 1 else bicubic_resize(hr, size) for size in sizes]
+        cut = [_whole_pixels(image, scale) for image in smaller]
+        if not all(image.size for image in cut):
+            return f"{file} has {hr.shape[1]}x{hr.shape[0]} pixels, less than one of low resolution"
+        return [(bicubic_resize(image, 1 / scale), image) for image in cut]
     height, width = (n // scale for n in hr.shape[:2])
-    if lr is not None and lr.shape[:2] != (height, width):
+    if lr.shape[:2] != (height, width):
         raise ConfigError(
             f"data.lr: {partner} has {lr.shape[1]}x{lr.shape[0]} pixels, expected {width}x{height}, "
             f"1/{scale} of the {hr.shape[1]}x{hr.shape[0]} of {file}"
         )
-    hr = np.ascontiguousarray(hr[: height * scale, : width * scale])
-    if not hr.size:
-        return f"{file} has {hr.shape[1]}x{hr.shape[0]} pixels, less than one of low resolution"
-    return (bicubic_resize(hr, 1 / scale) if lr is None else lr), hr
+    return [(lr, _whole_pixels(hr, scale))]
+
+
+def _whole_pixels(hr: np.ndarray, scale: int) -> np.ndarray:
+    """Return HR without the rows and columns that make no whole pixel of LR."""
+    height, width = (n // scale * scale for n in hr.shape[:2])
+    return np.ascontiguousarray(hr[:height, :width])
 
 
 def _open(stem: Path, scale: int) -> Images:
