@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from seemore_fast.benchmarks import harness, operators
+from seemore_fast.benchmarks import command, harness, operators
 
 
 class Setting(NamedTuple):
@@ -71,4 +71,4 @@ CASES = operators.cases(QUICK, CPU, CUDA)
 test_speed = operators.test_speed
 
 if __name__ == "__main__":
-    harness.main("calibrate", __doc__, CASES, build)
+    command.main("calibrate", __doc__, CASES, build)

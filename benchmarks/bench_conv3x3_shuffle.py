@@ -7,7 +7,7 @@ Forward, backward alone (on graphs that are built before), and both in one call.
 
 import torch
 
-from seemore_fast.benchmarks import harness, operators
+from seemore_fast.benchmarks import command, harness, operators
 
 SCALE, PLANES = 2, 3
 
@@ -48,4 +48,4 @@ CASES = operators.cases()
 test_speed = operators.test_speed
 
 if __name__ == "__main__":
-    harness.main("conv3x3_shuffle", __doc__, CASES, build)
+    command.main("conv3x3_shuffle", __doc__, CASES, build)

@@ -7,7 +7,7 @@ Forward, backward alone (on graphs that are built before), and both in one call.
 
 import torch
 
-from seemore_fast.benchmarks import harness, operators
+from seemore_fast.benchmarks import command, harness, operators
 
 RANKS, CHOSEN = (2, 4, 8), 2  # T's, and the expert of every image: the largest
 
@@ -50,4 +50,4 @@ CASES = operators.cases()
 test_speed = operators.test_speed
 
 if __name__ == "__main__":
-    harness.main("low_rank_experts", __doc__, CASES, build)
+    command.main("low_rank_experts", __doc__, CASES, build)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import seemore_fast
-from seemore_fast.benchmarks import harness, operators
+from seemore_fast.benchmarks import command, harness, operators
 from seemore_fast.presets import PRESETS
 
 
@@ -115,4 +115,4 @@ def build(setting: Setting, device: torch.device, options) -> harness.Case:
 
 
 if __name__ == "__main__":
-    harness.main("model", __doc__, CASES, build, compiled=True)
+    command.main("model", __doc__, CASES, build, compiled=True)

@@ -7,7 +7,7 @@ Forward, backward alone (on graphs that are built before), and both in one call.
 
 import torch
 
-from seemore_fast.benchmarks import harness, operators
+from seemore_fast.benchmarks import command, harness, operators
 
 
 def operations(setting: operators.Setting) -> int:
@@ -37,4 +37,4 @@ CASES = operators.cases()
 test_speed = operators.test_speed
 
 if __name__ == "__main__":
-    harness.main("norm_pointwise", __doc__, CASES, build)
+    command.main("norm_pointwise", __doc__, CASES, build)

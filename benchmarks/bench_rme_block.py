@@ -14,6 +14,7 @@ from seemore_fast.benchmarks import (
     bench_norm_conv3x3,
     bench_pointwise,
     bench_striped_conv_router,
+    command,
     harness,
     operators,
 )
@@ -62,4 +63,4 @@ CASES = operators.cases(operators.QUICK_BLOCK)
 test_speed = operators.test_speed
 
 if __name__ == "__main__":
-    harness.main("rme_block", __doc__, CASES, build)
+    command.main("rme_block", __doc__, CASES, build)

@@ -8,7 +8,7 @@ probabilities; those of random images are nearly equal.
 
 import torch
 
-from seemore_fast.benchmarks import harness, operators
+from seemore_fast.benchmarks import command, harness, operators
 
 EXPERTS, TOP_K = 3, 1  # those of T, B and L
 
@@ -44,4 +44,4 @@ CASES = operators.cases()
 test_speed = operators.test_speed
 
 if __name__ == "__main__":
-    harness.main("router", __doc__, CASES, build)
+    command.main("router", __doc__, CASES, build)

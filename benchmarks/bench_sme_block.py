@@ -12,6 +12,7 @@ from seemore_fast.benchmarks import (
     bench_norm_pointwise,
     bench_pointwise,
     bench_striped_conv,
+    command,
     harness,
     operators,
 )
@@ -45,4 +46,4 @@ CASES = operators.cases(operators.QUICK_BLOCK)
 test_speed = operators.test_speed
 
 if __name__ == "__main__":
-    harness.main("sme_block", __doc__, CASES, build)
+    command.main("sme_block", __doc__, CASES, build)

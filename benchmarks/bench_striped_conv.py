@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from seemore_fast.benchmarks import harness, operators
+from seemore_fast.benchmarks import command, harness, operators
 
 
 class Setting(NamedTuple):
@@ -80,4 +80,4 @@ CASES = operators.cases(QUICK, CPU, CUDA)
 test_speed = operators.test_speed
 
 if __name__ == "__main__":
-    harness.main("striped_conv", __doc__, CASES, build)
+    command.main("striped_conv", __doc__, CASES, build)

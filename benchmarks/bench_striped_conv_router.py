@@ -8,7 +8,7 @@ probabilities; those of random images are nearly equal.
 
 import torch
 
-from seemore_fast.benchmarks import bench_router, bench_striped_conv, harness, operators
+from seemore_fast.benchmarks import bench_router, bench_striped_conv, command, harness, operators
 
 TAPS = 3
 
@@ -46,4 +46,4 @@ CASES = operators.cases()
 test_speed = operators.test_speed
 
 if __name__ == "__main__":
-    harness.main("striped_conv_router", __doc__, CASES, build)
+    command.main("striped_conv_router", __doc__, CASES, build)

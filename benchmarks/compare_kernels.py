@@ -12,7 +12,7 @@ import importlib
 import torch
 
 from seemore_fast import ops
-from seemore_fast.benchmarks import harness
+from seemore_fast.benchmarks import command
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None):
@@ -24,15 +24,15 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
     parser.add_argument(
         "--operators", nargs="+", choices=ops.__all__, default=ops.__all__, metavar="NAME", help="default: all"
     )
-    harness.add_options(parser)
+    command.add_options(parser)
     options, wrong = parser.parse_args(arguments), []
     modules = {stem: importlib.import_module(f"seemore_fast.benchmarks.bench_{stem}") for stem in options.operators}
-    modules = {stem: module for stem, module in modules.items() if harness.choose(options, module.CASES)}
+    modules = {stem: module for stem, module in modules.items() if command.choose(options, module.CASES)}
     if not modules:
         parser.error(f"no case has {options.case!r} in its title")
     for stem, module in modules.items():
         print(f"\n{stem}")
-        if not harness.run_cases(stem, options, module.CASES, module.build):
+        if not command.run_cases(stem, options, module.CASES, module.build):
             wrong.append(stem)
     if wrong:
         raise SystemExit(f"seemore-fast is wrong or fails in {', '.join(wrong)}: see above")

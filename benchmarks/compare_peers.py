@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import seemore_fast
-from seemore_fast.benchmarks import chart, gpu_peers, harness
+from seemore_fast.benchmarks import chart, command, gpu_peers, harness
 from seemore_fast.presets import PRESETS
 
 Size = tuple[int, int]  # width, height
@@ -315,7 +315,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="time torch.compile")
-    harness.run("peers", parser, CASES, build, chart.draw, arguments)
+    command.run("peers", parser, CASES, build, chart.draw, arguments)
 
 
 if __name__ == "__main__":

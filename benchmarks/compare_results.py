@@ -8,12 +8,11 @@ did, or is wrong or gone; 2, the files cannot be compared. Machines, versions an
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from seemore_fast.benchmarks import harness
+from seemore_fast.benchmarks import command, harness
 
 SLOWER, FASTER, SAME, GONE, NEW = "slower", "faster", "same", "gone", "new"
 UNFIT = 2
@@ -33,15 +32,9 @@ class Change(NamedTuple):
 def read(path: Path) -> dict:
     """Return a file's facts; SystemExit tells what is wrong with it."""
     try:
-        facts = json.loads(path.read_text())
-    except OSError as error:
-        fail(f"{path} cannot be read: {error.strerror}")
+        return command.read_figures(path)
     except ValueError as error:
-        fail(f"{path} is no JSON: {error}")
-    if not isinstance(facts, dict) or not isinstance(facts.get("cases"), dict) or "backend_info" not in facts:
-        hint = ": compare files of pytest-benchmark with pytest-benchmark compare" if "benchmarks" in facts else ""
-        fail(f"{path} is no file that `seemore-fast benchmark` wrote{hint}")
-    return facts
+        fail(str(error))
 
 
 def fail(message: str):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 import seemore_fast
-from seemore_fast.benchmarks import harness
+from seemore_fast.benchmarks import command, harness
 from seemore_fast.benchmarks.bench_model import ATOL, training_step
 from seemore_fast.presets import PRESETS
 
@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="time torch.compile")
-    harness.run("training", parser, CASES, build, arguments=arguments)
+    command.run("training", parser, CASES, build, arguments=arguments)
 
 
 if __name__ == "__main__":

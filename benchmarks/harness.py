@@ -1,13 +1,11 @@
-"""What the benchmarks share: a check before any timing, providers that take turns, clocks, the table and the file.
+"""What the benchmarks share: a check before any timing, providers that take turns, and clocks.
 
 A provider is a function of one input set (tensors by name) that returns the call to time; what it does before it
 returns, another layout or an autograd graph, is not timed. A text in its place says why a provider is absent.
 """
 
-import argparse
 import ctypes
 import importlib
-import json
 import math
 import platform
 import random
@@ -25,26 +23,11 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 import seemore_fast
-from seemore_fast.benchmarks.machine import HERE, folder_name, machine_facts
 
 OURS = "seemore-fast"
 IN_A_GRAPH = ", in a graph"
 SERVES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # backend: type of the device that it is timed on
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-COLUMNS = {
-    **{
-        "ms": "10.4f",
-        "ms_min": "10.4f",
-        "ms_max": "10.4f",
-        "images_s": "10.1f",
-        "x_ours": "8.2f",
-        "gb_s": "8.1f",
-        "of_copy": "9.0%",
-    },
-    **{"gflop_s": "9.1f", "of_matmul": "11.0%", "ns_pixel": "10.1f", "x_pixel": "9.2f"},
-    **{"peak_mb": "9.0f", "saved_mb": "10.0f", "step_mb": "9.0f", "max_error": "11.1e"},
-}
-IS_INSTALLED = not (HERE.parent / "setup.py").exists()  # as seemore_fast.benchmarks, outside of a checkout
 CPU_CACHE = 64 * 2**20  # torch does not tell: larger than most last levels
 WARM_UP, MAX_SETS = 3, 32
 MODES = ("forward", "backward", "both")
@@ -371,87 +354,3 @@ def resident(field: str) -> int:
     """Return a field of /proc/self/status, in kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def print_table(title: str, lines: dict):
-    shown = {key: form for key, form in COLUMNS.items() if any(line.get(key) is not None for line in lines.values())}
-    widths = {key: int(form.split(".")[0]) for key, form in shown.items()}
-    print(f"\n{title}\n{'':34}" + "".join(f"{key:>{width}}" for key, width in widths.items()))
-    for name, line in lines.items():
-        reason = next((f"  {key}: {line[key]}" for key in ("absent", "failed", "wrong") if key in line), None)
-        cells = (" " * widths[key] if line.get(key) is None else f"{line[key]:{form}}" for key, form in shown.items())
-        print(f"  {name:32}" + (reason or "".join(cells)))
-
-
-def main(name: str, description: str, cases: dict[str, dict], build: Callable, compiled: bool = False):
-    """Run a command line with every option: see `run`."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=compiled, help="time torch.compile")
-    run(name, parser, cases, build)
-
-
-def run(
-    name: str,
-    parser: argparse.ArgumentParser,
-    cases: dict[str, dict],
-    build: Callable,
-    draw: Callable | None = None,
-    arguments: list[str] | None = None,
-):
-    """Run a command line whose `parser` gives `device` and `compile`; see `run_cases`."""
-    add_options(parser)
-    parser.add_argument("--name", default=name, help="of the file of results, without .json")
-    options = parser.parse_args(arguments)
-    if not choose(options, cases):
-        parser.error(f"no case has {options.case!r} in its title")
-    if not run_cases(options.name, options, cases, build, draw):
-        raise SystemExit("seemore-fast is wrong or fails: see above")
-
-
-def add_options(parser: argparse.ArgumentParser):
-    """Add the options that all command lines have."""
-    parser.add_argument("--quick", action="store_true", help="tiny cases, to see that it runs")
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--case", default="", help="run only the cases with this text in their titles")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
-    parser.add_argument("--instruction-sets", action="store_true", help="time each one that the CPU library has")
-    parser.add_argument("--results", type=Path, help="folder to write to (by default, only a complete run writes)")
-
-
-def choose(options, cases: dict[str, dict]) -> dict:
-    """Return the cases that are asked for, by title."""
-    kind = "quick" if options.quick else torch.device(options.device).type
-    return {title: setting for title, setting in cases[kind].items() if options.case in title}
-
-
-def run_cases(name: str, options, cases: dict[str, dict], build: Callable, draw: Callable | None = None) -> bool:
-    """Run build(cases["quick" | "cpu" | "cuda"][title], device, options), a table's Case or Cases, for every title.
-
-    Tables are printed and, of a complete run, written as <name>.json; draw(facts, path) makes a picture of that. Return
-    whether ours is right and runs in all of them.
-    """
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise SystemExit("torch finds no CUDA device here: run with --device cpu --quick to try the benchmark itself")
-    device, results = torch.device(options.device), {}
-    torch.set_num_threads(options.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    chosen = choose(options, cases)
-    writes = options.results or not (options.quick or options.case)
-    facts = {**machine_facts(device, not IS_INSTALLED), "runs": options.runs, "cases": results}
-    root = options.results or (Path() if IS_INSTALLED else HERE / "results")
-    path = root / folder_name(facts) / f"{name}.json"
-    for title, setting in chosen.items():
-        if options.compile:
-            torch.compiler.reset()  # else code of an earlier case is compiled for dynamic shapes, or no more
-        results[title] = run_case(build(setting, device, options), device, options.runs)
-        print_table(title, results[title])
-        if writes:  # now: whoever stops us keeps what there is
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(facts | {"cases_left_out": len(chosen) - len(results)}, indent=2) + "\n")
-    if writes:
-        print(f"\nfigures in {path}")
-        if draw:
-            draw(facts, path.with_suffix(".png"))
-    bad = [key for lines in results.values() for key in lines if {"wrong", "failed"} & set(lines[key])]
-    return not any(key.startswith(OURS) for key in bad)

@@ -10,7 +10,6 @@ import argparse
 import base64
 import html
 import io
-import json
 import re
 import statistics
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from seemore_fast.analysis.operations import PUBLISHED as OPERATIONS
-from seemore_fast.benchmarks import chart, harness
+from seemore_fast.benchmarks import chart, command, harness
 from seemore_fast.evaluation.published import PUBLISHED, URBAN100
 from seemore_fast.files import replacing
 
@@ -49,14 +48,11 @@ def read(paths: list[Path]) -> tuple[dict[str, dict[str, dict]], list[str]]:
     found, complaints = {}, []
     for file in files:
         try:
-            facts = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            complaints.append(f"{file} cannot be read: {error}")
+            facts = command.read_figures(file)
+        except ValueError as error:
+            complaints.append(f"left out: {error}")
             continue
-        if not isinstance(facts, dict) or not isinstance(facts.get("cases"), dict) or "backend_info" not in facts:
-            complaints.append(f"{file} is left out: no file of figures of `seemore-fast benchmark`")
-            continue
-        found.setdefault(harness.folder_name(facts), {})[file.stem] = facts
+        found.setdefault(command.folder_name(facts), {})[file.stem] = facts
     return found, complaints
 
 
@@ -312,7 +308,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = [Path() if harness.IS_INSTALLED else harness.HERE / "results"]
+    default = [Path() if command.IS_INSTALLED else command.HERE / "results"]
     parser.add_argument("paths", nargs="*", type=Path, default=default, metavar="FILE", help="or folder, default: all")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("report"), help="folder to write to (default: report)"

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from seemore_fast import preferences
-from seemore_fast.benchmarks import harness, operators
+from seemore_fast.benchmarks import command, harness, operators
 
 STEMS = (
     "striped_conv", "depthwise_gate", "calibrate", "router", "norm_pointwise", "norm_conv3x3", "gated_ffn",
@@ -56,7 +56,7 @@ def measure(stems: list[str], device: torch.device, options) -> dict[str, dict[s
         module, times = importlib.import_module(f"seemore_fast.benchmarks.bench_{stem}"), defaultdict(dict)
         for setting in settings_of(module, options.quick):
             lines = harness.run_case(module.build(setting, device, options), device, options.runs)
-            harness.print_table(f"{stem} {setting.title()}", lines)
+            command.print_table(f"{stem} {setting.title()}", lines)
             times[str(setting.dtype).removeprefix("torch.")][setting] = times_of(lines)
         table[stem] = {dtype: order(of_dtype) for dtype, of_dtype in times.items()}
         print(f"{stem}: {table[stem]}", flush=True)

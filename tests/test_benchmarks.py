@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from seemore_fast.benchmarks import command
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 CPU = torch.device("cpu")
 
@@ -135,7 +137,7 @@ def test_failing_and_absent_providers_are_reported(harness, case_of, capsys):
     assert lines["two"]["failed"].startswith("NotImplementedError")
     assert lines["three"] == {"absent": "not installed"}
     assert list(lines) == ["torch eager", *providers, "clone", "matmul fp32"]
-    harness.print_table("a case", lines)
+    command.print_table("a case", lines)
     printed = capsys.readouterr().out
     assert "failed: RuntimeError: out of order" in printed
     assert "absent: not installed" in printed

@@ -11,7 +11,7 @@ from test_benchmarks import figures
 
 from seemore_fast import SeemoRe
 from seemore_fast.analysis.operations import PUBLISHED
-from seemore_fast.benchmarks import chart, compare_peers
+from seemore_fast.benchmarks import chart, command, compare_peers
 from seemore_fast.cli import main
 from seemore_fast.presets import PRESETS
 
@@ -154,7 +154,7 @@ def test_a_wrong_peer_is_refused_and_the_others_go_on(alone, monkeypatch, tmp_pa
 
 
 def test_from_a_wheel_results_go_to_the_current_folder(alone, harness, monkeypatch, tmp_path):
-    monkeypatch.setattr(harness, "IS_INSTALLED", True)
+    monkeypatch.setattr(command, "IS_INSTALLED", True)
     monkeypatch.setitem(compare_peers.CASES, "cpu", {"growth": compare_peers.CASES["quick"]["growth tiny"]})
     monkeypatch.chdir(tmp_path)
     assert main(["benchmark", "inference", "--runs", "1"]) == 0

@@ -117,7 +117,7 @@ def test_other_files_are_named_and_left_out(report, tmp_path, capsys):
     (tmp_path / "other.json").write_text("[1]")
     report(FILES, tmp_path / "broken.json", tmp_path / "other.json")
     printed = capsys.readouterr().out
-    assert "broken.json cannot be read" in printed and "other.json is left out" in printed
+    assert "broken.json is no JSON" in printed and "other.json is no file that" in printed
 
 
 @pytest.mark.parametrize(("path", "said"), [("nowhere", "does not exist"), (".", "no file of figures")])
