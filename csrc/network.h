@@ -31,11 +31,16 @@ struct Network {
   float img_range;
   const void* weights;  // from network_pack
   int64_t threads;      // into how many bands to cut the images; results do not depend on it
+  int64_t lines;        // 0, or the state lies in a mapped file, fresh and zero: at most so many of its lines at a time
 };
 
-// Bytes of the workspace that a run needs.
-int64_t network_workspace(const Network& network);
+// Bytes of what is kept of the features of all pixels, and of all else that a run needs.
+struct NetworkMemory {
+  int64_t state, rest;
+};
+
+NetworkMemory network_memory(const Network& network);
 // Returns whether all pixels are numbers, where y holds integers.
-bool network(const Network& network, void* workspace);
+bool network(const Network& network, void* state, void* rest);
 
 }  // namespace seemore

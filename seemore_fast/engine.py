@@ -5,6 +5,8 @@ they are never stale, unless `SeemoRe.prepare` froze them.
 """
 
 import math
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +14,20 @@ from torch.autograd import forward_ad
 
 from . import native
 from .backends import choose
-from .memory import check_memory
+from .memory import check_memory, in_a_file
 from .ops.library import define
 from .reference.model import body_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+AT_ONCE = 2**31  # bytes of a streamed image's features that all threads together hold, if LEAST_LINES do not need more
+LEAST_LINES = 32  # of a band: each makes up to nine lines of its neighbours', above and below, again
+
+
+class Needs(NamedTuple):
+    """Bytes that a run takes, of memory and on the disk."""
+
+    memory: int
+    disk: int = 0
 
 
 def why_not(model, x: Tensor) -> str | None:
@@ -51,9 +62,9 @@ def config_of(model) -> list[int]:
     return [*(c[name] for name in names), int(c["use_shuffle"]), int(in_bfloat16), *ranks]
 
 
-def memory_needed(model, shape: torch.Size, threads: int | None = None, itemsize: int = 4) -> int:
-    """Return the bytes of `run`'s workspace and a result of `itemsize` a value, for images of `shape` (B, C, H, W)."""
-    return _memory(config_of(model), shape, threads, itemsize)
+def needs(model, shape: torch.Size, threads: int | None = None, itemsize: int = 4, streamed: bool = False) -> Needs:
+    """Return what a run and its result of `itemsize` a value take, for images of `shape` (B, C, H, W)."""
+    return _needs(config_of(model), shape, threads, itemsize, streamed)
 
 
 def run(model, x: Tensor) -> Tensor:
@@ -65,13 +76,15 @@ def run(model, x: Tensor) -> Tensor:
     return torch.ops.seemore_fast.network(x, *model.weights_now(config), model.mean, model.img_range, config)
 
 
-def run_integers(model, x: Tensor, y: Tensor) -> bool:
-    """Write model(x) to y, both (B, C, H, W) of any strides, both uint8 or both uint16, whose largest stands for 1.
+def run_into(model, x: Tensor, y: Tensor, folder: Path | None = None) -> bool:
+    """Write model(x) to y, both (B, C, H, W) of any strides, both float32, or both uint8 or uint16, whose largest is 1.
 
-    Results are bounded to [0, 1] and rounded to the nearest. Return whether all of them were numbers before.
+    Integers are bounded to [0, 1] and rounded to the nearest; return whether all of them were numbers before. With a
+    `folder` the image is streamed: its features lie in a temporary file there, of which the memory holds a few bands.
+    The result is the same to the bit. Raises OSError where the disk has no room for them.
     """
     config = config_of(model)
-    return _run(y, x, *model.weights_now(config), model.mean, model.img_range, config)
+    return _run(y, x, *model.weights_now(config), model.mean, model.img_range, config, folder)
 
 
 def pack(parameters: list[Tensor], config: list[int]) -> Tensor:
@@ -81,18 +94,23 @@ def pack(parameters: list[Tensor], config: list[int]) -> Tensor:
     return torch.ops.seemore_cpu.network_pack(flat, config)
 
 
-def _run(y: Tensor, x: Tensor, weights: list[Tensor], is_packed: bool, mean, img_range, config) -> bool:
+def _run(y: Tensor, x: Tensor, weights: list[Tensor], is_packed: bool, mean, img_range, config, folder=None) -> bool:
     """Write the result for x to y; images that are too small are extended, and theirs cropped."""
     packed = weights[0] if is_packed else pack(weights, config)
     mean = mean.flatten().float().contiguous()
     shape = _extended(config, x.shape)
+    state, lines = None, 0
+    if folder is not None:
+        threads = torch.get_num_threads()
+        lines = _lines(config, shape, threads)
+        state = in_a_file(_workspace(config, shape, threads, lines)[0], folder)
     if shape == x.shape:
-        return torch.ops.seemore_cpu.network(y, x, packed, mean, img_range, config)
+        return torch.ops.seemore_cpu.network(y, x, packed, mean, img_range, config, state, lines)
     height, width = x.shape[2:]
     rows, columns = torch.arange(shape[2]).clamp(max=height - 1), torch.arange(shape[3]).clamp(max=width - 1)
     x = _as_known(x)[:, :, rows[:, None], columns].view(x.dtype)
     y_extended = y.new_empty(*shape[:2], shape[2] * config[0], shape[3] * config[0])
-    are_numbers = torch.ops.seemore_cpu.network(y_extended, x, packed, mean, img_range, config)
+    are_numbers = torch.ops.seemore_cpu.network(y_extended, x, packed, mean, img_range, config, state, lines)
     y.copy_(y_extended[:, :, : y.shape[2], : y.shape[3]])
     return are_numbers
 
@@ -108,12 +126,34 @@ def _extended(config: list[int], shape: torch.Size) -> torch.Size:
     return torch.Size((*shape[:2], max(shape[2], least), max(shape[3], least)))
 
 
-def _memory(config: list[int], shape: torch.Size, threads: int | None, itemsize: int) -> int:
-    batch, channels, height, width = _extended(config, shape)
+def _needs(config: list[int], shape: torch.Size, threads: int | None, itemsize: int, streamed: bool) -> Needs:
+    threads = threads or torch.get_num_threads()
+    shape = _extended(config, shape)
+    lines = _lines(config, shape, threads) if streamed else 0
+    state, rest = _workspace(config, shape, threads, lines)
+    rest += itemsize * math.prod(shape) * config[0] ** 2
+    if not streamed:
+        return Needs(state + rest)
+    at_once = lines + 2 * (4 + config[4] // 2)  # a band, and copies of its neighbours' lines
+    return Needs(min(state, threads * at_once * _line_bytes(config, shape)) + rest, state)
+
+
+def _workspace(config: list[int], shape: torch.Size, threads: int, lines: int) -> tuple[int, int]:
+    """Return the bytes of the features of whole images, and of all else."""
+    batch, _, height, width = shape
     rows, columns = min(height, 2**20), min(width, 2**20)  # more, in proportion: bytes may be too many for 64 bits
-    workspace = torch.ops.seemore_cpu.network_memory(config, batch, rows, columns, threads or torch.get_num_threads())
-    pixels = height * width
-    return workspace * pixels // (rows * columns) + itemsize * batch * channels * pixels * config[0] ** 2
+    state, rest = torch.ops.seemore_cpu.network_memory(config, batch, rows, columns, threads, lines)
+    return tuple(part * height * width // (rows * columns) for part in (state, rest))
+
+
+def _line_bytes(config: list[int], shape: torch.Size) -> int:
+    one = torch.Size((1, shape[1], *shape[2:]))
+    return -(-_workspace(config, one, 1, 0)[0] // shape[2])
+
+
+def _lines(config: list[int], shape: torch.Size, threads: int) -> int:
+    """Return how many lines a band of a streamed image has."""
+    return max(LEAST_LINES, AT_ONCE // (threads * _line_bytes(config, shape)))
 
 
 def _forward(x, weights, is_packed, mean, img_range, config):
@@ -121,7 +161,7 @@ def _forward(x, weights, is_packed, mean, img_range, config):
     batch, channels, height, width = x.shape
     shape = _extended(config, x.shape)
     is_copied = x.dtype != torch.float32 or shape != x.shape
-    needed = _memory(config, x.shape, None, itemsize=4) + is_copied * 4 * math.prod(shape)
+    needed = _needs(config, x.shape, None, itemsize=4, streamed=False).memory + is_copied * 4 * math.prod(shape)
     check_memory(needed, f"x of shape {tuple(x.shape)}, enlarged {scale} times,")
     y = x.new_empty(batch, channels, height * scale, width * scale, dtype=torch.float32)
     _run(y, x.float(), weights, is_packed, mean, img_range, config)

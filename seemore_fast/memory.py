@@ -1,7 +1,10 @@
 """How much memory there is, so that what cannot fit is refused before anything is allocated."""
 
 import ctypes
+import os
 import platform
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +17,6 @@ CGROUPS = (  # limit and use of the container that this process is in, if any: v
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
-
-
 _last_trim = time.monotonic()
 
 
@@ -59,6 +60,23 @@ def check_memory(needed: int, what: str):
             f"{what} needs {needed / 2**30:,.1f} GiB ({needed:,} bytes) of memory, {available / 2**30:,.1f} GiB are "
             "available: take a smaller image, or a part of it"
         )
+
+
+def in_a_file(count: int, folder: Path) -> torch.Tensor:
+    """Return `count` bytes of zero, uint8, in a temporary file of `folder`, which is gone as soon as they are.
+
+    Raises OSError where the folder cannot be written to, or its disk has no room for them.
+    """
+    free = shutil.disk_usage(folder).free
+    if count > free:
+        raise OSError(
+            f"{count / 2**30:,.1f} GiB are needed in {folder} for what does not fit into memory, {free / 2**30:,.1f} "
+            "GiB are free: choose a folder on another disk with --scratch"
+        )
+    with tempfile.NamedTemporaryFile(prefix="seemore-fast-", dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, count)  # a disk that is full later would end the process
+        return torch.from_file(file.name, shared=True, size=count, dtype=torch.uint8)
 
 
 def gpu_memory_needed(model, shape: torch.Size, training: bool = False) -> int:

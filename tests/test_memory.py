@@ -75,13 +75,13 @@ def run(x):
         return model(x)
     assert engine.why_not(model, model.mean) is None
     y = torch.empty(y_shape, dtype=dtype)
-    engine.run_integers(model, x, y)
+    engine.run_into(model, x, y)
     return y
 run(x[:, :, :16, :16])
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
 before = status("VmRSS")
 y = run(x)
-print(engine.memory_needed(model, x.shape, itemsize=y.element_size()), status("VmHWM") - before)
+print(engine.needs(model, x.shape, itemsize=y.element_size()).memory, status("VmHWM") - before)
 """
 
 

@@ -112,8 +112,8 @@ needs_engine = pytest.mark.skipif(backends.why_not("cpu") is not None, reason="n
 def test_integers_go_straight_through_the_engine_and_equal_the_rounded_floats(monkeypatch, shape, in_chans, dtype):
     upscaler = Upscaler(SeemoRe(**{**SMALL, "in_chans": in_chans}), device="cpu")
     image = noise(*shape, dtype=dtype)
-    run, seen = engine.run_integers, []
-    monkeypatch.setattr(engine, "run_integers", lambda model, x, y: seen.append(x) or run(model, x, y))
+    run, seen = engine.run_into, []
+    monkeypatch.setattr(engine, "run_into", lambda model, x, y: seen.append(x) or run(model, x, y))
     result = upscaler(image)
     assert [x.data_ptr() for x in seen] == [image.ctypes.data], "without a copy"
     monkeypatch.setattr(upscaler, "_takes_integers", lambda colours: False)

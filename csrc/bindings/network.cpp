@@ -2,6 +2,7 @@
 
 #include "network.h"
 
+#include <optional>
 #include <vector>
 
 #include "tensors.h"
@@ -37,15 +38,19 @@ Tensor pack(Tensor parameters, std::vector<int64_t> config) {
   return weights;
 }
 
-int64_t memory(std::vector<int64_t> config, int64_t batch, int64_t height, int64_t width, int64_t threads) {
+std::vector<int64_t> memory(std::vector<int64_t> config, int64_t batch, int64_t height, int64_t width, int64_t threads,
+                            int64_t lines) {
   seemore::Network network{};
   network.config = config_of(config);
   network.size = {batch, network.config.in_channels, height, width};
   network.threads = threads;
-  return seemore::network_workspace(network);
+  network.lines = lines;
+  const auto needed = seemore::network_memory(network);
+  return {needed.state, needed.rest};
 }
 
-bool run(Tensor y, Tensor x, Tensor weights, Tensor mean, double img_range, std::vector<int64_t> config) {
+bool run(Tensor y, Tensor x, Tensor weights, Tensor mean, double img_range, std::vector<int64_t> config,
+         std::optional<Tensor> mapped, int64_t lines) {
   const auto type = x.scalar_type();
   const auto network = seemore::Network{config_of(config),
                                         size(x),
@@ -57,17 +62,24 @@ bool run(Tensor y, Tensor x, Tensor weights, Tensor mean, double img_range, std:
                                         static_cast<const float*>(mean.data_ptr()),
                                         static_cast<float>(img_range),
                                         weights.data_ptr(),
-                                        static_cast<int64_t>(torch::stable::get_num_threads())};
-  const auto workspace = torch::stable::new_empty(weights, {(seemore::network_workspace(network) + 3) / 4});
-  return seemore::network(network, workspace.data_ptr());
+                                        static_cast<int64_t>(torch::stable::get_num_threads()),
+                                        lines};
+  const auto needed = seemore::network_memory(network);
+  const auto state = mapped ? *mapped : torch::stable::new_empty(weights, {(needed.state + 3) / 4});
+  const int64_t bytes = mapped ? state.numel() : needed.state;
+  STD_TORCH_CHECK(bytes >= needed.state, "expected ", needed.state, " bytes of state, got ", bytes);
+  const auto rest = torch::stable::new_empty(weights, {(needed.rest + 3) / 4});
+  return seemore::network(network, state.data_ptr(), rest.data_ptr());
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
   m.def("network_pack(Tensor parameters, int[] config) -> Tensor");
-  m.def("network_memory(int[] config, int batch, int height, int width, int threads) -> int");
-  m.def("network(Tensor(a!) y, Tensor x, Tensor weights, Tensor mean, float img_range, int[] config) -> bool");
+  m.def("network_memory(int[] config, int batch, int height, int width, int threads, int lines) -> int[]");
+  m.def(
+      "network(Tensor(a!) y, Tensor x, Tensor weights, Tensor mean, float img_range, int[] config, Tensor? mapped, "
+      "int lines) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(SEEMORE_NAMESPACE, CPU, m) {

@@ -158,9 +158,9 @@ void network_pack(const NetworkConfig& config, const float* parameters, void* we
   chosen->network_pack(config, parameters, weights);
 }
 
-int64_t network_workspace(const Network& network) { return chosen->network_workspace(network); }
+NetworkMemory network_memory(const Network& network) { return chosen->network_memory(network); }
 
-bool network(const Network& network, void* workspace) { return chosen->network(network, workspace); }
+bool network(const Network& network, void* state, void* rest) { return chosen->network(network, state, rest); }
 
 }  // namespace seemore
 

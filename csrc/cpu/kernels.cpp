@@ -12,7 +12,7 @@ decltype(seemore::striped_conv_workspace) striped_conv_workspace;
 decltype(seemore::striped_conv_backward) striped_conv_backward;
 decltype(seemore::network_sizes) network_sizes;
 decltype(seemore::network_pack) network_pack;
-decltype(seemore::network_workspace) network_workspace;
+decltype(seemore::network_memory) network_memory;
 decltype(seemore::network) network;
 decltype(seemore::depthwise_gate) depthwise_gate;
 decltype(seemore::depthwise_gate_parts) depthwise_gate_parts;
@@ -41,7 +41,7 @@ const Kernels kernels{SEEMORE_NAME(SEEMORE_ISA),
                       striped_conv_backward,
                       network_sizes,
                       network_pack,
-                      network_workspace,
+                      network_memory,
                       network,
                       depthwise_gate,
                       depthwise_gate_parts,

@@ -21,7 +21,7 @@ struct Kernels {
   decltype(&seemore::striped_conv_backward) striped_conv_backward;
   decltype(&seemore::network_sizes) network_sizes;
   decltype(&seemore::network_pack) network_pack;
-  decltype(&seemore::network_workspace) network_workspace;
+  decltype(&seemore::network_memory) network_memory;
   decltype(&seemore::network) network;
   decltype(&seemore::depthwise_gate) depthwise_gate;
   decltype(&seemore::depthwise_gate_parts) depthwise_gate_parts;

@@ -5,11 +5,13 @@
 //   tail    experts, FFN, SEE, FFN of the last one -> conv_2, + conv_1(image), upsampler, pixels
 //
 // A sweep overwrites the state in place, each thread a band of lines. What a band needs of its neighbours' lines is
-// copied before.
+// copied before. Where the state is larger than the memory it lies in a mapped file: bands are then so low that one of
+// each thread fits, and are released once they are done.
 
 #include "network.h"
 
 #include "network_chains.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace seemore::SEEMORE_ISA {
@@ -39,7 +41,9 @@ struct Plan {
         strips(larger(1, columns / kStripWidth)),
         stride(round_up(columns + around, 16)),
         images(smaller(batch, net.threads)),
-        bands(images ? larger(1, smaller(parts(net.threads, images), net.size.height / 4)) : 1) {}
+        workers(images ? larger(1, smaller(parts(net.threads, images), net.size.height / 4)) : 1),
+        bands(workers * larger(1, smaller(net.lines ? parts(net.size.height, workers * net.lines) : 1,
+                                          net.size.height / 4 / workers))) {}
 
   int64_t begin(int64_t strip) const { return strip == strips ? columns : strip * kStripWidth; }
   int64_t widest() const { return columns - begin(strips - 1); }
@@ -48,27 +52,28 @@ struct Plan {
   int64_t start;   // lag, in columns, of a group's first line: such that k's, where it is aggregated, divides by four
   int64_t around;  // how far a group and what follows look around, in lines and columns
   int64_t columns, strips, stride;
-  int64_t images, bands;  // images at a time; bands of each
+  int64_t images, workers, bands;  // images at a time; threads and bands of each
 };
 
 template <class Cell>
 class Run {
  public:
-  Run(const Network& net, void* workspace)
+  Run(const Network& net, void* state, void* rest)
       : net_(net), config_(net.config), plan_(net, net.size.batch), weights_(outer_weights(net)) {
-    Arena arena(workspace);
-    state_ = take_state(arena, plan_.images * net.size.height);
-    frames_ = take_state(arena, plan_.bands > 1 ? plan_.images * plan_.bands * 2 * plan_.around : 0);
+    Arena states(state);
+    state_ = take_state(states, plan_.images * net.size.height);
+    frames_ = take_state(states, plan_.bands > 1 ? plan_.images * plan_.bands * 2 * plan_.around : 0);
+    Arena arena(rest);
     sums_ = arena.take<float>(plan_.images * sums_size());
     finite_ = arena.take<int64_t>(plan_.images * plan_.bands);
     table_ = arena.take<char>(table_bytes());
     routes_ = arena.take<char>(plan_.images * route_bytes());
     scratch_bytes_ = scratch_bytes();
-    scratch_ = arena.take<char>(plan_.images * plan_.bands * scratch_bytes_);
-    bytes_ = arena.bytes();
+    scratch_ = arena.take<char>(plan_.images * plan_.workers * scratch_bytes_);
+    memory_ = {states.bytes(), arena.bytes()};
   }
 
-  int64_t bytes() const { return bytes_; }
+  NetworkMemory memory() const { return memory_; }
 
   // Returns whether all pixels are numbers, where they are integers.
   bool operator()() {
@@ -77,13 +82,13 @@ class Run {
     const ColumnTable up(table, plan_.columns, net_.size.width, map_columns());
     for (int64_t first = 0; first < net_.size.batch; first += plan_.images) {
       const int64_t images = smaller(plan_.images, net_.size.batch - first);
-      clear(images);
+      if (!net_.lines || first > 0) clear(images);  // a file comes with zeros
       for (int64_t group = 0; group <= config_.groups; ++group) {
         if (group > 0) {
           route(images, group - 1);
           if (plan_.bands > 1) copy_frames(images);
         }
-        for_each(images * plan_.bands, [&](int64_t task) { sweep(task, first, group, up); });
+        for_each(images * plan_.workers, [&](int64_t worker) { sweep_bands(worker, first, group, up); });
       }
       for (int64_t i = 0; i < images * plan_.bands; ++i) is_finite &= finite_[i];
     }
@@ -145,6 +150,7 @@ class Run {
       std::memset(begin.x, 0, (end.x - begin.x) * sizeof(float));
       std::memset(begin.a, 0, (end.a - begin.a) * sizeof(Cell));
       std::memset(begin.k, 0, (end.k - begin.k) * sizeof(float));
+      if (net_.lines) release(state_, line, 1);
     });
   }
 
@@ -159,7 +165,9 @@ class Run {
         std::memcpy(to.x, from.x, (next.x - from.x) * sizeof(float));
         std::memcpy(to.a, from.a, (next.a - from.a) * sizeof(Cell));
         std::memcpy(to.k, from.k, (next.k - from.k) * sizeof(float));
+        if (net_.lines) release(state_, band.image * net_.size.height + row, 1);
       }
+      if (net_.lines) release(frames_, task * 2 * plan_.around, 2 * plan_.around);
     });
   }
 
@@ -221,9 +229,30 @@ class Run {
     return most;
   }
 
-  void sweep(int64_t task, int64_t first_image, int64_t group, const ColumnTable& up) {
+  // All bands of one worker: forth and back by turns, since what was last used is likely to be in memory still.
+  void sweep_bands(int64_t worker, int64_t first_image, int64_t group, const ColumnTable& up) {
+    const int64_t count = plan_.bands / plan_.workers;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t task = worker * count + (group % 2 == 0 ? i : count - 1 - i);
+      sweep(task, scratch_ + worker * scratch_bytes_, first_image, group, up);
+      if (net_.lines) {
+        const Band<Cell> band = band_of(task);
+        release(state_, band.image * net_.size.height + band.top, band.bottom - band.top);
+        if (plan_.bands > 1) release(frames_, task * 2 * plan_.around, 2 * plan_.around);
+      }
+    }
+  }
+
+  static void release(const State<Cell>& state, int64_t line, int64_t count) {
+    const State<Cell> begin = state.from_line(line), end = state.from_line(line + count);
+    release_pages(begin.x, end.x);
+    release_pages(begin.a, end.a);
+    release_pages(begin.k, end.k);
+  }
+
+  void sweep(int64_t task, char* memory, int64_t first_image, int64_t group, const ColumnTable& up) {
     const Band<Cell> band = band_of(task, first_image);
-    Arena scratch(scratch_ + task * scratch_bytes_);
+    Arena scratch(memory);
     Strip strip = strip_of(band, scratch);
     with_chain(band, strip, group, up, [&](auto& source, auto& sink) {
       stream(band, strip, source, sink);
@@ -257,17 +286,19 @@ class Run {
   float* sums_;
   int64_t* finite_;
   char *table_, *routes_, *scratch_;
-  int64_t scratch_bytes_, bytes_;
+  int64_t scratch_bytes_;
+  NetworkMemory memory_;
 };
 
 }  // namespace
 
-int64_t network_workspace(const Network& net) {
-  return net.config.is_bfloat16 ? Run<Pair>(net, nullptr).bytes() : Run<float>(net, nullptr).bytes();
+NetworkMemory network_memory(const Network& net) {
+  return net.config.is_bfloat16 ? Run<Pair>(net, nullptr, nullptr).memory()
+                                : Run<float>(net, nullptr, nullptr).memory();
 }
 
-bool network(const Network& net, void* workspace) {
-  return net.config.is_bfloat16 ? Run<Pair>(net, workspace)() : Run<float>(net, workspace)();
+bool network(const Network& net, void* state, void* rest) {
+  return net.config.is_bfloat16 ? Run<Pair>(net, state, rest)() : Run<float>(net, state, rest)();
 }
 
 }  // namespace seemore::SEEMORE_ISA

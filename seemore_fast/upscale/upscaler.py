@@ -97,7 +97,7 @@ class Upscaler:
         """Raise MemoryError where an image of (H, W, C), a result of `itemsize` a value and `more` bytes do not fit."""
         height, width, planes = shape
         batch = (planes, 1) if self.model.in_chans == 1 else (1, 3)
-        needed = engine.memory_needed(self.model, (*batch, height, width), itemsize=itemsize) + more
+        needed = engine.needs(self.model, (*batch, height, width), itemsize=itemsize).memory + more
         check_memory(needed, f"an image of {width}x{height} pixels, enlarged {self.scale} times,")
 
     @torch.inference_mode()
@@ -114,7 +114,7 @@ class Upscaler:
         height, width, planes = colours.shape
         result = np.empty((self.scale * height, self.scale * width, planes), colours.dtype)
         x, y = (self._as_batch(_as_tensor(array)) for array in (colours, result))
-        if not engine.run_integers(self.model, x, y):
+        if not engine.run_into(self.model, x, y):
             raise RuntimeError(NO_NUMBERS)
         return result
 

@@ -1,0 +1,26 @@
+// What makes a mapped file larger than the memory usable.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace seemore {
+
+// Take the pages within [begin, end) of a shared mapping of a file out of this process's memory. What they hold stays:
+// the system keeps it while there is room, and writes it to the file. Elsewhere than on Unix the system is left alone.
+inline void release_pages(const void* begin, const void* end) {
+#if defined(__unix__) || defined(__APPLE__)
+  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page;
+  const uintptr_t last = reinterpret_cast<uintptr_t>(end) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+#else
+  static_cast<void>(begin), static_cast<void>(end);
+#endif
+}
+
+}  // namespace seemore
