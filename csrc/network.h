@@ -32,6 +32,7 @@ struct Network {
   const void* weights;  // from network_pack
   int64_t threads;      // into how many bands to cut the images; results do not depend on it
   int64_t lines;        // 0, or the state lies in a mapped file, fresh and zero: at most so many of its lines at a time
+  int64_t* progress;    // null, or two numbers that others may read meanwhile: how much is done, of how much
 };
 
 // Bytes of what is kept of the features of all pixels, and of all else that a run needs.

@@ -80,6 +80,10 @@ class Run {
     bool is_finite = true;
     Arena table(table_);
     const ColumnTable up(table, plan_.columns, net_.size.width, map_columns());
+    if (net_.progress) {
+      net_.progress[0] = 0;
+      net_.progress[1] = net_.size.batch * (config_.groups + 1) * net_.size.height * plan_.strips;
+    }
     for (int64_t first = 0; first < net_.size.batch; first += plan_.images) {
       const int64_t images = smaller(plan_.images, net_.size.batch - first);
       if (!net_.lines || first > 0) clear(images);  // a file comes with zeros
@@ -275,6 +279,7 @@ class Run {
         if (row - 2 <= band.bottom) sink.pull(row - 2);
         if (row - 3 >= band.top) sink.finish(row - 3, s);
       }
+      if (net_.progress) __atomic_fetch_add(net_.progress, band.bottom - band.top, __ATOMIC_RELAXED);
     }
   }
 

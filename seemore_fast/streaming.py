@@ -1,0 +1,183 @@
+"""Images whose features do not fit where they are computed: group by group, a band of lines at a time.
+
+Between two global pools all is local. So one pass over the image finishes a group and begins the next one: the features
+of all pixels wait in the host's memory, or in a file; the bands go to the device and back. What a pass leaves for the
+next are two small things of the whole image, the mean that the router pools and the map of `calibrate`. The result is
+that of the whole image but for the order of summation of those means.
+
+On a CPU the fused engine does the same in place (`engine.run_into`); this is for all else.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .ops.rme_block import of_parts
+from .ops.router import route
+from .reference.model import body_dtype
+
+END = 2  # lines that the convolutions before a pool look around, and those before the pixels
+
+
+@dataclass
+class Routes:
+    """What is known of a whole image: `experts` of each group so far, index and weight; `map`, calibrate's of the next.
+
+    map     (1, C, H / 4^recursive, W / 4^recursive)
+    """
+
+    experts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    map: Tensor | None = None
+
+
+class Pieces:
+    """A SeemoRe's parts between its pools, for images (1, C, H, W) that may be parts of a larger one.
+
+    ValueError where the model has hooks, other modules or is in training: then it is not what these parts compute.
+    """
+
+    def __init__(self, model):
+        if model.training or not model.is_untouched():
+            raise ValueError("the model is in training mode, or was changed inside: its parts cannot be streamed")
+        self.model = model
+        self.groups = [self._group(group) for group in model.body]
+        self.ends = model._ends()
+        self.around = 4 + model.config["global_kernel_size"] // 2  # lines that a group looks around
+        self.dtype = body_dtype(model.conv_1.weight)
+
+    @staticmethod
+    def _group(group) -> tuple:
+        rme, sme = group.local_block, group.global_block
+        return of_parts(rme.arguments_now()), rme.block.moe_layer.ranks, sme.arguments_now()
+
+    def first(self, x: Tensor) -> Tensor:
+        """conv_1 of an image in [0, 1], float32."""
+        return self.model._first((x - self.model.mean) * self.model.img_range, *self.ends[:2])
+
+    def widen(self, group: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The first half of a group's MoE block: a, k. Looks two pixels around."""
+        (expand, _, stripes, *_), _, _ = self.groups[group]
+        a, k = ops.norm_conv3x3(x, *expand, activation="gelu").chunk(2, dim=1)
+        return ops.striped_conv(a, *stripes, activation="gelu"), k
+
+    def aggregate(self, group: int, k: Tensor) -> Tensor:
+        """k at 1 / 4^recursive of its size; a part must begin at a multiple of that."""
+        weight, bias = (t.to(k.dtype) for t in self.groups[group][0][1][:2])
+        for _ in range(self.model.config["recursive"]):
+            k = F.gelu(F.conv2d(k, weight, bias, stride=4, groups=k.shape[1]))
+        return k
+
+    def route(self, group: int, mean: Tensor, gathered: Tensor, routes: Routes):
+        """Choose the group's experts from the mean of a, (1, C), and make the map of what was aggregated of k."""
+        calibrate = self.groups[group][0][1]
+        weight_dw, bias_dw, weight_pw, bias_pw = (t.to(gathered.dtype) for t in calibrate[2:])
+        small = F.conv2d(gathered, weight_dw, bias_dw, padding=1, groups=gathered.shape[1])
+        routes.map = F.conv2d(small, weight_pw, bias_pw)
+        routes.experts.append(self.choose(group, mean))
+
+    def choose(self, group: int, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Return indices and weights of the group's experts, from the mean of a, (1, C)."""
+        return route(mean.float(), self.groups[group][0][3], self.model.config["topk"])
+
+    def finish(self, group: int, x: Tensor, a: Tensor, k: Tensor, experts: tuple[Tensor, Tensor]) -> Tensor:
+        """The rest of a group, from its calibrated k. Looks `around` - 2 pixels around."""
+        (*_, of_experts, project, ffn), ranks, of_sme = self.groups[group]
+        options = dict(zip(("weight_proj", "bias_proj"), project, strict=True), residual=x)
+        x = ops.low_rank_experts(a, k, *experts, *of_experts, ranks, **options)
+        return ops.sme_block(ops.gated_ffn(x, *ffn), *of_sme)
+
+    def last(self, y: Tensor, f: Tensor) -> Tensor:
+        """The image of the last features and of conv_1's. Looks two pixels around."""
+        y = ops.norm_conv3x3(y, *self.ends[2:6]) + f
+        model = self.model
+        return ops.conv3x3_shuffle(y, *self.ends[6:], model.mean, scale=model.scale, img_range=model.img_range)
+
+
+def spread(small: Tensor, size: tuple[int, int], top: int, bottom: int) -> Tensor:
+    """Return the lines [top, bottom) of `small` enlarged to `size` as F.interpolate(..., "bilinear") does it."""
+    at = (torch.arange(top, bottom, device=small.device) + 0.5) * (small.shape[2] / size[0]) - 0.5
+    at = at.clamp(min=0)
+    above = at.long().clamp(max=small.shape[2] - 1)
+    below = (above + 1).clamp(max=small.shape[2] - 1)
+    share = (at - above).to(small.dtype)[:, None]
+    lines = small[:, :, above] * (1 - share) + small[:, :, below] * share
+    return F.interpolate(lines, size=(bottom - top, size[1]), mode="bilinear", align_corners=False)
+
+
+def stream(
+    model,
+    features: Tensor,
+    read: Callable[[int, int], Tensor],
+    write: Callable[[int, Tensor], None],
+    lines: int,
+    release: Callable[[int, int], None] = lambda top, bottom: None,
+    progress: Callable[[float], None] = lambda share: None,
+):
+    """Compute model(image) in bands of `lines` lines, a multiple of 4^recursive.
+
+    features    (H, C, W) in the type that the body computes in, where they wait; overwritten
+    read        gives lines [top, bottom) of the image, (1, in_chans, bottom - top, W), float32 on the model's device
+    write       takes the result's lines from a line on, (1, in_chans, lines, scale * W)
+    release     is told which lines of `features` are not needed for a while
+    progress    is told the share of the work that is done
+    """
+    pieces, routes = Pieces(model), Routes()
+    height, _, width = features.shape
+    groups = len(pieces.groups)
+    for group in range(groups + 1):
+        total, gathered, above = 0, [], None
+        for top in range(0, height, lines):
+            bottom = min(top + lines, height)
+            first, last = max(top - END, 0), min(bottom + END, height)
+            if group == 0:
+                x = _lines_of(pieces.first, read, first, last, height).to(pieces.dtype)
+            else:
+                x, above = _finished(pieces, routes, features, above, (first, top, bottom, last))
+            inner = slice(top - first, bottom - first)
+            if group < groups:
+                features[top:bottom].copy_(x[0, :, inner].permute(1, 0, 2))
+                release(top, bottom)
+                a, k = pieces.widen(group, x)
+                total = total + a[:, :, inner].sum((2, 3), dtype=torch.float64)
+                if bottom - top >= model.min_size:  # else the end of an image, too low for a line of the map
+                    gathered.append(pieces.aggregate(group, k[:, :, inner].contiguous()))
+            else:
+                f = _lines_of(pieces.first, read, first, last, height)
+                scale = model.scale
+                write(top * scale, pieces.last(x, f)[:, :, inner.start * scale : inner.stop * scale])
+            progress((group + bottom / height) / (groups + 1))
+        if group < groups:
+            pieces.route(group, total / (height * width), torch.cat(gathered, dim=2), routes)
+
+
+def _lines_of(first: Callable, read: Callable, top: int, bottom: int, height: int) -> Tensor:
+    """Return conv_1's lines [top, bottom)."""
+    begin, end = max(top - 1, 0), min(bottom + 1, height)
+    return first(read(begin, end))[:, :, top - begin : bottom - begin]
+
+
+def _finished(
+    pieces: Pieces, routes: Routes, features: Tensor, above: Tensor | None, edges: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Return the last group's result for the lines [first, last), and what of `features` the next band looks back at.
+
+    `above` are lines of `features` that end at `top`, as they were before the band before overwrote them.
+    """
+    first, top, bottom, last = edges
+    group = len(routes.experts) - 1
+    height, _, width = features.shape
+    begin, end = max(first - pieces.around, 0), min(last + pieces.around, height)
+    device = pieces.model.mean.device
+    x = features[top:end].to(device)
+    if above is not None:
+        x = torch.cat([above[begin - top :], x]) if begin < top else x
+    kept = x[: bottom - begin][-(END + pieces.around) :].clone()
+    x = x.permute(1, 0, 2)[None].contiguous()
+    a, k = pieces.widen(group, x)
+    k = k + spread(routes.map, (height, width), begin, end)
+    x = pieces.finish(group, x, a, k, routes.experts[group])
+    return x[:, :, first - begin : last - begin], kept
