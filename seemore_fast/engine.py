@@ -76,15 +76,17 @@ def run(model, x: Tensor) -> Tensor:
     return torch.ops.seemore_fast.network(x, *model.weights_now(config), model.mean, model.img_range, config)
 
 
-def run_into(model, x: Tensor, y: Tensor, folder: Path | None = None) -> bool:
+def run_into(model, x: Tensor, y: Tensor, folder: Path | None = None, progress: Tensor | None = None) -> bool:
     """Write model(x) to y, both (B, C, H, W) of any strides, both float32, or both uint8 or uint16, whose largest is 1.
 
     Integers are bounded to [0, 1] and rounded to the nearest; return whether all of them were numbers before. With a
     `folder` the image is streamed: its features lie in a temporary file there, of which the memory holds a few bands.
     The result is the same to the bit. Raises OSError where the disk has no room for them.
+
+    progress: two int64 that tell other threads meanwhile how much is done, and of how much.
     """
     config = config_of(model)
-    return _run(y, x, *model.weights_now(config), model.mean, model.img_range, config, folder)
+    return _run(y, x, *model.weights_now(config), model.mean, model.img_range, config, folder, progress)
 
 
 def pack(parameters: list[Tensor], config: list[int]) -> Tensor:
@@ -94,7 +96,9 @@ def pack(parameters: list[Tensor], config: list[int]) -> Tensor:
     return torch.ops.seemore_cpu.network_pack(flat, config)
 
 
-def _run(y: Tensor, x: Tensor, weights: list[Tensor], is_packed: bool, mean, img_range, config, folder=None) -> bool:
+def _run(
+    y: Tensor, x: Tensor, weights: list[Tensor], is_packed: bool, mean, img_range, config, folder=None, progress=None
+) -> bool:
     """Write the result for x to y; images that are too small are extended, and theirs cropped."""
     packed = weights[0] if is_packed else pack(weights, config)
     mean = mean.flatten().float().contiguous()
@@ -103,14 +107,15 @@ def _run(y: Tensor, x: Tensor, weights: list[Tensor], is_packed: bool, mean, img
     if folder is not None:
         threads = torch.get_num_threads()
         lines = _lines(config, shape, threads)
-        state = in_a_file(_workspace(config, shape, threads, lines)[0], folder)
+        state, _ = in_a_file(_workspace(config, shape, threads, lines)[0], folder)
+    streaming = (state, lines, progress)
     if shape == x.shape:
-        return torch.ops.seemore_cpu.network(y, x, packed, mean, img_range, config, state, lines)
+        return torch.ops.seemore_cpu.network(y, x, packed, mean, img_range, config, *streaming)
     height, width = x.shape[2:]
     rows, columns = torch.arange(shape[2]).clamp(max=height - 1), torch.arange(shape[3]).clamp(max=width - 1)
     x = _as_known(x)[:, :, rows[:, None], columns].view(x.dtype)
     y_extended = y.new_empty(*shape[:2], shape[2] * config[0], shape[3] * config[0])
-    are_numbers = torch.ops.seemore_cpu.network(y_extended, x, packed, mean, img_range, config, state, lines)
+    are_numbers = torch.ops.seemore_cpu.network(y_extended, x, packed, mean, img_range, config, *streaming)
     y.copy_(y_extended[:, :, : y.shape[2], : y.shape[3]])
     return are_numbers
 

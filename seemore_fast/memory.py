@@ -1,6 +1,7 @@
 """How much memory there is, so that what cannot fit is refused before anything is allocated."""
 
 import ctypes
+import mmap
 import os
 import platform
 import shutil
@@ -62,8 +63,10 @@ def check_memory(needed: int, what: str):
         )
 
 
-def in_a_file(count: int, folder: Path) -> torch.Tensor:
+def in_a_file(count: int, folder: Path) -> tuple[torch.Tensor, Callable[[int, int], None]]:
     """Return `count` bytes of zero, uint8, in a temporary file of `folder`, which is gone as soon as they are.
+
+    And a function that takes the bytes [begin, end) out of memory, where the system can: they stay in the file.
 
     Raises OSError where the folder cannot be written to, or its disk has no room for them.
     """
@@ -76,7 +79,16 @@ def in_a_file(count: int, folder: Path) -> torch.Tensor:
     with tempfile.NamedTemporaryFile(prefix="seemore-fast-", dir=folder) as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, count)  # a disk that is full later would end the process
-        return torch.from_file(file.name, shared=True, size=count, dtype=torch.uint8)
+        else:
+            file.truncate(count)
+        mapped = mmap.mmap(file.fileno(), count)
+
+    def release(begin: int, end: int):
+        begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if begin < end and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    return torch.frombuffer(mapped, dtype=torch.uint8), release
 
 
 def gpu_memory_needed(model, shape: torch.Size, training: bool = False) -> int:

@@ -7,7 +7,7 @@ beyond what it sees.
 """
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
@@ -43,13 +43,12 @@ def tiled(
     halo = -(-(radius(model) + FEATHER) // unit) * unit
     rows, columns = (_cuts(side, tile, unit) for side in size)
     parts = len(rows) * len(columns)
-    means, done = 0, 0
-    for (top, bottom), (left, right) in ((r, c) for r in rows for c in columns):
+    means = 0
+    for done, ((top, bottom), (left, right)) in enumerate(product(rows, columns)):
         window = _grown(top, bottom, halo, size[0]), _grown(left, right, halo, size[1])
         inner = _inside((top, bottom), window[0]), _inside((left, right), window[1])
         means = means + _run(pieces, read(*window[0], *window[1]), inner)[1]
-        done += 1
-        progress(done / parts / 2)
+        progress((done + 1) / parts / 2)
     experts = [pieces.choose(group, mean) for group, mean in enumerate(means / (size[0] * size[1]))]
     for top, lines in _blended(pieces, experts, size, (rows, columns), halo, read):
         write(top * model.scale, lines)
@@ -84,7 +83,7 @@ def _blended(pieces, experts, size, cuts, halo, read) -> Iterator[tuple[int, Ten
             inside = slice(0, x.shape[2]), slice(0, x.shape[3])
             y = _run(pieces, x, inside, experts)[0]
             across = _grown(left, right, FEATHER, width)
-            y = y[:, :, *(_scaled(_inside(o, w), scale) for o, w in zip((outer, across), window, strict=True))]
+            y = y[:, :, _scaled(_inside(outer, window[0]), scale), _scaled(_inside(across, window[1]), scale)]
             if total is None:
                 total = y.new_zeros(1, y.shape[1], y.shape[2], width * scale)
             down = _ramp(outer, (top, bottom), height, scale, y)[:, None]

@@ -3,12 +3,14 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from kit import chosen, each_kernel
 from test_network import CASES, network
 
-from seemore_fast import backends, engine, memory
+from seemore_fast import SeemoRe, Upscaler, backends, engine, memory, seemore_b, seemore_l, seemore_t, tiles
+from seemore_fast.upscale import running
 
 pytestmark = pytest.mark.skipif(backends.why_not("cpu") is not None, reason="no CPU library")
 each_cpu = each_kernel("network")
@@ -109,3 +111,131 @@ def test_the_memory_that_streaming_takes_is_bounded(tmp_path):
     printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     said, on_disk, taken = map(int, printed.split())
     assert on_disk > 1.4e9 and said < 200e6 and taken < 1.1 * said
+
+
+# Upscaler, on whatever computes it
+
+
+@pytest.fixture(params=["engine", "other backends"])
+def model(request, monkeypatch):
+    """SMALL, computed by the engine or by operators."""
+    if request.param == "engine":
+        request.getfixturevalue("low_bands")
+    else:
+        monkeypatch.setattr(engine, "why_not", lambda model, x: "not now")
+        monkeypatch.setattr(engine, "AT_ONCE", 0)
+    return network()
+
+
+def noise(*shape, dtype=np.uint8):
+    values = np.random.default_rng(0).random(shape)
+    return (values * np.iinfo(dtype).max).astype(dtype) if np.issubdtype(dtype, np.integer) else values.astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32], ids=str)
+@pytest.mark.parametrize("shape", [(70, 50, 3), (90, 40), (61, 33, 4), (7, 30, 3)], ids=str)
+def test_streamed_is_whole(model, shape, dtype, tmp_path):
+    image = noise(*shape, dtype=dtype)
+    whole = Upscaler(model, device="cpu")(image)
+    streamed = Upscaler(model, device="cpu", tile="exact", scratch=tmp_path)(image)
+    assert streamed.dtype == whole.dtype
+    step = 1 if np.issubdtype(dtype, np.integer) else 1e-5  # an integer may be rounded the other way
+    np.testing.assert_allclose(streamed.astype(np.float64), whole.astype(np.float64), rtol=0, atol=step)
+
+
+def test_planes_of_a_network_of_one_channel_are_streamed_one_by_one(model, tmp_path):
+    grey, image = network(in_chans=1), noise(50, 40, 3)
+    whole = Upscaler(grey, device="cpu")(image)
+    streamed = Upscaler(grey, device="cpu", tile="exact", scratch=tmp_path)(image)
+    assert np.abs(streamed.astype(int) - whole).max() <= 1
+
+
+def test_what_does_not_fit_is_streamed_and_says_so(model, monkeypatch, tmp_path):
+    image = noise(80, 60, 3)
+    whole = Upscaler(model, device="cpu")(image)
+    upscaler = Upscaler(model, device="cpu", scratch=tmp_path)
+    monkeypatch.setattr(running, "_fits", lambda needed, device: False)
+    if engine.why_not(model, model.mean) is None:
+        with pytest.warns(UserWarning, match=f"60x80 pixels.* through a file in {tmp_path}"):
+            result = upscaler(image)
+    else:
+        result = upscaler(image)
+    assert np.abs(result.astype(int) - whole).max() <= 1
+
+
+@pytest.mark.parametrize("fails", [1, 3])
+def test_out_of_memory_steps_down(model, monkeypatch, fails):
+    """First the whole image fails, then bands, which get lower."""
+    if engine.why_not(model, model.mean) is None:
+        pytest.skip("on a CPU what is needed is known exactly")
+    image, original, left = noise(80, 60, 3), SeemoRe._first, [fails]
+    whole = Upscaler(model, device="cpu")(image)
+    monkeypatch.setattr(engine, "AT_ONCE", 2**30)
+
+    def failing(self, *arguments):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise torch.OutOfMemoryError("tried to allocate 3 TiB\nand more")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(SeemoRe, "_first", failing)
+    with pytest.warns(UserWarning, match="3 TiB: streamed, group by group|again, in bands of 48 lines"):
+        result = Upscaler(model, device="cpu")(image)
+    assert np.abs(result.astype(int) - whole).max() <= 1
+
+
+def test_progress_grows_to_one(model, tmp_path):
+    for tile in (None, "exact", 16):
+        told = []
+        Upscaler(model, device="cpu", tile=tile, scratch=tmp_path, progress=told.append)(noise(80, 60, 3))
+        assert told == sorted(told) and told[-1] == pytest.approx(1) and told[0] >= 0
+
+
+def test_changes_inside_are_not_streamed_around():
+    model, image, results = network(), noise(40, 30, 3), []
+    for tile in (None, "exact", 16):
+        upscaler = Upscaler(model, device="cpu", tile=tile)
+        upscaler.model.norm.register_forward_hook(lambda module, inputs, y: 0.5 * y)
+        if tile == 16:
+            with pytest.raises(ValueError, match="was changed inside"):
+                upscaler(image)
+        else:
+            results.append(upscaler(image))
+    np.testing.assert_array_equal(*results)
+    assert np.abs(results[0].astype(int) - Upscaler(model, device="cpu")(image)).max() > 2
+
+
+# Tiles
+
+
+def test_the_local_radius():
+    named = {seemore_t: 57, seemore_b: 75, seemore_l: 147}
+    assert {make: tiles.radius(make(2)) for make in named} == named
+
+
+@pytest.mark.parametrize("case", ["T, narrow", "wide", "tall", "recursive 1", "scale 3", "kernel 3"])
+def test_tiles_cover_the_image_and_one_tile_is_the_whole(case):
+    change, (_, channels, *size) = CASES[case]
+    model = network(**change).requires_grad_(False)
+    x = image((1, channels, *size), torch.float32)
+    with torch.no_grad():
+        whole = model(x)
+        for tile in (16, 10**6):
+            y = torch.full_like(whole, torch.nan)
+
+            def write(top, lines, y=y):
+                y[:, :, top : top + lines.shape[2]] = lines
+
+            tiles.tiled(model, size, tile, lambda a, b, c, d: x[:, :, a:b, c:d], write)
+            torch.testing.assert_close(y, whole, rtol=0, atol=1e-5 if tile > 16 else 1e-2)
+
+
+def test_tiles_blend_without_a_gap():
+    """Shares of all tiles add up to one at every pixel."""
+    for side in (16, 40, 48, 100, 1000):
+        for tile in (16, 48):
+            total = torch.zeros(2 * side)
+            for begin, end in tiles._cuts(side, tile, 16):
+                outer = tiles._grown(begin, end, tiles.FEATHER, side)
+                total[2 * outer[0] : 2 * outer[1]] += tiles._ramp(outer, (begin, end), side, 2, total)
+            torch.testing.assert_close(total, torch.ones(2 * side))

@@ -113,11 +113,14 @@ def test_integers_go_straight_through_the_engine_and_equal_the_rounded_floats(mo
     upscaler = Upscaler(SeemoRe(**{**SMALL, "in_chans": in_chans}), device="cpu")
     image = noise(*shape, dtype=dtype)
     run, seen = engine.run_into, []
-    monkeypatch.setattr(engine, "run_into", lambda model, x, y: seen.append(x) or run(model, x, y))
+    monkeypatch.setattr(
+        engine, "run_into", lambda model, x, *more, **named: seen.append(x) or run(model, x, *more, **named)
+    )
     result = upscaler(image)
     assert [x.data_ptr() for x in seen] == [image.ctypes.data], "without a copy"
-    monkeypatch.setattr(upscaler, "_takes_integers", lambda colours: False)
-    np.testing.assert_array_equal(result, upscaler(image))
+    whole = np.iinfo(dtype).max
+    exact = upscaler((image / whole).astype(np.float32)).astype(np.float64)
+    np.testing.assert_array_equal(result[:, :, :3], np.rint((exact * whole).astype(np.float32))[:, :, :3])
 
 
 @needs_engine
@@ -208,7 +211,8 @@ def test_shipped_names_with_and_without_scale():
         (dict(device="xpu"), ValueError, "device is 'xpu'"),
         (dict(scale="2"), ValueError, "scale is '2'"),
         (dict(model=3), TypeError, "is a int"),
-        (dict(tile=64), ValueError, "tile is 64"),
+        (dict(tile=0), ValueError, "tile is 0, expected None"),
+        (dict(tile="whole"), ValueError, "tile is 'whole'"),
         (dict(model="none.pth"), FileNotFoundError, "none.pth does not exist"),
     ],
 )

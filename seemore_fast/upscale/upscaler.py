@@ -2,16 +2,16 @@
 
 import copy
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .. import engine
 from ..checkpoint import load_model, shipped_models
 from ..drop_in import accelerate
-from ..memory import check_memory
 from ..resize import bicubic_resize
+from .running import Way, must_stream, run
 
 DTYPES = {
     "fp32": torch.float32, "float32": torch.float32,
@@ -19,7 +19,6 @@ DTYPES = {
     "fp16": torch.float16, "float16": torch.float16,
 }  # fmt: skip
 LUMA = (0.299, 0.587, 0.114)
-NO_NUMBERS = "the network returned NaN or infinity: the image, the weights or the dtype is to blame"
 
 
 class Upscaler:
@@ -30,14 +29,26 @@ class Upscaler:
     scale: what the model is expected to do; chooses among shipped models. None: the model's own, or 2 for a name.
     device: "auto" (a CUDA device if there is one), "cpu", "cuda", "cuda:1", ...
     dtype: torch.float32 (None), torch.bfloat16, torch.float16, or "fp32", "bf16", "fp16".
-    tile: None, the whole image at once: the network pools globally, so tiles would not give the same picture.
+    tile: None, the whole image at once, or streamed where its features do not fit into memory, which gives the same
+        picture; "exact": streamed; N: independent tiles of N pixels, for comparison with other tools. They would not
+        give the same picture: the network pools over all of the image.
+    scratch: a folder for what does not fit into memory, the system's for temporary files by default.
+    progress: is told, by the shares of an image that are done, how far it is; from another thread, maybe.
 
     Raises ValueError for arguments that do not fit together, and what `load_model` raises.
     """
 
-    def __init__(self, model="seemore_t", scale: int | None = None, device="auto", dtype=None, tile: int | None = None):
-        if tile is not None:
-            raise ValueError(f"tile is {tile!r}, expected None: images are upscaled whole, tiles are not supported yet")
+    def __init__(
+        self,
+        model="seemore_t",
+        scale: int | None = None,
+        device="auto",
+        dtype=None,
+        tile: int | str | None = None,
+        scratch: str | os.PathLike | None = None,
+        progress: Callable[[float], None] | None = None,
+    ):
+        self.way = Way(tile, scratch, progress)
         self.device = _device(device)
         self.dtype = _dtype(dtype)
         if scale is not None and (not isinstance(scale, int) or scale < 1):
@@ -79,10 +90,17 @@ class Upscaler:
         planes = image if image.ndim == 3 else image[:, :, None]
         has_alpha = planes.shape[2] in (2, 4)
         colours = planes[:, :, :-1] if has_alpha else planes
-        if self._takes_integers(colours):
-            result = self._run_integers(colours)
+        is_read = colours.dtype in (np.uint8, np.uint16) and self.model.in_chans in (1, colours.shape[2])
+        height, width, count = colours.shape
+        shape = (count, 1, height, width) if self.model.in_chans == 1 else (1, 3, height, width)
+        streamed = must_stream(self.model, shape, colours.itemsize if is_read else 4, self.way)
+        if is_read:
+            result = self._run(colours.astype(colours.dtype.newbyteorder("="), copy=False), streamed)
         else:
-            result = _to_kind(self._run(colours), image.dtype)
+            result = self._run(_to_unit(colours, np.float32), streamed)
+            if colours.shape[2] == 1 and result.shape[2] == 3:
+                result = result @ np.array(LUMA, np.float32)[:, None]
+            result = _to_kind(result, image.dtype)
         if has_alpha:
             alpha = _to_kind(bicubic_resize(_to_unit(planes[:, :, -1]), self.scale), image.dtype)
             result = np.dstack([result, alpha])
@@ -93,44 +111,15 @@ class Upscaler:
         planes = planes.permute(2, 0, 1)
         return planes[:, None] if self.model.in_chans == 1 else planes.expand(3, -1, -1)[None]
 
-    def _check_memory(self, shape: tuple[int, int, int], itemsize: int, more: int = 0):
-        """Raise MemoryError where an image of (H, W, C), a result of `itemsize` a value and `more` bytes do not fit."""
-        height, width, planes = shape
-        batch = (planes, 1) if self.model.in_chans == 1 else (1, 3)
-        needed = engine.needs(self.model, (*batch, height, width), itemsize=itemsize).memory + more
-        check_memory(needed, f"an image of {width}x{height} pixels, enlarged {self.scale} times,")
-
     @torch.inference_mode()
-    def _takes_integers(self, colours: np.ndarray) -> bool:
-        """Tell whether the engine for CPUs reads and writes these integers itself."""
-        is_integer = colours.dtype in (np.uint8, np.uint16) and colours.dtype.isnative
-        fits = self.model.in_chans in (1, colours.shape[2])
-        return is_integer and fits and engine.why_not(self.model, self.model.mean) is None
-
-    @torch.inference_mode()
-    def _run_integers(self, colours: np.ndarray) -> np.ndarray:
-        """Return (scale * H, scale * W, C) of (H, W, C), both uint8 or both uint16, without a copy in floats."""
-        self._check_memory(colours.shape, colours.itemsize)
+    def _run(self, colours: np.ndarray, streamed: bool) -> np.ndarray:
+        """Return (scale * H, scale * W, C) of (H, W, C), both float32, uint8 or uint16."""
         height, width, planes = colours.shape
-        result = np.empty((self.scale * height, self.scale * width, planes), colours.dtype)
+        made = planes if self.model.in_chans in (1, planes) else 3  # grey, of a network for RGB
+        result = np.empty((self.scale * height, self.scale * width, made), colours.dtype)
         x, y = (self._as_batch(_as_tensor(array)) for array in (colours, result))
-        if not engine.run_into(self.model, x, y):
-            raise RuntimeError(NO_NUMBERS)
+        run(self.model, x, y, self.way, streamed)
         return result
-
-    @torch.inference_mode()
-    def _run(self, colours: np.ndarray) -> np.ndarray:
-        """Return float32 (scale * H, scale * W, C) of (H, W, C) with C 1 or 3."""
-        if engine.why_not(self.model, self.model.mean) is None:
-            self._check_memory(colours.shape, itemsize=4, more=4 * colours.size)
-        x = self._as_batch(torch.from_numpy(_to_unit(colours, np.float32)))
-        y = self.model(x.to(self.device)).float().cpu()
-        if not y.isfinite().all():
-            raise RuntimeError(NO_NUMBERS)
-        y = y[:, 0] if self.model.in_chans == 1 else y[0]
-        if colours.shape[2] == 1 and len(y) == 3:
-            y = torch.einsum("c,chw->hw", torch.tensor(LUMA), y)[None]
-        return y.permute(1, 2, 0).numpy()
 
 
 def as_8_bit(image: Image.Image) -> Image.Image:
