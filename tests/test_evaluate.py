@@ -10,7 +10,7 @@ from PIL import Image
 from seemore_fast import Upscaler
 from seemore_fast.cli import main
 from seemore_fast.evaluation import luma, psnr_y, ssim_y
-from seemore_fast.evaluation.evaluate import evaluate, self_ensemble
+from seemore_fast.evaluation.evaluate import evaluate
 from seemore_fast.evaluation.pairs import PairError, find_pairs, name_of
 from seemore_fast.evaluation.published import PUBLISHED
 from seemore_fast.resize import bicubic_resize
@@ -77,22 +77,6 @@ def test_a_model_beside_what_was_published(sets, capsys):
     values = [Upscaler("seemore_t_x2", device="cpu")(pair.read()[0]) for pair in find_pairs(sets / "Set5", 2)]
     mean = np.mean([psnr_y(v, p.read()[1], 2) for v, p in zip(values, find_pairs(sets / "Set5", 2), strict=True)])
     assert f"{mean:.2f}" in out
-
-
-def test_an_ensemble_is_the_mean_over_orientations():
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (12, 17, 3), np.uint8)
-    seen = []
-
-    def upscale(x):
-        seen.append(x)
-        return x.repeat(2, 0).repeat(2, 1)
-
-    np.testing.assert_array_equal(self_ensemble(upscale)(image), image.repeat(2, 0).repeat(2, 1))
-    assert len({x.tobytes() + str(x.shape).encode() for x in seen}) == 8
-    shifted = self_ensemble(lambda x: np.full((2 * x.shape[0], 2 * x.shape[1], 3), 0.1 * x[0, 0, 0], np.float32))(image)
-    corners = np.float32([image[i, j, 0] for i in (0, -1) for j in (0, -1)])
-    assert abs(int(shifted[0, 0, 0]) - corners.mean() * 0.1) <= 1
 
 
 def test_what_cannot_be_measured_costs_the_others_nothing(sets, capsys):

@@ -9,7 +9,7 @@ from conftest import SMALL
 from PIL import Image
 
 from seemore_fast import SeemoRe, Upscaler, backends, engine
-from seemore_fast.resize import bicubic_resize
+from seemore_fast.resize import bicubic_resize, bicubic_resize_to
 
 
 @pytest.fixture
@@ -242,3 +242,82 @@ def test_cuda_without_cuda():
 def test_bad_images(upscaler, image, error, message):
     with pytest.raises(error, match=message):
         upscaler(image)
+
+
+# Other sizes, eight orientations, alpha
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("shape", [(20, 30), (20, 30, 4)])
+def test_another_size_is_resampled_from_the_networks(upscaler, dtype, shape):
+    image = noise(*shape, dtype=dtype)
+    result = upscaler(image, outscale=1.7)
+    assert result.shape == (34, 51, *shape[2:]) and result.dtype == dtype
+    top = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1
+    whole = upscaler(image).reshape(40, 60, -1) / top
+    colours = bicubic_resize_to(whole, 34, 51).clip(0, 1)
+    expected = colours if len(shape) == 2 else colours[:, :, :3]
+    found = result.reshape(34, 51, -1)[:, :, : expected.shape[2]] / top
+    np.testing.assert_allclose(found, expected, atol=0.51 / top if top > 1 else 1e-6)
+    if len(shape) == 3:
+        alpha = bicubic_resize_to(image[:, :, 3] / top, 34, 51).clip(0, 1)
+        np.testing.assert_allclose(result[:, :, 3] / top, alpha, atol=0.51 / top if top > 1 else 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "size"),
+    [
+        (dict(width=45), (30, 45)),
+        (dict(height=50), (50, 75)),
+        (dict(width=11, height=77), (77, 11)),
+        (dict(outscale=0.01), (1, 1)),
+        (dict(outscale=2), (40, 60)),
+        (dict(outscale=5.5), (110, 165)),
+        (dict(), (40, 60)),
+    ],
+)
+def test_sizes(upscaler, wanted, size):
+    assert upscaler(noise(20, 30, 3), **wanted).shape == (*size, 3)
+    assert upscaler(Image.fromarray(noise(20, 30, 3)), **wanted).size == size[::-1]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (dict(outscale=0), "outscale is 0, expected a positive number"),
+        (dict(outscale=float("nan")), "outscale is nan"),
+        (dict(width=-3), "width is -3"),
+        (dict(outscale=2, height=3), "outscale and width or height are given"),
+    ],
+)
+def test_sizes_that_cannot_be(upscaler, wanted, message):
+    with pytest.raises(ValueError, match=message):
+        upscaler(noise(20, 30, 3), **wanted)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("channels", [(), (3,)])
+def test_tta_is_the_mean_over_eight_orientations(small_model, upscaler, dtype, channels):
+    image = noise(17, 24, *channels, dtype=dtype)
+    top = 255 if dtype == np.uint8 else 1
+    unit, parts = (image / top).astype(np.float32), []
+    for transpose in (False, True):
+        for flips in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
+            turned = unit[:: flips[0], :: flips[1]]
+            turned = turned.swapaxes(0, 1) if transpose else turned
+            result = upscaler(np.ascontiguousarray(turned))
+            result = result.swapaxes(0, 1) if transpose else result
+            parts.append(result[:: flips[0], :: flips[1]])
+    assert len({part.tobytes() for part in parts}) == 8
+    result = Upscaler(small_model, device="cpu", tta=True)(image)
+    assert result.dtype == dtype and result.shape == (34, 48, *channels)
+    np.testing.assert_allclose(result / top, np.mean(parts, axis=0), atol=0.51 / top if top > 1 else 1e-6)
+
+
+def test_alpha_by_the_network_on_request(small_model, upscaler):
+    image = noise(20, 24, 4)
+    result = Upscaler(small_model, device="cpu", alpha="network")(image)
+    np.testing.assert_array_equal(result[:, :, 3], upscaler(np.ascontiguousarray(image[:, :, 3])))
+    np.testing.assert_array_equal(result[:, :, :3], upscaler(image)[:, :, :3])
+    with pytest.raises(ValueError, match="alpha is 'none', expected bicubic or network"):
+        Upscaler(small_model, alpha="none")

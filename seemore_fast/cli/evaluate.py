@@ -63,24 +63,24 @@ def run(options: argparse.Namespace) -> int:
 def _upscaler(options: argparse.Namespace):
     """Return the function that enlarges an array, and its scale."""
     from ..checkpoint import CheckpointError
-    from ..evaluation.evaluate import bicubic, self_ensemble
+    from ..evaluation.evaluate import bicubic
     from ..upscale import Upscaler
 
     if options.model == "bicubic":
         if options.scale is None:
             raise UsageError("--model bicubic has no scale of its own: give --scale")
-        upscale, scale = bicubic(options.scale), options.scale
-    else:
-        try:
-            with warnings.catch_warnings(record=True) as doubts:
-                warnings.simplefilter("always", UserWarning)
-                upscale = Upscaler(options.model, options.scale, options.device, options.dtype)
-        except (CheckpointError, ValueError, FileNotFoundError) as error:
-            raise UsageError(str(error)) from None
-        for doubt in doubts:
-            print(f"note: {doubt.message}", file=sys.stderr)
-        scale = upscale.scale
-    return (self_ensemble(upscale) if options.ensemble else upscale), scale
+        if options.ensemble:
+            raise UsageError("--model bicubic gives the same for all orientations: leave out --ensemble")
+        return bicubic(options.scale), options.scale
+    try:
+        with warnings.catch_warnings(record=True) as doubts:
+            warnings.simplefilter("always", UserWarning)
+            upscale = Upscaler(options.model, options.scale, options.device, options.dtype, tta=options.ensemble)
+    except (CheckpointError, ValueError, FileNotFoundError) as error:
+        raise UsageError(str(error)) from None
+    for doubt in doubts:
+        print(f"note: {doubt.message}", file=sys.stderr)
+    return upscale, upscale.scale
 
 
 def _print_means(options: argparse.Namespace, scale: int, names: list[str], results: list):

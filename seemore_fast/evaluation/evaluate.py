@@ -45,21 +45,6 @@ def bicubic(scale: int) -> Callable[[np.ndarray], np.ndarray]:
     return lambda image: bicubic_resize(image, scale)
 
 
-def self_ensemble(upscale: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-    """Return an upscaler of uint8 images that takes the mean over the eight orientations of an image."""
-
-    def eightfold(image: np.ndarray) -> np.ndarray:
-        unit = image.astype(np.float32) / 255
-        total = 0
-        for turns in range(4):
-            for flip in (1, -1):
-                turned = np.ascontiguousarray(np.rot90(unit, turns)[:, ::flip])
-                total = total + np.rot90(upscale(turned)[:, ::flip], -turns)
-        return np.floor(total / 8 * 255 + 0.5).clip(0, 255).astype(np.uint8)
-
-    return eightfold
-
-
 def mean(results: list[Result]) -> tuple[float, float, float]:
     """Return the means of PSNR, SSIM and seconds over the images that were measured."""
     values = [(result.psnr, result.ssim, result.seconds) for result in results if not result.error]
