@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import native
+from . import memory, native
 from .backends import choose
 from .memory import check_memory, in_a_file
 from .ops.library import define
 from .reference.model import body_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-AT_ONCE = 2**31  # bytes of a streamed image's features that all threads together hold, if LEAST_LINES do not need more
+AT_ONCE = 2**31  # bytes of a streamed image's features that all threads together hold at most, but for LEAST_LINES
 LEAST_LINES = 32  # of a band: each makes up to nine lines of its neighbours', above and below, again
 
 
@@ -158,7 +158,9 @@ def _line_bytes(config: list[int], shape: torch.Size) -> int:
 
 def _lines(config: list[int], shape: torch.Size, threads: int) -> int:
     """Return how many lines a band of a streamed image has."""
-    return max(LEAST_LINES, AT_ONCE // (threads * _line_bytes(config, shape)))
+    available = memory.available_memory()
+    budget = AT_ONCE if available is None else min(AT_ONCE, available // 4)
+    return max(LEAST_LINES, budget // (threads * _line_bytes(config, shape)))
 
 
 def _forward(x, weights, is_packed, mean, img_range, config):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Where `path` is a symbolic link, the file it points to is replaced.
     """
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".seemore-fast.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".seemore-fast.{os.getpid()}.{threading.get_ident()}.tmp{path.suffix}")
     try:
         temporary.touch()
         permissions = temporary.stat().st_mode  # those of any new file; some writers make files that are private

@@ -104,7 +104,7 @@ def test_read_only_targets(photos, upscale):
     target = photos / "out" / "photo_x2.png"
     target.write_text("precious")
     target.chmod(0o444)
-    status, printed = upscale(photos / "photo.png", "-o", photos / "out")
+    status, printed = upscale(photos / "photo.png", "-o", photos / "out", "--overwrite")
     assert status == 1
     assert "photo_x2.png is read-only" in printed
     assert target.read_text() == "precious"

@@ -162,7 +162,7 @@ def bad_inputs(folder):
         "empty.png": "is empty",
         "cut.jpg": "truncated or damaged",
         "cut.png": "truncated or damaged",
-        "folder.png": "is a folder",
+        "folder.png": "holds no file that ends in .png",
         "bomb.png": "over the limit of 50",
         "huge.png": "over the limit of 50",
         "deep_grey.png": "16 bits a channel",
@@ -185,22 +185,23 @@ def test_bad_files_are_listed_and_the_good_ones_done(photos, upscale):
     assert sorted(os.listdir(photos / "out")) == ["photo_x2.png", "whole_x2.jpg"]
     failures = [line for line in printed.splitlines() if line.startswith("failed: ")]
     assert len(failures) == len(expected)
-    for (name, message), line in zip(expected.items(), failures, strict=True):
-        assert name in line
+    for name, message in expected.items():
+        (line,) = (line for line in failures if line.startswith(f"failed: {photos / name}:"))
         assert message in line
-    assert f"2 of {len(names)} upscaled" in printed
+    assert f"2 of {len(names) - 1} upscaled" in printed
 
 
 @pytest.mark.skipif(backends.why_not("cpu") is not None, reason="without the engine nobody knows the bytes needed")
 def test_a_photo_too_large_for_the_memory_is_one_failure(photos, upscale, monkeypatch):
     Image.new("RGB", (3000, 2000)).save(photos / "large.png")
-    monkeypatch.setattr(memory, "available_memory", lambda: 2**28)
+    monkeypatch.setattr(memory, "available_memory", lambda: 2**25)
+    monkeypatch.setattr(memory, "SMALL", 2**25)
     status, printed = upscale(photos / "large.png", photos / "photo.png", "-o", photos / "out")
     assert status == 1
     assert os.listdir(photos / "out") == ["photo_x2.png"]
     (failure,) = (line for line in printed.splitlines() if line.startswith("failed: "))
     assert f"{photos / 'large.png'}: an image of 3000x2000 pixels, enlarged 2 times, needs " in failure
-    assert " bytes) of memory, 0.2 GiB are available: take a smaller image" in failure
+    assert " bytes) of memory, 0.0 GiB are available: take a smaller image" in failure
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])

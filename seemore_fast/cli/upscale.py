@@ -1,123 +1,271 @@
-"""``seemore-fast upscale``: image files in, larger image files out."""
+"""``seemore-fast upscale``: image files and folders in, larger image files out."""
 
 import argparse
+import json
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
-from .exits import DONE, FAILED, UsageError
+from .exits import DONE, FAILED, INTERRUPTED, UsageError
 
-HELP = "Upscale PNG, JPEG, WebP and TIFF files."
+HELP = "Upscale PNG, JPEG, WebP and TIFF files, and folders of them."
+PATIENCE = 1.5  # seconds that an image may take before it gets a progress bar of its own
 
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Declare the command's arguments."""
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="an image file")
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="an image file, or a folder of them")
     parser.add_argument(
         "-o", "--output", required=True, metavar="OUT",
-        help="a file for one input; or a folder, existing or written with a slash at its end: NAME_x2.ext go there",
+        help="a file for one input; or a folder, existing or written with a slash at its end: NAME_x2.ext go there, "
+        "those of a folder's subfolders into the same ones",
     )  # fmt: skip
     parser.add_argument("--model", default="seemore_t", metavar="NAME|PATH", help="shipped model or weights file")
     parser.add_argument("--scale", type=int, choices=(2, 3, 4), help="default: the model's own")
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: auto; also cuda:N")
-    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32")
-    parser.add_argument(
+    files = parser.add_argument_group("files")
+    files.add_argument("--suffix", metavar="TEXT", help="between name and ending in a folder (default: _x2)")
+    files.add_argument("--ext", metavar="EXT", help="write png, jpg, webp or tif files (default: as the input)")
+    files.add_argument("--quality", type=int, metavar="N", help="of JPEG and WebP, 1 to 100 (default: 95)")
+    files.add_argument("--overwrite", action="store_true", help="also what exists in the folder (default: skip it)")
+    files.add_argument("--json", action="store_true", help="print the summary as JSON")
+    files.add_argument(
         "--max-megapixels", type=_positive, metavar="N", default=argparse.SUPPRESS,
         help="refuse inputs of more pixels, which a small file can declare to exhaust the memory (default: 50)",
     )  # fmt: skip
+    size = parser.add_argument_group("size of the result, other than the network's: resampled, antialiased")
+    size.add_argument("--outscale", type=_positive, metavar="F", help="so many times the input, such as 1.7")
+    size.add_argument("--width", type=_pixels, metavar="W", help="in pixels; the height follows, unless it is given")
+    size.add_argument("--height", type=_pixels, metavar="H", help="in pixels; the width follows, unless it is given")
+    how = parser.add_argument_group("computing")
+    how.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: auto; also cuda:N")
+    how.add_argument("--devices", metavar="A,B,...", help="several, which share the files: cuda:0,cuda:1")
+    how.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32")
+    how.add_argument("--tta", action="store_true", help="the mean over eight orientations: better, eight times as long")
+    how.add_argument("--alpha", default="bicubic", choices=("bicubic", "network"), help="default: bicubic")
+    how.add_argument(
+        "--tile", type=_tile, metavar="N|exact",
+        help="exact: stream group by group, as is done anyway where memory is short; N: independent tiles, not exact",
+    )  # fmt: skip
+    how.add_argument("--scratch", type=Path, metavar="DIR", help="for what does not fit into memory (default: TMPDIR)")
 
 
 def _positive(text: str) -> float:
     number = float(text)
-    if not number > 0:
+    if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number
 
 
+def _pixels(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of pixels")
+    return int(text)
+
+
+def _tile(text: str) -> int | str:
+    return text if text == "exact" else _pixels(text)
+
+
 def run(options: argparse.Namespace) -> int:
     """Upscale every input that can be; report the others at the end."""
-    from tqdm import tqdm
+    from ..upscale.folder import Options, upscale_files
+    from ..upscale.jobs import JobError, Jobs, is_share
 
-    from ..backends import chosen_backend
+    size = {name: getattr(options, name) for name in ("outscale", "width", "height") if getattr(options, name)}
+    if "outscale" in size and len(size) > 1:
+        raise UsageError("--outscale and --width or --height are given: expected one way to tell the size")
+    if options.quality is not None and not 1 <= options.quality <= 100:
+        raise UsageError(f"--quality is {options.quality}, expected 1 to 100")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    bar = _ImageBar()
+    with warnings.catch_warnings(record=True) as doubts:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
+        upscalers = _upscalers(options, bar)
+        suffix = _suffix(size, upscalers[0].scale) if options.suffix is None else options.suffix
+        extension = options.ext and f".{options.ext.removeprefix('.')}"
+        try:
+            jobs = Jobs(options.inputs, options.output, suffix, extension)
+            total = jobs.check()
+            if jobs.into_folder:
+                _create(Path(options.output))
+        except JobError as error:
+            raise UsageError(error) from None
+        limit = {"max_megapixels": options.max_megapixels} if "max_megapixels" in options else {}
+        how = Options(**limit, overwrite=options.overwrite, quality=options.quality, size=size)
+        begin = time.perf_counter()
+        own = (job for job in jobs if is_share(job, rank, world))
+        with _stopped_by_ctrl_c() as stopped, bar.over(total if world == 1 else None):
+            outcomes = []
+            for outcome in upscale_files(upscalers, own, how, stopped.is_set):
+                outcomes.append(outcome)
+                bar.update()
+    summary = {
+        "scale": upscalers[0].scale,
+        "output": options.output,
+        "seconds": time.perf_counter() - begin,
+        "device": ", ".join(str(upscaler.device) for upscaler in upscalers),
+        "stopped": stopped.is_set(),
+        "files": [outcome.as_dict() for outcome in outcomes],
+        "failures": jobs.failures,
+        "notes": [*jobs.notes, *dict.fromkeys(str(doubt.message).splitlines()[0] for doubt in doubts)],
+    }
+    if world > 1:
+        summary = _merged(summary, rank, world)
+    if rank == 0:
+        _print(summary, options)
+    if stopped.is_set():
+        return INTERRUPTED
+    return FAILED if summary["failures"] or any(file["error"] for file in summary["files"]) else DONE
+
+
+def _upscalers(options: argparse.Namespace, bar: "_ImageBar") -> list:
     from ..checkpoint import CheckpointError
     from ..upscale import Upscaler
-    from ..upscale.images import ImageError, upscale_file
 
-    with warnings.catch_warnings(record=True) as doubts:
-        warnings.simplefilter("always", UserWarning)
-        try:
-            upscaler = Upscaler(options.model, options.scale, options.device, options.dtype)
-        except CheckpointError as error:
-            print(f"seemore-fast upscale: {error}", file=sys.stderr)
-            return FAILED
-        except (ValueError, FileNotFoundError) as error:
-            raise UsageError(error) from None
-    notes = [str(doubt.message) for doubt in doubts]
-    jobs = plan_outputs(options.inputs, options.output, upscaler.scale)
+    local = os.environ.get("LOCAL_RANK")
+    devices = options.devices.split(",") if options.devices else [options.device]
+    if local is not None and devices == ["auto"]:
+        import torch
 
-    limit = {"max_megapixels": options.max_megapixels} if "max_megapixels" in options else {}
-    failures, start = [], time.perf_counter()
-    for source, target in tqdm(jobs, unit="image", desc="upscaling"):
-        with warnings.catch_warnings(record=True) as doubts:
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("always", UserWarning)
-            try:
-                upscale_file(upscaler, source, target, **limit)
-            except ImageError as error:
-                failures.append(str(error))
-            except (MemoryError, RuntimeError, OSError) as error:  # out of memory on a device is a RuntimeError
-                failures.append(f"{source}: {str(error).splitlines()[0] if str(error) else 'out of memory'}")
-        notes += [f"{source}: {str(doubt.message).splitlines()[0]}" for doubt in doubts]
-    seconds = time.perf_counter() - start
-
-    done = len(jobs) - len(failures)
-    where = f"{upscaler.device}, {options.dtype}, backend {chosen_backend(upscaler.device)}"
-    print(f"{done} of {len(jobs)} upscaled {upscaler.scale} times in {seconds:.1f} s ({where}), in {options.output}")
-    for note in dict.fromkeys(notes):
-        print(f"warning: {note}", file=sys.stderr)
-    for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr)
-    return FAILED if failures else DONE
+        devices = [f"cuda:{local}"] if torch.cuda.is_available() else ["cpu"]
+    how = {"tile": options.tile, "scratch": options.scratch, "tta": options.tta, "alpha": options.alpha}
+    if len(devices) == 1:
+        how["progress"] = bar.show
+    if options.scratch and not os.path.isdir(options.scratch):
+        raise UsageError(f"--scratch: the folder {options.scratch} does not exist")
+    try:
+        return [Upscaler(options.model, options.scale, device, options.dtype, **how) for device in devices]
+    except CheckpointError as error:
+        print(f"seemore-fast upscale: {error}", file=sys.stderr)
+        raise SystemExit(FAILED) from None
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(error) from None
 
 
-def plan_outputs(inputs: list[Path], output: str, scale: int) -> list[tuple[Path, Path]]:
-    """Return (input, output) pairs; create the output folder where it is asked for by a slash.
-
-    Raises UsageError where an output could not be told from another output or from an input.
-    """
-    from ..upscale.images import FORMATS
-
-    if not output:
-        raise UsageError("OUT is empty: give a file or a folder")
-    folder = Path(output)
-    if output.endswith(("/", os.sep)) or os.path.isdir(folder):
-        targets = [folder / f"{source.stem}_x{scale}{source.suffix}" for source in inputs]
-        _create(folder)
-    elif len(inputs) > 1:
-        raise UsageError(f"{output} is one file for {len(inputs)} inputs: give a folder, existing or ending in a slash")
-    elif folder.suffix.lower() not in FORMATS:
-        raise UsageError(
-            f"{output} ends in {folder.suffix!r}, expected one of {', '.join(FORMATS)}, or a slash to make it a folder"
-        )
-    else:
-        targets = [folder]
-    taken = {os.path.realpath(source): source for source in inputs}
-    for source, target in zip(inputs, targets, strict=True):
-        place = os.path.realpath(target)
-        if place in taken:
-            raise UsageError(f"{target}, the output of {source}, is also read or written for {taken[place]}")
-        taken[place] = source
-    if not os.path.isdir(folder.parent):
-        raise UsageError(f"the folder {folder.parent} does not exist: create it, or write elsewhere")
-    return list(zip(inputs, targets, strict=True))
+def _suffix(size: dict, scale: int) -> str:
+    if "outscale" in size:
+        return f"_x{size['outscale']:g}"
+    return "_" + "x".join(f"{name[0]}{value}" for name, value in size.items()) if size else f"_x{scale}"
 
 
 def _create(folder: Path):
     try:
         folder.mkdir(exist_ok=True)
-    except FileNotFoundError:
-        raise UsageError(f"the folder {folder.parent} does not exist: create it, or write elsewhere") from None
     except OSError as error:
         raise UsageError(f"{folder} cannot be made a folder: {os.strerror(error.errno)}") from None
+
+
+@contextmanager
+def _stopped_by_ctrl_c():
+    """Give an event that SIGINT sets: what was begun is finished. A second SIGINT is a KeyboardInterrupt."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def handle(number, frame):
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+        print("\nfinishing the current file; once more to stop at once", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _ImageBar:
+    """A progress bar over files, and below it one of an image that takes its time."""
+
+    def __init__(self):
+        self.files = self.image = None
+        self.last = self.begin = 0.0
+
+    @contextmanager
+    def over(self, total: int | None):
+        from tqdm import tqdm
+
+        with tqdm(total=total, unit="image", desc="upscaling") as self.files:
+            try:
+                yield
+            finally:
+                self._close()
+
+    def update(self):
+        self.files.update()
+
+    def show(self, share: float):
+        from tqdm import tqdm
+
+        now = time.perf_counter()
+        if share < self.last or not self.begin:
+            self._close()
+            self.begin = now
+        self.last = share
+        if self.image is None and now - self.begin > PATIENCE and share < 1:
+            self.image = tqdm(
+                total=100, desc="this image", position=1, leave=False, bar_format="{l_bar}{bar}| {remaining}"
+            )
+        if self.image is not None:
+            self.image.update(100 * share - self.image.n)
+        if share >= 1:
+            self._close()
+            self.begin = self.last = 0.0
+
+    def _close(self):
+        if self.image is not None:
+            self.image.close()
+            self.image = None
+
+
+def _merged(summary: dict, rank: int, world: int) -> dict:
+    """Return what all processes of torchrun have to tell, on the first of them."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    summaries = [None] * world if rank == 0 else None
+    dist.gather_object(summary, summaries)
+    dist.destroy_process_group()
+    if rank > 0:
+        return summary
+    whole = {**summary, "seconds": max(one["seconds"] for one in summaries)}
+    whole["stopped"] = any(one["stopped"] for one in summaries)
+    whole["device"] = ", ".join(one["device"] for one in summaries)
+    whole["files"] = [file for one in summaries for file in one["files"]]
+    for key in ("failures", "notes"):
+        whole[key] = list(dict.fromkeys(line for one in summaries for line in one[key]))
+    return whole
+
+
+def _print(summary: dict, options: argparse.Namespace):
+    from ..backends import chosen_backend
+
+    files = summary["files"]
+    failures = summary["failures"] + [file["error"] for file in files if file["error"]]
+    skipped = sum(file["skipped"] for file in files)
+    done = len(files) - skipped - sum(bool(file["error"]) for file in files)
+    if options.json:
+        print(json.dumps({**summary, "done": done, "skipped": skipped, "failed": len(failures)}, indent=2))
+        return
+    where = f"{summary['device']}, {options.dtype}, backend {chosen_backend(summary['device'].split(', ')[0])}"
+    print(
+        f"{done} of {len(files)} upscaled {summary['scale']} times in {summary['seconds']:.1f} s ({where}), in "
+        f"{summary['output']}"
+    )
+    if skipped:
+        print(f"{skipped} were there already: --overwrite does them again")
+    if summary["stopped"]:
+        print("stopped: run it again for the rest")
+    notes = [f"{file['source']}: {note}" for file in files for note in file["notes"]]
+    for note in summary["notes"] + notes:
+        print(f"warning: {note}", file=sys.stderr)
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)

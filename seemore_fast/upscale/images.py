@@ -2,14 +2,14 @@
 
 import contextlib
 import os
-import warnings
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..files import replacing, why_not_writable
-from .upscaler import Upscaler, as_8_bit
+from .upscaler import as_8_bit
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 MAX_MEGAPIXELS = 50
@@ -38,6 +38,7 @@ class Picture:
     image: Image.Image
     icc_profile: bytes | None = None
     exif: bytes | None = None
+    notes: list[str] = field(default_factory=list)  # on what was left out
 
 
 def read_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Picture:
@@ -49,15 +50,19 @@ def read_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Picture:
     try:
         if path.is_dir():
             raise ImageError("is a folder, expected an image file")
-        if os.stat(path).st_size == 0:
+        before = _state(path)
+        if before[0] == 0:
             raise ImageError("is empty (0 bytes)")
-        with _without_pillows_limit(), Image.open(path, formats=sorted(set(FORMATS.values()))) as image:
+        with _without_pillows_limit, Image.open(path, formats=sorted(set(FORMATS.values()))) as image:
             _check_header(image, max_megapixels)
             icc_profile = image.info.get("icc_profile")
             image.load()
-            upright, exif = _read_exif(image)
+            notes = []
+            upright, exif = _read_exif(image, notes)
+            if _state(path) != before:
+                raise ImageError("changed while it was read: try again")
             same_colours = image.mode not in ("CMYK", "YCbCr", "LAB", "HSV")
-            return Picture(as_8_bit(upright), icc_profile if same_colours else None, exif)
+            return Picture(as_8_bit(upright), icc_profile if same_colours else None, exif, notes)
     except (ImageError, MemoryError):
         raise
     except FileNotFoundError:
@@ -68,6 +73,11 @@ def read_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Picture:
         if isinstance(error, OSError) and error.errno:
             raise ImageError(f"cannot be read: {os.strerror(error.errno)}") from None
         raise ImageError(f"cannot be decoded, it is truncated or damaged: {error}") from None
+
+
+def _state(path: Path) -> tuple[int, int]:
+    state = os.stat(path)
+    return state.st_size, state.st_mtime_ns
 
 
 def _check_header(image: Image.Image, max_megapixels: float):
@@ -84,22 +94,37 @@ def _check_header(image: Image.Image, max_megapixels: float):
         raise ImageError(f"has {_bits(image)} bits a channel; only 8 are supported in files yet: convert it to 8 bits")
 
 
-@contextlib.contextmanager
-def _without_pillows_limit():
-    """Lift Pillow's own limit on pixels, which no option could raise; ours is checked on the header instead."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+class _WithoutPillowsLimit:
+    """Lift Pillow's own limit on pixels, which no option could raise; ours is checked on the header instead.
+
+    The limit is of the process: it comes back when the last of the threads that read is done.
+    """
+
+    def __init__(self):
+        self.lock, self.readers, self.limit = threading.Lock(), 0, None
+
+    def __enter__(self):
+        with self.lock:
+            if self.readers == 0:
+                self.limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self.readers += 1
+
+    def __exit__(self, *error):
+        with self.lock:
+            self.readers -= 1
+            if self.readers == 0:
+                Image.MAX_IMAGE_PIXELS = self.limit
 
 
-def _read_exif(image: Image.Image) -> tuple[Image.Image, bytes | None]:
+_without_pillows_limit = _WithoutPillowsLimit()
+
+
+def _read_exif(image: Image.Image, notes: list[str]) -> tuple[Image.Image, bytes | None]:
     """Return the image upright and its lasting EXIF; where EXIF is damaged, as it is stored and without."""
     try:
         return ImageOps.exif_transpose(image), _lasting_exif(image)
     except Exception as error:  # as above; a good photo is not refused for that
-        warnings.warn(f"its EXIF is damaged and was left out ({error})", stacklevel=2)
+        notes.append(f"its EXIF is damaged and was left out ({error})")
         image = image.copy()
         image.info.pop("exif", None)
         return image, None
@@ -124,8 +149,8 @@ def _bits(image: Image.Image) -> int:
     return 8
 
 
-def check_output(path: Path, image: Image.Image, scale: int):
-    """Raise ImageError where `path` cannot hold `image` enlarged `scale` times, before any work is done."""
+def check_output(path: Path, image: Image.Image, size: tuple[int, int]):
+    """Raise ImageError where `path` cannot hold `image` enlarged to (width, height), before any work is done."""
     if path.suffix.lower() not in FORMATS:
         raise ImageError(f"ends in {path.suffix!r}, expected one of {', '.join(FORMATS)}")
     if reason := why_not_writable(path):
@@ -133,7 +158,7 @@ def check_output(path: Path, image: Image.Image, scale: int):
     format_name = FORMATS[path.suffix.lower()]
     if format_name == "JPEG" and not _is_opaque(image):
         raise ImageError("is a JPEG, which has no alpha, and the image has: write .png, .webp or .tif")
-    longest, side = scale * max(image.size), _MAX_SIDE.get(format_name)
+    longest, side = max(size), _MAX_SIDE.get(format_name)
     if side and longest > side:
         raise ImageError(f"would be {longest} pixels long, and {format_name} ends at {side}: write .png or .tif")
 
@@ -142,17 +167,22 @@ def _is_opaque(image: Image.Image) -> bool:
     return image.mode not in ("LA", "RGBA") or image.getchannel("A").getextrema()[0] == 255
 
 
-def write_image(picture: Picture, path: Path):
-    """Write a picture in the format that the name of `path` asks for: whole, or not at all."""
+def write_image(picture: Picture, path: Path, quality: int | None = None):
+    """Write a picture in the format that the name of `path` asks for: whole, or not at all.
+
+    quality: of JPEG and WebP, 1 to 100.
+    """
     format_name = FORMATS[path.suffix.lower()]
     image, exif = picture.image, picture.exif
     if format_name == "JPEG":
         image = image.convert("L" if image.mode in ("L", "LA") else "RGB")  # alpha is opaque: check_output saw to it
         if exif and len(exif) > _MAX_JPEG_EXIF:
-            warnings.warn("its EXIF is too long for a JPEG and was left out", stacklevel=2)
+            picture.notes.append("its EXIF is too long for a JPEG and was left out")
             exif = None
     extras = {"icc_profile": picture.icc_profile, "exif": exif}
     options = {**_SAVE_OPTIONS.get(format_name, {}), **{name: value for name, value in extras.items() if value}}
+    if quality is not None and "quality" in options:
+        options["quality"] = quality
     try:
         with replacing(path) as temporary:
             image.save(temporary, format_name, **options)
@@ -161,22 +191,8 @@ def write_image(picture: Picture, path: Path):
         raise ImageError(f"cannot be written: {reason}") from None
 
 
-def upscale_file(upscaler: Upscaler, source: Path, target: Path, max_megapixels: float = MAX_MEGAPIXELS):
-    """Upscale one file into another; raise ImageError that begins with the path at fault.
-
-    `target` is then untouched, and otherwise whole.
-    """
-    with _naming(source):
-        picture = read_image(source, max_megapixels)
-    with _naming(target):
-        check_output(target, picture.image, upscaler.scale)
-    picture.image = upscaler(picture.image)
-    with _naming(target):
-        write_image(picture, target)
-
-
 @contextlib.contextmanager
-def _naming(path: Path):
+def naming(path: Path):
     try:
         yield
     except ImageError as error:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import engine
-from ..memory import SMALL, available_memory, check_memory, gpu_memory_needed, in_a_file
+from .. import engine, memory
+from ..memory import check_memory, gpu_memory_needed, in_a_file
 from ..reference.model import body_dtype
 from ..streaming import stream
 from ..tiles import tiled
@@ -163,8 +163,8 @@ def _streamed(model, x: Tensor, y: Tensor, way: Way) -> bool:
 def _waiting_room(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> tuple[Tensor, Callable]:
     """Return room for features in memory, or in a file where that does not suffice, and what releases lines of it."""
     count = math.prod(shape) * dtype.itemsize
-    available = available_memory()
-    if count < SMALL or available is None or count < 0.8 * available:
+    available = memory.available_memory()
+    if count < memory.SMALL or available is None or count < 0.8 * available:
         return torch.empty(shape, dtype=dtype), lambda top, bottom: None
     mapped, release = in_a_file(count, folder)
     line = count // shape[0]
@@ -211,7 +211,7 @@ class _Writer:
 
 
 def _fits(needed: int, device: torch.device) -> bool:
-    return needed < SMALL or (free := _free(device)) is None or needed <= free
+    return needed < memory.SMALL or (free := _free(device)) is None or needed <= free
 
 
 def _free(device: torch.device) -> int | None:
@@ -219,4 +219,4 @@ def _free(device: torch.device) -> int | None:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return available_memory() if device.type == "cpu" else None
+    return memory.available_memory() if device.type == "cpu" else None
