@@ -202,7 +202,7 @@ def test_shipped_names_with_and_without_scale():
     ("arguments", "error", "message"),
     [
         (dict(model="seemore_q"), ValueError, "no shipped model 'seemore_q'"),
-        (dict(model="seemore_t", scale=4), ValueError, "no shipped model 'seemore_t_x4'.*seemore_t_x2"),
+        (dict(model="seemore_t", scale=5), ValueError, "no shipped model 'seemore_t_x5'.*seemore_t_x2"),
         (dict(model="seemore_t_x2", scale=3), ValueError, "enlarges 2 times, expected scale 3"),
         (dict(device="gpu"), ValueError, "device is 'gpu'"),
         (dict(dtype="int8"), ValueError, "dtype is 'int8'"),

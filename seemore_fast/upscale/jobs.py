@@ -102,7 +102,8 @@ class Jobs:
     def _walk(self, folder: Path, relative: Path) -> Iterator[tuple[Path, Path]]:
         """Yield the images of a folder, by name, and then those of its subfolders, with their paths inside."""
         own = os.path.realpath(self.output)
-        beside = os.path.realpath(folder) == own  # results among the inputs: those of an earlier run are none
+        # Results among the inputs: those of an earlier run are none.
+        beside = os.path.realpath(folder) == os.path.realpath(Path(self.output) / relative)
         try:
             with os.scandir(folder) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name)

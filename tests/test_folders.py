@@ -1,0 +1,226 @@
+"""Folders of images: what is found, where it goes, what is skipped, and how a run ends."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import pixels
+from PIL import Image
+
+from seemore_fast import Upscaler
+from seemore_fast.upscale import folder as folders
+from seemore_fast.upscale.jobs import JobError, Jobs, is_share
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """photos/{a.png, b.JPG, notes.txt, deep/{a.png, "c d \u00e9.png"}, empty/}"""
+    photos = tmp_path / "photos"
+    (photos / "deep").mkdir(parents=True), (photos / "empty").mkdir()
+    for name in ("a.png", "b.JPG", "deep/a.png", "deep/c d \u00e9.png"):
+        Image.fromarray(pixels(3)).save(photos / name)
+    (photos / "notes.txt").write_text("no image")
+    return photos
+
+
+def listing(path):
+    return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+
+
+RESULTS = ["a_x2.png", "b_x2.JPG", "deep/a_x2.png", "deep/c d \u00e9_x2.png"]
+
+
+def test_a_folder_keeps_its_tree(tree, upscale, weights, tmp_path):
+    status, printed = upscale(tree, "-o", tmp_path / "out")
+    assert status == 0 and "4 of 4 upscaled 2 times" in printed
+    assert listing(tmp_path / "out") == RESULTS
+    expected = Upscaler(weights, device="cpu")(pixels(3))
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / RESULTS[3])), expected)
+
+
+def test_what_exists_is_skipped_unless_told(tree, upscale, tmp_path):
+    assert upscale(tree, "-o", tmp_path / "out")[0] == 0
+    kept = tmp_path / "out" / "deep" / "a_x2.png"
+    kept.write_bytes(b"mine")
+    (tmp_path / "out" / "a_x2.png").unlink()
+    status, printed = upscale(tree, "-o", tmp_path / "out")
+    assert status == 0 and "1 of 4 upscaled" in printed and "3 were there already" in printed
+    assert kept.read_bytes() == b"mine"
+    assert upscale(tree, "-o", tmp_path / "out", "--overwrite")[0] == 0
+    assert Image.open(kept).size == (40, 32)
+
+
+def test_endings_suffixes_and_quality(tree, upscale, tmp_path):
+    assert upscale(tree, "-o", tmp_path / "out", "--ext", "jpg", "--suffix=-big", "--quality", "40")[0] == 0
+    assert listing(tmp_path / "out") == ["a-big.jpg", "b-big.jpg", "deep/a-big.jpg", "deep/c d \u00e9-big.jpg"]
+    small = (tmp_path / "out" / "a-big.jpg").stat().st_size
+    assert upscale(tree / "a.png", "-o", tmp_path / "whole.jpg")[0] == 0
+    assert small < (tmp_path / "whole.jpg").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("wanted", "size", "name"),
+    [
+        (["--outscale", "1.5"], (30, 24), "a_x1.5.png"),
+        (["--width", "50"], (50, 40), "a_w50.png"),
+        (["--width", "10", "--height", "99"], (10, 99), "a_w10xh99.png"),
+    ],
+)
+def test_sizes_of_files(tree, upscale, tmp_path, wanted, size, name):
+    assert upscale(tree / "a.png", "-o", f"{tmp_path / 'out'}/", *wanted)[0] == 0
+    assert Image.open(tmp_path / "out" / name).size == size
+
+
+def test_results_among_the_inputs_are_not_taken_for_inputs(tree, upscale):
+    for _ in range(2):
+        assert upscale(tree, "-o", tree)[0] == 0
+        assert [name for name in listing(tree) if "_x2" in name] == sorted(RESULTS)
+    assert upscale(tree, "-o", tree / "out")[0] == 0
+    assert upscale(tree, "-o", tree / "out")[0] == 0
+    assert not [name for name in listing(tree / "out") if "_x2_x2" in name and "out" in name]
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "message"),
+    [
+        (
+            ["a.png", "a.jpg"],
+            ["--ext", "png"],
+            r"a_x2\.png, the output of .*a\.png, is also read .* for .*a\.jpg",
+        ),
+        (["a.png", "a_x2.png"], [], None),
+        (["a.png", "a_x2.png"], ["--suffix", ""], r"the output of .*a\.png, is also read or written"),
+    ],
+)
+def test_two_for_one_name_are_refused_before_anything_is_done(upscale, tmp_path, files, options, message):
+    (tmp_path / "in").mkdir()
+    for name in files:
+        Image.fromarray(pixels(3)).save(tmp_path / "in" / name)
+    before = listing(tmp_path)
+    status, printed = upscale(tmp_path / "in", "-o", tmp_path / "in", *options)
+    if message is None:  # a result of an earlier run, which is there already
+        assert status == 0 and listing(tmp_path) == before
+        return
+    assert status == 2 and listing(tmp_path) == before
+    assert re.search(message, printed)
+
+
+def test_links_to_folders_are_not_followed_and_links_to_files_are(tree, upscale, tmp_path):
+    (tree / "deep" / "loop").symlink_to(tree)
+    (tree / "z.png").symlink_to(tree / "a.png")
+    status, printed = upscale(tree, "-o", tmp_path / "out")
+    assert status == 0 and "loop is a link to a folder, which is not followed" in printed
+    assert listing(tmp_path / "out") == sorted([*RESULTS, "z_x2.png"])
+
+
+def test_bad_files_and_empty_folders_cost_the_others_nothing(tree, upscale, tmp_path):
+    (tree / "cut.png").write_bytes((tree / "a.png").read_bytes()[:60])
+    long = "n" * 251 + ".png"
+    Image.fromarray(pixels(3)).save(tree / long)
+    status, printed = upscale(tree, tree / "empty", "-o", tmp_path / "out")
+    assert status == 1 and "4 of 6 upscaled" in printed and listing(tmp_path / "out") == RESULTS
+    failures = [line for line in printed.splitlines() if line.startswith("failed: ")]
+    assert len(failures) == 3
+    assert any("cut.png" in line and "damaged" in line for line in failures)
+    assert any("empty: holds no file that ends in" in line for line in failures)
+    assert any("n" * 251 in line and "File name too long" in line for line in failures)
+
+
+def test_a_file_that_vanishes_or_changes(tree, upscale, tmp_path, monkeypatch):
+    from seemore_fast.upscale import images
+
+    check = images._check_header
+
+    def meddle(image, limit):
+        check(image, limit)
+        path = tree / "a.png"
+        if image.filename == str(path):
+            os.utime(path, ns=(1, 1))
+            (tree / "b.JPG").unlink()
+
+    monkeypatch.setattr(images, "_check_header", meddle)
+    status, printed = upscale(tree / "a.png", tree / "b.JPG", "-o", f"{tmp_path / 'out'}/")
+    assert status == 1
+    assert "a.png: changed while it was read" in printed and "b.JPG: does not exist" in printed
+    assert not listing(tmp_path / "out")
+
+
+def test_a_summary_for_scripts(tree, capsys, weights, tmp_path):
+    from seemore_fast.cli import main
+
+    (tree / "cut.png").write_bytes(b"no image")
+    assert main(
+        ["upscale", str(tree), "-o", str(tmp_path / "out"), "--json", "--device", "cpu", "--model", str(weights)]
+    )
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["done"], summary["skipped"], summary["failed"]) == (4, 0, 1)
+    (bad,) = (file for file in summary["files"] if file["error"])
+    assert bad["source"] == str(tree / "cut.png") and "cut.png" in bad["error"]
+
+
+def test_several_devices_share_the_files(tree, upscale, tmp_path, weights):
+    status, printed = upscale(tree, "-o", tmp_path / "out", "--devices", "cpu,cpu,cpu")
+    assert status == 0 and "4 of 4 upscaled" in printed and "(cpu, cpu, cpu" in printed
+    expected = Upscaler(weights, device="cpu")(pixels(3))
+    for name in RESULTS:
+        if name.endswith(".png"):
+            np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / name)), expected)
+
+
+def test_processes_share_the_files(tree, tmp_path):
+    jobs = Jobs([tree], f"{tmp_path / 'out'}/")
+    shares = [[job.target for job in jobs if is_share(job, rank, 3)] for rank in range(3)]
+    assert sorted(target for share in shares for target in share) == sorted(job.target for job in jobs)
+
+
+def test_jobs_are_refused_with_a_reason(tree, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(JobError, match="file is a file, expected a folder"):
+        Jobs([tree], str(tmp_path / "file"))
+    with pytest.raises(JobError, match=r"the ending '.gif' is none of .png"):
+        Jobs([tree], str(tmp_path / "out"), extension=".gif")
+
+
+def test_stopping_finishes_what_was_begun(weights, tmp_path, tree):
+    upscaler, stop = Upscaler(weights, device="cpu"), threading.Event()
+    jobs, outcomes = Jobs([tree], f"{tmp_path / 'out'}/"), []
+    for outcome in folders.upscale_files([upscaler], jobs, folders.Options(), stop.is_set):
+        outcomes.append(outcome)
+        stop.set()
+    assert 1 <= len(outcomes) < 4 and not any(outcome.error for outcome in outcomes)
+    assert len(listing(tmp_path / "out")) == len(outcomes)
+
+
+def test_ctrl_c_finishes_the_current_file(tmp_path, tree, weights):
+    for i in range(200):
+        Image.fromarray(pixels(3)).resize((300, 300)).save(tree / f"n{i}.png", compress_level=0)
+    command = [
+        sys.executable,
+        "-m",
+        "seemore_fast.cli",
+        "upscale",
+        str(tree),
+        "-o",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
+    process = subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out").exists() or not listing(tmp_path / "out"):
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    summary = json.loads(out)
+    assert summary["stopped"] and 0 < summary["done"] < 204
+    assert len(listing(tmp_path / "out")) == summary["done"]
+    for file in listing(tmp_path / "out"):
+        Image.open(tmp_path / "out" / file).load()
