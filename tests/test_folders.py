@@ -16,6 +16,7 @@ from PIL import Image
 
 from seemore_fast import Upscaler
 from seemore_fast.upscale import folder as folders
+from seemore_fast.upscale.images import ImageError
 from seemore_fast.upscale.jobs import JobError, Jobs, is_share
 
 
@@ -224,3 +225,14 @@ def test_ctrl_c_finishes_the_current_file(tmp_path, tree, weights):
     assert len(listing(tmp_path / "out")) == summary["done"]
     for file in listing(tmp_path / "out"):
         Image.open(tmp_path / "out" / file).load()
+
+
+def test_one_file_from_python(tree, weights, tmp_path):
+    upscaler = Upscaler(weights, device="cpu")
+    upscaler.upscale_file(tree / "a.png", str(tmp_path / "big.png"), outscale=3)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "big.png")), upscaler(pixels(3), outscale=3))
+    with pytest.raises(ImageError, match=r"none\.png: does not exist"):
+        upscaler.upscale_file(tree / "none.png", tmp_path / "none.png")
+    with pytest.raises(ImageError, match=r"big\.gif: ends in '.gif'"):
+        upscaler.upscale_file(tree / "a.png", tmp_path / "big.gif")
+    assert listing(tmp_path) == ["big.png", *(f"photos/{name}" for name in listing(tree))]

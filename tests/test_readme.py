@@ -40,9 +40,11 @@ def test_command_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photo(tmp_path)
     lines = re.findall(r"^    seemore-fast (?!benchmark)(.*)$", README, re.M)  # that one takes its time
-    assert len(lines) == 11
+    assert len(lines) == 13
     for line in lines:
         arguments = shlex.split(line, comments=True)
         assert main([*arguments, *(LESS if arguments[0] == "train" else [])]) == 0
     assert {"weights.safetensors", "steps.csv"} <= {path.name for path in (tmp_path / "runs" / "mine").iterdir()}
-    assert sorted(path.name for path in (tmp_path / "enlarged").iterdir()) == ["logo_x2.png", "photo_x2.jpg"]
+    made = sorted(path.name for path in (tmp_path / "enlarged").iterdir())
+    assert made == ["logo_x2.png", "photo_x2.jpg", "photo_x2.webp"]
+    assert Image.open("wide.png").size == (3840, 2560)

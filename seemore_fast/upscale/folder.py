@@ -144,15 +144,11 @@ def _failed(job: Job, error: Exception) -> Outcome:
     return Outcome(str(job.source), str(job.target), error=text)
 
 
-def upscale_file(upscaler: Upscaler, source: Path, target: Path, options: Options | None = None):
-    """Upscale one file into another; raise ImageError that begins with the path at fault.
-
-    `target` is then untouched, and otherwise whole.
-    """
-    options = options or Options()
-    picture = _read(Job(Path(source), Path(target), is_named=True), upscaler, options)
+def upscale_file(upscaler: Upscaler, source: Path, target: Path, options: Options):
+    """Do what `Upscaler.upscale_file` promises."""
+    picture = _read(Job(source, target, is_named=True), upscaler, options)
     if isinstance(picture, Outcome):
         raise ImageError(picture.error)
     picture.image = upscaler(picture.image, **options.size)
     with naming(target):
-        write_image(picture, Path(target), options.quality)
+        write_image(picture, target, options.quality)

@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -100,6 +101,16 @@ class Upscaler:
             raise TypeError(f"image is a {type(image).__name__}, expected a numpy array or a Pillow image")
         _check_array(image)
         return self._upscale_array(image, self.size_of(*image.shape[:2], outscale, width, height))
+
+    def upscale_file(self, source: str | os.PathLike, target: str | os.PathLike, *, quality: int | None = None, **size):
+        """Upscale a file into another, whose ending chooses the format; `size` as for a call.
+
+        quality: of JPEG and WebP, 1 to 100. Raises `images.ImageError`, which begins with the path at fault; `target`
+        is then untouched, and otherwise whole.
+        """
+        from .folder import Options, upscale_file
+
+        upscale_file(self, Path(source), Path(target), Options(quality=quality, size=size))
 
     def size_of(
         self,
