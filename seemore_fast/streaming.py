@@ -174,7 +174,7 @@ def _finished(
     device = pieces.model.mean.device
     x = features[top:end].to(device)
     if above is not None:
-        x = torch.cat([above[begin - top :], x]) if begin < top else x
+        x = torch.cat([above[begin - top :], x])
     kept = x[: bottom - begin][-(END + pieces.around) :].clone()
     x = x.permute(1, 0, 2)[None].contiguous()
     a, k = pieces.widen(group, x)

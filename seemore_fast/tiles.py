@@ -47,7 +47,7 @@ def tiled(
     for done, ((top, bottom), (left, right)) in enumerate(product(rows, columns)):
         window = _grown(top, bottom, halo, size[0]), _grown(left, right, halo, size[1])
         inner = _inside((top, bottom), window[0]), _inside((left, right), window[1])
-        means = means + _run(pieces, read(*window[0], *window[1]), inner)[1]
+        means = means + _run(pieces, read(*window[0], *window[1]), inner)[2]
         progress((done + 1) / parts / 2)
     experts = [pieces.choose(group, mean) for group, mean in enumerate(means / (size[0] * size[1]))]
     for top, lines in _blended(pieces, experts, size, (rows, columns), halo, read):
@@ -55,8 +55,8 @@ def tiled(
         progress(0.5 + (top + lines.shape[2] / model.scale) / size[0] / 2)
 
 
-def _run(pieces: Pieces, x: Tensor, inner: tuple[slice, slice], experts: list | None = None) -> tuple[Tensor, Tensor]:
-    """Return the result for a tile, and the sum over its inside of what each group's router pools, (groups, 1, C)."""
+def _run(pieces: Pieces, x: Tensor, inner: tuple[slice, slice], experts: list | None = None) -> tuple[Tensor, ...]:
+    """Return a tile's last and first features, and what each group's router sums up over its inside, (groups, 1, C)."""
     f = pieces.first(x)
     y, sums, routes = f.to(pieces.dtype), [], Routes()
     for group in range(len(pieces.groups)):
@@ -67,7 +67,7 @@ def _run(pieces: Pieces, x: Tensor, inner: tuple[slice, slice], experts: list | 
         chosen = experts[group] if experts else routes.experts[group]
         k = k + spread(routes.map, k.shape[2:], 0, k.shape[2])
         y = pieces.finish(group, y, a, k, chosen)
-    return pieces.last(y, f), torch.stack(sums)
+    return y, f, torch.stack(sums)
 
 
 def _blended(pieces, experts, size, cuts, halo, read) -> Iterator[tuple[int, Tensor]]:
@@ -81,7 +81,7 @@ def _blended(pieces, experts, size, cuts, halo, read) -> Iterator[tuple[int, Ten
             window = _grown(top, bottom, halo, height), _grown(left, right, halo, width)
             x = read(*window[0], *window[1])
             inside = slice(0, x.shape[2]), slice(0, x.shape[3])
-            y = _run(pieces, x, inside, experts)[0]
+            y = pieces.last(*_run(pieces, x, inside, experts)[:2])
             across = _grown(left, right, FEATHER, width)
             y = y[:, :, _scaled(_inside(outer, window[0]), scale), _scaled(_inside(across, window[1]), scale)]
             if total is None:

@@ -44,12 +44,10 @@ def upscale_files(
     jobs: Iterable[Job],
     options: Options,
     stop: Callable[[], bool] = lambda: False,
-    finished: Callable[[Job, Picture], None] = lambda job, result: None,
 ) -> Iterator[Outcome]:
     """Yield the outcome of each job as it is done, in any order; after `stop()`, of those that were begun.
 
-    Each upscaler has a thread; its next image is read and its last one written meanwhile. `finished` is called, by
-    those threads, with the result of each image that was written.
+    Each upscaler has a thread; its next image is read and its last one written meanwhile.
     """
     jobs, lock, outcomes = iter(jobs), threading.Lock(), queue.SimpleQueue()
 
@@ -59,7 +57,7 @@ def upscale_files(
 
     def work(upscaler: Upscaler):
         try:
-            _pipeline(upscaler, take, options, outcomes.put, finished)
+            _pipeline(upscaler, take, options, outcomes.put)
         except BaseException as error:
             outcomes.put(error)
         finally:
@@ -79,15 +77,14 @@ def upscale_files(
             yield outcome
 
 
-def _pipeline(upscaler: Upscaler, take: Callable, options: Options, put: Callable, finished: Callable):
+def _pipeline(upscaler: Upscaler, take: Callable, options: Options, put: Callable):
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         written: Future | None = None
         ahead = _ahead(reader, take, upscaler, options)
         while ahead:
-            job, picture = ahead[0], ahead[1]
-            following = None
+            (job, reading), following = ahead, None
             try:
-                picture = picture.result()
+                picture = reading.result()
                 following = _ahead(reader, take, upscaler, options)  # read while this one is computed
                 if isinstance(picture, Outcome):
                     put(picture)
@@ -97,7 +94,7 @@ def _pipeline(upscaler: Upscaler, take: Callable, options: Options, put: Callabl
                     if written:
                         written.result()  # one at a time: finished images are not heaped up
                     outcome = Outcome(str(job.source), str(job.target), time.perf_counter() - begin)
-                    written = writer.submit(_write, job, picture, options, outcome, put, finished)
+                    written = writer.submit(_write, job, picture, options, outcome, put)
             except Exception as error:  # one file's
                 put(_failed(job, error))
                 following = following or _ahead(reader, take, upscaler, options)
@@ -126,12 +123,11 @@ def _read(job: Job, upscaler: Upscaler, options: Options) -> Picture | Outcome:
         return _failed(job, error)
 
 
-def _write(job: Job, picture: Picture, options: Options, outcome: Outcome, put: Callable, finished: Callable):
+def _write(job: Job, picture: Picture, options: Options, outcome: Outcome, put: Callable):
     try:
         with naming(job.target):
             write_image(picture, job.target, options.quality)
         outcome.notes = picture.notes
-        finished(job, picture)
         put(outcome)
     except Exception as error:
         put(_failed(job, error))

@@ -66,16 +66,16 @@ class Jobs:
 
     def check(self) -> int:
         """Return how many there are. Raises JobError where an output is also another's, or an input."""
-        count, taken, sources = 0, {}, set()
+        count, taken, sources = 0, set(), set()
         for job in self:
             count += 1
             place = _place(job.target)
             if place in taken:
                 other = next(o.source for o in self if _place(o.target) == place)
                 raise JobError(f"{job.target}, the output of {job.source}, is also read or written for {other}")
-            taken[place] = None
+            taken.add(place)
             sources.add(_place(job.source))
-        if clash := sources & taken.keys():
+        if clash := sources & taken:
             job = next(job for job in self if _place(job.target) in clash)
             raise JobError(f"{job.target}, the output of {job.source}, is also read or written for {job.target}")
         return count
