@@ -16,7 +16,7 @@ from PIL import Image
 
 from seemore_fast import Upscaler
 from seemore_fast.upscale import folder as folders
-from seemore_fast.upscale.images import ImageError
+from seemore_fast.upscale.errors import ImageError
 from seemore_fast.upscale.jobs import JobError, Jobs, is_share
 
 
@@ -141,11 +141,10 @@ def test_a_file_that_vanishes_or_changes(tree, upscale, tmp_path, monkeypatch):
 
     check = images._check_header
 
-    def meddle(image, limit):
-        check(image, limit)
-        path = tree / "a.png"
-        if image.filename == str(path):
-            os.utime(path, ns=(1, 1))
+    def meddle(image, *limits):
+        check(image, *limits)
+        if str(image.fp.name) == str(tree / "a.png"):
+            os.utime(image.fp.name, ns=(1, 1))
             (tree / "b.JPG").unlink()
 
     monkeypatch.setattr(images, "_check_header", meddle)

@@ -8,7 +8,7 @@
 #include <unistd.h>
 #endif
 
-namespace seemore {
+namespace seemore::SEEMORE_ISA {
 
 // Take the pages within [begin, end) of a shared mapping of a file out of this process's memory. What they hold stays:
 // the system keeps it while there is room, and writes it to the file. Elsewhere than on Unix the system is left alone.
@@ -23,4 +23,4 @@ inline void release_pages(const void* begin, const void* end) {
 #endif
 }
 
-}  // namespace seemore
+}  // namespace seemore::SEEMORE_ISA

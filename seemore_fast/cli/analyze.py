@@ -172,7 +172,7 @@ def _model(name: str):
 def _image(path: Path):
     from ..analysis.routing import as_batch
     from ..evaluation.pairs import read_plain
-    from ..upscale.images import ImageError
+    from ..upscale.errors import ImageError
 
     try:
         return as_batch(read_plain(path))

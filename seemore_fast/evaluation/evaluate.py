@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..resize import bicubic_resize
-from ..upscale.images import ImageError
+from ..upscale.errors import ImageError
 from .metrics import psnr_y, ssim_y
 from .pairs import Pair
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from ..resize import bicubic_resize
-from ..upscale.images import FORMATS, ImageError, read_image
+from ..upscale.errors import ImageError
+from ..upscale.images import FORMATS, read_image
 from .metrics import SSIM_WINDOW
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..evaluation.pairs import PairError, list_images, read_plain
 from ..resize import bicubic_resize
-from ..upscale.images import ImageError
+from ..upscale.errors import ImageError
 from .config import ConfigError, Data
 
 VERSION = 1  # of the cache's format

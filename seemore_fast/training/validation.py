@@ -9,7 +9,7 @@ from torch import nn
 from ..evaluation import psnr_y, ssim_y
 from ..evaluation.pairs import PairError, find_pairs
 from ..upscale import Upscaler
-from ..upscale.images import ImageError
+from ..upscale.errors import ImageError
 from .config import ConfigError
 from .group import Group
 

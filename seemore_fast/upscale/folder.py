@@ -9,7 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .images import MAX_MEGAPIXELS, ImageError, Picture, check_output, naming, read_image, write_image
+from .errors import ImageError
+from .images import MAX_MEGAPIXELS, Picture, check_output, naming, read_image, write_image
 from .jobs import Job
 from .upscaler import Upscaler
 
@@ -113,11 +114,12 @@ def _read(job: Job, upscaler: Upscaler, options: Options) -> Picture | Outcome:
         if not (options.overwrite or job.is_named) and os.path.lexists(job.target):
             return Outcome(str(job.source), str(job.target), skipped=True)
         with naming(job.source):
-            picture = read_image(job.source, options.max_megapixels)
+            picture = read_image(job.source, options.max_megapixels, deeper=True)
         with naming(job.target):
             job.target.parent.mkdir(parents=True, exist_ok=True)
-            height, width = upscaler.size_of(picture.image.height, picture.image.width, **options.size)
-            check_output(job.target, picture.image, (width, height))
+            width, height = picture.size
+            height, width = upscaler.size_of(height, width, **options.size)
+            check_output(job.target, picture, (width, height))
         return picture
     except Exception as error:
         return _failed(job, error)

@@ -1,14 +1,18 @@
-"""Image files in and out through Pillow: nothing lost in silence, nothing half-written."""
+"""Image files in and out, through Pillow where 8 bits a channel do: nothing lost in silence, nothing half-written."""
 
 import contextlib
 import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..files import replacing, why_not_writable
+from . import deep
+from .errors import ImageError
 from .upscaler import as_8_bit
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
@@ -20,6 +24,7 @@ _SAVE_OPTIONS = {
 _MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}
 _MAX_JPEG_EXIF = 65527
 _BITS_PER_SAMPLE = 258  # TIFF tag
+_TIFF_BEGINS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _LASTING_TAGS = {
     ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.Software,
     ExifTags.Base.DateTime, ExifTags.Base.Artist, ExifTags.Base.Copyright, ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo,
@@ -27,24 +32,44 @@ _LASTING_TAGS = {
 _PIXEL_DIMENSIONS = (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)
 
 
-class ImageError(ValueError):
-    """A file that cannot be read or written as an image, said in one line."""
-
-
 @dataclass
 class Picture:
-    """An upright 8-bit L, LA, RGB or RGBA image, and what its file said beside the pixels."""
+    """An upright image, and what its file said beside the pixels.
 
-    image: Image.Image
+    image: 8-bit L, LA, RGB or RGBA; or an array (H, W) or (H, W, C) of uint16, C from 2 to 4.
+    """
+
+    image: Image.Image | np.ndarray
     icc_profile: bytes | None = None
     exif: bytes | None = None
     notes: list[str] = field(default_factory=list)  # on what was left out
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.image.size if isinstance(self.image, Image.Image) else self.image.shape[1::-1]
 
-def read_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Picture:
+    @property
+    def is_opaque(self) -> bool:
+        """Whether alpha, if there is any, hides nothing."""
+        if isinstance(self.image, Image.Image):
+            return self.image.mode not in ("LA", "RGBA") or self.image.getchannel("A").getextrema()[0] == 255
+        channels = self.image.shape[2] if self.image.ndim == 3 else 1
+        return channels % 2 == 1 or self.image[:, :, -1].min() == 65535
+
+    def in_8_bits(self) -> Image.Image:
+        """Return the image, rounded where it has 16 bits a channel."""
+        if isinstance(self.image, Image.Image):
+            return self.image
+        return Image.fromarray(((self.image.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def read_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS, deeper: bool = False) -> Picture:
     """Read a PNG, JPEG, WebP or TIFF file; turn it upright by its EXIF orientation.
 
-    Raises ImageError for what is missing, no image, damaged, animated, of more than 8 bits a channel, or of more than
+    deeper: also of 16 bits a channel, which are kept.
+
+    Raises ImageError for what is missing, no image, damaged, animated, of more bits a channel, or of more than
     `max_megapixels` million pixels (seen in the header, before anything is decoded).
     """
     try:
@@ -53,16 +78,11 @@ def read_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Picture:
         before = _state(path)
         if before[0] == 0:
             raise ImageError("is empty (0 bytes)")
-        with _without_pillows_limit, Image.open(path, formats=sorted(set(FORMATS.values()))) as image:
-            _check_header(image, max_megapixels)
-            icc_profile = image.info.get("icc_profile")
-            image.load()
-            notes = []
-            upright, exif = _read_exif(image, notes)
-            if _state(path) != before:
-                raise ImageError("changed while it was read: try again")
-            same_colours = image.mode not in ("CMYK", "YCbCr", "LAB", "HSV")
-            return Picture(as_8_bit(upright), icc_profile if same_colours else None, exif, notes)
+        with _without_pillows_limit, open(path, "rb") as file:
+            picture = _read(file, max_megapixels, deeper)
+        if _state(path) != before:
+            raise ImageError("changed while it was read: try again")
+        return picture
     except (ImageError, MemoryError):
         raise
     except FileNotFoundError:
@@ -75,12 +95,32 @@ def read_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Picture:
         raise ImageError(f"cannot be decoded, it is truncated or damaged: {error}") from None
 
 
+def _read(file: BinaryIO, max_megapixels: float, deeper: bool) -> Picture:
+    begin = file.read(4)
+    try:
+        image = Image.open(file, formats=sorted(set(FORMATS.values())))
+    except UnidentifiedImageError:
+        if not (deeper and begin in _TIFF_BEGINS):
+            raise
+        return Picture(*deep.read_deep(file, "TIFF", max_megapixels * 1e6))  # Pillow knows no 16-bit grey with alpha
+    with image:
+        _check_header(image, max_megapixels, deeper)
+        is_deep, icc_profile, notes = _bits(image) > 8, image.info.get("icc_profile"), []
+        image.load()
+        format_name = image.format
+        upright, exif = _read_exif(image, notes)
+        if is_deep:
+            return Picture(*deep.read_deep(file, format_name, max_megapixels * 1e6), exif, notes)
+        same_colours = image.mode not in ("CMYK", "YCbCr", "LAB", "HSV")
+        return Picture(as_8_bit(upright), icc_profile if same_colours else None, exif, notes)
+
+
 def _state(path: Path) -> tuple[int, int]:
     state = os.stat(path)
     return state.st_size, state.st_mtime_ns
 
 
-def _check_header(image: Image.Image, max_megapixels: float):
+def _check_header(image: Image.Image, max_megapixels: float, deeper: bool):
     megapixels = image.width * image.height / 1e6
     if megapixels > max_megapixels:
         raise ImageError(
@@ -90,8 +130,9 @@ def _check_header(image: Image.Image, max_megapixels: float):
     # A phone's JPEG may carry a preview or a depth map behind the photo (MPO): the first is the photo.
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         raise ImageError(f"has {image.n_frames} frames or pages, expected one: split it first")
-    if _bits(image) > 8:
-        raise ImageError(f"has {_bits(image)} bits a channel; only 8 are supported in files yet: convert it to 8 bits")
+    bits = _bits(image)
+    if bits > 8 and not (deeper and bits == 16):
+        raise ImageError(f"has {bits} bits a channel, expected {'8 or 16' if deeper else '8'}: convert it")
 
 
 class _WithoutPillowsLimit:
@@ -149,22 +190,18 @@ def _bits(image: Image.Image) -> int:
     return 8
 
 
-def check_output(path: Path, image: Image.Image, size: tuple[int, int]):
-    """Raise ImageError where `path` cannot hold `image` enlarged to (width, height), before any work is done."""
+def check_output(path: Path, picture: Picture, size: tuple[int, int]):
+    """Raise ImageError where `path` cannot hold a picture enlarged to (width, height), before any work is done."""
     if path.suffix.lower() not in FORMATS:
         raise ImageError(f"ends in {path.suffix!r}, expected one of {', '.join(FORMATS)}")
     if reason := why_not_writable(path):
         raise ImageError(f"cannot be written: {reason}")
     format_name = FORMATS[path.suffix.lower()]
-    if format_name == "JPEG" and not _is_opaque(image):
+    if format_name == "JPEG" and not picture.is_opaque:
         raise ImageError("is a JPEG, which has no alpha, and the image has: write .png, .webp or .tif")
     longest, side = max(size), _MAX_SIDE.get(format_name)
     if side and longest > side:
         raise ImageError(f"would be {longest} pixels long, and {format_name} ends at {side}: write .png or .tif")
-
-
-def _is_opaque(image: Image.Image) -> bool:
-    return image.mode not in ("LA", "RGBA") or image.getchannel("A").getextrema()[0] == 255
 
 
 def write_image(picture: Picture, path: Path, quality: int | None = None):
@@ -173,7 +210,21 @@ def write_image(picture: Picture, path: Path, quality: int | None = None):
     quality: of JPEG and WebP, 1 to 100.
     """
     format_name = FORMATS[path.suffix.lower()]
-    image, exif = picture.image, picture.exif
+    try:
+        with replacing(path) as temporary:
+            if isinstance(picture.image, np.ndarray) and format_name in deep.FORMATS:
+                _write_deep(picture, temporary, format_name)
+            else:
+                _write_8_bit(picture, temporary, format_name, quality)
+    except (OSError, ValueError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise ImageError(f"cannot be written: {reason}") from None
+
+
+def _write_8_bit(picture: Picture, path: Path, format_name: str, quality: int | None):
+    image, exif = picture.in_8_bits(), picture.exif
+    if image is not picture.image:
+        picture.notes.append(f"its 16 bits a channel were rounded to 8, which is all that {format_name} has")
     if format_name == "JPEG":
         image = image.convert("L" if image.mode in ("L", "LA") else "RGB")  # alpha is opaque: check_output saw to it
         if exif and len(exif) > _MAX_JPEG_EXIF:
@@ -183,12 +234,14 @@ def write_image(picture: Picture, path: Path, quality: int | None = None):
     options = {**_SAVE_OPTIONS.get(format_name, {}), **{name: value for name, value in extras.items() if value}}
     if quality is not None and "quality" in options:
         options["quality"] = quality
-    try:
-        with replacing(path) as temporary:
-            image.save(temporary, format_name, **options)
-    except (OSError, ValueError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-        raise ImageError(f"cannot be written: {reason}") from None
+    image.save(path, format_name, **options)
+
+
+def _write_deep(picture: Picture, path: Path, format_name: str):
+    if picture.exif and format_name == "TIFF":
+        picture.notes.append("its EXIF was left out: a TIFF of 16 bits a channel is written without")
+    with open(path, "wb") as file:
+        deep.write_deep(picture.image, file, format_name, picture.icc_profile, picture.exif)
 
 
 @contextlib.contextmanager

@@ -105,7 +105,7 @@ class Upscaler:
     def upscale_file(self, source: str | os.PathLike, target: str | os.PathLike, *, quality: int | None = None, **size):
         """Upscale a file into another, whose ending chooses the format; `size` as for a call.
 
-        quality: of JPEG and WebP, 1 to 100. Raises `images.ImageError`, which begins with the path at fault; `target`
+        quality: of JPEG and WebP, 1 to 100. Raises `errors.ImageError`, which begins with the path at fault; `target`
         is then untouched, and otherwise whole.
         """
         from .folder import Options, upscale_file
