@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser):
     files.add_argument("--ext", metavar="EXT", help="write png, jpg, webp or tif files (default: as the input)")
     files.add_argument("--quality", type=int, metavar="N", help="of JPEG and WebP, 1 to 100 (default: 95)")
     files.add_argument("--overwrite", action="store_true", help="also what exists in the folder (default: skip it)")
+    files.add_argument(
+        "--compare", type=Path, metavar="PAGE.html", help="also write a page that shows them before and after"
+    )
     files.add_argument("--json", action="store_true", help="print the summary as JSON")
     files.add_argument(
         "--max-megapixels", type=_positive, metavar="N", default=argparse.SUPPRESS,
@@ -81,6 +84,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--outscale and --width or --height are given: expected one way to tell the size")
     if options.quality is not None and not 1 <= options.quality <= 100:
         raise UsageError(f"--quality is {options.quality}, expected 1 to 100")
+    _check_page(options.compare)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     bar = _ImageBar()
     with warnings.catch_warnings(record=True) as doubts:
@@ -118,6 +122,8 @@ def run(options: argparse.Namespace) -> int:
     if world > 1:
         summary = _merged(summary, rank, world)
     if rank == 0:
+        if options.compare:
+            _compare(options.compare, summary, how)
         _print(summary, options)
     if stopped.is_set():
         return INTERRUPTED
@@ -152,6 +158,31 @@ def _suffix(size: dict, scale: int) -> str:
     if "outscale" in size:
         return f"_x{size['outscale']:g}"
     return "_" + "x".join(f"{name[0]}{value}" for name, value in size.items()) if size else f"_x{scale}"
+
+
+def _check_page(page: Path | None):
+    from ..files import why_not_writable
+
+    if page and page.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--compare is {page}, expected a name that ends in .html")
+    if page and (reason := why_not_writable(page)):
+        raise UsageError(f"--compare: {page} cannot be written: {reason}")
+
+
+def _compare(page: Path, summary: dict, how):
+    """Write the page of all that was done, now or before; add to the summary what it has to say."""
+    from tqdm import tqdm
+
+    from ..upscale.compare import MOST_IMAGES, write_page
+    from ..upscale.errors import ImageError
+
+    pairs = [(Path(file["source"]), Path(file["target"])) for file in summary["files"] if not file["error"]]
+    try:
+        with tqdm(total=min(len(pairs), MOST_IMAGES), unit="image", desc="comparing") as bar:
+            summary["notes"] += write_page(page, pairs, how.max_megapixels, bar.update)
+        summary["page"] = str(page)
+    except ImageError as error:
+        summary["failures"].append(str(error))
 
 
 def _create(folder: Path):
@@ -260,6 +291,8 @@ def _print(summary: dict, options: argparse.Namespace):
         f"{done} of {len(files)} upscaled {summary['scale']} times in {summary['seconds']:.1f} s ({where}), in "
         f"{summary['output']}"
     )
+    if "page" in summary:
+        print(f"before and after: {summary['page']}")
     if skipped:
         print(f"{skipped} were there already: --overwrite does them again")
     if summary["stopped"]:

@@ -1,0 +1,143 @@
+"""One page, which needs nothing else, that shows images before and after, with a slider over each."""
+
+import base64
+import html
+import io
+import os
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+from PIL import Image
+
+from ..files import replacing
+from .errors import ImageError
+from .images import MAX_MEGAPIXELS, Picture, naming, read_image
+
+MOST_IMAGES = 100
+WIDEST, HIGHEST = 960, 720  # pixels of a result that are shown, one by one on most screens
+QUALITY = 90
+LOOKED_AT = 512  # pixels of a side, where the part to show is looked for
+
+# An image and its enlargement lie on each other, each cut off at --x. What moves it is a range input over both: that
+# brings the keyboard, touch and screen readers.
+_HEAD = """<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+      content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>Before and after</title>
+<style>
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem }
+h1 { line-height: 1.2 } figure { margin: 2rem 0 }
+figcaption { font-size: .9rem; opacity: .8; overflow-wrap: anywhere }
+.pair { position: relative; max-width: 100%; margin: 0 auto; --x: 50%;
+        background: repeating-conic-gradient(#bbb 0 25%, #fff 0 50%) 0 0 / 20px 20px }
+.pair img { position: absolute; inset: 0; width: 100%; height: 100% }
+.before { clip-path: inset(0 calc(100% - var(--x)) 0 0) } .after { clip-path: inset(0 0 0 var(--x)) }
+.pair span { position: absolute; top: .5rem; padding: 0 .5rem; border-radius: .25rem; font-size: .8rem;
+             color: #fff; background: #000a; pointer-events: none }
+.pair span:last-of-type { right: .5rem } .pair span:first-of-type { left: .5rem }
+input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; background: none; cursor: ew-resize;
+        appearance: none; -webkit-appearance: none; touch-action: pan-y }
+input::-webkit-slider-runnable-track { height: 100% }
+input::-webkit-slider-thumb { -webkit-appearance: none; width: 4px; height: 100%; background: #fff;
+                              box-shadow: 0 0 4px #000 }
+input::-moz-range-thumb { width: 4px; height: 100%; border: 0; border-radius: 0; background: #fff;
+                          box-shadow: 0 0 4px #000 }
+input:focus-visible { outline: 3px solid #d9480f; outline-offset: 3px }
+</style>
+<h1>Before and after</h1>
+<p>Left of the line each image is enlarged by bicubic interpolation, right of it by seemore-fast. Move the line with a
+finger, the mouse or the arrow keys.</p>
+"""
+_TAIL = """<script>
+const show = slider => slider.parentNode.style.setProperty("--x", slider.value + "%")
+document.addEventListener("input", event => show(event.target))
+document.querySelectorAll("input").forEach(show)  // a browser may remember where they were
+</script>
+</html>
+"""
+
+
+def write_page(
+    path: Path,
+    pairs: Iterable[tuple[Path, Path]],
+    max_megapixels: float = MAX_MEGAPIXELS,
+    done: Callable[[], None] = lambda: None,
+) -> list[str]:
+    """Write the page of files and their enlargements; return what is to be said of those that are not on it.
+
+    Of a large image the part with the most detail is shown, of many images the first hundred; `done` is called after
+    each. Raises ImageError where the page cannot be written; what was at `path` is then untouched.
+    """
+    pairs, complaints = iter(pairs), []
+    try:
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as page:
+            page.write(_HEAD)
+            for source, target in islice(pairs, MOST_IMAGES):
+                try:
+                    _write_pair(page, source, target, max_megapixels)
+                except ImageError as error:
+                    complaints.append(f"not on the page: {error}")
+                done()
+            if left := sum(1 for _ in pairs):
+                page.write(f"<p>And {left} more, which are not on this page.</p>\n")
+            page.write(_TAIL)
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be written: {os.strerror(error.errno) if error.errno else error}") from None
+    return complaints
+
+
+def _write_pair(page: TextIO, source: Path, target: Path, max_megapixels: float):
+    with naming(source):
+        before = read_image(source, max_megapixels, deeper=True)
+    with naming(target):
+        after = read_image(target, float("inf"), deeper=True)
+    (width, height), name = after.size, html.escape(source.name)
+    left, top, right, bottom = box = _part(before.in_8_bits(), after.size)
+    x, y = before.size[0] / width, before.size[1] / height
+    enlarged = before.in_8_bits().resize(
+        (right - left, bottom - top), Image.Resampling.BICUBIC, box=(left * x, top * y, right * x, bottom * y)
+    )
+    shown = "" if (right - left, bottom - top) == after.size else f", of which {right - left}x{bottom - top} are shown"
+    page.write(
+        f'<figure>\n<div class="pair" style="width: {right - left}px; aspect-ratio: {right - left} / {bottom - top}">\n'
+        f'<img class="before" alt="{name}, bicubic" src="{_data(enlarged, before)}">\n'
+        f'<img class="after" alt="{name}, seemore-fast" src="{_data(after.in_8_bits().crop(box), after)}">\n'
+        f'<span>bicubic</span><span>seemore-fast</span>\n<input type="range" min="0" max="100" step="0.5" value="50" '
+        f'aria-label="{name}: where seemore-fast begins, in percent of the width">\n</div>\n'
+        f"<figcaption>{name}: {before.size[0]}x{before.size[1]} pixels to {width}x{height}{shown}</figcaption>\n"
+        "</figure>\n"
+    )
+
+
+def _part(image: Image.Image, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return left, top, right, bottom, in a result of `size`, of the part with the most detail."""
+    shape = min(size[0], WIDEST), min(size[1], HIGHEST)
+    if shape == size:
+        return (0, 0, *size)
+    image = image.convert("L")
+    image.thumbnail((LOOKED_AT, LOOKED_AT), Image.Resampling.BOX)
+    grey = np.asarray(image, np.float32)
+    edges = np.zeros_like(grey)
+    edges[1:] += np.abs(np.diff(grey, axis=0))
+    edges[:, 1:] += np.abs(np.diff(grey, axis=1))
+    window = [max(round(s * n / whole), 1) for s, n, whole in zip(shape[::-1], grey.shape, size[::-1], strict=True)]
+    sums = np.pad(edges.cumsum(0, dtype=np.float64).cumsum(1), ((1, 0), (1, 0)))
+    high, wide = window
+    detail = sums[high:, wide:] - sums[:-high, wide:] - sums[high:, :-wide] + sums[:-high, :-wide]
+    top, left = np.unravel_index(detail.argmax(), detail.shape)
+    left = min(round(left * size[0] / grey.shape[1]), size[0] - shape[0])
+    top = min(round(top * size[1] / grey.shape[0]), size[1] - shape[1])
+    return left, top, left + shape[0], top + shape[1]
+
+
+def _data(image: Image.Image, picture: Picture) -> str:
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=QUALITY, **({"icc_profile": picture.icc_profile} if picture.icc_profile else {}))
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
