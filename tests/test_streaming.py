@@ -1,5 +1,6 @@
 """An image whose features do not fit into memory: they lie in a file, and the result is that of the whole image."""
 
+import itertools
 import subprocess
 import sys
 
@@ -239,3 +240,24 @@ def test_tiles_blend_without_a_gap():
                 outer = tiles._grown(begin, end, tiles.FEATHER, side)
                 total[2 * outer[0] : 2 * outer[1]] += tiles._ramp(outer, (begin, end), side, 2, total)
             torch.testing.assert_close(total, torch.ones(2 * side))
+
+
+def test_seams_where_tiles_choose_for_themselves_and_none_where_the_image_does():
+    """Noise beside a flat half asks for other experts than the whole: tools that cut images show where they did."""
+    picture = np.full((128, 256, 3), 128, np.uint8)
+    picture[:, :128] = np.random.default_rng(0).integers(0, 256, (128, 128, 1))
+    upscalers = {tile: Upscaler("seemore_t_x2", device="cpu", tile=tile) for tile in (None, "exact", 64)}
+    whole, exact, ours = (upscaler(picture).astype(int) for upscaler in upscalers.values())
+    theirs, around = np.empty_like(whole), 32
+    for top, left in itertools.product(range(0, 128, 64), range(0, 256, 64)):
+        y, x = max(top - around, 0), max(left - around, 0)
+        part = upscalers[None](picture[y : top + 64 + around, x : left + 64 + around])
+        theirs[2 * top :, 2 * left :][:128, :128] = part[2 * (top - y) :, 2 * (left - x) :][:128, :128]
+
+    def steps(result):
+        """Return how far the error jumps at the edges between tiles, in values of 255."""
+        return np.abs(np.diff(result - whole, axis=1)).mean((0, 2))[127:-1:128]
+
+    assert np.abs(exact - whole).max() <= 1
+    assert steps(theirs).max() > 1
+    assert steps(ours).max() < 0.3 and steps(exact).max() < 0.1
