@@ -66,17 +66,17 @@ class Jobs:
 
     def check(self) -> int:
         """Return how many there are. Raises JobError where an output is also another's, or an input."""
-        count, taken, sources = 0, set(), set()
+        count, taken, sources, folders = 0, set(), set(), {}
         for job in self:
             count += 1
-            place = _place(job.target)
+            place = _place(job.target, folders)
             if place in taken:
-                other = next(o.source for o in self if _place(o.target) == place)
+                other = next(o.source for o in self if _place(o.target, folders) == place)
                 raise JobError(f"{job.target}, the output of {job.source}, is also read or written for {other}")
             taken.add(place)
-            sources.add(_place(job.source))
+            sources.add(_place(job.source, folders))
         if clash := sources & taken:
-            job = next(job for job in self if _place(job.target) in clash)
+            job = next(job for job in self if _place(job.target, folders) in clash)
             raise JobError(f"{job.target}, the output of {job.source}, is also read or written for {job.target}")
         return count
 
@@ -124,10 +124,15 @@ class Jobs:
                 yield from self._walk(folder / name, relative / name)
 
 
-def _place(path: Path) -> int:
-    """Return a number for a place in the file system: a million of them take a tenth of the memory of their names."""
-    folder = os.path.realpath(path.parent)
-    real = os.path.realpath(path) if os.path.islink(path) else os.path.join(folder, path.name)
+def _place(path: Path, folders: dict[str, str]) -> int:
+    """Return a number for a place in the file system: a million of them take a tenth of the memory of their names.
+
+    folders: what each folder really is, looked up once.
+    """
+    folder, name = os.path.split(path)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    real = os.path.realpath(path) if os.path.islink(path) else os.path.join(folders[folder], name)
     return hash(os.path.normcase(real))
 
 
