@@ -17,6 +17,7 @@ from PIL import Image
 from seemore_fast import Upscaler
 from seemore_fast.upscale import folder as folders
 from seemore_fast.upscale.errors import ImageError
+from seemore_fast.upscale.images import Picture, write_image
 from seemore_fast.upscale.jobs import JobError, Jobs, is_share
 
 
@@ -237,3 +238,27 @@ def test_one_file_from_python(tree, weights, tmp_path):
     with pytest.raises(ImageError, match=r"big\.gif: ends in '.gif'"):
         upscaler.upscale_file(tree / "a.png", tmp_path / "big.gif")
     assert listing(tmp_path) == ["big.png", *(f"photos/{name}" for name in listing(tree))]
+
+
+def test_what_finds_no_room_is_one_failure_and_leaves_nothing(tmp_path, weights):
+    """A limit on the size of files is to a program what a full disk is: some bytes are written, and then no more."""
+    pytest.importorskip("pyvips")
+    source, target = tmp_path / "photos", tmp_path / "out"
+    source.mkdir()
+    large = np.tile(pixels(3), (8, 6, 1))
+    for name in ("a_large.png", "b_large.tif", "e_small.png"):
+        Image.fromarray(pixels(3) if "small" in name else large).save(source / name)
+    for name in ("c_deep.png", "d_deep.tif"):
+        write_image(Picture(large.astype(np.uint16) * 257), source / name)
+    code = (
+        "import resource, sys; from seemore_fast.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000)); sys.exit(main(sys.argv[1:]))"
+    )
+    command = ["upscale", str(source), "-o", f"{target}/", "--device", "cpu", "--model", str(weights)]
+    result = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    assert result.returncode == 1, result.stderr
+    assert "1 of 5 upscaled" in result.stdout
+    for name in ("a_large_x2.png", "b_large_x2.tif", "c_deep_x2.png", "d_deep_x2.tif"):
+        assert f"failed: {target / name}: cannot be written: File too large" in result.stderr
+    assert os.listdir(target) == ["e_small_x2.png"]
+    assert Image.open(target / "e_small_x2.png").size == (40, 32)

@@ -45,13 +45,14 @@ def write_deep(pixels: np.ndarray, file, format_name: str, icc_profile: bytes | 
         for name, blob in {"icc-profile-data": icc_profile, "exif-data": exif}.items():
             if blob:
                 image.set_type(vips.GValue.blob_type, name, blob)
-        target = vips.Target.new_to_descriptor(file.fileno())
+        # Not to the file's descriptor: libvips would hold on to a copy of it, and to the room of a file that failed.
         if format_name == "PNG":
-            image.pngsave_target(target)
+            content = image.pngsave_buffer()
         else:
-            image.tiffsave_target(target, bigtiff=pixels.nbytes > _CLASSIC_TIFF)
+            content = image.tiffsave_buffer(bigtiff=pixels.nbytes > _CLASSIC_TIFF)
     except vips.Error as error:
         raise OSError(_reason(error)) from None
+    file.write(content)
 
 
 def _vips():
