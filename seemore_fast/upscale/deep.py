@@ -33,10 +33,12 @@ def read_deep(file, format_name: str, max_pixels: float) -> tuple[np.ndarray, by
         raise ImageError(f"cannot be decoded, it is truncated or damaged: {_reason(error)}") from None
 
 
-def write_deep(pixels: np.ndarray, file, format_name: str, icc_profile: bytes | None, exif: bytes | None):
+def write_deep(
+    pixels: np.ndarray, file, format_name: str, icc_profile: bytes | None, exif: bytes | None, png_level: int
+):
     """Write uint16 pixels, (H, W) or (H, W, C) with C from 1 to 4, to an open file; only a PNG takes EXIF.
 
-    Raises OSError.
+    png_level: of zlib, 0 to 9. Raises OSError.
     """
     vips = _vips()
     channels = 1 if pixels.ndim == 2 else pixels.shape[2]
@@ -47,7 +49,7 @@ def write_deep(pixels: np.ndarray, file, format_name: str, icc_profile: bytes | 
                 image.set_type(vips.GValue.blob_type, name, blob)
         # Not to the file's descriptor: libvips would hold on to a copy of it, and to the room of a file that failed.
         if format_name == "PNG":
-            content = image.pngsave_buffer()
+            content = image.pngsave_buffer(compression=png_level)
         else:
             content = image.tiffsave_buffer(bigtiff=pixels.nbytes > _CLASSIC_TIFF)
     except vips.Error as error:

@@ -17,7 +17,9 @@ from .upscaler import as_8_bit
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 MAX_MEGAPIXELS = 50
+PNG_LEVEL = 1  # of zlib: a fifth of the time of level 6 on a photo, for 9 % more bytes
 _SAVE_OPTIONS = {
+    "PNG": {"compress_level": PNG_LEVEL},
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"quality": 95},
 }
@@ -241,7 +243,7 @@ def _write_deep(picture: Picture, path: Path, format_name: str):
     if picture.exif and format_name == "TIFF":
         picture.notes.append("its EXIF was left out: a TIFF of 16 bits a channel is written without")
     with open(path, "wb") as file:
-        deep.write_deep(picture.image, file, format_name, picture.icc_profile, picture.exif)
+        deep.write_deep(picture.image, file, format_name, picture.icc_profile, picture.exif, PNG_LEVEL)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,65 @@
+"""Images far larger than what is computed at once, against the plain reference on a piece of them.
+
+A pattern repeated in both directions looks the same to the network everywhere but near the borders of the image, save
+for what it pools. So three patterns in a row stand for any number: the pools are means in which the one in the middle
+counts for all that are not at the border.
+"""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from seemore_fast import Upscaler, backends, engine
+from seemore_fast.reference import SeemoRe as PlainSeemoRe
+
+pytestmark = pytest.mark.skipif(backends.why_not("cpu") is not None, reason="no CPU library")
+
+
+class MeanOfMany(nn.Module):
+    """The mean over `blocks` x `blocks` patterns, of 3 x 3 of them."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.weights = torch.tensor([1.0, blocks - 2, 1.0], dtype=torch.float64) / blocks
+
+    def forward(self, x):
+        count, channels, height, width = x.shape
+        parts = x.double().reshape(count, channels, 3, height // 3, 3, width // 3).mean((3, 5))
+        return torch.einsum("ncij,i,j->nc", parts, self.weights, self.weights)[:, :, None, None].to(x.dtype)
+
+
+@pytest.mark.parametrize("blocks, period", [(4, 256), pytest.param(20, 512, marks=pytest.mark.slow)])
+def test_a_huge_image_is_what_the_reference_makes_of_a_piece(blocks, period, tmp_path):
+    """20: 105 megapixels, 34 GB of features, some minutes. Six groups see some 250 pixels around themselves."""
+    side = blocks * period
+    needs = engine.needs(Upscaler("seemore_t_x2", device="cpu").model, (1, 3, side, side), itemsize=4, streamed=True)
+    if shutil.disk_usage(tmp_path).free < needs.disk:
+        pytest.skip(f"{needs.disk / 2**30:.0f} GiB are needed in {tmp_path}")
+    y, x = np.mgrid[:period, :period] * (2 * np.pi / period)
+    waves = [np.sin(20 * x) * np.sin(30 * y), np.sin(3 * x + 120 * np.sin(y)), np.sin(90 * x + 70 * y)]
+    pattern = np.dstack(waves) * 0.4 + 0.5 + 0.1 * np.random.default_rng(0).random((period, period, 3))
+    pattern = pattern.clip(0, 1).astype(np.float32)
+
+    huge = np.tile(pattern, (blocks, blocks, 1))
+    result = Upscaler("seemore_t_x2", device="cpu", tile="exact", scratch=tmp_path)(huge)
+    del huge
+
+    model = Upscaler("seemore_t_x2", device="cpu").model
+    plain = PlainSeemoRe(**model.config).eval()
+    plain.load_state_dict(model.state_dict())
+    for group in plain.body:
+        group.local_block.block.moe_layer.gate.body[0] = MeanOfMany(blocks)
+    with torch.inference_mode():
+        x = torch.from_numpy(np.tile(pattern, (3, 3, 1))).permute(2, 0, 1)[None]
+        expected = plain(x).clamp(0, 1)[0].permute(1, 2, 0).numpy()
+
+    step = 2 * period
+    for row, column in [(0, 0), (0, 1), (1, blocks - 1), (blocks // 2, 1), (blocks - 2, blocks - 2), (blocks - 1, 1)]:
+        part = result[row * step :, column * step :][:step, :step]
+        i, j = (min(n, 1) + (n == blocks - 1) for n in (row, column))
+        like = expected[i * step :, j * step :][:step, :step]
+        np.testing.assert_allclose(part, like, rtol=0, atol=1e-5)
+    assert np.abs(expected[step : 2 * step, step : 2 * step] - expected[:step, :step]).max() > 1e-3  # the border shows
