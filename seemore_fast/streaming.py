@@ -18,6 +18,7 @@ from torch import Tensor
 from . import ops
 from .ops.rme_block import of_parts
 from .ops.router import route
+from .reference.calibrate import aggregate, mix
 from .reference.model import body_dtype
 
 END = 2  # lines that the convolutions before a pool look around, and those before the pixels
@@ -67,16 +68,12 @@ class Pieces:
     def aggregate(self, group: int, k: Tensor) -> Tensor:
         """k at 1 / 4^recursive of its size; a part must begin at a multiple of that."""
         weight, bias = (t.to(k.dtype) for t in self.groups[group][0][1][:2])
-        for _ in range(self.model.config["recursive"]):
-            k = F.gelu(F.conv2d(k, weight, bias, stride=4, groups=k.shape[1]))
-        return k
+        return aggregate(k, weight, bias, self.model.config["recursive"])
 
     def route(self, group: int, mean: Tensor, gathered: Tensor, routes: Routes):
         """Choose the group's experts from the mean of a, (1, C), and make the map of what was aggregated of k."""
         calibrate = self.groups[group][0][1]
-        weight_dw, bias_dw, weight_pw, bias_pw = (t.to(gathered.dtype) for t in calibrate[2:])
-        small = F.conv2d(gathered, weight_dw, bias_dw, padding=1, groups=gathered.shape[1])
-        routes.map = F.conv2d(small, weight_pw, bias_pw)
+        routes.map = mix(gathered, *(t.to(gathered.dtype) for t in calibrate[2:]))
         routes.experts.append(self.choose(group, mean))
 
     def choose(self, group: int, mean: Tensor) -> tuple[Tensor, Tensor]:

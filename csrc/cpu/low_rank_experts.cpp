@@ -8,7 +8,7 @@
 
 #include "low_rank_experts.h"
 
-#include "layers.h"
+#include "sums.h"
 
 namespace seemore::SEEMORE_ISA {
 namespace {

@@ -5,7 +5,7 @@
 // parameters are made of.
 #pragma once
 
-#include "layers.h"
+#include "sums.h"
 
 namespace seemore::SEEMORE_ISA {
 

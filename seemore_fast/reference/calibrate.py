@@ -34,10 +34,17 @@ def calibrate(
     least 4^recursive. Where they are no multiple of it, the small map is stretched over the whole image, as in
     the published code.
     """
-    channels = k.shape[1]
-    s = k
-    for _ in range(recursive):
-        s = F.gelu(F.conv2d(s, weight_agg, bias_agg, stride=4, groups=channels))
-    s = F.conv2d(s, weight_dw, bias_dw, padding=1, groups=channels)
-    s = F.conv2d(s, weight_pw, bias_pw)
+    s = mix(aggregate(k, weight_agg, bias_agg, recursive), weight_dw, bias_dw, weight_pw, bias_pw)
     return k + F.interpolate(s, size=k.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def aggregate(k: Tensor, weight_agg: Tensor, bias_agg: Tensor, recursive: int) -> Tensor:
+    """Return the first s of `calibrate`, (B, C, H / 4^recursive, W / 4^recursive)."""
+    for _ in range(recursive):
+        k = F.gelu(F.conv2d(k, weight_agg, bias_agg, stride=4, groups=k.shape[1]))
+    return k
+
+
+def mix(s: Tensor, weight_dw: Tensor, bias_dw: Tensor, weight_pw: Tensor, bias_pw: Tensor) -> Tensor:
+    """Return the small map that `calibrate` enlarges, from what was aggregated; of the same shape."""
+    return F.conv2d(F.conv2d(s, weight_dw, bias_dw, padding=1, groups=s.shape[1]), weight_pw, bias_pw)
