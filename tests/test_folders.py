@@ -140,15 +140,16 @@ def test_bad_files_and_empty_folders_cost_the_others_nothing(tree, upscale, tmp_
 def test_a_file_that_vanishes_or_changes(tree, upscale, tmp_path, monkeypatch):
     from seemore_fast.upscale import images
 
-    check = images._check_header
+    read = images._read
 
-    def meddle(image, *limits):
-        check(image, *limits)
-        if str(image.fp.name) == str(tree / "a.png"):
-            os.utime(image.fp.name, ns=(1, 1))
+    def meddle(file, *limits):
+        picture = read(file, *limits)
+        if str(file.name) == str(tree / "a.png"):
+            os.utime(file.name, ns=(1, 1))
             (tree / "b.JPG").unlink()
+        return picture
 
-    monkeypatch.setattr(images, "_check_header", meddle)
+    monkeypatch.setattr(images, "_read", meddle)
     status, printed = upscale(tree / "a.png", tree / "b.JPG", "-o", f"{tmp_path / 'out'}/")
     assert status == 1
     assert "a.png: changed while it was read" in printed and "b.JPG: does not exist" in printed

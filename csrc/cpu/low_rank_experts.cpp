@@ -8,7 +8,7 @@
 
 #include "low_rank_experts.h"
 
-#include "sums.h"
+#include "pixel_sums.h"
 
 namespace seemore::SEEMORE_ISA {
 namespace {

@@ -5,7 +5,7 @@
 // parameters are made of.
 #pragma once
 
-#include "sums.h"
+#include "pixel_sums.h"
 
 namespace seemore::SEEMORE_ISA {
 

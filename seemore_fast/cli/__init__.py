@@ -24,8 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
         options.overrides += rest  # that come after an option, where argparse looks for none
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    for stream in (sys.stdout, sys.stderr):  # a file's name may be no text: a summary is not lost to that
-        stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # a file's name may be no text: a summary is not lost to that
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return options.run(options)
     except UsageError as error:

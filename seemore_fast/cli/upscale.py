@@ -84,7 +84,6 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--outscale and --width or --height are given: expected one way to tell the size")
     if options.quality is not None and not 1 <= options.quality <= 100:
         raise UsageError(f"--quality is {options.quality}, expected 1 to 100")
-    _check_page(options.compare)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     bar = _ImageBar()
     with warnings.catch_warnings(record=True) as doubts:
@@ -98,6 +97,7 @@ def run(options: argparse.Namespace) -> int:
             total = jobs.check()
             if jobs.into_folder:
                 _create(Path(options.output))
+            _check_page(options.compare)  # which may lie in the folder of results
         except JobError as error:
             raise UsageError(error) from None
         limit = {"max_megapixels": options.max_megapixels} if "max_megapixels" in options else {}
@@ -122,7 +122,7 @@ def run(options: argparse.Namespace) -> int:
     if world > 1:
         summary = _merged(summary, rank, world)
     if rank == 0:
-        if options.compare:
+        if options.compare and not summary["stopped"]:
             _compare(options.compare, summary, how)
         _print(summary, options)
     if stopped.is_set():

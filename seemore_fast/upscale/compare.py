@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 from PIL import Image
@@ -17,6 +16,7 @@ from .errors import ImageError
 from .images import MAX_MEGAPIXELS, Picture, naming, read_image
 
 MOST_IMAGES = 100
+LARGEST_SCALE = 4
 WIDEST, HIGHEST = 960, 720  # pixels of a result that are shown, one by one on most screens
 QUALITY = 90
 LOOKED_AT = 512  # pixels of a side, where the part to show is looked for
@@ -81,9 +81,11 @@ def write_page(
             page.write(_HEAD)
             for source, target in islice(pairs, MOST_IMAGES):
                 try:
-                    _write_pair(page, source, target, max_megapixels)
-                except ImageError as error:
-                    complaints.append(f"not on the page: {error}")
+                    figure = _figure(source, target, max_megapixels)
+                except Exception as error:  # one image's, in whatever decodes or encodes it
+                    complaints.append(f"{target}: not on the page: {str(error) or 'out of memory'}")
+                else:
+                    page.write(figure)
                 done()
             if left := sum(1 for _ in pairs):
                 page.write(f"<p>And {left} more, which are not on this page.</p>\n")
@@ -93,25 +95,25 @@ def write_page(
     return complaints
 
 
-def _write_pair(page: TextIO, source: Path, target: Path, max_megapixels: float):
+def _figure(source: Path, target: Path, max_megapixels: float) -> str:
     with naming(source):
         before = read_image(source, max_megapixels, deeper=True)
-    with naming(target):
-        after = read_image(target, float("inf"), deeper=True)
+    after = read_image(target, LARGEST_SCALE**2 * max_megapixels, deeper=True)
     (width, height), name = after.size, html.escape(source.name)
-    left, top, right, bottom = box = _part(before.in_8_bits(), after.size)
-    x, y = before.size[0] / width, before.size[1] / height
-    enlarged = before.in_8_bits().resize(
+    small = before.in_8_bits()
+    left, top, right, bottom = box = _part(small, after.size)
+    x, y = small.width / width, small.height / height
+    enlarged = small.resize(
         (right - left, bottom - top), Image.Resampling.BICUBIC, box=(left * x, top * y, right * x, bottom * y)
     )
     shown = "" if (right - left, bottom - top) == after.size else f", of which {right - left}x{bottom - top} are shown"
-    page.write(
+    return (
         f'<figure>\n<div class="pair" style="width: {right - left}px; aspect-ratio: {right - left} / {bottom - top}">\n'
         f'<img class="before" alt="{name}, bicubic" src="{_data(enlarged, before)}">\n'
-        f'<img class="after" alt="{name}, seemore-fast" src="{_data(after.in_8_bits().crop(box), after)}">\n'
+        f'<img class="after" alt="{name}, seemore-fast" src="{_data(after.in_8_bits(box), after)}">\n'
         f'<span>bicubic</span><span>seemore-fast</span>\n<input type="range" min="0" max="100" step="0.5" value="50" '
         f'aria-label="{name}: where seemore-fast begins, in percent of the width">\n</div>\n'
-        f"<figcaption>{name}: {before.size[0]}x{before.size[1]} pixels to {width}x{height}{shown}</figcaption>\n"
+        f"<figcaption>{name}: {small.width}x{small.height} pixels to {width}x{height}{shown}</figcaption>\n"
         "</figure>\n"
     )
 

@@ -4,6 +4,7 @@ import os
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -150,3 +151,5 @@ def upscale_file(upscaler: Upscaler, source: Path, target: Path, options: Option
     picture.image = upscaler(picture.image, **options.size)
     with naming(target):
         write_image(picture, target, options.quality)
+    for note in picture.notes:
+        warnings.warn(f"{source}: {note}", stacklevel=3)

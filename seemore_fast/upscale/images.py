@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..files import replacing, why_not_writable
 from . import deep
@@ -31,6 +31,12 @@ _LASTING_TAGS = {
     ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.Software,
     ExifTags.Base.DateTime, ExifTags.Base.Artist, ExifTags.Base.Copyright, ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo,
 }  # fmt: skip
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+_ROUNDED = np.rint(np.arange(2**16) / 257).astype(np.uint8)  # 16 bits in 8
 _PIXEL_DIMENSIONS = (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)
 
 
@@ -59,11 +65,12 @@ class Picture:
         channels = self.image.shape[2] if self.image.ndim == 3 else 1
         return channels % 2 == 1 or self.image[:, :, -1].min() == 65535
 
-    def in_8_bits(self) -> Image.Image:
-        """Return the image, rounded where it has 16 bits a channel."""
+    def in_8_bits(self, box: tuple[int, int, int, int] | None = None) -> Image.Image:
+        """Return the image, or its part (left, top, right, bottom), rounded where it has 16 bits a channel."""
         if isinstance(self.image, Image.Image):
-            return self.image
-        return Image.fromarray(((self.image.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+            return self.image.crop(box) if box else self.image
+        left, top, right, bottom = box or (0, 0, *self.size)
+        return Image.fromarray(_ROUNDED[self.image[top:bottom, left:right]])
 
 
 def read_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS, deeper: bool = False) -> Picture:
@@ -98,23 +105,35 @@ def read_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS, deeper: bool 
 
 
 def _read(file: BinaryIO, max_megapixels: float, deeper: bool) -> Picture:
+    def check(width: int, height: int, pages: int):
+        _check_size(width, height, pages, max_megapixels)
+
     begin = file.read(4)
     try:
         image = Image.open(file, formats=sorted(set(FORMATS.values())))
     except UnidentifiedImageError:
         if not (deeper and begin in _TIFF_BEGINS):
             raise
-        return Picture(*deep.read_deep(file, "TIFF", max_megapixels * 1e6))  # Pillow knows no 16-bit grey with alpha
+        # Such as grey with alpha of 16 bits, which Pillow does not know.
+        pixels, icc_profile, orientation = deep.read_deep(file, "TIFF", check)
+        return Picture(_turned(pixels, orientation), icc_profile, None, ["its EXIF, if it has any, was left out"])
     with image:
-        _check_header(image, max_megapixels, deeper)
-        is_deep, icc_profile, notes = _bits(image) > 8, image.info.get("icc_profile"), []
-        image.load()
-        format_name = image.format
-        upright, exif = _read_exif(image, notes)
-        if is_deep:
-            return Picture(*deep.read_deep(file, format_name, max_megapixels * 1e6), exif, notes)
-        same_colours = image.mode not in ("CMYK", "YCbCr", "LAB", "HSV")
-        return Picture(as_8_bit(upright), icc_profile if same_colours else None, exif, notes)
+        # A phone's JPEG may carry a preview or a depth map behind the photo (MPO): the first is the photo.
+        check(image.width, image.height, 1 if image.format == "MPO" else getattr(image, "n_frames", 1))
+        bits, notes = _bits(image), []
+        if bits > 8 and not (deeper and bits == 16):
+            raise ImageError(f"has {bits} bits a channel, expected {'8 or 16' if deeper else '8'}: convert it")
+        if bits == 8 or image.format == "PNG":  # whose EXIF may lie behind the pixels
+            image.load()
+        icc_profile = image.info.get("icc_profile")
+        orientation, exif = _read_exif(image, notes)
+        if bits == 16:
+            pixels, icc_profile, _ = deep.read_deep(file, image.format, check)
+            return Picture(_turned(pixels, orientation), icc_profile, exif, notes)
+        if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+            icc_profile = None  # of other colours than those that are written
+        upright = image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+        return Picture(as_8_bit(upright), icc_profile, exif, notes)
 
 
 def _state(path: Path) -> tuple[int, int]:
@@ -122,19 +141,15 @@ def _state(path: Path) -> tuple[int, int]:
     return state.st_size, state.st_mtime_ns
 
 
-def _check_header(image: Image.Image, max_megapixels: float, deeper: bool):
-    megapixels = image.width * image.height / 1e6
+def _check_size(width: int, height: int, pages: int, max_megapixels: float):
+    megapixels = width * height / 1e6
     if megapixels > max_megapixels:
         raise ImageError(
-            f"has {image.width}x{image.height}, {megapixels:.1f} megapixels, over the limit of {max_megapixels:g}: "
+            f"has {width}x{height}, {megapixels:.1f} megapixels, over the limit of {max_megapixels:g}: "
             "raise it with --max-megapixels if it is meant"
         )
-    # A phone's JPEG may carry a preview or a depth map behind the photo (MPO): the first is the photo.
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-        raise ImageError(f"has {image.n_frames} frames or pages, expected one: split it first")
-    bits = _bits(image)
-    if bits > 8 and not (deeper and bits == 16):
-        raise ImageError(f"has {bits} bits a channel, expected {'8 or 16' if deeper else '8'}: convert it")
+    if pages > 1:
+        raise ImageError(f"has {pages} frames or pages, expected one: split it first")
 
 
 class _WithoutPillowsLimit:
@@ -162,15 +177,24 @@ class _WithoutPillowsLimit:
 _without_pillows_limit = _WithoutPillowsLimit()
 
 
-def _read_exif(image: Image.Image, notes: list[str]) -> tuple[Image.Image, bytes | None]:
-    """Return the image upright and its lasting EXIF; where EXIF is damaged, as it is stored and without."""
+def _read_exif(image: Image.Image, notes: list[str]) -> tuple[int, bytes | None]:
+    """Return the orientation and the lasting EXIF; where EXIF is damaged, that of an upright image, and none."""
     try:
-        return ImageOps.exif_transpose(image), _lasting_exif(image)
+        return image.getexif().get(ExifTags.Base.Orientation, 1), _lasting_exif(image)
     except Exception as error:  # as above; a good photo is not refused for that
         notes.append(f"its EXIF is damaged and was left out ({error})")
-        image = image.copy()
-        image.info.pop("exif", None)
-        return image, None
+        return 1, None
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Do to an array what _TURNS do to an image."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def _lasting_exif(image: Image.Image) -> bytes | None:
@@ -242,7 +266,7 @@ def _write_8_bit(picture: Picture, path: Path, format_name: str, quality: int | 
 def _write_deep(picture: Picture, path: Path, format_name: str):
     if picture.exif and format_name == "TIFF":
         picture.notes.append("its EXIF was left out: a TIFF of 16 bits a channel is written without")
-    with open(path, "wb") as file:
+    with open(path, "w+b") as file:
         deep.write_deep(picture.image, file, format_name, picture.icc_profile, picture.exif, PNG_LEVEL)
 
 

@@ -106,7 +106,7 @@ class Upscaler:
         """Upscale a file into another, whose ending chooses the format; `size` as for a call.
 
         quality: of JPEG and WebP, 1 to 100. Raises `errors.ImageError`, which begins with the path at fault; `target`
-        is then untouched, and otherwise whole.
+        is then untouched, and otherwise whole. What the target's format cannot hold is told in a UserWarning.
         """
         from .folder import Options, upscale_file
 
