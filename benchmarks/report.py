@@ -95,9 +95,10 @@ def roofline(operators: dict[str, dict]) -> Picture | None:
     low, high = min(point[2] for point in points) / 2, max(peak / bandwidth, *(point[2] for point in points)) * 3
     ridge = peak / bandwidth
     axis.loglog([low, ridge, high], [low * bandwidth, peak, peak], color=chart.INK, linewidth=1.5)
-    below = {"xytext": (6, -4), "textcoords": "offset points", "va": "top", "color": chart.QUIET, "fontsize": 9}
-    axis.annotate(f"a copy: {bandwidth:.1f} GB/s", (low * 1.5, low * 1.5 * bandwidth), **below)
-    axis.annotate(f"a product of matrices: {peak:.0f} GFLOP/s", (ridge, peak), **below)
+    middle = (low * ridge) ** 0.5
+    above = {"textcoords": "offset points", "va": "bottom", "color": chart.QUIET, "fontsize": 9}
+    axis.annotate(f"a copy: {bandwidth:.1f} GB/s", (middle, middle * bandwidth), (-6, 0), ha="right", **above)
+    axis.annotate(f"a product of matrices: {peak:.0f} GFLOP/s", (ridge, peak), (0, 3), **above)
     colours = dict(zip(dict.fromkeys(point[0] for point in points), COLOURS * 2, strict=False))
     for stem, mode, intensity, rate in points:
         axis.plot(intensity, rate, MARKERS[mode], color=colours[stem], markersize=7, alpha=0.85)
@@ -113,12 +114,16 @@ def roofline(operators: dict[str, dict]) -> Picture | None:
     caption = (
         "Each operator at each of its sizes, on the quickest backend. The roofs are the median of the copies and the "
     )
-    caption += f"best of the products that were timed beside them. {how('kernels', facts)}"
+    caption += (
+        "best of the products that were timed beside them. Operations are those of the plain formulas: 3x3 layers "
+    )
+    caption += f"need fewer by Winograd's method, and may lie above. {how('kernels', facts)}"
     return Picture("roofline", figure, caption)
 
 
-# Distinct in hue and in lightness (Paul Tol's "muted")
-COLOURS = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#777777"]
+# Distinct in hue and in lightness (Paul Tol's "muted", and three more)
+COLOURS = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#777777",
+           "#1F77B4", "#8C564B", "#B5BD00"]  # fmt: skip
 
 
 def growth(facts: dict) -> Iterator[Picture]:
@@ -137,12 +142,17 @@ def growth(facts: dict) -> Iterator[Picture]:
                 continue
             figure = Figure(figsize=(9, 5), layout="constrained")
             axis = figure.subplots()
+            widest = max(pixels for points in drawn.values() for pixels, _, _ in points)
             for provider, points in drawn.items():
                 colour = chart.OURS if provider.startswith(harness.OURS) else chart.QUIET
                 values = [line[key] for _, _, line in points]
                 axis.loglog([p[0] for p in points], values, "o-", color=colour, label=provider)
                 for (pixels, size, _), value in zip(points, values, strict=True):
-                    axis.annotate(size, (pixels, value), (4, -12), textcoords="offset points", fontsize=8, color=colour)
+                    place = ((4, -12), "left") if pixels < widest else ((-6, 4), "right")
+                    axis.annotate(
+                        size, (pixels, value), place[0], ha=place[1],
+                        textcoords="offset points", fontsize=8, color=colour,
+                    )  # fmt: skip
             axis.set(xlabel="megapixels of the input", ylabel=label)
             axis.grid(alpha=0.25, which="both")
             axis.legend()
