@@ -112,9 +112,9 @@ def roofline(operators: dict[str, dict]) -> Picture | None:
     facts = next(iter(operators.values()))
     axis.set_title(f"Operators below the roofs of {chart.machine_of(facts)}, float32", loc="left", weight="bold")
     caption = (
-        "Each operator at each of its sizes, on the quickest backend. The roofs are the median of the copies and the best "
-        "of the products that were timed beside them. Operations are those of the plain formulas: 3x3 layers need fewer "
-        f"by Winograd's method, and may lie above. {how('kernels', facts)}"
+        "Each operator at each of its sizes, on the quickest backend. The roofs are the median of the copies and the "
+        "best of the products that were timed beside them. Operations are those of the plain formulas: 3x3 layers need "
+        f"fewer by Winograd's method, and may lie above. {how('kernels', facts)}"
     )
     return Picture("roofline", figure, caption)
 
