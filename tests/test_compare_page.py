@@ -73,7 +73,7 @@ def test_many_images_and_files_that_are_gone(photos, monkeypatch):
     pairs = [(photos / "photo.png", photos / name) for name in ("photo.png", "none.png", "c.png", "d.png")]
     told = []
     (complaint,) = compare.write_page(photos / "page.html", pairs, done=lambda: told.append(1))
-    assert complaint == f"not on the page: {photos / 'none.png'}: does not exist"
+    assert complaint == f"{photos / 'none.png'}: not on the page: does not exist"
     assert len(images_of(photos / "page.html")) == 2 and len(told) == 2
     assert "And 2 more" in (photos / "page.html").read_text()
 

@@ -40,7 +40,7 @@ def test_command_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photo(tmp_path)
     lines = re.findall(r"^    seemore-fast (?!benchmark)(.*)$", README, re.M)  # that one takes its time
-    assert len(lines) == 13
+    assert len(lines) == 14
     for line in lines:
         arguments = shlex.split(line, comments=True)
         assert main([*arguments, *(LESS if arguments[0] == "train" else [])]) == 0
