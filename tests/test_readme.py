@@ -46,5 +46,6 @@ def test_command_lines(tmp_path, monkeypatch):
         assert main([*arguments, *(LESS if arguments[0] == "train" else [])]) == 0
     assert {"weights.safetensors", "steps.csv"} <= {path.name for path in (tmp_path / "runs" / "mine").iterdir()}
     made = sorted(path.name for path in (tmp_path / "enlarged").iterdir())
-    assert made == ["logo_x2.png", "photo_x2.jpg", "photo_x2.webp"]
+    assert made == ["logo_x2.png", "photo_x2.jpg", "photo_x2.png", "photo_x2.webp"]
+    assert Path("page.html").read_text().count("<figure>") == 1
     assert Image.open("wide.png").size == (3840, 2560)
