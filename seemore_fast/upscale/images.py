@@ -32,11 +32,6 @@ _LASTING_TAGS = {
     ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.Software,
     ExifTags.Base.DateTime, ExifTags.Base.Artist, ExifTags.Base.Copyright, ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo,
 }  # fmt: skip
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
 _ROUNDED = np.rint(np.arange(2**16) / 257).astype(np.uint8)  # 16 bits in 8
 _PIXEL_DIMENSIONS = (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)
 
@@ -133,8 +128,10 @@ def _read(file: BinaryIO, max_megapixels: float, deeper: bool) -> Picture:
             return Picture(_turned(pixels, orientation), icc_profile, exif, notes)
         if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
             icc_profile = None  # of other colours than those that are written
-        upright = image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
-        return Picture(as_8_bit(upright), icc_profile, exif, notes)
+        image = as_8_bit(image)
+        if orientation != 1:
+            image = Image.fromarray(_turned(np.asarray(image), orientation))
+        return Picture(image, icc_profile, exif, notes)
 
 
 def _state(path: Path) -> tuple[int, int]:
@@ -188,7 +185,7 @@ def _read_exif(image: Image.Image, notes: list[str]) -> tuple[int, bytes | None]
 
 
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Do to an array what _TURNS do to an image."""
+    """Return stored pixels upright: EXIF's orientations are the eight turns and reflections, counted from 1."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
