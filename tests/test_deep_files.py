@@ -206,6 +206,7 @@ def test_evaluation_takes_8_bits_alone(photos):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which files are open")
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_no_file_is_held_on_to(photos):
     """Neither one that was read, nor one that could not be written, whose room would be lost to all others."""
 

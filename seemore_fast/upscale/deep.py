@@ -49,16 +49,23 @@ def write_deep(
     channels = 1 if pixels.ndim == 2 else pixels.shape[2]
     failures = []
 
-    def write(chunk) -> int:
-        try:
-            return file.write(chunk)
-        except OSError as error:
-            failures.append(error)
-            return -1
+    def guarded(call: Callable, failed: int | None) -> Callable:
+        """Keep what `call` raises, which libvips would print and forget; any of them may find the disk full."""
+
+        def callback(*arguments):
+            try:
+                return call(*arguments)
+            except OSError as error:
+                failures.append(error)
+                return failed
+
+        return callback
 
     # Not the file's descriptor: libvips would hold on to a copy of it, and to the room of a file that failed.
     target = vips.TargetCustom()
-    target.on_write(write), target.on_read(file.read), target.on_seek(file.seek)
+    target.on_write(guarded(file.write, -1))
+    target.on_read(guarded(file.read, None))
+    target.on_seek(guarded(file.seek, -1))
     try:
         image = vips.Image.new_from_array(pixels, interpretation="rgb16" if channels > 2 else "grey16").copy()
         for name, blob in {"icc-profile-data": icc_profile, "exif-data": exif}.items():
