@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+TEMPORARY = ".seemore-fast."  # how the names of files begin that are being written
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -15,7 +17,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Where `path` is a symbolic link, the file it points to is replaced.
     """
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".seemore-fast.{os.getpid()}.{threading.get_ident()}.tmp{path.suffix}")
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}.{threading.get_ident()}.tmp{path.suffix}")
     try:
         temporary.touch()
         permissions = temporary.stat().st_mode  # those of any new file; some writers make files that are private

@@ -7,17 +7,20 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 TRIM_SECONDS = 10  # a trim costs some 10 ms, and pages that the next step asks for again
 SMALL = 2**28  # bytes below which nobody asks
-CGROUPS = (  # limit and use of the container that this process is in, if any: version 2, version 1
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
+OWN_CGROUPS = Path("/proc/self/cgroup")
+CGROUPS = {  # by version: where they are; a limit, the use, and what of that are pages of files, given up when asked for
+    1: ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
+        ("total_active_file", "total_inactive_file")),
+    2: ("/sys/fs/cgroup", "memory.max", "memory.current", ("active_file", "inactive_file")),
+}  # fmt: skip
+IN_MEMORY = ("tmpfs", "ramfs")
 _last_trim = time.monotonic()
 
 
@@ -43,12 +46,27 @@ def available_memory() -> int | None:
         free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
-    for limit, used in CGROUPS:
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such container, or "max"
+    return max(min([free, *_spare_in_containers()]), 0)
+
+
+def _spare_in_containers() -> Iterator[int]:
+    """Yield what the limits leave of each control group that this process is in, from its own up to the topmost."""
+    try:
+        lines = [line.split(":", 2) for line in OWN_CGROUPS.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in lines:
+        if controllers and "memory" not in controllers.split(","):
             continue
-    return max(free, 0)
+        root, limit, used, reclaimable = CGROUPS[1 if controllers else 2]
+        own = Path(root) / path.lstrip("/")
+        for group in (own, *own.parents[: len(Path(path).parts) - 1]):
+            try:
+                spare = int((group / limit).read_text()) - int((group / used).read_text())
+                pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                yield spare + sum(int(pages.get(name, 0)) for name in reclaimable)
+            except (OSError, ValueError):  # no limits here, or "max"
+                continue
 
 
 def check_memory(needed: int, what: str):
@@ -63,13 +81,33 @@ def check_memory(needed: int, what: str):
         )
 
 
+def is_in_memory(folder: Path) -> bool:
+    """Tell whether what is written to a folder takes memory, as /tmp is on many systems."""
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return False
+    real = Path(os.path.realpath(folder))
+    above = [(place, kind) for place, kind in reversed(mounts) if real.is_relative_to(place)]
+    return bool(above) and max(above, key=lambda mount: len(mount[0]))[1] in IN_MEMORY
+
+
+def folder_of_large_files() -> Path:
+    """Return the system's folder for temporary files, or the one for large ones where the first is in memory."""
+    usual, large = Path(tempfile.gettempdir()), Path("/var/tmp")
+    return large if is_in_memory(usual) and os.access(large, os.W_OK) and not is_in_memory(large) else usual
+
+
 def in_a_file(count: int, folder: Path) -> tuple[torch.Tensor, Callable[[int, int], None]]:
     """Return `count` bytes of zero, uint8, in a temporary file of `folder`, which is gone as soon as they are.
 
     And a function that takes the bytes [begin, end) out of memory, where the system can: they stay in the file.
 
-    Raises OSError where the folder cannot be written to, or its disk has no room for them.
+    Raises OSError where the folder cannot be written to, or its disk has no room for them; MemoryError where it is a
+    folder in memory (tmpfs), and the memory does not suffice.
     """
+    if is_in_memory(folder):
+        check_memory(count, f"what is to wait in {folder}, which is in memory itself,")
     free = shutil.disk_usage(folder).free
     if count > free:
         raise OSError(

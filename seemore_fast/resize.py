@@ -1,6 +1,10 @@
 """MATLAB's antialiased bicubic resize: how the field makes low resolution images, and its baseline upscaler."""
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
+
+AT_ONCE = 2**18  # pixels of the longer lines that are in the making at a time
 
 
 def bicubic_resize(image: np.ndarray, scale: float) -> np.ndarray:
@@ -28,20 +32,49 @@ def bicubic_resize_to(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return _resized(image, tuple((wanted, wanted / side) for side, wanted in sides))
 
 
+def bicubic_bands(image: np.ndarray, height: int, width: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield what `bicubic_resize_to` would return, unrounded, in bands: their first line, and float64 lines.
+
+    image: (H, W) or (H, W, C) of any real type, read band by band.
+    """
+    ways = [_taps(side, wanted / side, wanted) for side, wanted in zip(image.shape, (height, width), strict=False)]
+    return _bands(image, ways, lambda lines: lines)
+
+
 def _resized(image: np.ndarray, ways: tuple[tuple[int, float], ...]) -> np.ndarray:
     if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
         raise TypeError(f"image has dtype {image.dtype}, expected uint8 or a floating type")
-    for axis, (count, scale) in enumerate(ways):
-        weights, positions = _taps(image.shape[axis], scale, count)
-        lines = np.moveaxis(image, axis, 0).astype(np.float64, copy=False)
-        resized = np.zeros((len(weights), *lines.shape[1:]))
-        for tap in range(weights.shape[1]):
-            shape = (-1, *[1] * (lines.ndim - 1))
-            resized += weights[:, tap].reshape(shape) * lines[positions[:, tap]]
-        if image.dtype == np.uint8:
-            resized = np.floor(resized.clip(0, 255) + 0.5).astype(np.uint8)
-        image = np.moveaxis(resized, 0, axis)
-    return np.ascontiguousarray(image)
+    is_rounded = image.dtype == np.uint8
+    size = [count for count, _ in ways]
+    result = np.empty((*size, *image.shape[2:]), np.uint8 if is_rounded else np.float64)
+    taps = [_taps(side, scale, count) for side, (count, scale) in zip(image.shape, ways, strict=False)]
+    for top, lines in _bands(image, taps, _rounded if is_rounded else lambda lines: lines):
+        result[top : top + len(lines)] = lines
+    return result
+
+
+def _rounded(lines: np.ndarray) -> np.ndarray:
+    return np.floor(lines.clip(0, 255) + 0.5)
+
+
+def _bands(image: np.ndarray, taps: list, after_each_pass: Callable) -> Iterator[tuple[int, np.ndarray]]:
+    (weights, positions), columns = taps
+    count = max(AT_ONCE // max(image.shape[1], len(columns[0])), 1)
+    for top in range(0, len(weights), count):
+        band = slice(top, top + count)
+        first, last = positions[band].min(), positions[band].max()
+        lines = image[first : last + 1].astype(np.float64)
+        lines = after_each_pass(_combined(lines, weights[band], positions[band] - first, axis=0))
+        yield top, after_each_pass(_combined(lines, *columns, axis=1))
+
+
+def _combined(lines: np.ndarray, weights: np.ndarray, positions: np.ndarray, axis: int) -> np.ndarray:
+    """Return the weighted sums of lines, or of columns, of an image."""
+    shape = (-1, *[1] * (lines.ndim - 1 - axis))
+    total = 0
+    for tap in range(weights.shape[1]):
+        total = total + weights[:, tap].reshape(shape) * lines.take(positions[:, tap], axis)
+    return total
 
 
 def _taps(length: int, scale: float, count: int) -> tuple[np.ndarray, np.ndarray]:

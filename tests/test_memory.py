@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,16 +49,36 @@ def test_without_knowledge_of_the_memory_nothing_is_refused(monkeypatch):
         model(x)
 
 
-def test_the_container_s_limit_counts(monkeypatch, tmp_path):
-    limit, used = tmp_path / "limit", tmp_path / "used"
-    monkeypatch.setattr(memory, "CGROUPS", ((str(limit), str(used)),))
-    free = memory.available_memory()
-    limit.write_text("1000\n"), used.write_text("400\n")
-    assert memory.available_memory() == 600
-    used.write_text("1400\n")
-    assert memory.available_memory() == 0
-    limit.write_text("max\n")
-    assert memory.available_memory() == pytest.approx(free, rel=0.2)
+@pytest.mark.parametrize(("version", "controllers"), [(1, "cpu,memory"), (2, "")])
+@pytest.mark.parametrize("path", ["/", "/slice/job"])
+def test_the_container_s_limit_counts(monkeypatch, tmp_path, version, controllers, path):
+    _, limit, used, (first, second) = memory.CGROUPS[version]
+    monkeypatch.setitem(memory.CGROUPS, version, (str(tmp_path), limit, used, (first, second)))
+    monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "own")
+    (tmp_path / "own").write_text(f"4:freezer:/elsewhere\n1:{controllers}:{path}\n")
+    free, group = memory.available_memory(), tmp_path / path.strip("/").partition("/")[0]
+    group.mkdir(exist_ok=True)  # the group itself, or the one above it
+
+    def told(most, now, pages=""):
+        for name, text in {limit: f"{most}\n", used: f"{now}\n", "memory.stat": f"anon 7\n{pages}"}.items():
+            (group / name).write_text(text)
+        return memory.available_memory()
+
+    assert told(1000, 400) == 600
+    assert told(1000, 1400) == 0
+    assert told(1000, 900, f"{first} 100\n{second} 200\n") == 400  # pages of files make room
+    assert told("max", 400) == pytest.approx(free, rel=0.2)
+
+
+def test_a_folder_in_memory_takes_memory(monkeypatch, tmp_path):
+    assert memory.is_in_memory(Path("/dev/shm")) and not memory.is_in_memory(Path("/proc"))
+    monkeypatch.setattr(memory, "is_in_memory", lambda folder: False)
+    assert memory.folder_of_large_files() == Path(tempfile.gettempdir())
+    monkeypatch.setattr(memory, "is_in_memory", lambda folder: folder != Path("/var/tmp"))
+    assert memory.folder_of_large_files() == Path("/var/tmp")
+    monkeypatch.setattr(memory, "available_memory", lambda: memory.SMALL)
+    with pytest.raises(MemoryError, match=f"^what is to wait in {tmp_path}, which is in memory itself, needs 0.5 GiB"):
+        memory.in_a_file(2 * memory.SMALL, tmp_path)
 
 
 PEAK = """

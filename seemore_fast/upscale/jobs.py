@@ -1,12 +1,17 @@
 """Which files to upscale, and into which: seen before anything is done, and listed again when their turn comes."""
 
 import os
+import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..files import TEMPORARY
 from .images import FORMATS
+
+OTHER_FORMATS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jxl")  # images that are not read, but told of
 
 
 class JobError(ValueError):
@@ -43,6 +48,8 @@ class Jobs:
     def __post_init__(self):
         if not self.output:
             raise JobError("OUT is empty: give a file or a folder")
+        if os.path.basename(self.suffix) != self.suffix or "\0" in self.suffix:
+            raise JobError(f"the suffix {self.suffix!r} is no part of a file name")
         if self.extension is not None and self.extension.lower() not in FORMATS:
             raise JobError(f"the ending {self.extension!r} is none of {', '.join(FORMATS)}")
         folder, has_slash = Path(self.output), self.output.endswith(("/", os.sep))
@@ -87,7 +94,7 @@ class Jobs:
                 yield self._job(given, Path(given.name))
                 continue
             found = False
-            for source, relative in self._walk(given, Path()):
+            for source, relative in self._walk(given):
                 found = True
                 yield self._job(source, relative)
             if not found:
@@ -99,41 +106,62 @@ class Jobs:
         name = f"{relative.stem}{self.suffix}{self.extension or relative.suffix}"
         return Job(source, Path(self.output) / relative.with_name(name))
 
-    def _walk(self, folder: Path, relative: Path) -> Iterator[tuple[Path, Path]]:
-        """Yield the images of a folder, by name, and then those of its subfolders, with their paths inside."""
-        own = os.path.realpath(self.output)
-        # Results among the inputs: those of an earlier run are none.
-        beside = os.path.realpath(folder) == os.path.realpath(Path(self.output) / relative)
-        try:
-            with os.scandir(folder) as listing:
-                entries = sorted(listing, key=lambda entry: entry.name)
-        except OSError as error:
-            self.failures.append(f"{folder}: cannot be listed: {os.strerror(error.errno)}")
-            return
-        folders = []
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(entry.name)
-            elif os.path.splitext(entry.name)[1].lower() in FORMATS and not entry.is_dir():
-                if not (beside and self.suffix and os.path.splitext(entry.name)[0].endswith(self.suffix)):
-                    yield Path(entry.path), relative / entry.name
-            elif entry.is_symlink() and entry.is_dir():
-                self.notes.append(f"{entry.path} is a link to a folder, which is not followed")
-        for name in folders:
-            if os.path.realpath(folder / name) != own:
-                yield from self._walk(folder / name, relative / name)
+    def _walk(self, top: Path) -> Iterator[tuple[Path, Path]]:
+        """Yield the images of a folder, by name, and then those of its subfolders, with their paths inside.
+
+        Results of an earlier run are no images where they lie beside their sources.
+        """
+        own, left = os.path.realpath(self.output), [(top, Path())]
+        while left:
+            folder, relative = left.pop()
+            if relative != Path() and os.path.realpath(folder) == own:
+                self.notes.append(f"{folder} is the folder of results: what it holds is not read")
+                continue
+            try:
+                with os.scandir(folder) as listing:
+                    entries = sorted(listing, key=lambda entry: entry.name)
+            except OSError as error:
+                self.failures.append(f"{folder}: cannot be listed: {os.strerror(error.errno)}")
+                continue
+            is_own = os.path.realpath(folder) == os.path.realpath(Path(self.output) / relative)
+            folders, others, names = [], Counter(), [os.path.splitext(entry.name) for entry in entries]
+            stems = {stem for stem, _ in names} if is_own and self.suffix else ()
+            for entry, (stem, ending) in zip(entries, names, strict=True):
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append((folder / entry.name, relative / entry.name))
+                elif entry.is_symlink() and os.path.isdir(entry.path):
+                    self.notes.append(f"{entry.path} is a link to a folder, which is not followed")
+                elif ending.lower() in FORMATS and not entry.name.startswith(TEMPORARY):
+                    if not (stems and stem.endswith(self.suffix)):
+                        yield Path(entry.path), relative / entry.name
+                    elif stem.removesuffix(self.suffix) not in stems:  # else an earlier run's result
+                        others[f"end in {self.suffix}, which results do"] += 1
+                elif ending.lower() in OTHER_FORMATS:
+                    others[f"end in {ending.lower()}, which is not read"] += 1
+            self.notes += [f"{folder}: left alone, {count} that {reason}" for reason, count in others.items()]
+            left += reversed(folders)
 
 
-def _place(path: Path, folders: dict[str, str]) -> int:
+def _place(path: Path, folders: dict[str, tuple[str, bool]]) -> int:
     """Return a number for a place in the file system: a million of them take a tenth of the memory of their names.
 
-    folders: what each folder really is, looked up once.
+    folders: what each folder really is, and whether it takes capital letters for small ones, looked up once.
     """
     folder, name = os.path.split(path)
     if folder not in folders:
-        folders[folder] = os.path.realpath(folder)
-    real = os.path.realpath(path) if os.path.islink(path) else os.path.join(folders[folder], name)
-    return hash(os.path.normcase(real))
+        folders[folder] = os.path.realpath(folder), is_case_blind(Path(os.path.realpath(folder)))
+    real, blind = folders[folder]
+    place = os.path.normcase(os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name))
+    return hash(unicodedata.normalize("NFC", place).casefold() if blind else place)
+
+
+def is_case_blind(folder: Path) -> bool:
+    """Tell whether A.png and a.png are one file in a folder, or in the nearest that exists above it."""
+    for path in (folder, *folder.parents):
+        other = path.with_name(path.name.swapcase()) if path.name else path
+        if os.path.exists(path) and other != path:
+            return os.path.exists(other) and os.path.samefile(path, other)
+    return False
 
 
 def is_share(job: Job, rank: int, world: int) -> bool:

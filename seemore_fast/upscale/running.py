@@ -1,7 +1,6 @@
 """How an image is computed: whole where it fits into memory, else streamed; in tiles only for who asks for them."""
 
 import math
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import engine, memory
-from ..memory import check_memory, gpu_memory_needed, in_a_file
+from ..memory import check_memory, folder_of_large_files, gpu_memory_needed, in_a_file
 from ..reference.model import body_dtype
 from ..streaming import stream
 from ..tiles import tiled
@@ -48,7 +47,7 @@ class Way:
 
     @property
     def folder(self) -> Path:
-        return Path(self.scratch or tempfile.gettempdir())
+        return Path(self.scratch) if self.scratch else folder_of_large_files()
 
 
 def must_stream(model, shape: tuple[int, ...], itemsize: int, way: Way) -> bool:

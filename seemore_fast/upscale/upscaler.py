@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..checkpoint import load_model, shipped_models
 from ..drop_in import accelerate
-from ..resize import bicubic_resize_to
+from ..resize import bicubic_bands
 from .running import Way, must_stream, run
 
 DTYPES = {
@@ -219,7 +219,12 @@ def _to_unit(image: np.ndarray, dtype=np.float64) -> np.ndarray:
 
 def _resized(plane: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return (H, W) at another size, of the same type."""
-    return _to_kind(bicubic_resize_to(_to_unit(plane), *size), plane.dtype)
+    result, is_integer = np.empty(size, plane.dtype), np.issubdtype(plane.dtype, np.integer)
+    whole = np.iinfo(plane.dtype).max if is_integer else 1
+    for top, lines in bicubic_bands(plane, *size):
+        lines.clip(0, whole, out=lines)
+        result[top : top + len(lines)] = np.rint(lines) if is_integer else lines
+    return result
 
 
 def _to_kind(image: np.ndarray, dtype: np.dtype) -> np.ndarray:
