@@ -15,7 +15,7 @@ import torch
 TRIM_SECONDS = 10  # a trim costs some 10 ms, and pages that the next step asks for again
 SMALL = 2**28  # bytes below which nobody asks
 OWN_CGROUPS = Path("/proc/self/cgroup")
-CGROUPS = {  # by version: where they are; a limit, the use, and what of that are pages of files, given up when asked for
+CGROUPS = {  # by version: where they are; a limit, the use, and what of that are pages of files, which make room
     1: ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
         ("total_active_file", "total_inactive_file")),
     2: ("/sys/fs/cgroup", "memory.max", "memory.current", ("active_file", "inactive_file")),

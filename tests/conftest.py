@@ -148,8 +148,9 @@ def upscale(weights, capsys):
     from seemore_fast.cli import main
 
     def run(*arguments, model=weights):
+        device = [] if "--devices" in arguments else ["--device", "cpu"]
         try:
-            status = main(["upscale", "--device", "cpu", "--model", str(model), *map(str, arguments)])
+            status = main(["upscale", *device, "--model", str(model), *map(str, arguments)])
         except SystemExit as exit:
             status = exit.code
         printed = capsys.readouterr()

@@ -15,7 +15,9 @@ from conftest import pixels
 from PIL import Image
 
 from seemore_fast import Upscaler
+from seemore_fast.cli import main
 from seemore_fast.upscale import folder as folders
+from seemore_fast.upscale import jobs
 from seemore_fast.upscale.errors import ImageError
 from seemore_fast.upscale.images import Picture, write_image
 from seemore_fast.upscale.jobs import JobError, Jobs, is_share
@@ -124,6 +126,49 @@ def test_links_to_folders_are_not_followed_and_links_to_files_are(tree, upscale,
     assert listing(tmp_path / "out") == sorted([*RESULTS, "z_x2.png"])
 
 
+def test_links_that_lead_nowhere_are_failures_of_their_own(tree, upscale, tmp_path):
+    for name in ("loop.png", "loop"):
+        (tree / name).symlink_to(tree / name)
+    (tree / "gone.png").symlink_to(tree / "never.png")
+    status, printed = upscale(tree, "-o", tmp_path / "out")
+    assert status == 1 and "4 of 6 upscaled" in printed and listing(tmp_path / "out") == RESULTS
+    assert f"failed: {tree / 'loop.png'}: cannot be read: Too many levels of symbolic links" in printed
+    assert f"failed: {tree / 'gone.png'}: does not exist" in printed
+
+
+def test_what_is_left_alone_is_told(tree, upscale, tmp_path):
+    for name in ("e.gif", "f.GIF", "b.bmp", ".seemore-fast.1.2.tmp.png"):
+        (tree / name).write_bytes(b"")
+    Image.fromarray(pixels(3)).save(tree / "deep" / "kept_x2.png")
+    status, printed = upscale(tree, "-o", tree / "deep")
+    assert status == 0 and "2 of 2 upscaled" in printed  # a.png and b.JPG
+    assert f"{tree / 'deep'} is the folder of results: what it holds is not read" in printed
+    assert f"{tree}: left alone, 2 that end in .gif, which is not read" in printed
+    assert f"{tree}: left alone, 1 that end in .bmp, which is not read" in printed and ".1.2.tmp" not in printed
+    status, printed = upscale(tree / "deep", "-o", tree / "deep")
+    assert f"{tree / 'deep'}: left alone, 2 that end in _x2, which results do" in printed  # without b.JPG, without kept.png
+
+
+def test_a_folder_that_takes_capitals_for_small_letters(tree, monkeypatch, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("A.png", "e\u0301.png", "\u00e9.png"):
+        Image.fromarray(pixels(3)).save(tree / name)
+    assert Jobs([tree], str(tmp_path / "out")).check() == 7
+    monkeypatch.setattr(jobs, "is_case_blind", lambda folder: True)
+    with pytest.raises(JobError, match=r"a_x2\.png, the output of .*, is also read or written for .*A\.png"):
+        Jobs([tree], str(tmp_path / "out")).check()
+    (tree / "A.png").unlink()
+    with pytest.raises(JobError, match="is also read or written for"):
+        Jobs([tree], str(tmp_path / "out")).check()
+
+
+def test_case_blindness_is_seen_by_a_folder_that_exists(tmp_path):
+    (tmp_path / "Deep").mkdir()
+    assert not jobs.is_case_blind(tmp_path / "Deep" / "not" / "there")
+    (tmp_path / "dEEP").symlink_to(tmp_path / "Deep")  # what such a file system shows
+    assert jobs.is_case_blind(tmp_path / "Deep" / "not" / "there") and jobs.is_case_blind(tmp_path / "Deep")
+
+
 def test_bad_files_and_empty_folders_cost_the_others_nothing(tree, upscale, tmp_path):
     (tree / "cut.png").write_bytes((tree / "a.png").read_bytes()[:60])
     long = "n" * 251 + ".png"
@@ -179,9 +224,9 @@ def test_several_devices_share_the_files(tree, upscale, tmp_path, weights):
 
 
 def test_processes_share_the_files(tree, tmp_path):
-    jobs = Jobs([tree], f"{tmp_path / 'out'}/")
-    shares = [[job.target for job in jobs if is_share(job, rank, 3)] for rank in range(3)]
-    assert sorted(target for share in shares for target in share) == sorted(job.target for job in jobs)
+    listed = Jobs([tree], f"{tmp_path / 'out'}/")
+    shares = [[job.target for job in listed if is_share(job, rank, 3)] for rank in range(3)]
+    assert sorted(target for share in shares for target in share) == sorted(job.target for job in listed)
 
 
 def test_jobs_are_refused_with_a_reason(tree, tmp_path):
@@ -190,19 +235,56 @@ def test_jobs_are_refused_with_a_reason(tree, tmp_path):
         Jobs([tree], str(tmp_path / "file"))
     with pytest.raises(JobError, match=r"the ending '.gif' is none of .png"):
         Jobs([tree], str(tmp_path / "out"), extension=".gif")
+    for suffix in ("a/b", "\0"):
+        with pytest.raises(JobError, match="is no part of a file name"):
+            Jobs([tree], str(tmp_path / "out"), suffix=suffix)
+
+
+@pytest.mark.parametrize(("factor", "scale"), [("1.7", 2), ("2", 2), ("2.5", 3), ("4", 4), ("7", 4)])
+def test_the_least_scale_that_reaches_the_size(tmp_path, capsys, factor, scale):
+    Image.fromarray(pixels(3)).save(tmp_path / "a.png")
+    arguments = ["upscale", tmp_path / "a.png", "-o", tmp_path / "b.png", "--outscale", factor, "--device", "cpu"]
+    assert main([*map(str, arguments), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["scale"] == scale
+    assert Image.open(tmp_path / "b.png").size == tuple(round(side * float(factor)) for side in (20, 16))
+
+
+def test_torchrun_shares_the_files_and_one_process_reports(tree, tmp_path, weights):
+    """Whichever process has the file that fails."""
+    for i in range(6):
+        Image.fromarray(pixels(3)).save(tree / f"n{i}.png")
+    (tree / "cut.png").write_bytes((tree / "a.png").read_bytes()[:60])
+    start = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "seemore_fast.cli", "upscale"]
+    told = [tree, "-o", tmp_path / "out", "--model", weights, "--json", "--compare", tmp_path / "page.html"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(
+        [sys.executable, "-m", *start, *map(str, told)], env=environment, capture_output=True, text=True, timeout=200
+    )
+    summary = json.loads(ended.stdout)
+    assert (
+        ended.returncode == 1 and summary["done"] == 10 and summary["failed"] == 1 and summary["device"] == "cpu, cpu"
+    )
+    assert len(listing(tmp_path / "out")) == 10 and "cut.png" in str(summary["files"])
+    assert (tmp_path / "page.html").exists()
+    shares = [is_share(job, 0, 2) for job in Jobs([tree], f"{tmp_path / 'out'}/")]
+    assert any(shares) and not all(shares)
 
 
 def test_stopping_finishes_what_was_begun(weights, tmp_path, tree):
     upscaler, stop = Upscaler(weights, device="cpu"), threading.Event()
-    jobs, outcomes = Jobs([tree], f"{tmp_path / 'out'}/"), []
-    for outcome in folders.upscale_files([upscaler], jobs, folders.Options(), stop.is_set):
+    outcomes = []
+    for outcome in folders.upscale_files(
+        [upscaler], Jobs([tree], f"{tmp_path / 'out'}/"), folders.Options(), stop.is_set
+    ):
         outcomes.append(outcome)
         stop.set()
-    assert 1 <= len(outcomes) < 4 and not any(outcome.error for outcome in outcomes)
+    # The first, and the one that was computed when it was written; the one read ahead is not.
+    assert 1 <= len(outcomes) <= 2 and not any(outcome.error for outcome in outcomes)
     assert len(listing(tmp_path / "out")) == len(outcomes)
 
 
-def test_ctrl_c_finishes_the_current_file(tmp_path, tree, weights):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_current_file(tmp_path, tree, number):
     for i in range(200):
         Image.fromarray(pixels(3)).resize((300, 300)).save(tree / f"n{i}.png", compress_level=0)
     command = [
@@ -220,7 +302,7 @@ def test_ctrl_c_finishes_the_current_file(tmp_path, tree, weights):
     while not (tmp_path / "out").exists() or not listing(tmp_path / "out"):
         time.sleep(0.05)
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     summary = json.loads(out)
@@ -228,6 +310,9 @@ def test_ctrl_c_finishes_the_current_file(tmp_path, tree, weights):
     assert len(listing(tmp_path / "out")) == summary["done"]
     for file in listing(tmp_path / "out"):
         Image.open(tmp_path / "out" / file).load()
+
+
+WRONG = [("quality", 0, ValueError), ("max_megapixels", -1, ValueError), ("width", 4.5, TypeError)]
 
 
 def test_one_file_from_python(tree, weights, tmp_path):
@@ -238,6 +323,15 @@ def test_one_file_from_python(tree, weights, tmp_path):
         upscaler.upscale_file(tree / "none.png", tmp_path / "none.png")
     with pytest.raises(ImageError, match=r"big\.gif: ends in '.gif'"):
         upscaler.upscale_file(tree / "a.png", tmp_path / "big.gif")
+    with pytest.raises(ImageError, match=r"a\.png: is the input too"):
+        upscaler.upscale_file(tree / "a.png", tree / "deep" / ".." / "a.png")
+    with pytest.raises(ImageError, match=r"a\.png: has 20x16, .* over the limit of 0.0001: raise it"):
+        upscaler.upscale_file(tree / "a.png", tmp_path / "none.png", max_megapixels=1e-4)
+    for name, value, error in WRONG:
+        with pytest.raises(error, match=f"{name} is {value}"):
+            upscaler.upscale_file(tree / "a.png", tmp_path / "none.png", **{name: value})
+    with pytest.raises(TypeError, match="colour"):
+        upscaler.upscale_file(tree / "a.png", tmp_path / "none.png", colour=1)
     assert listing(tmp_path) == ["big.png", *(f"photos/{name}" for name in listing(tree))]
 
 

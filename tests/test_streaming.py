@@ -186,6 +186,22 @@ def test_out_of_memory_steps_down(model, monkeypatch, fails):
     assert np.abs(result.astype(int) - whole).max() <= 1
 
 
+def test_tiles_get_smaller_where_memory_ends(model, monkeypatch):
+    image, original, asked = noise(80, 60, 3), running.tiled, []
+
+    def failing(model, size, tile, *arguments):
+        asked.append(tile)
+        if tile > 40:
+            raise torch.OutOfMemoryError("tried to allocate 3 TiB")
+        return original(model, size, tile, *arguments)
+
+    monkeypatch.setattr(running, "tiled", failing)
+    with pytest.warns(UserWarning, match="again, in tiles of 32 pixels"):
+        result = Upscaler(model, device="cpu", tile=np.int64(64))(image)
+    assert asked == [64, 32]
+    np.testing.assert_array_equal(result, Upscaler(model, device="cpu", tile=32)(image))
+
+
 def test_progress_grows_to_one(model, tmp_path):
     for tile in (None, "exact", 16):
         told = []

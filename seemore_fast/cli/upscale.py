@@ -8,12 +8,15 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 from .exits import DONE, FAILED, INTERRUPTED, UsageError
 
 HELP = "Upscale PNG, JPEG, WebP and TIFF files, and folders of them."
+PATIENCE_WITH_OTHERS = timedelta(days=365)  # the processes of torchrun, whose share may take longer
 PATIENCE = 1.5  # seconds that an image may take before it gets a progress bar of its own
 
 
@@ -26,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser):
         "those of a folder's subfolders into the same ones",
     )  # fmt: skip
     parser.add_argument("--model", default="seemore_t", metavar="NAME|PATH", help="shipped model or weights file")
-    parser.add_argument("--scale", type=int, choices=(2, 3, 4), help="default: the model's own")
+    parser.add_argument(
+        "--scale", type=int, choices=(2, 3, 4),
+        help="default: the model's own; of several, the least that reaches --outscale, or 2",
+    )  # fmt: skip
     files = parser.add_argument_group("files")
     files.add_argument("--suffix", metavar="TEXT", help="between name and ending in a folder (default: _x2)")
     files.add_argument("--ext", metavar="EXT", help="write png, jpg, webp or tif files (default: as the input)")
@@ -45,8 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser):
     size.add_argument("--width", type=_pixels, metavar="W", help="in pixels; the height follows, unless it is given")
     size.add_argument("--height", type=_pixels, metavar="H", help="in pixels; the width follows, unless it is given")
     how = parser.add_argument_group("computing")
-    how.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: auto; also cuda:N")
-    how.add_argument("--devices", metavar="A,B,...", help="several, which share the files: cuda:0,cuda:1")
+    devices = how.add_mutually_exclusive_group()
+    devices.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: auto; also cuda:N")
+    devices.add_argument("--devices", metavar="A,B,...", help="several, which share the files: cuda:0,cuda:1")
     how.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32")
     how.add_argument("--tta", action="store_true", help="the mean over eight orientations: better, eight times as long")
     how.add_argument("--alpha", default="bicubic", choices=("bicubic", "network"), help="default: bicubic")
@@ -104,35 +111,48 @@ def run(options: argparse.Namespace) -> int:
         how = Options(**limit, overwrite=options.overwrite, quality=options.quality, size=size)
         begin = time.perf_counter()
         own = (job for job in jobs if is_share(job, rank, world))
-        with _stopped_by_ctrl_c() as stopped, bar.over(total if world == 1 else None):
-            outcomes = []
+        counts, files = Counter(), []
+        with _stopped_by_signals() as stopped, bar.over(total if world == 1 else None):
             for outcome in upscale_files(upscalers, own, how, stopped.is_set):
-                outcomes.append(outcome)
                 bar.update()
+                counts["failed" if outcome.error else "skipped" if outcome.skipped else "done"] += 1
+                # Of a million files that went well, only who asks gets to know each.
+                if options.json or options.compare or outcome.error or outcome.notes:
+                    files.append(outcome.as_dict())
     summary = {
         "scale": upscalers[0].scale,
         "output": options.output,
         "seconds": time.perf_counter() - begin,
         "device": ", ".join(str(upscaler.device) for upscaler in upscalers),
         "stopped": stopped.is_set(),
-        "files": [outcome.as_dict() for outcome in outcomes],
+        "counts": counts,
+        "files": files,
         "failures": jobs.failures,
         "notes": [*jobs.notes, *dict.fromkeys(str(doubt.message).splitlines()[0] for doubt in doubts)],
     }
-    if world > 1:
-        summary = _merged(summary, rank, world)
-    if rank == 0:
-        if options.compare and not summary["stopped"]:
+    with _joined(world) as group:
+        if group:
+            summary = _merged(summary, rank, world, group)
+        return _report(summary, options, how) if rank == 0 else DONE
+
+
+def _report(summary: dict, options: argparse.Namespace, how) -> int:
+    """Print what was done, here and elsewhere; return the command's exit status."""
+    if options.compare:
+        if summary["stopped"]:
+            summary["notes"].append(f"{options.compare} was not written, since it stopped: run it again")
+        else:
             _compare(options.compare, summary, how)
-        _print(summary, options)
-    if stopped.is_set():
+    _print(summary, options)
+    if summary["stopped"]:
         return INTERRUPTED
-    return FAILED if summary["failures"] or any(file["error"] for file in summary["files"]) else DONE
+    return FAILED if summary["failures"] or summary["counts"]["failed"] else DONE
 
 
 def _upscalers(options: argparse.Namespace, bar: "_ImageBar") -> list:
     from ..checkpoint import CheckpointError
     from ..upscale import Upscaler
+    from ..upscale.upscaler import shipped_scales
 
     local = os.environ.get("LOCAL_RANK")
     devices = options.devices.split(",") if options.devices else [options.device]
@@ -145,8 +165,11 @@ def _upscalers(options: argparse.Namespace, bar: "_ImageBar") -> list:
         how["progress"] = bar.show
     if options.scratch and not os.path.isdir(options.scratch):
         raise UsageError(f"--scratch: the folder {options.scratch} does not exist")
+    scale = options.scale
+    if scale is None and options.outscale and (scales := shipped_scales(options.model)):
+        scale = next((scale for scale in scales if scale >= options.outscale), scales[-1])
     try:
-        return [Upscaler(options.model, options.scale, device, options.dtype, **how) for device in devices]
+        return [Upscaler(options.model, scale, device, options.dtype, **how) for device in devices]
     except CheckpointError as error:
         print(f"seemore-fast upscale: {error}", file=sys.stderr)
         raise SystemExit(FAILED) from None
@@ -193,8 +216,8 @@ def _create(folder: Path):
 
 
 @contextmanager
-def _stopped_by_ctrl_c():
-    """Give an event that SIGINT sets: what was begun is finished. A second SIGINT is a KeyboardInterrupt."""
+def _stopped_by_signals():
+    """Give an event that SIGINT and SIGTERM set: what was begun is finished. A second one is a KeyboardInterrupt."""
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped
@@ -206,11 +229,12 @@ def _stopped_by_ctrl_c():
         stopped.set()
         print("\nfinishing the current file; once more to stop at once", file=sys.stderr)
 
-    before = signal.signal(signal.SIGINT, handle)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stopped
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _ImageBar:
@@ -257,20 +281,31 @@ class _ImageBar:
             self.image = None
 
 
-def _merged(summary: dict, rank: int, world: int) -> dict:
-    """Return what all processes of torchrun have to tell, on the first of them."""
+@contextmanager
+def _joined(world: int):
+    """Give torch.distributed with the group of torchrun's processes, which all leave together; None for one process."""
+    if world == 1:
+        yield None
+        return
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
-    summaries = [None] * world if rank == 0 else None
-    dist.gather_object(summary, summaries)
+    dist.init_process_group("gloo", timeout=PATIENCE_WITH_OTHERS)
+    yield dist
+    dist.barrier()  # whoever leaves early with a failure has torchrun end the others
     dist.destroy_process_group()
+
+
+def _merged(summary: dict, rank: int, world: int, group) -> dict:
+    """Return what all processes have to tell, on the first of them."""
+    summaries = [None] * world if rank == 0 else None
+    group.gather_object(summary, summaries)
     if rank > 0:
         return summary
     whole = {**summary, "seconds": max(one["seconds"] for one in summaries)}
     whole["stopped"] = any(one["stopped"] for one in summaries)
     whole["device"] = ", ".join(one["device"] for one in summaries)
     whole["files"] = [file for one in summaries for file in one["files"]]
+    whole["counts"] = sum((one["counts"] for one in summaries), Counter())
     for key in ("failures", "notes"):
         whole[key] = list(dict.fromkeys(line for one in summaries for line in one[key]))
     return whole
@@ -279,16 +314,16 @@ def _merged(summary: dict, rank: int, world: int) -> dict:
 def _print(summary: dict, options: argparse.Namespace):
     from ..backends import chosen_backend
 
-    files = summary["files"]
+    files, counts = summary["files"], summary["counts"]
     failures = summary["failures"] + [file["error"] for file in files if file["error"]]
-    skipped = sum(file["skipped"] for file in files)
-    done = len(files) - skipped - sum(bool(file["error"]) for file in files)
+    done, skipped = counts["done"], counts["skipped"]
     if options.json:
-        print(json.dumps({**summary, "done": done, "skipped": skipped, "failed": len(failures)}, indent=2))
+        told = {name: value for name, value in summary.items() if name != "counts"}
+        print(json.dumps({**told, "done": done, "skipped": skipped, "failed": len(failures)}, indent=2))
         return
     where = f"{summary['device']}, {options.dtype}, backend {chosen_backend(summary['device'].split(', ')[0])}"
     print(
-        f"{done} of {len(files)} upscaled {summary['scale']} times in {summary['seconds']:.1f} s ({where}), in "
+        f"{done} of {counts.total()} upscaled {summary['scale']} times in {summary['seconds']:.1f} s ({where}), in "
         f"{summary['output']}"
     )
     if "page" in summary:

@@ -7,7 +7,7 @@ import numpy as np
 from .errors import ImageError
 
 FORMATS = ("PNG", "TIFF")
-_CLASSIC_TIFF = 2**32 - 2**24  # bytes that offsets of 32 bits reach, less room for the rest of the file
+CLASSIC_TIFF = 2**32 - 2**24  # bytes that offsets of 32 bits reach, less room for the rest of the file
 
 
 def read_deep(file, format_name: str, check: Callable[[int, int, int], None]) -> tuple[np.ndarray, bytes | None, int]:
@@ -74,7 +74,7 @@ def write_deep(
         if format_name == "PNG":
             image.pngsave_target(target, compression=png_level)
         else:
-            image.tiffsave_target(target, bigtiff=pixels.nbytes > _CLASSIC_TIFF)
+            image.tiffsave_target(target, bigtiff=pixels.nbytes > CLASSIC_TIFF)
     except vips.Error as error:
         raise (failures[0] if failures else OSError(_reason(error))) from None
 

@@ -47,7 +47,7 @@ def upscale_files(
     options: Options,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Outcome]:
-    """Yield the outcome of each job as it is done, in any order; after `stop()`, of those that were begun.
+    """Yield the outcome of each job as it is done, in any order; after `stop()`, of those that were being computed.
 
     Each upscaler has a thread; its next image is read and its last one written meanwhile.
     """
@@ -59,7 +59,7 @@ def upscale_files(
 
     def work(upscaler: Upscaler):
         try:
-            _pipeline(upscaler, take, options, outcomes.put)
+            _pipeline(upscaler, take, stop, options, outcomes.put)
         except BaseException as error:
             outcomes.put(error)
         finally:
@@ -79,11 +79,11 @@ def upscale_files(
             yield outcome
 
 
-def _pipeline(upscaler: Upscaler, take: Callable, options: Options, put: Callable):
+def _pipeline(upscaler: Upscaler, take: Callable, stop: Callable, options: Options, put: Callable):
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         written: Future | None = None
         ahead = _ahead(reader, take, upscaler, options)
-        while ahead:
+        while ahead and not stop():
             (job, reading), following = ahead, None
             try:
                 picture = reading.result()
@@ -137,7 +137,8 @@ def _write(job: Job, picture: Picture, options: Options, outcome: Outcome, put: 
 
 
 def _failed(job: Job, error: Exception) -> Outcome:
-    text = str(error).splitlines()[0] if str(error) else "out of memory"
+    text = str(error) or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
+    text = text.splitlines()[0]
     if not isinstance(error, ImageError):  # those begin with the path at fault
         text = f"{job.source}: {text}"
     return Outcome(str(job.source), str(job.target), error=text)
@@ -145,6 +146,8 @@ def _failed(job: Job, error: Exception) -> Outcome:
 
 def upscale_file(upscaler: Upscaler, source: Path, target: Path, options: Options):
     """Do what `Upscaler.upscale_file` promises."""
+    if os.path.realpath(source) == os.path.realpath(target):
+        raise ImageError(f"{target}: is the input too, expected another file")
     picture = _read(Job(source, target, is_named=True), upscaler, options)
     if isinstance(picture, Outcome):
         raise ImageError(picture.error)

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from ..files import replacing, why_not_writable
 from . import deep
 from .errors import ImageError
-from .upscaler import as_8_bit
+from .upscaler import as_8_bit, frame_count
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 MAX_MEGAPIXELS = 50
@@ -114,20 +114,20 @@ def _read(file: BinaryIO, max_megapixels: float, deeper: bool) -> Picture:
         pixels, icc_profile, orientation = deep.read_deep(file, "TIFF", check)
         return Picture(_turned(pixels, orientation), icc_profile, None, ["its EXIF, if it has any, was left out"])
     with image:
-        # A phone's JPEG may carry a preview or a depth map behind the photo (MPO): the first is the photo.
-        check(image.width, image.height, 1 if image.format == "MPO" else getattr(image, "n_frames", 1))
+        check(image.width, image.height, frame_count(image))
         bits, notes = _bits(image), []
         if bits > 8 and not (deeper and bits == 16):
             raise ImageError(f"has {bits} bits a channel, expected {'8 or 16' if deeper else '8'}: convert it")
-        if bits == 8 or image.format == "PNG":  # whose EXIF may lie behind the pixels
+        if bits <= 8 or image.format == "PNG":  # whose EXIF may lie behind the pixels
             image.load()
         icc_profile = image.info.get("icc_profile")
         orientation, exif = _read_exif(image, notes)
         if bits == 16:
             pixels, icc_profile, _ = deep.read_deep(file, image.format, check)
             return Picture(_turned(pixels, orientation), icc_profile, exif, notes)
-        if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
-            icc_profile = None  # of other colours than those that are written
+        if icc_profile and image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+            notes.append(f"its ICC profile, of {image.mode}, was left out: the result is RGB")
+            icc_profile = None
         image = as_8_bit(image)
         if orientation != 1:
             image = Image.fromarray(_turned(np.asarray(image), orientation))
@@ -144,7 +144,7 @@ def _check_size(width: int, height: int, pages: int, max_megapixels: float):
     if megapixels > max_megapixels:
         raise ImageError(
             f"has {width}x{height}, {megapixels:.1f} megapixels, over the limit of {max_megapixels:g}: "
-            "raise it with --max-megapixels if it is meant"
+            "raise it (--max-megapixels, max_megapixels) if it is meant"
         )
     if pages > 1:
         raise ImageError(f"has {pages} frames or pages, expected one: split it first")
@@ -256,6 +256,8 @@ def _write_8_bit(picture: Picture, path: Path, format_name: str, quality: int | 
             exif = None
     extras = {"icc_profile": picture.icc_profile, "exif": exif}
     options = {**_SAVE_OPTIONS.get(format_name, {}), **{name: value for name, value in extras.items() if value}}
+    if format_name == "TIFF" and len(image.getbands()) * image.width * image.height > deep.CLASSIC_TIFF:
+        options["big_tiff"] = True
     if quality is not None and "quality" in options:
         options["quality"] = quality
     image.save(path, format_name, **options)

@@ -5,7 +5,8 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -37,32 +38,43 @@ class Way:
     progress: Callable[[float], None] | None = None
 
     def __post_init__(self):
-        is_size = isinstance(self.tile, int) and not isinstance(self.tile, bool) and self.tile > 0
-        if not (self.tile in (None, EXACT) or is_size):
+        is_size = isinstance(self.tile, Integral) and not isinstance(self.tile, bool) and self.tile > 0
+        if is_size:
+            self.tile = int(self.tile)
+        elif self.tile not in (None, EXACT):
             raise ValueError(f'tile is {self.tile!r}, expected None, "exact" or a number of pixels')
+        if not (self.progress is None or callable(self.progress)):
+            raise ValueError(f"progress is {self.progress!r}, expected a function of a number, or None")
 
     def tell(self, share: float):
         if self.progress:
             self.progress(share)
+
+    def part(self, index: int, count: int) -> "Way":
+        """Return the way of one of `count` equal parts of an image: its share is told as one of the whole."""
+        tell = self.progress
+        return replace(self, progress=tell and (lambda share: tell((index + share) / count)))
 
     @property
     def folder(self) -> Path:
         return Path(self.scratch) if self.scratch else folder_of_large_files()
 
 
-def must_stream(model, shape: tuple[int, ...], itemsize: int, way: Way) -> bool:
+def must_stream(model, shape: tuple[int, ...], itemsize: int, way: Way, beside: int = 0) -> bool:
     """Tell whether images of `shape` (B, in_chans, H, W) and `itemsize` bytes a value are to be streamed.
 
-    Raises MemoryError where not even that fits on a CPU, before anything is allocated.
+    beside: the bytes that the caller needs on the host besides the result. Raises MemoryError where what is needed does
+    not fit there, before anything is allocated.
     """
-    if engine.why_not(model, model.mean) is not None:
-        return way.tile == EXACT or not _fits(gpu_memory_needed(model, shape), model.mean.device)
     size = f"an image of {shape[3]}x{shape[2]} pixels, enlarged {model.scale} times,"
-    copied = 4 * math.prod(shape) if itemsize == 4 else 0  # floats are not read where they are
-    whole = engine.needs(model, shape, itemsize=itemsize).memory + copied
+    if engine.why_not(model, model.mean) is not None:
+        check_memory(beside + itemsize * math.prod(shape) * model.scale**2, size)
+        return way.tile == EXACT or not _fits(gpu_memory_needed(model, shape), model.mean.device)
+    beside += 4 * math.prod(shape) if itemsize == 4 else 0  # floats are not read where they are
+    whole = engine.needs(model, shape, itemsize=itemsize).memory + beside
     if way.tile is None and _fits(whole, model.mean.device):
         return False
-    check_memory(engine.needs(model, shape, itemsize=itemsize, streamed=True).memory + copied, size)
+    check_memory(engine.needs(model, shape, itemsize=itemsize, streamed=True).memory + beside, size)
     if way.tile is None:
         warnings.warn(
             f"{size} needs {whole / 2**30:,.1f} GiB of memory, which are not there: its features go through a file "
@@ -81,14 +93,13 @@ def run(model, x: Tensor, y: Tensor, way: Way, streamed: bool = False):
     Raises RuntimeError where results are no numbers, torch.OutOfMemoryError where nothing fits on a GPU, OSError where
     the disk has no room.
     """
-    if isinstance(way.tile, int):
-        finite = _in_tiles(model, x, y, way)
-    elif engine.why_not(model, model.mean) is None:
+    if not isinstance(way.tile, int) and engine.why_not(model, model.mean) is None:
         with _polled(way.progress) as counts:
             finite = engine.run_into(model, x, y, way.folder if streamed else None, progress=counts)
         finite = finite and (y.dtype != torch.float32 or bool(y.isfinite().all()))
     else:
-        finite = all([_by_the_model(model, x[i : i + 1], y[i : i + 1], way, streamed) for i in range(len(x))])
+        parts = [(x[i : i + 1], y[i : i + 1], way.part(i, len(x))) for i in range(len(x))]
+        finite = all([_one(model, *part, streamed) for part in parts])
     if not finite:
         raise RuntimeError(NO_NUMBERS)
 
@@ -99,12 +110,15 @@ def _polled(progress: Callable[[float], None] | None):
     if progress is None:
         yield None
         return
-    counts, ended = torch.zeros(2, dtype=torch.int64), threading.Event()
+    counts, ended, failures = torch.zeros(2, dtype=torch.int64), threading.Event(), []
 
     def poll():
-        while not ended.wait(POLL_SECONDS):
-            done, of = counts.tolist()
-            progress(done / of if of else 0)
+        try:
+            while not ended.wait(POLL_SECONDS):
+                done, of = counts.tolist()
+                progress(done / of if of else 0)
+        except Exception as error:  # the user's, for the thread that asked
+            failures.append(error)
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()
@@ -113,12 +127,16 @@ def _polled(progress: Callable[[float], None] | None):
     finally:
         ended.set()
         thread.join()
+    if failures:
+        raise failures[0]
     progress(1)  # for images that are done before anyone looks
 
 
-def _by_the_model(model, x: Tensor, y: Tensor, way: Way, streamed: bool) -> bool:
+def _one(model, x: Tensor, y: Tensor, way: Way, streamed: bool) -> bool:
     """One image, by whatever backends and device the model has."""
     writer, device = _Writer(y), model.mean.device
+    if isinstance(way.tile, int) and min(x.shape[2:]) >= model.min_size:
+        return _in_tiles(model, x, y, way)
     if min(x.shape[2:]) >= model.min_size and model.is_untouched():
         if streamed:
             return _streamed(model, x, y, way)
@@ -146,17 +164,26 @@ def _streamed(model, x: Tensor, y: Tensor, way: Way) -> bool:
     free = _free(device)
     budget = engine.AT_ONCE if free is None else min(engine.AT_ONCE, int(HALF_OF_THE_REST * free))
     lines = min(max(unit, budget // line // unit * unit), -(-height // unit) * unit)
-    while True:
+
+    def in_bands(lines: int) -> bool:
         writer = _Writer(y)
+        stream(model, features, lambda a, b: _unit(x[:, :, a:b], device), writer, lines, release, way.tell)
+        return writer.is_finite
+
+    return _stepping_down(in_bands, lines, unit, device, "in bands of {} lines")
+
+
+def _stepping_down(compute: Callable[[int], bool], size: int, unit: int, device: torch.device, told: str) -> bool:
+    """Return compute(size), or with half the size as often as it runs out of memory; multiples of a unit."""
+    while True:
         try:
-            stream(model, features, lambda a, b: _unit(x[:, :, a:b], device), writer, lines, release, way.tell)
-            return writer.is_finite
+            return compute(size)
         except torch.OutOfMemoryError:
-            if lines == unit:
+            if size <= unit:
                 raise
-        torch.cuda.empty_cache()
-        lines = max(unit, lines // 2 // unit * unit)
-        warnings.warn(f"out of memory on {device}: again, in bands of {lines} lines", stacklevel=2)
+        torch.cuda.empty_cache()  # not in the handler: the error holds on to what was in use
+        size = max(unit, size // 2 // unit * unit)
+        warnings.warn(f"out of memory on {device}: again, {told.format(size)}", stacklevel=2)
 
 
 def _waiting_room(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> tuple[Tensor, Callable]:
@@ -171,16 +198,14 @@ def _waiting_room(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> t
 
 
 def _in_tiles(model, x: Tensor, y: Tensor, way: Way) -> bool:
-    device, finite = model.mean.device, True
-    for i in range(len(x)):
-        writer, one = _Writer(y[i : i + 1]), x[i : i + 1]
-        if min(x.shape[2:]) < model.min_size:
-            writer(0, model(_unit(one, device)))
-        else:
-            read = _reader(one, device)
-            tiled(model, tuple(x.shape[2:]), way.tile, read, writer, way.tell)
-        finite &= writer.is_finite
-    return finite
+    device = model.mean.device
+
+    def in_tiles(tile: int) -> bool:
+        writer = _Writer(y)
+        tiled(model, tuple(x.shape[2:]), tile, _reader(x, device), writer, way.tell)
+        return writer.is_finite
+
+    return _stepping_down(in_tiles, way.tile, model.min_size, device, "in tiles of {} pixels")
 
 
 def _reader(x: Tensor, device: torch.device) -> Callable:

@@ -1,13 +1,18 @@
 """One object that upscales arrays and Pillow images of any usual kind."""
 
 import copy
+import math
+import operator
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from ..checkpoint import load_model, shipped_models
 from ..drop_in import accelerate
@@ -96,21 +101,56 @@ class Upscaler:
         """
         if isinstance(image, Image.Image):
             size = self.size_of(image.height, image.width, outscale, width, height)
+            if (count := frame_count(image)) > 1 and image.tell() == 0:
+                warnings.warn(f"the image has {count} frames, this is the first: see Upscaler.frames", stacklevel=2)
             return Image.fromarray(self._upscale_array(np.asarray(as_8_bit(image)), size))
         if not isinstance(image, np.ndarray):
             raise TypeError(f"image is a {type(image).__name__}, expected a numpy array or a Pillow image")
         _check_array(image)
         return self._upscale_array(image, self.size_of(*image.shape[:2], outscale, width, height))
 
-    def upscale_file(self, source: str | os.PathLike, target: str | os.PathLike, *, quality: int | None = None, **size):
-        """Upscale a file into another, whose ending chooses the format; `size` as for a call.
+    def frames(self, images: Iterable[np.ndarray | Image.Image], **size) -> Iterator[np.ndarray | Image.Image]:
+        """Yield each of `images` upscaled, in order: a video's frames, say; `size` as for a call.
 
-        quality: of JPEG and WebP, 1 to 100. Raises `errors.ImageError`, which begins with the path at fault; `target`
-        is then untouched, and otherwise whole. What the target's format cannot hold is told in a UserWarning.
+        images: an iterable, which is asked for the next one, in another thread, while one is computed: arrays that it
+        gives must stay as they are. Or an animated Pillow image, whose frames are taken.
+        """
+        if isinstance(images, Image.Image):
+            images = (frame.copy() for frame in ImageSequence.Iterator(images))
+        images, end = iter(images), object()
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(next, images, end)
+            while (image := ahead.result()) is not end:
+                ahead = reader.submit(next, images, end)
+                yield self(image, **size)
+
+    def upscale_file(
+        self,
+        source: str | os.PathLike,
+        target: str | os.PathLike,
+        *,
+        quality: int | None = None,
+        max_megapixels: float | None = None,
+        outscale: float | None = None,
+        width: int | None = None,
+        height: int | None = None,
+    ):
+        """Upscale a file into another, whose ending chooses the format; the size as for a call.
+
+        quality: of JPEG and WebP, 1 to 100. max_megapixels: refuse larger inputs, 50 by default; a small file can
+        declare pixels that exhaust the memory.
+
+        Raises ValueError or TypeError for such numbers, and otherwise `errors.ImageError`, which begins with the path
+        at fault; `target` is then untouched, and otherwise whole. What its format cannot hold is told in a UserWarning.
         """
         from .folder import Options, upscale_file
 
-        upscale_file(self, Path(source), Path(target), Options(quality=quality, size=size))
+        size = {"outscale": outscale, "width": width, "height": height}
+        self.size_of(1, 1, **size)
+        if quality is not None and not 1 <= _whole("quality", quality) <= 100:
+            raise ValueError(f"quality is {quality}, expected 1 to 100")
+        limit = {} if max_megapixels is None else {"max_megapixels": _positive("max_megapixels", max_megapixels)}
+        upscale_file(self, Path(source), Path(target), Options(**limit, quality=quality, size=size))
 
     def size_of(
         self,
@@ -120,51 +160,75 @@ class Upscaler:
         width: int | None = None,
         height: int | None = None,
     ) -> tuple[int, int]:
-        """Return height and width of the result for an image; ValueError for what `__call__` would not take."""
+        """Return height and width of the result for an image; ValueError or TypeError for what `__call__` refuses."""
         if outscale is not None and (width is not None or height is not None):
             raise ValueError("outscale and width or height are given, expected one way to tell the size")
-        for name, value in {"outscale": outscale, "width": width, "height": height}.items():
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} is {value}, expected a positive number")
+        outscale = None if outscale is None else _positive("outscale", outscale)
+        width, height = (
+            None if side is None else _positive(name, _whole(name, side))
+            for name, side in (("width", width), ("height", height))
+        )
         factor = outscale or (width / image_width if width else height / image_height if height else self.scale)
         size = (height or round(image_height * factor), width or round(image_width * factor))
         return max(size[0], 1), max(size[1], 1)
 
     def _upscale_array(self, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         planes = image if image.ndim == 3 else image[:, :, None]
-        has_alpha = planes.shape[2] in (2, 4)
-        result = self._colours(planes[:, :, :-1] if has_alpha else planes)
+        channels, has_alpha = planes.shape[2], planes.shape[2] in (2, 4)
+        beside = self._beside(planes, size)
+        parts = 2 if has_alpha and self.alpha == "network" else 1
+        result = self._colours(planes[:, :, : channels - has_alpha], self.way.part(0, parts), beside)
         if result.shape[:2] != size:
             result = np.dstack([_resized(result[:, :, c], size) for c in range(result.shape[2])])
         if has_alpha:
-            alpha = self._colours(planes[:, :, -1:])[:, :, 0] if self.alpha == "network" else planes[:, :, -1]
+            alpha = planes[:, :, -1]
+            if self.alpha == "network":
+                alpha = self._colours(planes[:, :, -1:], self.way.part(1, parts), beside)[:, :, 0]
             result = np.dstack([result, alpha if alpha.shape == size else _resized(alpha, size)])
         return result if image.ndim == 3 else result[:, :, 0]
 
-    def _colours(self, colours: np.ndarray) -> np.ndarray:
+    def _beside(self, planes: np.ndarray, size: tuple[int, int]) -> int:
+        """Return about how many bytes are needed besides one run of the network and its result."""
+        height, width, channels = planes.shape
+        enlarged = height * self.scale, width * self.scale
+        beside = 0
+        if self.tta:  # the image in floats, turned; the sum, and the new sum
+            beside += 4 * min(channels, 3) * (2 * height * width + 2 * math.prod(enlarged))
+        if size != enlarged:  # planes, and all of them together
+            beside += 2 * channels * math.prod(size) * planes.itemsize
+        if channels in (2, 4):  # alpha, and all of it together
+            beside += (channels + 1) * math.prod(size) * planes.itemsize
+        return beside
+
+    def _colours(self, colours: np.ndarray, way: Way, beside: int) -> np.ndarray:
         """Return (scale * H, scale * W, C) of (H, W, C) with C 1 or 3, of the same type."""
         if not self.tta:
-            return self._once(colours)
+            return self._once(colours, way, beside)
+        self._must_stream(colours.shape, 4, way, beside)  # before anything is allocated
         unit, total = _to_unit(colours, np.float32), 0
-        for turns in range(4):
-            for flip in (1, -1):
-                turned = np.ascontiguousarray(np.rot90(unit, turns)[:, ::flip])
-                total = total + np.rot90(self._once(turned)[:, ::flip], -turns)
+        for number in range(8):
+            turns, flip = number // 2, 1 - 2 * (number % 2)
+            turned = np.ascontiguousarray(np.rot90(unit, turns)[:, ::flip])
+            total = total + np.rot90(self._once(turned, way.part(number, 8), beside)[:, ::flip], -turns)
         return _to_kind(total / 8, colours.dtype)
 
-    def _once(self, colours: np.ndarray) -> np.ndarray:
-        height, width, count = colours.shape
+    def _once(self, colours: np.ndarray, way: Way, beside: int) -> np.ndarray:
+        count = colours.shape[2]
         is_read = colours.dtype in (np.uint8, np.uint16) and self.model.in_chans in (1, count)
-        shape = (count, 1, height, width) if self.model.in_chans == 1 else (1, 3, height, width)
-        streamed = must_stream(self.model, shape, colours.itemsize if is_read else 4, self.way)
+        streamed = self._must_stream(colours.shape, colours.itemsize if is_read else 4, way, beside)
         if is_read:
-            return self._run(colours.astype(colours.dtype.newbyteorder("="), copy=False), streamed).astype(
+            return self._run(colours.astype(colours.dtype.newbyteorder("="), copy=False), way, streamed).astype(
                 colours.dtype, copy=False
             )
-        result = self._run(_to_unit(colours, np.float32), streamed)
+        result = self._run(_to_unit(colours, np.float32), way, streamed)
         if count == 1 and result.shape[2] == 3:
             result = result @ np.array(LUMA, np.float32)[:, None]
         return _to_kind(result, colours.dtype)
+
+    def _must_stream(self, shape: tuple[int, int, int], itemsize: int, way: Way, beside: int) -> bool:
+        height, width, count = shape
+        planes = (count, 1) if self.model.in_chans == 1 else (1, 3)
+        return must_stream(self.model, (*planes, height, width), itemsize, way, beside)
 
     def _as_batch(self, planes: torch.Tensor) -> torch.Tensor:
         """Return a view (B, in_chans, H, W) of (H, W, C): a network of one channel takes colours as so many images."""
@@ -172,13 +236,13 @@ class Upscaler:
         return planes[:, None] if self.model.in_chans == 1 else planes.expand(3, -1, -1)[None]
 
     @torch.inference_mode()
-    def _run(self, colours: np.ndarray, streamed: bool) -> np.ndarray:
+    def _run(self, colours: np.ndarray, way: Way, streamed: bool) -> np.ndarray:
         """Return (scale * H, scale * W, C) of (H, W, C), both float32, uint8 or uint16."""
         height, width, planes = colours.shape
         made = planes if self.model.in_chans in (1, planes) else 3  # grey, of a network for RGB
         result = np.empty((self.scale * height, self.scale * width, made), colours.dtype)
         x, y = (self._as_batch(_as_tensor(array)) for array in (colours, result))
-        run(self.model, x, y, self.way, streamed)
+        run(self.model, x, y, way, streamed)
         return result
 
 
@@ -193,6 +257,26 @@ def as_8_bit(image: Image.Image) -> Image.Image:
     if image.mode in ("1", "La"):
         return image.convert("L" if image.mode == "1" else "LA")
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def frame_count(image: Image.Image) -> int:
+    """Return the frames or pages of an image. A phone's JPEG (MPO) has one, the photo, whatever lies behind it."""
+    return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+
+
+def _whole(name: str, value) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, expected a whole number") from None
+
+
+def _positive(name: str, value):
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}, expected a number")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} is {value}, expected a positive number")
+    return value
 
 
 def _check_array(image: np.ndarray):
@@ -236,11 +320,15 @@ def _to_kind(image: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return image.astype(dtype, copy=False)
 
 
+def shipped_scales(name: str | os.PathLike) -> list[int]:
+    """Return the scales that a name without one is shipped for, ascending: "seemore_t" gives 2, 3, 4."""
+    found = [shipped.removeprefix(f"{name}_x") for shipped in shipped_models() if shipped.startswith(f"{name}_x")]
+    return sorted(map(int, found))
+
+
 def _full_name(name: str | os.PathLike, scale: int | None) -> str | os.PathLike:
     """Return a shipped model's whole name for its beginning: "seemore_t" and 2 give "seemore_t_x2"."""
-    whole = f"{name}_x{scale or 2}"
-    scales = [shipped for shipped in shipped_models() if shipped.startswith(f"{name}_x")]
-    return whole if scales else name
+    return f"{name}_x{scale or 2}" if shipped_scales(name) else name
 
 
 def _device(device) -> torch.device:
