@@ -199,6 +199,16 @@ def test_names_that_are_no_text(photos, upscale):
         assert read_image(photos / f"big_{name}", deeper=True).image.shape == (32, 40)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_grey_of_fewer_bits_is_grey_of_8(photos, bits):
+    levels = np.arange(20 * 16, dtype=np.uint8).reshape(20, 16) % 2**bits
+    whole = (levels * (255 // (2**bits - 1))).astype(np.uint8)
+    pyvips.Image.new_from_array(whole).tiffsave(str(photos / "few.tif"), bitdepth=bits)
+    with Image.open(photos / "few.tif") as image:
+        assert image.tag_v2[258] == (bits,)
+    np.testing.assert_array_equal(np.asarray(read_image(photos / "few.tif").image), whole)
+
+
 def test_evaluation_takes_8_bits_alone(photos):
     save(deep_pixels(3), photos / "deep.png")
     with pytest.raises(ImageError, match="has 16 bits a channel, expected 8: convert it"):
