@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from seemore_fast.analysis.operations import PUBLISHED as OPERATIONS
 from seemore_fast.benchmarks import chart, command, harness
-from seemore_fast.evaluation.published import PUBLISHED, URBAN100
+from seemore_fast.evaluation.published import PUBLISHED
 from seemore_fast.files import replacing
 
 OTHER_BENCHMARKS = ("peers", "training", "model")  # the rest of the files are of operators
@@ -168,7 +168,8 @@ def quality(facts: dict) -> Picture | None:
     tables = {}
     for title, lines in facts["cases"].items():
         found = re.match(r"([TBL]) x(\d) (\d+x\d+)", title)
-        psnr = found and URBAN100.get((found[1], int(found[2])))
+        sets = PUBLISHED.get((f"SeemoRe-{found[1]}", int(found[2])), {}) if found else {}
+        psnr = sets.get("Urban100", (None,))[0]
         if psnr:
             tables.setdefault((found[2], found[3]), []).append((found[1], psnr, lines))
     if not tables:

@@ -389,7 +389,9 @@ def test_what_progress_raises_is_raised(small_model):
         Upscaler(small_model, device="cpu", progress=3)
 
 
-@pytest.mark.parametrize(("how", "size", "channels"), [({}, {"outscale": 50}, 3), ({"tta": True}, {}, 3), ({}, {"outscale": 9}, 4)])
+@pytest.mark.parametrize(
+    ("how", "size", "channels"), [({}, {"outscale": 50}, 3), ({"tta": True}, {}, 3), ({}, {"outscale": 9}, 4)]
+)
 def test_memory_for_more_than_the_network_is_looked_for_first(small_model, monkeypatch, how, size, channels):
     upscaler, image = Upscaler(small_model, device="cpu", **how), np.zeros((400, 400, channels), np.uint8)
     if engine.why_not(upscaler.model, upscaler.model.mean) is not None:

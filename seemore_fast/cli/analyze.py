@@ -59,23 +59,26 @@ def _routing(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..analysis.routing import choices_of, mean_rank, trend, usage_by_set, write_csv
-    from ..evaluation.pairs import PairError, find_pairs, name_of
+    from ..evaluation.pairs import PairError, find_pairs, names_of
 
     plots, model = _plots(), _model(options.model)
     try:
-        sets = [(name_of(folder), find_pairs(folder, model.scale)) for folder in options.data]
+        found = [find_pairs(folder, model.scale) for folder in options.data]
+        sets = dict(zip(names_of(options.data), found, strict=True))
     except PairError as error:
         raise UsageError(str(error)) from None
-    choices = []
-    with tqdm(total=sum(len(pairs) for _, pairs in sets), unit="image", desc="routing") as progress:
-        for name, pairs in sets:
-            for choice in choices_of(model, name, pairs):
-                choices.append(choice)
-                progress.update()
-    ranks, shares = model.body[0].local_block.block.moe_layer.ranks, usage_by_set(choices)
-    if options.csv:
-        with replacing(options.csv) as temporary:
-            write_csv(temporary, choices, ranks)
+    choices, ranks = [], model.body[0].local_block.block.moe_layer.ranks
+    try:
+        with tqdm(total=sum(map(len, found)), unit="image", desc="routing") as progress:
+            for name, pairs in sets.items():
+                for choice in choices_of(model, name, pairs):
+                    choices.append(choice)
+                    progress.update()
+    finally:  # what was seen is kept, whatever stopped the rest
+        if options.csv and choices:
+            with replacing(options.csv) as temporary:
+                write_csv(temporary, choices, ranks)
+    shares = usage_by_set(choices)
     for name, share in shares.items():
         print(f"{name}: mean rank by group {', '.join(f'{rank:.2f}' for rank in mean_rank(share, ranks))}")
         print(f"{'':{len(name)}}  correlation with depth {trend(share, ranks):+.2f} (below 0: deeper, lower)")

@@ -30,8 +30,8 @@ def run(options: argparse.Namespace) -> int:
     """Measure every image that can be; print means, and what could not be measured."""
     from tqdm import tqdm
 
-    from ..evaluation.evaluate import evaluate, write_csv
-    from ..evaluation.pairs import PairError, find_pairs, name_of
+    from ..evaluation.evaluate import Rows, evaluate
+    from ..evaluation.pairs import PairError, find_pairs, names_of
 
     if options.lr and len(options.lr) != len(options.data):
         raise UsageError(f"--lr is given {len(options.lr)} times, expected once for each of {len(options.data)} --data")
@@ -40,20 +40,23 @@ def run(options: argparse.Namespace) -> int:
     upscale, scale = _upscaler(options)
     try:
         lr_folders = options.lr or [None] * len(options.data)
-        sets = [(name_of(d), find_pairs(d, scale, lr)) for d, lr in zip(options.data, lr_folders, strict=True)]
+        found = [find_pairs(data, scale, lr) for data, lr in zip(options.data, lr_folders, strict=True)]
+        sets = dict(zip(names_of(options.data), found, strict=True))
     except PairError as error:
         raise UsageError(str(error)) from None
-    results = []
+    results, rows = [], Rows(options.csv)
     try:
-        with tqdm(total=sum(len(pairs) for _, pairs in sets), unit="image", desc="evaluating") as progress:
-            for name, pairs in sets:
+        with tqdm(total=sum(map(len, found)), unit="image", desc="evaluating") as progress:
+            for name, pairs in sets.items():
                 for result in evaluate(upscale, name, pairs):
                     results.append(result)
+                    if options.csv:
+                        rows.add(result)
                     progress.update()
     finally:  # what was measured is kept, whatever stopped the rest
-        if options.csv and results:
-            write_csv(options.csv, results)
-    _print_means(options, scale, [name for name, _ in sets], results)
+        rows.close()
+        if results:
+            _print_means(options, upscale, scale, sets, results)
     failed = [result for result in results if result.error]
     for result in failed:
         print(f"not measured: {result.error}", file=sys.stderr)
@@ -83,15 +86,18 @@ def _upscaler(options: argparse.Namespace):
     return upscale, upscale.scale
 
 
-def _print_means(options: argparse.Namespace, scale: int, names: list[str], results: list):
+def _print_means(options: argparse.Namespace, upscale, scale: int, sets: dict[str, list], results: list):
     from ..evaluation.evaluate import mean
-    from ..evaluation.published import PUBLISHED
+    from ..evaluation.published import nearest_network, published
 
+    network = "SeemoRe-T" if options.model == "bicubic" else nearest_network(upscale.model.config)
     title = f"{options.model} x{scale}{', eight orientations' if options.ensemble else ''}"
-    print(f"{title:<28} {'images':>6} {'Y-PSNR':>8} {'SSIM':>7} {'s/image':>8}   published: bicubic, SeemoRe-T")
-    for name in dict.fromkeys(names):
+    print(
+        f"{title:<28} {'images':>6} {'LR':>6} {'Y-PSNR':>8} {'SSIM':>7} {'s/image':>8}   published: bicubic, {network}"
+    )
+    for name, pairs in sets.items():
         own = [result for result in results if result.data == name]
         psnr, ssim, seconds = mean(own)
-        line = f"{name:<28} {sum(not r.error for r in own):>6} {psnr:>8.2f} {ssim:>7.4f} {seconds:>8.3f}"
-        known = [PUBLISHED.get((network, scale), {}).get(name) for network in ("bicubic", "SeemoRe-T")]
-        print(line + "   " + ", ".join(f"{k[0]:.2f}/{k[1]:.4f}" if k else "unknown" for k in known))
+        lr = "made" if pairs[0].lr is None else "given"
+        line = f"{name:<28} {sum(not r.error for r in own):>6} {lr:>6} {psnr:>8.2f} {ssim:>7.4f} {seconds:>8.3f}"
+        print(line + "   " + ", ".join(published(one, scale, name) for one in ("bicubic", network)))

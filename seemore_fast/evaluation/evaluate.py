@@ -35,7 +35,12 @@ def evaluate(upscale: Callable[[np.ndarray], np.ndarray], data: str, pairs: list
             yield Result(data, pair.name, error=str(error))
             continue
         begin = time.perf_counter()
-        image = upscale(lr)
+        try:
+            image = upscale(lr)
+        except (MemoryError, RuntimeError) as error:  # too large, or no numbers: this one's
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            yield Result(data, pair.name, error=f"{pair.hr}: {reason}")
+            continue
         seconds = time.perf_counter() - begin
         yield Result(data, pair.name, psnr_y(image, hr, pair.scale), ssim_y(image, hr, pair.scale), seconds)
 
@@ -51,10 +56,20 @@ def mean(results: list[Result]) -> tuple[float, float, float]:
     return tuple(float(np.mean(column)) for column in zip(*values, strict=True)) if values else (float("nan"),) * 3
 
 
-def write_csv(path: Path, results: list[Result]):
-    """Write a row for each image."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["data", "image", "psnr_y", "ssim_y", "seconds", "error"])
-        for r in results:
-            writer.writerow([r.data, r.name, f"{r.psnr:.4f}", f"{r.ssim:.6f}", f"{r.seconds:.4f}", r.error])
+class Rows:
+    """A CSV file with a row for each image, on the disk as soon as it is measured. The first one begins the file."""
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, None
+
+    def add(self, r: Result):
+        if self.file is None:
+            self.file = self.path.open("w", newline="")
+            csv.writer(self.file).writerow(["data", "image", "psnr_y", "ssim_y", "seconds", "error"])
+        row = [r.data, r.name, f"{r.psnr:.4f}", f"{r.ssim:.6f}", f"{r.seconds:.4f}", r.error]
+        csv.writer(self.file).writerow(row)
+        self.file.flush()
+
+    def close(self):
+        if self.file is not None:
+            self.file.close()

@@ -1,5 +1,6 @@
 """Images to measure: HR files, and LR of each, given or made."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +18,15 @@ class PairError(ValueError):
 
 @dataclass(frozen=True)
 class Pair:
-    """An HR file, and the LR file that belongs to it, or None where LR is to be made."""
+    """An HR file, and the LR file that belongs to it, or None where LR is to be made.
+
+    name    the HR file's path in its folder, without the ending
+    """
 
     hr: Path
     lr: Path | None
     scale: int
-
-    @property
-    def name(self) -> str:
-        return self.hr.stem
+    name: str
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Return LR and HR, uint8 (H, W, 3), or (H, W) of a grey image; HR is cropped to a multiple of the scale.
@@ -87,27 +88,48 @@ def find_pairs(folder: Path, scale: int, lr_folder: Path | None = None) -> list[
         beside = folder / "LR_bicubic" / f"X{scale}"
         lr_folder = lr_folder or (beside if beside.is_dir() else None)
         folder = inner
-    files = list_images(folder)
+    files = {file: file.relative_to(folder).with_suffix("") for file in list_images(folder)}
     if lr_folder is None:
-        return [Pair(file, None, scale) for file in files]
-    known = {file.relative_to(lr_folder).with_suffix(""): file for file in list_images(lr_folder)}
-    pairs, missing = [], []
-    for file in files:
-        name = file.relative_to(folder).with_suffix("")
-        found = known.get(name) or known.get(name.with_name(f"{name.name}x{scale}"))
-        pairs.append(Pair(file, found, scale))
-        if found is None:
-            missing.append(file.name)
-    if missing:
-        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        return [Pair(file, None, scale, str(name)) for file, name in files.items()]
+    known: dict[Path, list[Path]] = {}
+    for file in list_images(lr_folder):
+        known.setdefault(file.relative_to(lr_folder).with_suffix(""), []).append(file)
+    pairs, complaints = [], []
+    for file, name in files.items():
+        found = [lr for also in (name, name.with_name(f"{name.name}x{scale}")) for lr in known.pop(also, [])]
+        if len(found) == 1:
+            pairs.append(Pair(file, found[0], scale, str(name)))
+        else:
+            complaints.append(f"{file.name} ({', '.join(lr.name for lr in found) or 'none'})")
+    if complaints:
         raise PairError(
-            f"{lr_folder} has no LR image for {len(missing)} of {len(files)} images in {folder}: {some}; expected "
-            f"NAME or NAMEx{scale} with an image's ending"
+            f"{lr_folder} has not one LR image for {len(complaints)} of {len(files)} images in {folder}: "
+            f"{_some(complaints)}; expected NAME or NAMEx{scale} with an image's ending"
         )
+    if known:
+        left = [file.name for group in known.values() for file in group]
+        raise PairError(f"{folder} has no HR image for {len(left)} images in {lr_folder}: {_some(left)}")
     return pairs
 
 
-def name_of(folder: Path) -> str:
-    """Return what a data set is called: its folder, or the one above `HR`."""
-    folder = folder.resolve()
-    return folder.parent.name if folder.name == "HR" else folder.name
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def names_of(folders: list[Path]) -> list[str]:
+    """Return what data sets are called: their folders, or those above `HR`; where two are the same, the folders above
+    them too. PairError where a folder is given twice.
+    """
+    whole = [folder.resolve() for folder in folders]
+    whole = [folder.parent if folder.name == "HR" else folder for folder in whole]
+    if twice := [folder for folder in whole if whole.count(folder) > 1]:
+        raise PairError(f"{twice[0]} is given twice")
+
+    def name(folder: Path, parts: int) -> str:
+        return "/".join(folder.parts[-parts:])
+
+    lengths = [
+        next(n for n in itertools.count(1) if [name(other, n) for other in whole].count(name(folder, n)) == 1)
+        for folder in whole
+    ]
+    return [name(folder, length) for folder, length in zip(whole, lengths, strict=True)]

@@ -38,8 +38,9 @@ class Validation:
             for i, (picture_name, lr, hr) in enumerate(images):
                 picture = upscaler(lr)
                 if folder and i * self.group.world + self.group.rank < samples:
-                    (folder / name).mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(picture).save(folder / name / f"{picture_name}.png")
+                    file = folder / name / f"{picture_name}.png"
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(picture).save(file)
                 measured = [psnr_y(picture, hr, crop=self.scale), ssim_y(picture, hr, crop=self.scale), 1]
                 sums += torch.tensor(measured, dtype=torch.float64)
             psnr, ssim, count = self.group.total(sums.to(self.group.device)).tolist()
