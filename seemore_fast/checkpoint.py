@@ -232,11 +232,15 @@ def _some(names: list[str], most: int = 6) -> str:
 def save_model(model: SeemoRe, path: str | os.PathLike, **facts):
     """Write the weights of a SeemoRe and what rebuilds it as .safetensors: whole, or not at all.
 
-    `facts` (numbers or strings) go into the file's metadata beside the configuration.
+    `facts` (numbers or strings) go into the file's metadata beside the configuration. Raises OSError.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     metadata = {"config": json.dumps(model.config), **{name: str(value) for name, value in facts.items()}}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with replacing(Path(path)) as temporary:
-        save_file(weights, temporary, metadata)
+        try:
+            save_file(weights, temporary, metadata)
+        except SafetensorError as error:  # which is none, whatever the disk said
+            raise OSError(f"{path} cannot be written: {error}") from None

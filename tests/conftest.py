@@ -158,3 +158,11 @@ def upscale(weights, capsys):
         return status, printed.out + printed.err
 
     return run
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A folder with photos to learn from, two to measure, and tiny.yml (kit_training)."""
+    from kit_training import make_work
+
+    return make_work(tmp_path)

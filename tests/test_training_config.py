@@ -1,5 +1,7 @@
 """What a run is told: sections, overrides, recipes, option files in BasicSR's format, and what is wrong with them."""
 
+from pathlib import Path
+
 import pytest
 
 from seemore_fast.training.config import Config, ConfigError, load_config, recipes
@@ -151,7 +153,52 @@ def test_option_files_of_basicsr_are_read_as_they_are(tmp_path):
     assert (config.validation.data, config.validation.every) == ({"Set5": "set5"}, 5000)
     assert (config.checkpoint.every, config.log.every, config.init_from) == (10_000, 200, None)
     named = [note.split(": ", 1)[1].split(" ")[0] for note in notes]
-    assert named == ["train.perceptual_opt", "datasets.val_1.dataroot_lq"]
+    assert named == ["train.perceptual_opt"]
+    assert config.validation.lr == {"Set5": "set5_lr"} and config.validation.samples == 0
+
+
+@pytest.mark.parametrize(
+    "old, new, note",
+    [
+        ("project: ~", "project: mine", "logger.wandb is not supported"),
+        ("resume_state: ~", "resume_state: x.state", "path.resume_state has no effect"),
+        ("strict_load_g: true", "strict_load_g: false", "path.strict_load_g has no effect"),
+        ("pretrain_network_g: ~", "pretrain_network_g: x.pth", "path.param_key_g has no effect: params_ema"),
+        ("pretrain_network_g: ~", "experiments_root: there", "path.experiments_root has no effect"),
+        ("type: calculate_psnr", "type: calculate_niqe", "val.metrics.psnr of calculate_niqe is not supported"),
+        ("type: calculate_psnr", "test_y_channel: false", "val.metrics.psnr is of all channels"),
+        ("type: PairedImageDataset\n", "type: RealESRGANDataset\n", "datasets.train.type is RealESRGANDataset"),
+        ("val_1: {name", "test_1: {name", "datasets.test_1 has no effect"),
+        ("use_rot: true", "use_rot: false", "datasets.train.use_hflip and use_rot go together"),
+        ("type: MultiStepLR, milestones: [250000, 400000], gamma: 0.5",
+         "type: CosineAnnealingRestartLR, periods: [9, 9]", "train.scheduler.periods is [9, 9]: one cosine"),
+        ("type: MultiStepLR, milestones: [250000, 400000], gamma: 0.5",
+         "type: CosineAnnealingRestartLR, periods: [500000], restart_weights: [0.5]", "train.scheduler.rest"),
+    ],
+)  # fmt: skip
+def test_what_an_option_file_asks_for_in_vain_is_named(tmp_path, old, new, note):
+    assert old in PUBLISHED
+    path = tmp_path / "options.yml"
+    path.write_text(PUBLISHED.replace(old, new))
+    notes = load_config(str(path))[1]
+    assert len(notes) == 2 and any(f"{path}: {note}" in line for line in notes)  # and perceptual_opt
+
+
+def test_what_an_option_file_leaves_out_is_what_it_is_there(tmp_path):
+    path, text = tmp_path / "options.yml", PUBLISHED
+    for old, new in [
+        (", gamma: 0.5", ""), ("type: Adam,", "type: AdamW,"), (", weight_decay: 0, betas: [0.9, 0.99]", ""),
+        ("warmup_iter: -1", "warmup_iter: 4"), ("use_tb_logger: true", "use_tb_logger: false"),
+        ("dataroot_gt: hr", "dataroot_gt: ~/hr"),
+    ]:  # fmt: skip
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    config, _ = load_config(str(path))
+    assert config.schedule.gamma == 0.1 and config.log.tensorboard is False
+    assert (config.optimizer.betas, config.optimizer.weight_decay) == ((0.9, 0.999), 0.01)
+    assert [factor(config.schedule, step, 10) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+    assert config.data.train == [str(Path("~/hr").expanduser())]
 
 
 def test_batches_of_basicsr_grow_with_the_processes(tmp_path, monkeypatch):
@@ -171,7 +218,25 @@ def test_batches_of_basicsr_grow_with_the_processes(tmp_path, monkeypatch):
         ("type: L1Loss", "type: MSELoss", "pixel_opt is .*expected L1Loss"),
         ("  type: SeemoRe\n", "  type: EDSR\n", "network_g.type is 'EDSR'"),
         ("dataroot_gt: hr", "dataroot_gt: ~", "dataroot_gt is None, expected a folder"),
-        ("train:\n  ema", "trian:\n  ema", "train is None, expected a section"),
+        ("train:\n  ema", "trian:\n  ema", "there is no key trian; did you mean train\\?"),
+        ("num_layers: 6", "num_layer: 6", r"there is no key network_g.num_layer; did you mean network_g.num_layers\?"),
+        ("topk: 1", "dropout: 0.1", "there is no key network_g.dropout; expected one of embedding_dim"),
+        ("total_iter: 5", "total_itr: 5", r"there is no key train.total_itr; did you mean train.total_iter\?"),
+        ("  scale: 2\n  in", "  scale: 0\n  in", "scale is 0, expected at least 1"),
+        ("  scale: 2\n  in", "  scale: two\n  in", "scale is 'two', expected a whole number"),
+        (
+            "pixel_opt: {type: L1Loss, loss_weight: 1.0, reduction: mean}",
+            "pixel_opt: L1Loss",
+            "pixel_opt is 'L1Loss', exp",
+        ),
+        ("io_backend: {type: disk}", "io_backend: disk", "io_backend is 'disk', expected a section"),
+        ("io_backend: {type: disk}", "io_backend: {type: lmdb}", "io_backend.type is 'lmdb', expected disk"),
+        (
+            "scheduler: {type: MultiStepLR, milestones: [250000, 400000], gamma: 0.5}",
+            "scheduler: MultiStepLR",
+            "scheduler is 'MultiStepLR', expected a section",
+        ),
+        ("warmup_iter: -1", "warmup_iter: few", "warmup_iter is 'few', expected a whole number"),
     ],
 )
 def test_option_files_that_cannot_be_carried_out(tmp_path, old, new, message):

@@ -1,22 +1,18 @@
-"""Whole runs: resumed bit for bit, stopped by signals and by force, in two processes, and what ends one."""
+"""Whole runs: resumed bit for bit, what they leave, and what ends one."""
 
-import contextlib
 import csv
+import errno
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+import re
 
-import numpy as np
 import pytest
+import safetensors
 import torch
+from kit_training import arguments, everything, newest, trainer
 from PIL import Image
 
 from seemore_fast import load_model
-from seemore_fast.resize import bicubic_resize
+from seemore_fast.training import records
 from seemore_fast.training.config import ConfigError, load_config
 from seemore_fast.training.losses import fft_loss
 from seemore_fast.training.start import other_scale, start_from, start_from_interpolation
@@ -24,51 +20,6 @@ from seemore_fast.training.state import Checkpoints, StateError, read_state
 from seemore_fast.training.trainer import Trainer, TrainingError
 
 pytest.importorskip("yaml", reason="configurations are YAML")
-TINY = """
-steps: 12
-ema: 0.9
-model: {preset: t, scale: 2, num_layers: 1, embedding_dim: 12}
-data: {patch: 16, batch: 4}
-schedule: {name: cosine, warmup: 2}
-checkpoint: {every: 5, keep: 2}
-validation: {every: 6, samples: 1}
-log: {every: 3, tensorboard: false}
-"""
-
-
-@pytest.fixture
-def work(tmp_path):
-    """A folder with photos to learn from, two to measure, and tiny.yml."""
-    rng = np.random.default_rng(0)
-    for folder, count in (("photos", 3), ("held_out", 2)):
-        (tmp_path / folder).mkdir()
-        for i in range(count):
-            smooth = bicubic_resize(rng.integers(0, 256, (12, 14, 3), np.uint8), 5)
-            Image.fromarray(smooth).save(tmp_path / folder / f"{i}.png")
-    (tmp_path / "tiny.yml").write_text(TINY)
-    return tmp_path
-
-
-def arguments(work, *overrides, out="run"):
-    told = [f"data.train={work}/photos", f"validation.data.held={work}/held_out", f"out={work}/{out}"]
-    return [str(work / "tiny.yml"), *told, f"data.cache={work}/cache", *overrides]
-
-
-def trainer(work, *overrides, out="run", resume=None):
-    path, *told = arguments(work, *overrides, out=out)
-    return Trainer(load_config(path, told)[0], resume=resume)
-
-
-def everything(state):
-    """Return all tensors of a checkpoint, in one order."""
-    optimizer = [v for of in state["optimizer"]["state"].values() for v in of.values()]
-    return [*state["model"].values(), *state["average"].values(), *map(torch.as_tensor, optimizer), state["random"]]
-
-
-def newest(work, out="run"):
-    state, complaints = Checkpoints(work / out / "checkpoints", 9).newest()
-    assert not complaints
-    return state
 
 
 def test_a_run_leaves_all_that_it_promises(work):
@@ -228,101 +179,85 @@ def test_what_cannot_be_is_said_before_the_first_step(work, told, message):
         trainer(work, *told)
 
 
-# As processes
+def test_going_on_from_an_earlier_step_sets_the_later_ones_aside(work):
+    trainer(work, "checkpoint.every=3", "checkpoint.keep=9").run()
+    folder = work / "run" / "checkpoints"
+    later = (folder / "step_000000009.pt").read_bytes()
+    told = ["checkpoint.every=3", "checkpoint.keep=1"]
+    trainer(work, *told, resume=str(folder / "step_000000003.pt")).run(until=6)
+    assert sorted(path.name for path in folder.glob("*.pt")) == [
+        "left_step_000000009.pt", "left_step_000000012.pt", "step_000000006.pt",
+    ]  # fmt: skip
+    assert (folder / "left_step_000000009.pt").read_bytes() == later
+    assert trainer(work, *told, resume="auto").step == 6
 
 
-def command(work, *more, out="run"):
-    return [sys.executable, "-m", "seemore_fast.cli", "train", *arguments(work, *more, out=out), "--device", "cpu"]
+def test_a_resumed_run_does_as_it_is_told_now(work):
+    trainer(work).run(until=5)
+    assert not trainer(work, "data.workers=1", "log.every=1", resume="auto").notes
+    resumed = trainer(work, "optimizer.weight_decay=0.5", "optimizer.betas=[0.5, 0.6]", "seed=3", resume="auto")
+    assert all(g["weight_decay"] == 0.5 and tuple(g["betas"]) == (0.5, 0.6) for g in resumed.optimizer.param_groups)
+    said = "\n".join(resumed.notes)
+    assert "step_000000005.pt: seed is 3, and was 0" in said and len(resumed.notes) == 3
+    assert "optimizer.weight_decay is 0.5, and was 0.0" in said and "optimizer.betas is [0.5, 0.6], and was" in said
 
 
-def wait_for(condition, process, seconds=60):
-    for _ in range(20 * seconds):
-        if condition():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    raise AssertionError("it took too long")
+def test_what_the_disk_does_not_take_beside_checkpoints_ends_no_run(work, monkeypatch, capsys):
+    """Not even a log line's, nor the averaged weights', whose writer raises an error that is no OSError."""
+
+    def full(*told, **more):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full_too(*told, **more):
+        raise safetensors.SafetensorError("I/O error: No space left on device")
+
+    running = trainer(work)
+    monkeypatch.setattr(safetensors.torch, "save_file", full_too)
+    monkeypatch.setattr(records.Table, "add", full)
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert running.run() and newest(work)["step"] == 12
+    said = capsys.readouterr()
+    said = said.out + said.err
+    for name in ("weights.safetensors", "steps.csv", "validation.csv", "best.safetensors", "0.png"):
+        assert re.search(rf"{name} cannot be written.*No space left on device", said), name
+    assert "the checkpoint cannot be written" not in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
-def test_a_signal_finishes_the_step_and_saves(work, number):
-    told = command(work, "steps=100000", "validation.every=100000", "checkpoint.every=100000", "log.every=1")
-    process = subprocess.Popen(told, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    table = work / "run" / "steps.csv"
-    wait_for(lambda: table.exists() and len(table.read_text().splitlines()) > 3, process)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
-    step = newest(work)["step"]
-    assert step >= 3 and f"stopped after step {step}; --resume auto" in output
-    assert trainer(work, "steps=100000", resume="auto").step == step
+def test_weights_that_are_no_numbers_are_not_saved(work):
+    running = trainer(work)
+    running.run(until=5)
+    with torch.no_grad():
+        running.model.conv_2.bias[0] = float("nan")
+    with pytest.raises(TrainingError, match=r"no numbers after step 5; the last good .*step_000000005.pt"):
+        running._save()
+    assert newest(work)["step"] == 5
 
 
-def test_killed_at_any_moment_it_loses_the_steps_since_a_checkpoint_alone(work):
-    told = ["steps=100000", "validation.every=100000", "checkpoint.every=2", "log.every=1", "data.batch=2"]
-    rng, reached = random.Random(0), 0
-    for _ in range(4):
-        process = subprocess.Popen(
-            [*command(work, *told), "--resume", "auto"], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
-        )
-        folder = Checkpoints(work / "run" / "checkpoints", 2)
-        wait_for(lambda: folder.steps() and folder.steps()[-1] > reached, process)  # noqa: B023
-        time.sleep(rng.uniform(0, 0.4))
-        process.kill()
-        process.wait()
-        with contextlib.suppress(FileNotFoundError):
-            rows = (work / "run" / "steps.csv").read_text().splitlines()
-        done = int(rows[-1].split(",")[0]) if rows[-1].count(",") == rows[0].count(",") else 0
-        state = newest(work)
-        assert state["step"] > reached and state["step"] >= done - 2
-        reached = state["step"]
-    (work / "run" / "checkpoints" / ".seemore-fast.1.tmp.pt").write_bytes(b"half of a checkpoint")
-    assert trainer(work, *told, resume="auto").step == reached
-    assert not list((work / "run" / "checkpoints").glob(".*"))
+def test_damaged_images_are_counted_and_named_at_every_start(work):
+    (work / "photos" / "cut.png").write_bytes((work / "photos" / "0.png").read_bytes()[:99])
+    for _ in range(2):  # the second finds the cache
+        (note,) = trainer(work).notes
+        assert note.startswith("1 damaged images are left out: ") and "cut.png" in note
 
 
-def in_two(work, *more, out, torchrun=()):
-    """Return the command line and environment of a run in two processes."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *torchrun]
-    told = [*start, "-m", "seemore_fast.training", *arguments(work, *more, out=out), "--device", "cpu"]
-    return told, {**os.environ, "OMP_NUM_THREADS": "1"}
+def test_experts_are_counted_without_a_set_to_measure(work):
+    path, *told = arguments(work)
+    told = [one for one in told if not one.startswith("validation.data")]
+    Trainer(load_config(path, told)[0]).run()
+    with (work / "run" / "validation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["6", "12"] and not any("psnr" in name for name in rows[0])
+    assert all(sum(float(row[f"group_0_expert_{e}"]) for e in range(3)) == 4 for row in rows)
 
 
-def test_two_processes_with_half_the_batch_give_the_weights_of_one(work):
-    told = ["precision=fp64", "steps=20", "validation.every=20", "loss.fft=0.1", "optimizer.lr=1e-3"]
-    assert trainer(work, *told, out="one").run()
-    line, environment = in_two(work, *told, out="two")
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    one, two = newest(work, "one"), newest(work, "two")
-    for kind in ("model", "average"):
-        for name, weight in one[kind].items():
-            torch.testing.assert_close(two[kind][name], weight, rtol=1e-9, atol=1e-9)
-    rows = []
-    for out in ("one", "two"):
-        with (work / out / "validation.csv").open() as file:
-            rows.append(next(csv.DictReader(file)))
-    assert rows[0] == rows[1]
-
-
-@pytest.mark.slow
-def test_torchrun_restarts_a_run_that_lost_a_process(work):
-    """Elastic: all processes are started anew, and go on from the last checkpoint to the end."""
-    told = ["steps=60", "validation.every=60", "checkpoint.every=5", "data.batch=2", "log.every=1"]
-    line, environment = in_two(work, *told, out="run", torchrun=["--max-restarts=1", "--monitor-interval=0.2"])
-    process = subprocess.Popen(
-        [*line, "--resume", "auto"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    folder = Checkpoints(work / "run" / "checkpoints", 2)
-    wait_for(lambda: folder.steps(), process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    killed_at = folder.steps()[-1]
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
-    assert killed_at < 60 and newest(work)["step"] == 60
-    rows = [int(line.split(",")[0]) for line in (work / "run" / "steps.csv").read_text().splitlines()[1:]]
-    assert rows == list(range(1, 61))
+def test_tensorboard_has_what_the_tables_have(work):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer(work, "log.tensorboard=true").run()
+    board = accumulator.EventAccumulator(str(work / "run" / "tensorboard")).Reload()
+    with (work / "run" / "steps.csv").open() as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert [event.value for event in board.Scalars("training/loss")] == pytest.approx(losses, rel=1e-5)
+    assert len(board.Scalars("validation/held_psnr")) == 2
 
 
 # What it is made of

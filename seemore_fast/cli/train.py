@@ -30,6 +30,8 @@ def run(options: argparse.Namespace) -> int:
 
     try:
         config, notes = load_config(options.config, options.overrides)
+        if options.until is not None and options.until < 1:
+            raise ConfigError(f"--until is {options.until}, expected a step from 1 on")
         group = join(options.device)
     except ConfigError as error:
         raise UsageError(str(error)) from None
@@ -38,7 +40,9 @@ def run(options: argparse.Namespace) -> int:
             for note in notes:
                 print(f"note: {note}", file=sys.stderr)
         Trainer(config, group, options.resume).run(options.until)
-    except (ConfigError, StateError) as error:
+    except ConfigError as error:
+        raise UsageError(f"{options.config}: {error}") from None
+    except StateError as error:
         raise UsageError(str(error)) from None
     except TrainingError as error:
         print(f"seemore-fast train: {error}", file=sys.stderr)

@@ -8,9 +8,13 @@ from .config import ConfigError
 
 # What has no counterpart here and changes nothing about the weights that come out.
 _SILENT = {
-    "name", "model_type", "num_gpu", "dist_params", "print_freq", "use_tb_logger", "wandb", "is_train", "dist",
-    "rank", "world_size", "task", "auto_resume", "find_unused_parameters", "dist_port", "launcher", "use_petrel",
+    "": {
+        "name", "model_type", "num_gpu", "dist_params", "is_train", "dist", "rank", "world_size", "auto_resume",
+        "find_unused_parameters", "dist_port", "launcher", "use_petrel",
+    },
+    "datasets.train.": {"name", "task", "phase", "prefetch_mode", "pin_memory", "num_prefetch_queue"},
 }  # fmt: skip
+_LIKELY = 0.8  # how alike a key and a known one are that must be meant
 _NETWORK = {
     "scale", "in_chans", "num_experts", "num_layers", "embedding_dim", "img_range", "use_shuffle",
     "global_kernel_size", "recursive", "lr_space", "topk",
@@ -21,9 +25,8 @@ _TRAINING = {
     "warmup_iter", "use_amp",
 }  # fmt: skip
 _IMAGES = {
-    "name", "type", "dataroot_gt", "dataroot_lq", "filename_tmpl", "io_backend", "gt_size", "use_hflip", "use_rot",
-    "num_worker_per_gpu", "batch_size_per_gpu", "phase", "scale", "use_shuffle", "dataset_enlarge_ratio",
-    "prefetch_mode", "pin_memory", "num_prefetch_queue", "meta_info_file",
+    "type", "dataroot_gt", "dataroot_lq", "filename_tmpl", "io_backend", "gt_size", "use_hflip", "use_rot",
+    "num_worker_per_gpu", "batch_size_per_gpu", "scale", "use_shuffle", "dataset_enlarge_ratio", "meta_info_file",
 }  # fmt: skip
 
 
@@ -59,19 +62,26 @@ class _Reader:
         content |= self._path_and_logger()
         return content, self.notes
 
-    def _section(self, options: Mapping, key: str, prefix: str = "") -> Mapping:
+    def _section(self, options: Mapping, key: str, prefix: str = "", needed: bool = True) -> Mapping:
         section = options.get(key)
+        if section is None and not needed:
+            return {}
         if not isinstance(section, Mapping):
             raise ConfigError(f"{self.where}: {prefix}{key} is {section!r}, expected a section of keys")
         return section
 
+    def _note(self, key: str, reason: str):
+        self.notes.append(f"{self.where}: {key} {reason}")
+
     def _name_unsupported(self, section: Mapping, prefix: str, known: set[str]):
-        for key in section:
-            if key in known or key in _SILENT:
+        for key in map(str, section):
+            if key in known or key in _SILENT.get(prefix, ()):
                 continue
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f" (did you mean {prefix}{near[0]}?)" if near else ""
-            self.notes.append(f"{self.where}: {prefix}{key} is not supported and has no effect{hint}")
+            near = difflib.get_close_matches(key, known, 1, _LIKELY)
+            if near or prefix == "network_g.":
+                hint = f"did you mean {prefix}{near[0]}?" if near else f"expected one of {', '.join(sorted(known))}"
+                raise ConfigError(f"{self.where}: there is no key {prefix}{key}; {hint}")
+            self._note(f"{prefix}{key}", "is not supported and has no effect")
 
     def _network(self, section: Mapping) -> dict:
         self._name_unsupported(section, "network_g.", {"type", *_NETWORK})
@@ -80,6 +90,8 @@ class _Reader:
         scale = section.get("scale", self.options.get("scale"))
         if scale is None:
             raise ConfigError(f"{self.where}: there is no scale, expected it in network_g or at the top")
+        if self._number(scale, "scale") < 1:
+            raise ConfigError(f"{self.where}: scale is {scale}, expected at least 1")
         defaults = {"num_experts": 6, "num_layers": 6, "embedding_dim": 64, "topk": 2, "lr_space": "linear"}
         own = {key: value for key, value in section.items() if key in _NETWORK}
         return {"preset": None, **defaults, **own, "scale": scale}
@@ -88,11 +100,14 @@ class _Reader:
         self._name_unsupported(section, "train.", _TRAINING)
         optimizer = dict(self._section(section, "optim_g", "train."))
         self._name_unsupported(optimizer, "train.optim_g.", {"type", "lr", "weight_decay", "betas"})
+        name = str(optimizer.pop("type", "Adam")).lower()
+        usual = {"betas": [0.9, 0.999], "weight_decay": 0.01 if name == "adamw" else 0}  # of torch
         content = {
             "steps": section.get("total_iter", 500_000),
             "ema": section.get("ema_decay", 0),
             "optimizer": {
-                "name": str(optimizer.pop("type", "Adam")).lower(),
+                **usual,
+                "name": name,
                 **{key: value for key, value in optimizer.items() if key in ("lr", "weight_decay", "betas")},
             },
             "schedule": self._schedule(section, optimizer),
@@ -106,21 +121,25 @@ class _Reader:
         return content
 
     def _schedule(self, section: Mapping, optimizer: Mapping) -> dict:
-        scheduler = dict(section.get("scheduler") or {})
-        kind, warmup = scheduler.pop("type", None), section.get("warmup_iter", -1)
-        content = {"warmup": max(0, warmup or 0)}
+        scheduler = dict(self._section(section, "scheduler", "train.", needed=False))
+        kind, warmup = scheduler.pop("type", None), section.get("warmup_iter") or -1
+        # BasicSR's step k of W has k / W of the rate, ours k / (W + 1).
+        content = {"warmup": max(0, self._number(warmup, "train.warmup_iter") - 1)}
         if kind is None:
             return {"name": "constant", **content}
         if kind in ("MultiStepLR", "MultiStepRestartLR"):
             self._name_unsupported(scheduler, "train.scheduler.", {"milestones", "gamma"})
             own = {key: scheduler[key] for key in ("milestones", "gamma") if key in scheduler}
-            return {"name": "multistep", **content, **own}
+            return {"name": "multistep", **content, "gamma": 0.1, **own}
         if kind in ("CosineAnnealingRestartLR", "CosineAnnealingRestartCyclicLR", "TrueCosineAnnealingLR"):
-            periods = scheduler.get("periods", [scheduler.get("T_max", 0)])
-            if len(periods) > 1:
-                self.notes.append(
-                    f"{self.where}: train.scheduler.periods is {periods}: one cosine over all steps is taken"
-                )
+            known = {"periods", "T_max", "eta_min", "eta_mins", "restart_weights"}
+            self._name_unsupported(scheduler, "train.scheduler.", known)
+            periods = scheduler.get("periods", scheduler.get("T_max"))
+            periods = periods if isinstance(periods, list) else [periods]
+            if periods not in ([None], [section.get("total_iter", 500_000)]):
+                self._note("train.scheduler.periods", f"is {periods}: one cosine over all steps is taken")
+            if scheduler.get("restart_weights", [1]) not in ([1], 1):
+                self._note("train.scheduler.restart_weights", "has no effect: there is one cosine over all steps")
             lowest = scheduler.get("eta_min", scheduler.get("eta_mins", [0]))
             lowest = lowest[-1] if isinstance(lowest, list) else lowest
             return {"name": "cosine", **content, "lowest": float(lowest) / float(optimizer.get("lr", 1e-3))}
@@ -131,8 +150,8 @@ class _Reader:
     def _losses(self, section: Mapping) -> dict:
         weights = {"l1": 0.0, "fft": 0.0}
         for key, name, kinds in (("pixel_opt", "l1", ("L1Loss",)), ("fft_opt", "fft", ("FFTLoss",))):
-            told = section.get(key)
-            if told is None:
+            told = self._section(section, key, "train.", needed=False)
+            if not told:
                 continue
             if told.get("type") not in kinds or told.get("reduction", "mean") != "mean":
                 raise ConfigError(f"{self.where}: train.{key} is {dict(told)}, expected {kinds[0]} with reduction mean")
@@ -144,13 +163,16 @@ class _Reader:
         size, where = section.get("gt_size", 128), f"{self.where}: datasets.train"
         if not isinstance(size, int) or size % scale:
             raise ConfigError(f"{where}.gt_size is {size!r}, expected a multiple of the scale, {scale}")
-        if (section.get("io_backend") or {}).get("type", "disk") != "disk":
-            raise ConfigError(f"{where}.io_backend.type is {section['io_backend']['type']!r}, expected disk")
+        backend = self._section(section, "io_backend", "datasets.train.", needed=False).get("type", "disk")
+        if backend != "disk":
+            raise ConfigError(f"{where}.io_backend.type is {backend!r}, expected disk")
+        if section.get("type", "PairedImageDataset") != "PairedImageDataset":
+            self._note("datasets.train.type", f"is {section['type']}: pairs, or bicubic LR, are what is trained on")
         if section.get("meta_info_file"):
-            self.notes.append(f"{where}.meta_info_file has no effect: all images of the folder are taken")
+            self._note("datasets.train.meta_info_file", "has no effect: all images of the folder are taken")
         flips, turns = (section.get(key, True) for key in ("use_hflip", "use_rot"))
         if flips != turns:
-            self.notes.append(f"{where}: use_hflip and use_rot go together here, both are on")
+            self._note("datasets.train.use_hflip", "and use_rot go together here: both are on")
         workers = section.get("num_worker_per_gpu", 0)
         data = {
             "train": self._folders(section.get("dataroot_gt"), f"{where}.dataroot_gt"),
@@ -179,31 +201,53 @@ class _Reader:
         folders = value if isinstance(value, list) else [value]
         if not all(isinstance(folder, str) for folder in folders):
             raise ConfigError(f"{where} is {value!r}, expected a folder")
-        return folders
+        return [os.path.expanduser(folder) for folder in folders]
 
     def _validation(self, datasets: Mapping, section: Mapping) -> dict:
         self._name_unsupported(section, "val.", {"val_freq", "save_img", "metrics", "suffix", "pbar"})
-        data = {}
+        for name, told in self._section(section, "metrics", "val.", needed=False).items():
+            told = told if isinstance(told, Mapping) else {}
+            kind = told.get("type", name)
+            if kind not in ("calculate_psnr", "calculate_ssim", "psnr", "ssim"):
+                self._note(f"val.metrics.{name}", f"of {kind} is not supported and has no effect")
+            elif not told.get("test_y_channel", True):
+                self._note(f"val.metrics.{name}", "is of all channels: here it is of Y, as it is published")
+        data, lr = {}, {}
         for key, told in datasets.items():
-            if str(key).startswith("val") and isinstance(told, Mapping) and told.get("dataroot_gt"):
-                data[str(told.get("name", key))] = told["dataroot_gt"]
-                if told.get("dataroot_lq"):
-                    self.notes.append(f"{self.where}: datasets.{key}.dataroot_lq has no effect: LR is made of HR")
-        return {"data": data, "every": int(float(section.get("val_freq", 5000)))}
+            if key == "train":
+                continue
+            if not (str(key).startswith("val") and isinstance(told, Mapping) and told.get("dataroot_gt")):
+                self._note(f"datasets.{key}", "has no effect: it is no val with a dataroot_gt")
+                continue
+            name = str(told.get("name", key))
+            data[name] = os.path.expanduser(told["dataroot_gt"])
+            if told.get("dataroot_lq"):
+                lr[name] = os.path.expanduser(told["dataroot_lq"])
+        own = {"data": data, "lr": lr, "every": int(float(section.get("val_freq", 5000)))}
+        return own if section.get("save_img") else {**own, "samples": 0}
 
     def _path_and_logger(self) -> dict:
-        path, logger = self.options.get("path") or {}, self.options.get("logger") or {}
+        path, logger = (self._section(self.options, key, needed=False) for key in ("path", "logger"))
         self._name_unsupported(
             path, "path.", {"pretrain_network_g", "strict_load_g", "resume_state", "param_key_g", "experiments_root"}
         )
-        self._name_unsupported(logger, "logger.", {"print_freq", "save_checkpoint_freq"})
+        self._name_unsupported(logger, "logger.", {"print_freq", "save_checkpoint_freq", "use_tb_logger", "wandb"})
         content = {}
         if path.get("pretrain_network_g"):
-            content["init_from"] = path["pretrain_network_g"]
+            content["init_from"] = os.path.expanduser(path["pretrain_network_g"])
+            if path.get("param_key_g", "params") != "params_ema":
+                self._note("path.param_key_g", "has no effect: params_ema are taken where a file has them")
+        if path.get("strict_load_g") is False:
+            self._note("path.strict_load_g", "has no effect: weights fit, or the run does not begin")
+        if path.get("experiments_root"):
+            self._note("path.experiments_root", "has no effect: `out` is where a run is kept")
         if path.get("resume_state"):
-            self.notes.append(f"{self.where}: path.resume_state has no effect: --resume goes on with a run of ours")
+            self._note("path.resume_state", "has no effect: --resume goes on with a run of ours")
+        if (self._section(logger, "wandb", "logger.", needed=False)).get("project"):
+            self._note("logger.wandb", "is not supported and has no effect: TensorBoard and CSV files are")
         if logger.get("save_checkpoint_freq"):
             content["checkpoint"] = {"every": int(float(logger["save_checkpoint_freq"]))}
-        if logger.get("print_freq"):
-            content["log"] = {"every": logger["print_freq"]}
+        content["log"] = {"every": logger.get("print_freq") or 100}
+        if logger.get("use_tb_logger") is False:
+            content["log"]["tensorboard"] = False
         return content

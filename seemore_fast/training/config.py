@@ -9,6 +9,7 @@ BasicSR's format, which the published recipes have, are read as they are (`basic
 import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -104,6 +105,7 @@ class Validation:
     data: dict[str, str] = field(
         default_factory=dict
     )  # name: folder of HR images, or with HR and LR_bicubic/X<scale> in it
+    lr: dict[str, str] = field(default_factory=dict)  # name: folder of its LR images, NAME or NAMEx<scale>
     every: int = 5000
     samples: int = 2  # pictures of each to keep
 
@@ -225,7 +227,7 @@ def _override(config: Config, key: str, value, where: str):
         prefix += f"{name}."
         section = getattr(section, name)
         if isinstance(section, dict):  # of data sets, whose names are the user's
-            section[last] = value
+            section[last] = _convert(str, value, where, key)
             return
         if not dataclasses.is_dataclass(section):
             raise ConfigError(f"{where}: {prefix.rstrip('.')} is one value, no section")
@@ -297,10 +299,15 @@ def check(config: Config, where: str):
     expect(config.data.workers >= 0, "data.workers", "at least 0")
     expect(config.validation.samples >= 0, "validation.samples", "at least 0")
     expect(0 <= config.ema < 1, "ema", "a number from 0 up to, but not, 1")
-    expect(config.optimizer.lr > 0, "optimizer.lr", "a positive number")
+    expect(config.seed >= 0, "seed", "at least 0")
+    expect(0 < config.optimizer.lr < math.inf, "optimizer.lr", "a positive number")
+    expect(config.optimizer.weight_decay >= 0, "optimizer.weight_decay", "at least 0")
     expect(all(0 <= beta < 1 for beta in config.optimizer.betas), "optimizer.betas", "two numbers from 0 to 1")
     expect(config.optimizer.clip is None or config.optimizer.clip > 0, "optimizer.clip", "a positive number, or none")
-    expect(config.schedule.warmup >= 0, "schedule.warmup", "at least 0")
+    expect(0 <= config.schedule.warmup <= config.steps, "schedule.warmup", f"steps, from 0 to {config.steps}")
+    expect(config.schedule.gamma > 0, "schedule.gamma", "a positive number")
+    for name in config.validation.lr:
+        expect(name in config.validation.data, "validation.lr", f"names of validation.data, {name!r} is none")
     expect(0 <= config.schedule.begin <= config.steps, "schedule.begin", f"a step from 0 to {config.steps}")
     expect(config.schedule.milestones == sorted(config.schedule.milestones), "schedule.milestones", "growing steps")
     expect(config.loss.l1 >= 0, "loss.l1", "at least 0")

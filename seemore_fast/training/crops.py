@@ -5,6 +5,7 @@ was stopped.
 """
 
 import functools
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -90,11 +91,21 @@ class Steps(torch.utils.data.Dataset):
 
 
 def batches(steps: Steps, begin: int, end: int, workers: int, pin: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield LR and HR of the steps from `begin` to `end`, in order, cut by `workers` processes or by this one."""
-    if workers == 0:
+    """Yield LR and HR of the steps from `begin` to `end`, in order, cut by `workers` processes or by this one.
+
+    By this one too where the images are on a GPU, which a forked process cannot use.
+    """
+    if workers == 0 or steps.crops.device.type != "cpu":
         return (steps[step] for step in range(begin, end))
     loader = torch.utils.data.DataLoader(
         steps, batch_size=None, sampler=range(begin, end), num_workers=workers, pin_memory=pin, prefetch_factor=4,
+        worker_init_fn=_leave_signals_to_the_first,
         generator=torch.Generator(),  # else it would draw from the one whose state is in checkpoints
     )  # fmt: skip
     return iter(loader)
+
+
+def _leave_signals_to_the_first(worker: int):
+    """Have a worker outlive SIGINT and SIGTERM to all processes: the one that trains saves first, and then ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

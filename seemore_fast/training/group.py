@@ -7,6 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..upscale.upscaler import find_device
+from .config import ConfigError
+
 
 @dataclass
 class Group:
@@ -37,11 +40,17 @@ class Group:
 
 
 def join(device: str | None = None) -> Group:
-    """Return the group that torchrun's variables in the environment tell of; NCCL on GPUs, gloo on CPUs."""
+    """Return the group that torchrun's variables in the environment tell of; NCCL on GPUs, gloo on CPUs.
+
+    "cuda", and a GPU that nobody names, is that of the process. Raises ConfigError for a device that is not there.
+    """
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    if device is None:
-        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    found = torch.device(device)
+    if device == "cuda" or (device is None and torch.cuda.is_available()):
+        device = f"cuda:{local}"
+    try:
+        found = find_device(device or "cpu")
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from None
     if found.type == "cuda":
         torch.cuda.set_device(found)
     if world == 1:

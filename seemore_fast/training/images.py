@@ -136,9 +136,22 @@ def _fingerprint(pairs: list[tuple[Path, Path | None]], scale: int, sizes: list[
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
+def _is_running(number: str) -> bool:
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, ValueError):
+        pass
+    return True
+
+
 def _make(pairs: list[tuple[Path, Path | None]], scale: int, sizes: list[float], stem: Path):
     stem.parent.mkdir(parents=True, exist_ok=True)
     table, skipped, end = {"offsets": [], "sizes": [], "names": []}, [], 0
+    for left in stem.parent.glob(f"{stem.name}.*.tmp"):  # of a process that was killed in the middle
+        if not _is_running(left.suffixes[0][1:]):
+            left.unlink(missing_ok=True)
     temporary = stem.with_suffix(f".{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file, tqdm(total=len(pairs), desc="decoding images", unit="image") as progress:

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 from pathlib import Path
 
+from ..files import replacing
 from .config import ConfigError
 
 
@@ -28,9 +29,13 @@ class Table:
 
     def _write(self, rows: list[dict], mode: str):
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        with self.path.open(mode, newline="") as file:
+        if mode == "a":
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, columns, restval="").writerows(rows)
+            return
+        with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="")
-            if mode == "w" and columns:
+            if columns:
                 writer.writeheader()
             writer.writerows(rows)
 

@@ -8,9 +8,13 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import save_model
-from ..files import replacing
+from ..files import TEMPORARY, replacing
 
 VERSION = 1
+_OF_NO_WEIGHT = {
+    "out", "init_from", "recompute", "model", "validation", "checkpoint", "log",
+    "data.cache", "data.workers", "data.on_device",
+}  # fmt: skip
 
 
 class StateError(RuntimeError):
@@ -18,15 +22,20 @@ class StateError(RuntimeError):
 
 
 class Checkpoints:
-    """The folder `checkpoints` of a run: `step_<N>.pt`, of which the newest `keep` stay, and `best.safetensors`."""
+    """The folder `checkpoints` of a run: `step_<N>.pt`, of which the newest `keep` stay, and `best.safetensors`.
+
+    `left_step_<N>.pt` are later ones of a run that went on from an earlier one: nobody removes them.
+    """
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
+        self.best = folder / "best.safetensors"
 
     def clear(self):
-        """Remove what a run that was killed in the middle of a checkpoint has left."""
-        for path in self.folder.glob(".seemore-fast.*.tmp*"):
-            path.unlink(missing_ok=True)
+        """Remove what a run that was killed in the middle of a file has left."""
+        for folder in (self.folder, self.folder.parent):
+            for path in folder.glob(f"{TEMPORARY}*.tmp*"):
+                path.unlink(missing_ok=True)
 
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints that are there, oldest first."""
@@ -37,13 +46,19 @@ class Checkpoints:
         return self.folder / f"step_{step:09d}.pt"
 
     def save(self, state: dict) -> Path:
-        """Write a checkpoint, on disk before it gets its name; then remove what is older than the newest `keep`."""
+        """Write a checkpoint, on disk before it gets its name; then remove what is older than the newest `keep`.
+
+        Later ones, of a run that this one goes on from an earlier step of, are renamed.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(state["step"])
         with replacing(path) as temporary, temporary.open("wb") as file:
             torch.save({"version": VERSION, **state}, file)
             file.flush()
             os.fsync(file.fileno())
+        for step in self.steps():
+            if step > state["step"]:
+                self.path(step).rename(self.folder / f"left_{self.path(step).name}")
         for step in self.steps()[: -self.keep]:
             self.path(step).unlink()
         return path
@@ -60,7 +75,7 @@ class Checkpoints:
 
     def save_best(self, model, **metadata):
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_model(model, self.folder / "best.safetensors", **metadata)
+        save_model(model, self.best, **metadata)
 
 
 def read_state(path: Path) -> dict:
@@ -90,3 +105,17 @@ def check_same_network(state: dict, arguments: dict, path: Path):
                 f"{path} was made with model.{name} = {there.get(name)!r}, this run has {arguments.get(name)!r}: "
                 "resume with the same network, or give another folder as `out`"
             )
+
+
+def differences(there: dict, config: dict, prefix: str = "") -> list[str]:
+    """Return what a run is told otherwise than the one of the checkpoint was, but for what changes no weights."""
+    found = []
+    for key, value in config.items():
+        name, before = f"{prefix}{key}", there.get(key)
+        if name in _OF_NO_WEIGHT or key not in there:
+            continue
+        if isinstance(value, dict) and isinstance(before, dict):
+            found += differences(before, value, f"{name}.")
+        elif value != before:
+            found.append(f"{name} is {value!r}, and was {before!r}")
+    return found

@@ -1,10 +1,10 @@
 """A training run: from its first step, or from its last checkpoint, to its end."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import signal
-import time
 from pathlib import Path
 
 import torch
@@ -24,9 +24,11 @@ from .losses import pixel_loss
 from .records import Records, check_tensorboard
 from .schedule import factor
 from .start import start_from, start_from_interpolation
-from .state import Checkpoints, StateError, check_same_network, first_line, read_state
+from .state import Checkpoints, StateError, check_same_network, differences, first_line, read_state
 from .validation import Validation
+from .window import Window
 
+MOST_WAITING = 0.05  # of the time, for data
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,7 +58,7 @@ class Trainer:
         if state is None:
             self._initialise()
         self.images = self._open_images()
-        self.validation = Validation(config.validation.data, config.model.scale, self.group)
+        self.validation = Validation(config.validation.data, config.model.scale, self.group, config.validation.lr)
         self.steps = Steps(self._crops(), config.data.batch, self.group.rank, self.group.world)
         if state is not None:
             self._restore(state)
@@ -117,7 +119,11 @@ class Trainer:
             self.checkpoints.clear()
             images = open_images(data, scale, folder)
         self.group.wait()
-        return images or open_images(data, scale, folder, is_first=False)
+        images = images or open_images(data, scale, folder, is_first=False)
+        if images.skipped:
+            some = "; ".join(images.skipped[:5]) + ("; ..." if len(images.skipped) > 5 else "")
+            self.notes.append(f"{len(images.skipped)} damaged images are left out: {some}")
+        return images
 
     def _crops(self) -> Crops:
         data, device = self.config.data, self.group.device
@@ -147,12 +153,18 @@ class Trainer:
             state = read_state(path)
         if state is not None:
             check_same_network(state, self.model.config, path)
+            there, here = json.loads(state.get("config", "{}")), json.loads(self._config_text())
+            self.notes += [f"{path}: {line}" for line in differences(there, here)]
         return state
+
+    def _config_text(self) -> str:
+        return json.dumps(dataclasses.asdict(self.config))
 
     def _state(self) -> dict:
         state = {
             "step": self.step,
             "network": json.dumps(self.model.config),
+            "config": self._config_text(),
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -168,6 +180,8 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:  # as this run is told, not as that one was
+            group.update(self.optimizer.defaults)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
@@ -179,9 +193,10 @@ class Trainer:
         """Write a checkpoint and the averaged weights; where the disk does not take them, say so and leave the old."""
         if not self.group.is_first:
             return True
+        if not all(weight.isfinite().all() for weight in self.model.parameters()):
+            raise TrainingError(f"the weights are no numbers after step {self.step}; {self._last_checkpoint()}")
         try:
             self.checkpoints.save(self._state())
-            save_model(self.average.module, self.out / "weights.safetensors", step=self.step)
         except (OSError, RuntimeError) as error:  # torch wraps what the disk says
             folder = self.checkpoints.folder
             say(
@@ -189,7 +204,22 @@ class Trainer:
                 f"are free): {first_line(error)}; the older ones are untouched"
             )
             return False
+        weights = self.out / "weights.safetensors"
+        with self._complaining(say, weights):
+            save_model(self.average.module, weights, step=self.step)
         return True
+
+    @contextlib.contextmanager
+    def _complaining(self, say, what: Path):
+        """Say what cannot be written beside the checkpoints: a run goes on without."""
+        try:
+            yield
+        except OSError as error:
+            say(f"step {self.step}: {what} cannot be written: {first_line(error)}")
+
+    def _last_checkpoint(self) -> str:
+        there = self.checkpoints.steps()
+        return f"the last good checkpoint is {self.checkpoints.path(there[-1])}" if there else "there is no checkpoint"
 
     # Steps
 
@@ -250,13 +280,13 @@ class Trainer:
                 records.close()
         return self.step >= end
 
-    def _loop(self, end: int, progress: tqdm, records: Records | None, window: "Window"):
+    def _loop(self, end: int, progress: tqdm, records: Records | None, window: Window):
         config = self.config
         source = batches(self.steps, self.step, end, config.data.workers, self.group.device.type == "cuda")
         # On a GPU the loss of a step is looked at when the next one is under way, so that the device never waits.
         lag = 1 if self.group.device.type == "cuda" else 0
         pending: list[tuple[int, Tensor]] = []
-        saved = self.step
+        saved, told_of_waiting = self.step, False
         while self.step < end:
             lr, hr = window.waiting(lambda: next(source))
             loss = self.train_step(lr, hr)
@@ -264,8 +294,7 @@ class Trainer:
             pending.append((self.step, self.group.total(told)))
             is_due = {
                 "log": self.step % config.log.every == 0,
-                "validation": self.validation.sets
-                and (self.step % config.validation.every == 0 or self.step == config.steps),
+                "validation": self.step % config.validation.every == 0 or self.step == config.steps,
                 "checkpoint": self.step % config.checkpoint.every == 0 or self.step == end,
             }
             keep = 0 if any(is_due.values()) else lag
@@ -279,7 +308,14 @@ class Trainer:
                     f"loss {values['loss']:.5f}, lr {values['lr']:.1e}, waiting {values['waiting']:.1%}"
                 )
                 if records:
-                    records.add_step(self.step, values)
+                    with self._complaining(progress.write, self.out / "steps.csv"):
+                        records.add_step(self.step, values)
+                if values["waiting"] > MOST_WAITING and not told_of_waiting:
+                    told_of_waiting = True
+                    progress.write(
+                        f"step {self.step}: {values['waiting']:.0%} of the time went into waiting for data: "
+                        f"data.workers is {config.data.workers}, more may help"
+                    )
             if is_due["validation"]:
                 self._validate(lr, records, progress)
                 window.restart()
@@ -294,20 +330,18 @@ class Trainer:
                 progress.write(f"stopped after step {self.step}; --resume auto goes on from there")
                 return
 
-    def _look_at(self, step: int, told: Tensor, window: "Window"):
+    def _look_at(self, step: int, told: Tensor, window: Window):
         loss, stop = told.tolist()
         window.add(loss, stop > 0)
         if math.isfinite(loss):
             return
-        there = self.checkpoints.steps()
-        last = f"the last good checkpoint is {self.checkpoints.path(there[-1])}" if there else "there is no checkpoint"
-        files = sorted(set(self.steps.names(step - 1)))
-        raise TrainingError(f"the loss of step {step} is {loss}; {last}; its patches are of {', '.join(files)}")
+        files = ", ".join(sorted(set(self.steps.names(step - 1))))
+        raise TrainingError(f"the loss of step {step} is {loss}; {self._last_checkpoint()}; its patches are of {files}")
 
     def _validate(self, lr: Tensor, records: Records | None, progress: tqdm):
-        config = self.config
+        """Measure the averaged weights on the data sets, and count the experts that a batch chooses in each group."""
         folder = self.out / "samples" / f"step_{self.step:09d}"
-        results = self.validation.measure(self.average.module, config.validation.samples, folder)
+        results = self.validation.measure(self.average.module, self.config.validation.samples, folder, progress.write)
         x = lr.to(self.group.device).to(next(self.model.parameters()).dtype) / 255
         usage = self.group.total(expert_usage(self.average.module, x)).tolist()
         if not self.group.is_first:
@@ -317,13 +351,17 @@ class Trainer:
             values |= {f"{name}_psnr": psnr, f"{name}_ssim": ssim}
         for group, counts in enumerate(usage):
             values |= {f"group_{group}_expert_{e}": count for e, count in enumerate(counts)}
-        records.add_validation(self.step, values)
-        said = ", ".join(f"{name} {psnr:.3f} dB / {ssim:.4f}" for name, (psnr, ssim) in results.items())
-        progress.write(f"step {self.step}: {said}; experts by group {usage}")
+        with self._complaining(progress.write, self.out / "validation.csv"):
+            records.add_validation(self.step, values)
+        said = [f"{name} {psnr:.3f} dB / {ssim:.4f}" for name, (psnr, ssim) in results.items()]
+        progress.write(f"step {self.step}: {', '.join(said)}{'; ' if said else ''}experts by group {usage}")
+        if not results:
+            return
         mean = sum(psnr for psnr, _ in results.values()) / len(results)
         if mean > self.best:
             self.best = mean
-            self.checkpoints.save_best(self.average.module, step=self.step, psnr=f"{mean:.4f}")
+            with self._complaining(progress.write, self.checkpoints.best):
+                self.checkpoints.save_best(self.average.module, step=self.step, psnr=f"{mean:.4f}")
 
     @contextlib.contextmanager
     def _handling_signals(self):
@@ -336,34 +374,3 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-class Window:
-    """Loss, speed and time spent waiting for data since the last look."""
-
-    def __init__(self, group: Group):
-        self.group, self.stop = group, False
-        self.restart()
-
-    def restart(self):
-        self._begin, self._waited, self._losses = time.perf_counter(), 0.0, []
-
-    def waiting(self, function):
-        begin = time.perf_counter()
-        result = function()
-        self._waited += time.perf_counter() - begin
-        return result
-
-    def add(self, loss: float, stop: bool):
-        self._losses.append(loss)
-        self.stop = self.stop or stop
-
-    def values(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self._begin
-        values = {
-            "loss": sum(self._losses) / max(1, len(self._losses)),
-            "steps_per_second": len(self._losses) / seconds,
-            "waiting": self._waited / seconds,
-        }
-        self.restart()
-        return values

@@ -1,5 +1,6 @@
 """Quality of a network on folders of images."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from ..evaluation import psnr_y, ssim_y
 from ..evaluation.pairs import PairError, find_pairs
+from ..files import replacing
 from ..upscale import Upscaler
 from ..upscale.errors import ImageError
 from .config import ConfigError
@@ -20,18 +22,24 @@ class Validation:
     All are read at once, lest a run fails over one of them after hours: ConfigError names what cannot be used.
     """
 
-    def __init__(self, folders: dict[str, str], scale: int, group: Group):
+    def __init__(self, folders: dict[str, str], scale: int, group: Group, lr_folders: dict[str, str] | None = None):
         self.scale, self.group = scale, group
         self.sets = {}
         for name, folder in folders.items():
             try:
-                pairs = find_pairs(Path(folder), scale)[group.rank :: group.world]
+                lr = (lr_folders or {}).get(name)
+                pairs = find_pairs(Path(folder), scale, lr and Path(lr))[group.rank :: group.world]
                 self.sets[name] = [(pair.name, *pair.read()) for pair in pairs]
             except (PairError, ImageError) as error:
                 raise ConfigError(f"validation.data.{name}: {error}") from None
 
-    def measure(self, model: nn.Module, samples: int = 0, folder: Path | None = None) -> dict[str, tuple[float, float]]:
-        """Return the mean Y-PSNR and SSIM of each set; write the first `samples` pictures of each into `folder`."""
+    def measure(
+        self, model: nn.Module, samples: int = 0, folder: Path | None = None, say: Callable[[str], None] = print
+    ) -> dict[str, tuple[float, float]]:
+        """Return the mean Y-PSNR and SSIM of each set; write the first `samples` pictures of each into `folder`.
+
+        Where the disk does not take them, `say` is told.
+        """
         upscaler, results = Upscaler(model, device=str(self.group.device)), {}
         for name, images in self.sets.items():
             sums = torch.zeros(3, dtype=torch.float64)
@@ -39,8 +47,12 @@ class Validation:
                 picture = upscaler(lr)
                 if folder and i * self.group.world + self.group.rank < samples:
                     file = folder / name / f"{picture_name}.png"
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(picture).save(file)
+                    try:
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        with replacing(file) as temporary:
+                            Image.fromarray(picture).save(temporary)
+                    except OSError as error:
+                        say(f"{file} cannot be written: {error.strerror or error}")
                 measured = [psnr_y(picture, hr, crop=self.scale), ssim_y(picture, hr, crop=self.scale), 1]
                 sums += torch.tensor(measured, dtype=torch.float64)
             psnr, ssim, count = self.group.total(sums.to(self.group.device)).tolist()

@@ -62,7 +62,7 @@ class Upscaler:
         if alpha not in ("bicubic", "network"):
             raise ValueError(f"alpha is {alpha!r}, expected bicubic or network")
         self.tta, self.alpha = tta, alpha
-        self.device = _device(device)
+        self.device = find_device(device)
         self.dtype = _dtype(dtype)
         if scale is not None and (not isinstance(scale, int) or scale < 1):
             raise ValueError(f"scale is {scale!r}, expected a positive integer, or None for the model's own")
@@ -331,7 +331,8 @@ def _full_name(name: str | os.PathLike, scale: int | None) -> str | os.PathLike:
     return f"{name}_x{scale or 2}" if shipped_scales(name) else name
 
 
-def _device(device) -> torch.device:
+def find_device(device) -> torch.device:
+    """Return the device that is meant, "auto" a GPU if there is one; ValueError where it is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
