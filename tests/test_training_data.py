@@ -1,6 +1,11 @@
 """Training images: decoded once, LR of the whole image, patches that depend on the seed and the step alone."""
 
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,6 +135,45 @@ def test_workers_get_no_copy_of_the_pixels(photos, tmp_path):
     sent = pickle.dumps(crops)
     assert len(sent) < 10_000 < crops.images.pixels.size
     assert torch.equal(pickle.loads(sent).batch(0, 2)[1], expected[1])
+
+
+def test_images_on_a_gpu_are_cut_by_the_process_that_trains(photos, tmp_path, monkeypatch):
+    steps = Steps(Crops(opened(photos, tmp_path), 16, 0), 4)
+    monkeypatch.setattr(steps.crops, "device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(Crops, "batch", lambda self, first, count: (first, count, os.getpid()))
+    assert list(batches(steps, 3, 5, workers=2, pin=False)) == [(12, 4, os.getpid()), (16, 4, os.getpid())]
+
+
+def test_what_a_killed_process_left_is_removed(photos, tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    opened(photos, tmp_path)
+    (table,) = (tmp_path / "cache").glob("*.json")
+    table.unlink()
+    left = table.with_suffix(f".{ended.pid}.tmp"), table.with_suffix(f".{os.getppid()}.tmp")
+    for path in left:
+        path.write_bytes(b"half of the pixels")
+    opened(photos, tmp_path)
+    assert table.exists() and not left[0].exists() and left[1].exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="asks Linux for the memory")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_memory_stays_over_ten_thousand_steps(photos, tmp_path, workers):
+    """What is not shared with the file of pixels, of this process and its workers together."""
+    steps = Steps(Crops(opened(photos, tmp_path), 16, 0), 8)
+
+    def taken():
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        lines = (Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() for pid in ("self", *children))
+        return sum(int(line.split()[1]) for of in lines for line in of if line.startswith("Private_Dirty"))
+
+    source, after = batches(steps, 0, 12_000, workers, pin=False), []
+    for step, _ in enumerate(source, 1):
+        if step in (2000, 12_000 - 8):  # while the workers are there
+            after.append(taken())
+    assert after[1] - after[0] < 4096, after  # KiB
 
 
 def test_given_low_resolution_is_taken(photos, tmp_path):
