@@ -50,7 +50,8 @@ def bars_of(facts: dict, title: str):
         axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.tick_params(left=False, bottom=False, labelbottom=False, labelsize=8)
         axis.spines[:].set_visible(False)
-    note = f"median, fastest and slowest of up to {facts['runs']} runs; in brackets: beside ours in the same precision"
+    runs = facts.get("runs", "?")
+    note = f"median, fastest and slowest of up to {runs} runs; in brackets: beside ours in the same precision"
     figure.supxlabel(note, color=QUIET, fontsize=8)
     return figure
 
@@ -70,12 +71,13 @@ def bars(lines: dict) -> list[tuple[str, float, tuple[float, float], str]]:
     for name, line in lines.items():
         if "ms" not in line or "max_error" not in line:  # not right, or a floor
             continue
-        if line["ns_pixel"]:
+        if line.get("ns_pixel"):
             unit, label = line["ns_pixel"] / line["ms"], f"{line['ns_pixel']:.0f} ns per pixel ({line['x_pixel']:.2f}x)"
         else:
-            unit, ms, ratio = 1, line["ms"], line["x_ours"]
+            unit, ms, ratio = 1, line["ms"], line.get("x_ours")
             label = f"{ms:,.{0 if ms >= 100 else 1}f} ms" + (f" ({ratio:.2f}x)" if ratio else "")
-        rows.append((name, unit * line["ms"], (unit * line["ms_min"], unit * line["ms_max"]), label))
+        spread = tuple(unit * line.get(key, line["ms"]) for key in ("ms_min", "ms_max"))
+        rows.append((name, unit * line["ms"], spread, label))
     return rows if any(line.get("ns_pixel") for line in lines.values()) else sorted(rows, key=lambda row: row[1])
 
 

@@ -125,4 +125,6 @@ def read_figures(path: Path) -> dict:
     if not isinstance(facts, dict) or not isinstance(facts.get("cases"), dict) or "backend_info" not in facts:
         hint = ": compare files of pytest-benchmark with pytest-benchmark compare" if "benchmarks" in facts else ""
         raise ValueError(f"{path} is no file that `seemore-fast benchmark` wrote{hint}")
+    if "device" not in facts:
+        raise ValueError(f"{path} tells no device: it is of another version of seemore-fast")
     return facts

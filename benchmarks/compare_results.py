@@ -46,7 +46,7 @@ def differences(before: dict, after: dict) -> list[str]:
     """Return lines on what makes figures hard to compare: another machine, other versions, other threads."""
 
     def told(facts: dict) -> dict[str, object]:
-        info, versions = facts["backend_info"], facts.get("versions", {})
+        info, versions, build = facts["backend_info"], facts.get("versions", {}), facts["backend_info"].get("build", {})
         return {
             "device": facts.get("device"),
             "processor": facts.get("processor"),
@@ -54,7 +54,7 @@ def differences(before: dict, after: dict) -> list[str]:
             "threads": info.get("cpu", {}).get("threads"),
             "torch": info.get("torch"),
             "python": info.get("python"),
-            "compiler": info.get("build", {}).get("compiler"),
+            "compiler": build.get("compiler") if isinstance(build, dict) else build,  # a text where nothing is built
             "seemore-fast": info.get("seemore_fast"),
             **versions,
         }
@@ -89,8 +89,8 @@ def changes(before: dict, after: dict, threshold: float) -> list[Change]:
 
 
 def spread(line: dict) -> tuple[float, float]:
-    """Return the quartiles of a provider's runs; of old files, which have none, the fastest and the slowest."""
-    return tuple(line.get("ms_quartiles") or (line["ms_min"], line["ms_max"]))
+    """Return the quartiles of a provider's runs; of old files the fastest and the slowest, or the median alone."""
+    return tuple(line.get("ms_quartiles") or (line.get(key, line["ms"]) for key in ("ms_min", "ms_max")))
 
 
 def print_changes(found: list[Change], every: bool):

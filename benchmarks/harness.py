@@ -12,7 +12,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +28,8 @@ OURS = "seemore-fast"
 IN_A_GRAPH = ", in a graph"
 SERVES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # backend: type of the device that it is timed on
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-CPU_CACHE = 64 * 2**20  # torch does not tell: larger than most last levels
+MATMUL = "matmul "  # and in what
+LEAST_CACHE = 64 * 2**20  # of a CPU that does not tell
 WARM_UP, MAX_SETS = 3, 32
 MODES = ("forward", "backward", "both")
 
@@ -154,9 +155,18 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, devic
 def input_sets(make: Callable[[int], InputSet], device: torch.device) -> list[InputSet]:
     """Return make(0), make(1), ..., over twice the last-level cache together: none is there from its last use."""
     first = make(0)
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else CPU_CACHE
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else cpu_cache()
     count = min(2 * cache // sum(t.nbytes for t in first.values()) + 1, MAX_SETS)
     return [first, *map(make, range(1, count))]
+
+
+def cpu_cache(folder: str = "/sys/devices/system/cpu/cpu0/cache") -> int:
+    """Return the bytes of the CPU's last-level cache, as Linux tells them, and at least LEAST_CACHE."""
+    units, largest = {"K": 2**10, "M": 2**20, "G": 2**30}, LEAST_CACHE
+    for file in Path(folder).glob("index*/size"):
+        text = file.read_text().strip()
+        largest = max(largest, int(text.rstrip("KMG")) * units.get(text[-1:], 1))
+    return largest
 
 
 def operator_case(
@@ -234,7 +244,8 @@ def run_case(cases: Case | list[Case], device: torch.device, runs: int) -> dict:
         checked, ready = check(case)
         lines, calls, case_of = lines | checked, calls | ready, case_of | dict.fromkeys(ready, case)
     work = {name: (case.bytes, case.operations) for name, case in case_of.items()}
-    for name, (ready, *amounts) in floors(first, device).items():
+    kinds = {kind_of(name, case) for case in cases for name in case.providers}
+    for name, (ready, *amounts) in floors(first, device, kinds).items():
         calls[name], work[name] = ready, amounts
     times, peaks, shuffled = {name: [] for name in calls}, {}, random.Random(0)
     # Each round has its own order, so that nobody always runs after the same other; each turn has the next inputs.
@@ -253,7 +264,7 @@ def run_case(cases: Case | list[Case], device: torch.device, runs: int) -> dict:
     for name, values in times.items():
         ms, (traffic, operations) = statistics.median(values), work[name]
         case = case_of.get(name, first)
-        same_work = id(case) in best and not case.pixels and name != "matmul fp32"
+        same_work = id(case) in best and not case.pixels and not name.startswith(MATMUL)
         line = {
             "ms": ms,
             "ms_min": values[0],
@@ -266,15 +277,21 @@ def run_case(cases: Case | list[Case], device: torch.device, runs: int) -> dict:
         line |= {"images_s": 1000 * case.images / ms if case.images and name in case_of else None}
         line |= {"ns_pixel": ms / case.pixels * 1e6 if case.pixels and name in case_of else None}
         lines[name] = lines.get(name, {}) | line | {"peak_mb": peaks[name]} | case.more.get(name, {})
-    relate(lines)
+    relate(lines, lambda name: kind_of(name, case_of.get(name, first)))
     return lines
 
 
-def floors(case: Case, device: torch.device) -> dict[str, tuple]:
+def kind_of(name: str, case: Case) -> str:
+    """Return in what a provider computes, "fp32" say: as its name tells, else as its inputs."""
+    told = [kind for kind in SHORT.values() if kind in name.split()]
+    return told[0] if told else SHORT.get(next(iter(case.inputs[0].values())).dtype, "fp32")
+
+
+def floors(case: Case, device: torch.device, kinds: Iterable[str]) -> dict[str, tuple]:
     """Return (calls, bytes, operations) by name, to see what this machine reaches in the same minutes.
 
     A copy that moves as many bytes, if the case tells them: half of them read, half written, from sources that exceed
-    the cache as the inputs do. Multiplying matrices, if the case tells its operations.
+    the cache as the inputs do. Multiplying matrices, in each of `kinds`, if the case tells its operations.
     """
     found = {}
     if case.bytes:
@@ -284,16 +301,19 @@ def floors(case: Case, device: torch.device) -> dict[str, tuple]:
         found["clone"] = [tensors["x"].clone for tensors in sources], 2 * count * dtype.itemsize, None
     if case.operations:
         size = 64 if case.operations < 1e6 else 4096 if device.type == "cuda" else 1024
-        matrix = torch.rand(size, size, device=device)
-        found["matmul fp32"] = [partial(torch.mm, matrix, matrix)], None, 2 * size**3
+        for kind in sorted(kinds):
+            dtype = next(dtype for dtype, short in SHORT.items() if short == kind)
+            matrix = torch.rand(size, size, device=device).to(dtype)
+            found[f"{MATMUL}{kind}"] = [partial(torch.mm, matrix, matrix)], None, 2 * size**3
     return found
 
 
-def relate(lines: dict):
-    """Add what relates lines: to the copy, to the best multiplication of matrices, to the first time per pixel."""
-    copy, matmul = lines.get("clone", {}), lines.get("matmul fp32", {})
+def relate(lines: dict, kind_of: Callable[[str], str]):
+    """Add what relates lines: to the copy, to the best product of matrices in their dtype, to the first per pixel."""
+    copy = lines.get("clone", {})
     pixel = next((line["ns_pixel"] for line in lines.values() if line.get("ns_pixel")), None)
-    for line in lines.values():
+    for name, line in lines.items():
+        matmul = lines.get(MATMUL + kind_of(name))
         if line.get("gb_s") and copy:
             line["of_copy"] = line["gb_s"] / copy["gb_s"]
         if line.get("gflop_s") and matmul:

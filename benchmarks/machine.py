@@ -4,7 +4,9 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -31,6 +33,7 @@ def machine_facts(device: torch.device, is_checkout: bool) -> dict:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "processor": processor(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),

@@ -151,10 +151,11 @@ class Checked:
 
     def __init__(self, case: harness.Case, device: torch.device, rounds: int):
         self.rounds, self._case, self._device = rounds, case, device
+        self._kind = harness.kind_of("", case)
         harness.keep_memory()
         self.lines, self.calls = harness.check(case)
         self._ceilings = {}
-        for name, (calls, traffic, operations) in harness.floors(case, device).items():
+        for name, (calls, traffic, operations) in harness.floors(case, device, [self._kind]).items():
             turns = [harness.measure(calls[i % len(calls)], device, True)[0] for i in range(harness.WARM_UP + rounds)]
             self._ceilings[name] = (traffic or operations) / statistics.median(turns[harness.WARM_UP :]) / 1e6
 
@@ -169,7 +170,7 @@ class Checked:
         found = {}
         for rate, share, amount, name in (
             ("gb_s", "of_copy", self._case.bytes, "clone"),
-            ("gflop_s", "of_matmul", self._case.operations, "matmul fp32"),
+            ("gflop_s", "of_matmul", self._case.operations, harness.MATMUL + self._kind),
         ):
             if amount:
                 found[rate] = amount / milliseconds / 1e6

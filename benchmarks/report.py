@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 from seemore_fast.analysis.operations import PUBLISHED as OPERATIONS
 from seemore_fast.benchmarks import chart, command, harness
-from seemore_fast.evaluation.published import PUBLISHED
+from seemore_fast.benchmarks.machine import folder_name
+from seemore_fast.evaluation.published import PUBLISHED, published
 from seemore_fast.files import replacing
 
 OTHER_BENCHMARKS = ("peers", "training", "model")  # the rest of the files are of operators
@@ -43,16 +44,29 @@ class Picture(NamedTuple):
 
 
 def read(paths: list[Path]) -> tuple[dict[str, dict[str, dict]], list[str]]:
-    """Return {folder: {file: facts}} of the JSON files that are or lie in `paths`, and complaints about the others."""
+    """Return {machine: {file: facts}} of the JSON files that are or lie in `paths`, and complaints about the others.
+
+    A machine is called as its folder of results; another of that name gets a number.
+    """
     files = [file for path in paths for file in (sorted(path.rglob("*.json")) if path.is_dir() else [path])]
-    found, complaints = {}, []
+    found, complaints, machines = {}, [], {}
     for file in files:
         try:
             facts = command.read_figures(file)
         except ValueError as error:
             complaints.append(f"left out: {error}")
             continue
-        found.setdefault(command.folder_name(facts), {})[file.stem] = facts
+        cpu = facts["backend_info"].get("cpu", {})
+        machine = facts.get("processor"), *(cpu.get(key) for key in ("instruction_set", "threads"))
+        of_that_name = machines.setdefault(folder_name(facts), [])
+        if machine not in of_that_name:
+            of_that_name.append(machine)
+        number = of_that_name.index(machine)
+        name = folder_name(facts) + (f"-{number + 1}" if number else "")
+        if file.stem in found.setdefault(name, {}):
+            complaints.append(f"left out: {file} is a second {file.stem} of the same machine, {name}")
+            continue
+        found[name][file.stem] = facts
     return found, complaints
 
 
@@ -210,10 +224,10 @@ def slug(text: str) -> str:
 
 def how(benchmark: str, facts: dict) -> str:
     """Return what makes these figures again, and when and of which commit they were made."""
-    commands = {"peers": "inference"}
     commit = f", commit {facts['commit'][:10]}" if facts.get("commit") else ""
-    name = commands.get(benchmark, benchmark)
-    return f"Made by `seemore-fast benchmark {name}`, {facts['date'][:10]}{commit}, {facts['runs']} runs."
+    changed = " with changes" if commit and facts.get("uncommitted") else ""
+    told = facts.get("command") or f"seemore-fast benchmark {'inference' if benchmark == 'peers' else benchmark}"
+    return f"Made by `{told}`, {facts.get('date', 'some day')[:10]}{commit}{changed}, {facts.get('runs', '?')} runs."
 
 
 def operator_table(operators: dict[str, dict]) -> str:
@@ -267,7 +281,7 @@ def left_out(files: dict[str, dict]) -> list[list[str]]:
 
 def section(folder: str, files: dict[str, dict], output: Path) -> str:
     """Write the PNGs of one machine and return its part of the page."""
-    facts = max(files.values(), key=lambda facts: facts["date"])
+    facts = max(files.values(), key=lambda facts: facts.get("date", ""))
     info = facts["backend_info"]
     told = f"torch {info['torch']}, Python {info['python']}, {info['platform']}, seemore-fast {info['seemore_fast']}"
     parts = [f"<h2>{html.escape(chart.machine_of(facts))}</h2>", f'<p class="quiet">{html.escape(told)}</p>']
@@ -292,17 +306,16 @@ def section(folder: str, files: dict[str, dict], output: Path) -> str:
 
 def page(found: dict[str, dict[str, dict]], output: Path) -> str:
     sections = "\n".join(section(folder, files, output) for folder, files in found.items())
-    quality_rows = [
-        [f"{network} x{scale}", *(f"{psnr:.2f} / {ssim:.4f}" for psnr, ssim in sets.values())]
-        for (network, scale), sets in PUBLISHED.items()
-    ]
     names = list(next(iter(PUBLISHED.values())))
+    quality_rows = [
+        [f"{network} x{scale}", *(published(network, scale, name) for name in names)] for network, scale in PUBLISHED
+    ]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,"><title>seemore-fast: benchmarks</title><style>{STYLE}</style></head><body>
 <h1>seemore-fast: benchmarks</h1>
-<p>Every result was compared with a reference in float64 before it was timed; all took turns in one process. Bars and
-points are medians.</p>
+<p>Every result was compared with a reference before it was timed, in float64 but for the largest image; all took turns
+in one process. Bars and points are medians.</p>
 {sections}
 <h2>What was published</h2>
 <p>Y-PSNR in dB and SSIM, then the size of the networks.</p>

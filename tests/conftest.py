@@ -166,3 +166,14 @@ def work(tmp_path):
     from kit_training import make_work
 
     return make_work(tmp_path)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    from kit_browser import CHROMIUM, Browser
+
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    browser = Browser(tmp_path / "profile")
+    yield browser
+    browser.close()

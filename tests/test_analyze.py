@@ -199,6 +199,19 @@ def test_picture_commands(kind, folder, weights, tmp_path):
     assert "</svg>" in picture.read_text()
 
 
+def test_operations_of_a_variant_and_of_a_model(capsys):
+    def told(*arguments):
+        assert cli.main(["analyze", "operations", *arguments]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return {line[:30].strip(): int(line[30:41].replace(",", "")) for line in lines[2:]}
+
+    whole = told()
+    assert whole["published"] == whole["all"] and whole == told("--model", "seemore_t_x2")
+    narrow = told("model.global_kernel_size=7", "model.num_layers=3")
+    assert narrow.keys() == whole.keys() - {"published"}
+    assert narrow["striped_conv (SEE)"] < whole["striped_conv (SEE)"] / 2
+
+
 def test_operations_command(capsys):
     assert cli.main(["analyze", "operations", "--preset", "b", "--scale", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -216,6 +229,9 @@ def test_operations_command(capsys):
         (["receptive", "--image", "{folder}/one.png", "--size", "64"], "to 44, which there are"),
         (["receptive", "--model", "seemore_z", "--image", "{folder}/one.png"], "there is no shipped model"),
         (["operations", "--output-size", "720p"], "expected WxH"),
+        (["operations", "--model", "seemore_t_x2", "--preset", "b"], "--model is a whole network"),
+        (["operations", "model.topk=4"], "topk"),
+        (["operations", "model.depth=4"], "there is no key model.depth"),
     ],
 )
 def test_wrong_usage_is_explained(arguments, said, folder, capsys, monkeypatch, tmp_path):

@@ -105,13 +105,13 @@ def test_bytes_count_once_but_inputs_that_two_passes_read(harness, case_of):
 
 def test_the_copy_moves_as_many_bytes_and_is_the_measure(harness, case_of, monkeypatch):
     case = case_of({})
-    calls, traffic, _ = harness.floors(case, CPU)["clone"]
+    calls, traffic, _ = harness.floors(case, CPU, ["fp32"])["clone"]
     assert traffic == case.bytes == 2 * calls[0]().nbytes
     assert len({call.__self__.data_ptr() for call in calls}) == len(calls) > 1
     monkeypatch.setattr(harness, "measure", lambda call, device, kernels_only: (times[call], None))
     times = {"torch eager": 4, **{call: 3 for call in calls}}
     monkeypatch.setattr(harness, "check", lambda case: ({}, {"torch eager": ["torch eager"]}))
-    monkeypatch.setattr(harness, "floors", lambda case, device: {"clone": (calls, traffic, None)})
+    monkeypatch.setattr(harness, "floors", lambda case, device, kinds: {"clone": (calls, traffic, None)})
     lines = harness.run_case(case, CPU, runs=1)
     assert [lines[name]["of_copy"] for name in ("torch eager", "clone")] == [0.75, 1]
 
@@ -239,12 +239,45 @@ def test_what_is_missing_comes_with_the_command_that_installs_it(harness, monkey
 
 
 def test_input_sets_exceed_the_cache_within_bounds(harness, monkeypatch):
-    monkeypatch.setattr(harness, "CPU_CACHE", 1000)
+    monkeypatch.setattr(harness, "cpu_cache", lambda: 1000)
 
     def count(elements):
         return len(harness.input_sets(lambda seed: {"x": torch.full((elements,), float(seed))}, CPU))
 
     assert [count(elements) for elements in (1, 100, 250, 10000)] == [harness.MAX_SETS, 6, 3, 1]
+
+
+def test_the_cache_is_what_the_system_tells_or_a_large_one(harness, tmp_path):
+    assert harness.cpu_cache(str(tmp_path)) == harness.LEAST_CACHE
+    for index, size in enumerate(["32K", "1024K", "384M"]):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(size + "\n")
+    assert harness.cpu_cache(str(tmp_path)) == 384 * 2**20
+
+
+def test_shares_are_of_products_of_the_same_kind(harness, case_of, monkeypatch):
+    case = case_of(
+        {"seemore-fast bf16": harness.operator(scaled_sum), "seemore-fast fp32": harness.operator(scaled_sum)}
+    )
+    case.providers["torch eager"] = "left out"
+    times = {"seemore-fast bf16": 4, "seemore-fast fp32": 8, "matmul bf16": 1, "matmul fp32": 2}
+    dtypes = {}
+
+    def measure(call, device, kernels_only):
+        name = next(order)
+        if name.startswith("matmul"):
+            dtypes[name] = call().dtype
+        return times.get(name, 1), None
+
+    order = itertools.cycle([*list(case.providers)[1:], "clone", "matmul bf16", "matmul fp32"])
+    monkeypatch.setattr(harness, "measure", measure)
+    monkeypatch.setattr(harness.random.Random, "sample", lambda self, names, count: names)
+    lines = harness.run_case(case, CPU, runs=1)
+    assert dtypes == {"matmul bf16": torch.bfloat16, "matmul fp32": torch.float32}
+    rate = {kind: 2 * 64**3 / times[f"matmul {kind}"] for kind in ("bf16", "fp32")}
+    for kind in rate:
+        share = case.operations / times[f"seemore-fast {kind}"] / rate[kind]
+        assert lines[f"seemore-fast {kind}"]["of_matmul"] == pytest.approx(share)
 
 
 def test_ours_prepares_and_runs_on_every_backend_and_instruction_set(harness, monkeypatch):

@@ -79,6 +79,18 @@ def test_old_files_have_no_quartiles(compare):
     assert compare(before, changed(seemore_fast_cpu=line(16)))[0] == 1
 
 
+def test_older_files_still_have_no_spread(compare):
+    before = copy.deepcopy(BEFORE)
+    before["forward"]["seemore-fast cpu"] = {"ms": 10}
+    assert compare(before, BEFORE)[0] == 0
+    assert compare(before, changed(seemore_fast_cpu=line(14)))[0] == 1
+
+
+def test_a_package_without_kernels_is_another_build(compare):
+    status, said, _ = compare(BEFORE, BEFORE, backend_info={**INFO, "build": "there is no _C here"})
+    assert status == 0 and "not the same: compiler: None before, there is no _C here after" in said
+
+
 def test_another_machine_is_named(compare):
     other = {**INFO, "torch": "2.12"}
     status, said, _ = compare(BEFORE, BEFORE, device="cpu 2", backend_info=other)

@@ -131,3 +131,32 @@ def test_nothing_to_report(path, said, tmp_path, monkeypatch, capsys):
 def test_the_repositorys_own_figures(tmp_path):
     assert main(["benchmark", "report", str(RESULTS), "-o", str(tmp_path)]) == 0
     assert 1e4 < (tmp_path / "report.html").stat().st_size < 3e6
+
+
+def test_two_machines_are_two_sections(report, tmp_path, capsys):
+    """Though their results go to one folder; and the same file of one machine again is told, not taken."""
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "gate.json").write_text(
+        json.dumps(FACTS | {"processor": "Another CPU", "cases": FILES["router"]})
+    )
+    (tmp_path / "more" / "router.json").write_text(json.dumps(FACTS | {"cases": FILES["router"]}))
+    page = report({"router": FILES["router"]}, "more")
+    assert page.count("<h2>Some CPU, 2 threads</h2>") == page.count("<h2>Another CPU, 2 threads</h2>") == 1
+    assert "more/router.json is a second router of the same machine, x86-64" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"x86-64_roofline.png", "x86-64-2_roofline.png"}
+
+
+def test_the_command_that_was_given_is_told(report, monkeypatch):
+    monkeypatch.setitem(FACTS, "command", "seemore-fast benchmark kernels --runs 5")
+    monkeypatch.setitem(FACTS, "uncommitted", ["M x"])
+    page = report({"router": FILES["router"]})
+    assert "Made by <code>seemore-fast benchmark kernels --runs 5</code>" in page and "with changes" in page
+
+
+@pytest.mark.parametrize("width", [420, 1280])
+def test_the_page_in_a_browser(report, browser, tmp_path, width):
+    report(FILES)
+    browser.open(tmp_path / "out" / "report.html", width, 800)
+    assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert browser.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+    assert not browser.complaints()

@@ -35,9 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser):
         metavar="PIXELS",
         help="side of the middle of the image that is looked at (default: up to 64)",
     )
+    operations.add_argument("variant", nargs="*", metavar="key=value", help="such as model.global_kernel_size=7")
     operations.add_argument("--model", metavar="NAME|PATH", help="default: --preset")
-    operations.add_argument("--preset", default="t", choices=("t", "b", "l"), help="default: t")
-    operations.add_argument("--scale", type=int, default=2, choices=(2, 3, 4), help="of the preset (default: 2)")
+    operations.add_argument("--preset", choices=("t", "b", "l"), help="default: t")
+    operations.add_argument("--scale", type=int, choices=(2, 3, 4), help="of the preset (default: 2)")
     operations.add_argument(
         "--output-size", default="1280x720", metavar="WxH", help="the enlarged picture (default: 1280x720, the field's)"
     )
@@ -128,11 +129,15 @@ def _operations(options: argparse.Namespace) -> int:
     from ..analysis.operations import PUBLISHED, operations, total
     from ..presets import PRESETS
 
+    if options.model and (options.preset or options.scale or options.variant):
+        raise UsageError("--model is a whole network: leave out --preset, --scale and key=value")
     if options.model:
-        config, title, known = _model(options.model).config, _name(options.model), None
+        config, title = _model(options.model).config, _name(options.model)
     else:
-        config = {"scale": options.scale, **PRESETS[options.preset]}
-        title, known = f"{options.preset.upper()} x{options.scale}", PUBLISHED[options.preset, options.scale]
+        preset, scale = options.preset or "t", options.scale or 2
+        config, title = _variant(preset, scale, options.variant), f"{preset.upper()} x{scale}"
+    size = next((size for size, own in PRESETS.items() if all(config[key] == own[key] for key in own)), None)
+    known = PUBLISHED.get((size, config["scale"]))
     width, height = _size(options.output_size, config["scale"])
     table = operations(config, height // config["scale"], width // config["scale"])
     every = total(table)
@@ -143,6 +148,25 @@ def _operations(options: argparse.Namespace) -> int:
     if known and (width, height) == (1280, 720):
         print(f"{'published':<30} {known[0]:>10,} {known[1]:>8.1f}")
     return DONE
+
+
+def _variant(preset: str, scale: int, overrides: list[str]) -> dict:
+    """Return the arguments of a published network with others of its own, as a recipe takes them."""
+    from ..model import SeemoRe
+    from ..presets import PRESETS
+
+    if not overrides:
+        return {"scale": scale, **PRESETS[preset]}
+    from ..training.config import Config, ConfigError, Model, override
+
+    config = Config(model=Model(preset=preset, scale=scale))
+    try:
+        override(config, overrides)
+        return SeemoRe(**config.model.arguments()).config
+    except ImportError as error:
+        raise UsageError(f"{error.name} is not installed: pip install 'seemore-fast[train]'") from None
+    except (ConfigError, TypeError, ValueError) as error:
+        raise UsageError(str(error)) from None
 
 
 def _size(text: str, scale: int) -> tuple[int, int]:

@@ -162,13 +162,18 @@ def load_config(name_or_path: str, overrides: Iterable[str] = ()) -> tuple[Confi
 
         content, notes = translate(content, str(path))
     config = build(Config, content, str(path))
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"{override}: expected key=value, such as data.batch=8")
-        _override(config, key, _parse(text, override), override)
+    override(config, overrides)
     check(config, str(path))
     return config, notes
+
+
+def override(config: Config, overrides: Iterable[str]):
+    """Set what "section.key=value" say; ConfigError for what they cannot."""
+    for line in overrides:
+        key, equals, text = line.partition("=")
+        if not equals:
+            raise ConfigError(f"{line}: expected key=value, such as data.batch=8")
+        _override(config, key, _parse(text, line), line)
 
 
 def _read(path: Path) -> dict:
