@@ -10,6 +10,7 @@ KINDS = {
     "kernels": "compare_kernels",
     "inference": "compare_peers",
     "training": "compare_training",
+    "loop": "training_loop",
     "compare": "compare_results",
     "report": "report",
     "tune": "tune_backends",

@@ -1,0 +1,92 @@
+"""Compare the loop of `seemore-fast train` with its bare step on one batch: what data, records and checkpoints cost.
+
+    seemore-fast benchmark loop --data photos         (or: python benchmarks/training_loop.py ...)
+
+Both are T for scale 2 on 8 patches of 64x64 pixels with Adam and averaged weights, in turns. The loop cuts its patches,
+shows its progress, writes a line of records and, at the end of each turn, a checkpoint. A run writes loop.json.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from seemore_fast.benchmarks import command, harness
+from seemore_fast.benchmarks.machine import folder_name, machine_facts
+
+SETTING = ["model.preset=t", "model.scale=2", "data.batch=8", "data.patch=64", "steps=1000000000", "log.every=10",
+           "validation.every=1000000000", "checkpoint.every=1000000000"]  # fmt: skip
+QUICK = ["model.num_layers=1", "model.embedding_dim=12", "data.batch=2", "data.patch=16"]
+LEAST = 0.95  # of the bare step's speed
+
+
+def main(arguments: list[str] | None = None, prog: str | None = None):
+    from seemore_fast.training.config import Config, ConfigError, check, override
+    from seemore_fast.training.group import join
+    from seemore_fast.training.trainer import Trainer
+
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, metavar="DIR", help="folder of images")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--steps", type=int, default=50, help="of a turn (default: 50)")
+    parser.add_argument("--turns", type=int, default=5, help="of each (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="a tiny network, to see that it runs")
+    parser.add_argument("--results", type=Path, help="folder to write to (by default, only a complete run writes)")
+    options = parser.parse_args(arguments)
+    group = join(options.device)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def trainer(name: str) -> Trainer:
+            config, places = Config(), {"data.train": options.data, "data.cache": f"{folder}/cache"}
+            told = [*SETTING, *(QUICK if options.quick else []), f"out={folder}/{name}"]
+            override(config, told + [f"{key}={json.dumps(str(place))}" for key, place in places.items()])
+            check(config, "this benchmark")
+            return Trainer(config, group)
+
+        try:
+            loop, bare = trainer("loop"), trainer("bare")
+        except ConfigError as error:
+            parser.error(str(error))
+        batch = tuple(images.to(group.device) for images in bare.steps[0])
+
+        def steps():
+            for _ in range(options.steps):
+                loss = bare.train_step(*batch)
+            return loss.item()
+
+        turns = {"bare step": steps, "loop": lambda: loop.run(loop.step + options.steps)}
+        times = {name: [] for name in turns}
+        for turn in range(1 + options.turns):
+            for name, take in turns.items():
+                begin = time.perf_counter()
+                with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
+                    take()
+                if turn:  # the first warms up
+                    times[name].append(1000 * (time.perf_counter() - begin) / options.steps)
+    lines = {
+        name: {"ms": statistics.median(ms), "ms_min": min(ms), "ms_max": max(ms), "ms_quartiles": harness.quartiles(ms),
+               "runs": len(ms)}
+        for name, ms in times.items()
+    }  # fmt: skip
+    title = "tiny" if options.quick else "T x2 8x64x64"
+    command.print_table(title, lines)
+    share = lines["bare step"]["ms"] / lines["loop"]["ms"]
+    print(f"\nthe loop has {share:.1%} of the bare step's speed, expected at least {LEAST:.0%}")
+    if options.results or not options.quick:
+        facts = machine_facts(group.device, not command.IS_INSTALLED)
+        facts |= {"runs": options.turns, "cases": {title: lines}}
+        root = options.results or (Path() if command.IS_INSTALLED else command.HERE / "results")
+        path = root / folder_name(facts) / "loop.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(facts, indent=2) + "\n")
+        print(f"figures in {path}")
+
+
+if __name__ == "__main__":
+    main()
