@@ -1,5 +1,8 @@
 """Every example in the README runs, in the order it stands there."""
 
+import csv
+import itertools
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,8 +11,11 @@ import numpy as np
 from PIL import Image
 
 from seemore_fast.cli import main
+from seemore_fast.evaluation.published import published
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+RESULTS, WEIGHTS = ROOT / "benchmarks" / "results", ROOT / "seemore_fast" / "weights"
+README = (ROOT / "README.md").read_text()
 
 
 LESS = ["steps=2", "data.patch=16", "data.batch=2"]  # of what a training would take
@@ -49,3 +55,80 @@ def test_command_lines(tmp_path, monkeypatch):
     assert made == ["logo_x2.png", "photo_x2.jpg", "photo_x2.png", "photo_x2.webp"]
     assert Path("page.html").read_text().count("<figure>") == 1
     assert Image.open("wide.png").size == (3840, 2560)
+
+
+# Figures: each table says what its files of results say
+
+
+def table_below(heading):
+    """Return [(first cell of a row, {head of a column: cell})] of the first table below a heading."""
+    lines = README[README.index(f"# {heading}\n") :].splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    lines = list(itertools.takewhile(lambda line: line.startswith("|"), lines[begin:]))
+    head, _, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in lines)
+    return [(row[0], dict(zip(head[1:], row[1:], strict=True))) for row in rows]
+
+
+def figures(name):
+    return json.loads((RESULTS / "x86-64" / f"{name}.json").read_text())["cases"]
+
+
+def test_the_table_of_inference():
+    names = {
+        "seemore-fast": "seemore-fast {}", "OpenVINO": "OpenVINO {}", "ONNX Runtime": "ONNX Runtime",
+        "torch.compile, frozen": "reference torch.compile, frozen", "published": "published eager",
+        "reference, channels_last": "reference eager channels_last",
+    }  # fmt: skip
+    cases, compared = figures("peers"), 0
+    for row, cells in table_below("Inference on a CPU"):
+        what, kind = row.split(",")[0], row.split(", ")[-1]
+        (lines,) = (lines for title, lines in cases.items() if title.startswith(f"{what} "))
+        for head, cell in cells.items():
+            published = "published channels_last" if kind == "fp32" else "published bf16 autocast"
+            name = published if head == "published, channels_last" else names[head].format(kind)
+            if cell:
+                assert cell == f"{lines[name]['ms']:.0f}", (row, head)
+                compared += 1
+    assert compared > 30
+
+
+def test_the_table_of_training():
+    cases, what = figures("training"), None
+    names = {"ours": "seemore-fast {}", "published": "published {} eager"}
+    for row, cells in table_below("Training on a CPU"):
+        what, kind = row.split(",")[0] if row[0] in "TB" else what, row.split(", ")[-1]
+        (lines,) = (lines for title, lines in cases.items() if title.startswith(f"{what} "))
+        for head, cell in cells.items():
+            name = names.get(head) or "{} {{}} {}".format(*head.split(", "))
+            assert cell == f"{lines[name.format(kind)]['ms']:.0f}", (row, head)
+
+
+def test_the_table_of_quality():
+    compared = 0
+    for row, cells in table_below("Quality"):
+        if row.startswith("scale"):
+            name = f"bicubic_x{row[6]}"
+        elif row.startswith("["):
+            name = row[1 : row.index("]")]
+        else:
+            name, network, scale = None, row.split()[1], int(name[-1])
+        for data, cell in cells.items():
+            if name is None:
+                assert cell == published(network, scale, data)
+                continue
+            with (RESULTS / "quality" / f"{name}.csv").open() as file:
+                rows = [row for row in csv.DictReader(file) if row["data"] == data]
+            assert len(rows) == {"Set5": 5, "Set14": 14, "B100": 100}[data]
+            psnr, ssim = (np.mean([float(row[key]) for row in rows]) for key in ("psnr_y", "ssim_y"))
+            assert cell == f"{psnr:.2f}/{ssim:.4f}"
+            compared += 1
+    assert compared == 18
+
+
+def test_the_cards_say_what_the_readme_says():
+    for row, cells in table_below("Quality"):
+        if row.startswith("["):
+            card = (WEIGHTS / f"{row[1 : row.index(']')]}.md").read_text()
+            for cell in cells.values():
+                psnr, ssim = cell.split("/")
+                assert f" {psnr} " in card and ssim in card, (row, cell)
