@@ -33,7 +33,7 @@ def machine_facts(device: torch.device, is_checkout: bool) -> dict:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([*program(), *sys.argv[1:]]),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "processor": processor(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
@@ -42,6 +42,14 @@ def machine_facts(device: torch.device, is_checkout: bool) -> dict:
         "backend_info": seemore_fast.backend_info(),
         "versions": versions,
     }
+
+
+def program() -> list[str]:
+    """Return the words that begin the command line of this process."""
+    name = Path(sys.argv[0]).name
+    if not name.endswith(".py"):
+        return [name]
+    return ["python", f"benchmarks/{name}"] if name != "__main__.py" else ["python", "-m", "seemore_fast.cli"]
 
 
 def folder_name(facts: dict) -> str:

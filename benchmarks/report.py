@@ -97,7 +97,7 @@ def roofline(operators: dict[str, dict]) -> Picture | None:
         for title, lines in facts["cases"].items():
             own = [line for name, line in lines.items() if name.startswith(harness.OURS) and line.get("gflop_s")]
             copies += [line["gb_s"] for name, line in lines.items() if name == "clone"]
-            products += [line["gflop_s"] for name, line in lines.items() if name == "matmul fp32"]
+            products += [line["gflop_s"] for name, line in lines.items() if name == f"{harness.MATMUL}fp32"]
             if own and "fp32" in title and all(line.get("gb_s") for line in own):
                 best = min(own, key=lambda line: line["ms"])
                 points.append((stem, title.split()[0], best["gflop_s"] / best["gb_s"], best["gflop_s"]))

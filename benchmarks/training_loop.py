@@ -39,7 +39,12 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
     parser.add_argument("--quick", action="store_true", help="a tiny network, to see that it runs")
     parser.add_argument("--results", type=Path, help="folder to write to (by default, only a complete run writes)")
     options = parser.parse_args(arguments)
-    group = join(options.device)
+    if options.steps < 1 or options.turns < 1:
+        parser.error("--steps and --turns are to be at least 1")
+    try:
+        group = join(options.device)
+    except ConfigError as error:
+        parser.error(str(error))
     with tempfile.TemporaryDirectory() as folder:
 
         def trainer(name: str) -> Trainer:

@@ -1,5 +1,6 @@
 """How much memory there is, so that what cannot fit is refused before anything is allocated."""
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -53,8 +54,8 @@ def _spare_in_containers() -> Iterator[int]:
     """Yield what the limits leave of each control group that this process is in, from its own up to the topmost."""
     try:
         lines = [line.split(":", 2) for line in OWN_CGROUPS.read_text().splitlines()]
-    except OSError:
-        return
+    except OSError:  # not told: as if it were in the topmost ones
+        lines = [("", "memory", "/"), ("", "", "/")]
     for _, controllers, path in lines:
         if controllers and "memory" not in controllers.split(","):
             continue
@@ -63,10 +64,12 @@ def _spare_in_containers() -> Iterator[int]:
         for group in (own, *own.parents[: len(Path(path).parts) - 1]):
             try:
                 spare = int((group / limit).read_text()) - int((group / used).read_text())
-                pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                yield spare + sum(int(pages.get(name, 0)) for name in reclaimable)
             except (OSError, ValueError):  # no limits here, or "max"
                 continue
+            with contextlib.suppress(OSError, ValueError):
+                pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                spare += sum(int(pages.get(name, 0)) for name in reclaimable)
+            yield spare
 
 
 def check_memory(needed: int, what: str):

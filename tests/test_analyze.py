@@ -232,6 +232,8 @@ def test_operations_command(capsys):
         (["operations", "--model", "seemore_t_x2", "--preset", "b"], "--model is a whole network"),
         (["operations", "model.topk=4"], "topk"),
         (["operations", "model.depth=4"], "there is no key model.depth"),
+        (["operations", "data.batch=4"], "data.batch=4: expected a key of model"),
+        (["operations", "model.preset=b"], "model.preset=b: expected a key of model"),
     ],
 )
 def test_wrong_usage_is_explained(arguments, said, folder, capsys, monkeypatch, tmp_path):

@@ -1,10 +1,6 @@
 """The benchmarks check before they time, take turns and write; what they time is none of a test's business."""
 
 import itertools
-import json
-import os
-import runpy
-import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -340,89 +336,3 @@ def test_backward_runs_alone_more_than_once_and_in_its_layout(harness):
         torch.testing.assert_close(dgate, tensors["upstream"] * tensors["x"])
     assert len(calls) == 1
     assert calls[0].is_contiguous(memory_format=torch.channels_last)
-
-
-# The command lines
-
-
-@pytest.fixture
-def bench(harness, monkeypatch, capsys):
-    """Run benchmarks/bench_<name>.py on tiny cases; return what it printed."""
-
-    def run(name, *arguments):
-        arguments = ["--device", "cpu", "--quick", "--runs", "1", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", [f"bench_{name}.py", *arguments])
-        runpy.run_path(str(BENCHMARKS / f"bench_{name}.py"), run_name="__main__")
-        return capsys.readouterr().out
-
-    return run
-
-
-def figures(path):
-    facts = json.loads(path.read_text())
-    assert facts.keys() >= {"device", "date", "commit", "uncommitted", "backend_info", "versions", "runs", "cases"}
-    return facts["cases"]
-
-
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_bench_model(bench, tmp_path, compiled):
-    printed = bench("model", "--results", tmp_path, "--compile" if compiled else "--no-compile")
-    cases = figures(next(tmp_path.glob("*/model.json")))
-    assert len(cases) == 2
-    for title, lines in cases.items():
-        assert title in printed
-        assert lines["seemore-fast"]["ms"] > 0
-        assert lines["seemore-fast"]["max_error"] < 1e-5
-        assert lines["reference eager"]["x_ours"] > 0
-        assert set(lines["published eager"]) & {"ms", "absent"}
-        assert ("reference torch.compile" in lines) == compiled
-
-
-def test_a_partial_run_writes_only_where_it_is_told(bench):
-    results = {path: path.stat().st_mtime_ns for path in BENCHMARKS.glob("results/*/*")}
-    printed = bench("striped_conv", "--case", "K=3")
-    assert printed.count("torch eager channels_last") == 3
-    assert "figures in" not in printed
-    assert {path: path.stat().st_mtime_ns for path in BENCHMARKS.glob("results/*/*")} == results
-
-
-def test_what_was_timed_before_a_run_ends_early_is_kept(harness, bench, monkeypatch, tmp_path):
-    run_case, done = harness.run_case, []
-
-    def breaks(*arguments):
-        done.append(arguments)
-        return run_case(*arguments) if len(done) < 3 else 1 / 0
-
-    monkeypatch.setattr(harness, "run_case", breaks)
-    with pytest.raises(ZeroDivisionError):
-        bench("router", "--results", tmp_path)
-    path = next(tmp_path.glob("*/router.json"))
-    assert (len(figures(path)), json.loads(path.read_text())["cases_left_out"]) == (2, 4)
-
-
-def test_a_case_that_does_not_exist_is_an_error(bench, capsys):
-    with pytest.raises(SystemExit):
-        bench("striped_conv", "--case", "K=4")
-    assert "no case has 'K=4' in its title" in capsys.readouterr().err
-
-
-def test_ours_being_wrong_is_an_exit_status(harness, bench, monkeypatch, tmp_path):
-    wrong = harness.operator(lambda **tensors: tensors["x"])
-    monkeypatch.setattr(harness, "ours", lambda *arguments: {"seemore-fast cpu": wrong})
-    with pytest.raises(SystemExit, match="seemore-fast is wrong or fails"):
-        bench("striped_conv", "--case", "forward", "--results", tmp_path)
-    lines = next(iter(figures(next(tmp_path.glob("*/*.json"))).values()))
-    assert "errs by" in lines["seemore-fast cpu"]["wrong"]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_without_a_gpu_it_says_so():
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "bench_model.py"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)},
-    )
-    assert done.returncode == 1
-    assert "no CUDA device here" in done.stderr
-    assert "Traceback" not in done.stderr

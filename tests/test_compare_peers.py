@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from test_benchmarks import figures
+from test_benchmark_commands import figures
 
 from seemore_fast import SeemoRe
 from seemore_fast.analysis.operations import PUBLISHED

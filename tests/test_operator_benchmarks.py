@@ -8,16 +8,17 @@ import sys
 
 import kit
 import pytest
-import test_benchmarks
+import test_benchmark_commands
 import torch
 from conftest import T
-from test_benchmarks import BENCHMARKS, figures, scaled_sum
+from test_benchmark_commands import figures
+from test_benchmarks import BENCHMARKS, scaled_sum
 from torch.utils.flop_counter import FlopCounterMode
 
 from seemore_fast import reference
 from seemore_fast.cli import main
 
-bench = test_benchmarks.bench
+bench = test_benchmark_commands.bench
 
 
 def benchmark_of(operator):

@@ -84,8 +84,8 @@ def test_the_table_of_inference():
         what, kind = row.split(",")[0], row.split(", ")[-1]
         (lines,) = (lines for title, lines in cases.items() if title.startswith(f"{what} "))
         for head, cell in cells.items():
-            published = "published channels_last" if kind == "fp32" else "published bf16 autocast"
-            name = published if head == "published, channels_last" else names[head].format(kind)
+            other = "published channels_last" if kind == "fp32" else "published bf16 autocast"
+            name = other if head == "published, channels_last" else names[head].format(kind)
             if cell:
                 assert cell == f"{lines[name]['ms']:.0f}", (row, head)
                 compared += 1
@@ -93,7 +93,7 @@ def test_the_table_of_inference():
 
 
 def test_the_table_of_training():
-    cases, what = figures("training"), None
+    cases, what, compared = figures("training"), None, 0
     names = {"ours": "seemore-fast {}", "published": "published {} eager"}
     for row, cells in table_below("Training on a CPU"):
         what, kind = row.split(",")[0] if row[0] in "TB" else what, row.split(", ")[-1]
@@ -101,6 +101,8 @@ def test_the_table_of_training():
         for head, cell in cells.items():
             name = names.get(head) or "{} {{}} {}".format(*head.split(", "))
             assert cell == f"{lines[name.format(kind)]['ms']:.0f}", (row, head)
+            compared += 1
+    assert compared == 20
 
 
 def test_the_table_of_quality():

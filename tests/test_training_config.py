@@ -236,6 +236,12 @@ def test_batches_of_basicsr_grow_with_the_processes(tmp_path, monkeypatch):
             "scheduler: MultiStepLR",
             "scheduler is 'MultiStepLR', expected a section",
         ),
+        (
+            "val: {val_freq: !!float 5e3, save_img: false, metrics: {psnr: {type: calculate_psnr}}}",
+            "val: 5",
+            "val is 5, expected a section",
+        ),
+        ("dataroot_gt: set5,", "dataroot_gt: [set5],", r"datasets.val_1.dataroot_gt is .'set5'., expected a folder"),
         ("warmup_iter: -1", "warmup_iter: few", "warmup_iter is 'few', expected a whole number"),
     ],
 )

@@ -42,13 +42,28 @@ def test_a_signal_finishes_the_step_and_saves(work, number, workers):
         start_new_session=True,
     )  # fmt: skip
     table = work / "run" / "steps.csv"
-    wait_for(lambda: table.exists() and len(table.read_text().splitlines()) > 3, process)
-    os.killpg(process.pid, number) if workers else process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    try:
+        wait_for(lambda: table.exists() and len(table.read_text().splitlines()) > 3, process)
+        os.killpg(process.pid, number) if workers else process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, output
     step = newest(work)["step"]
     assert step >= 3 and f"stopped after step {step}; --resume auto" in output
     assert trainer(work, "steps=100000", resume="auto").step == step
+
+
+def test_a_step_that_fails_ends_the_workers_too(work):
+    code = (
+        "import sys\nfrom seemore_fast.training.trainer import Trainer\n"
+        "def fail(*batch):\n    raise RuntimeError('out of luck')\n"
+        "Trainer.train_step = fail\nfrom seemore_fast.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    told = ["train", *arguments(work, "data.workers=2"), "--device", "cpu"]
+    ended = subprocess.run([sys.executable, "-c", code, *told], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and "RuntimeError: out of luck" in ended.stderr
 
 
 def test_killed_at_any_moment_it_loses_the_steps_since_a_checkpoint_alone(work):

@@ -180,16 +180,19 @@ def test_what_cannot_be_is_said_before_the_first_step(work, told, message):
 
 
 def test_going_on_from_an_earlier_step_sets_the_later_ones_aside(work):
-    trainer(work, "checkpoint.every=3", "checkpoint.keep=9").run()
-    folder = work / "run" / "checkpoints"
-    later = (folder / "step_000000009.pt").read_bytes()
-    told = ["checkpoint.every=3", "checkpoint.keep=1"]
-    trainer(work, *told, resume=str(folder / "step_000000003.pt")).run(until=6)
-    assert sorted(path.name for path in folder.glob("*.pt")) == [
-        "left_step_000000009.pt", "left_step_000000012.pt", "step_000000006.pt",
-    ]  # fmt: skip
-    assert (folder / "left_step_000000009.pt").read_bytes() == later
-    assert trainer(work, *told, resume="auto").step == 6
+    run, told = work / "run", ["checkpoint.every=3", "checkpoint.keep=9"]
+    trainer(work, *told).run()
+    folder = run / "checkpoints"
+    names = "steps.csv", "validation.csv", "weights.safetensors"
+    before = {name: (run / name).read_bytes() for name in names}
+    before |= {path.name: path.read_bytes() for path in folder.iterdir() if path.stem[-2:] not in ("03", "06")}
+    for end in (9, 12):
+        again = trainer(work, *told, resume=str(folder / "step_000000006.pt"))
+        again.run(until=end)
+        assert sorted(path.name for path in folder.glob("*.pt"))[-1] == f"step_{end:09d}.pt"
+    assert {path.name: path.read_bytes() for path in (run / "left_12_1").iterdir()} == before
+    assert [path.name for path in (run / "left_9_1").glob("*.pt")] == ["step_000000009.pt"]
+    assert trainer(work, *told, resume="auto").step == 12
 
 
 def test_a_resumed_run_does_as_it_is_told_now(work):

@@ -135,7 +135,8 @@ def _operations(options: argparse.Namespace) -> int:
         config, title = _model(options.model).config, _name(options.model)
     else:
         preset, scale = options.preset or "t", options.scale or 2
-        config, title = _variant(preset, scale, options.variant), f"{preset.upper()} x{scale}"
+        config = _variant(preset, scale, options.variant)
+        title = ", ".join([f"{preset.upper()} x{scale}", *options.variant])
     size = next((size for size, own in PRESETS.items() if all(config[key] == own[key] for key in own)), None)
     known = PUBLISHED.get((size, config["scale"]))
     width, height = _size(options.output_size, config["scale"])
@@ -160,6 +161,9 @@ def _variant(preset: str, scale: int, overrides: list[str]) -> dict:
     from ..training.config import Config, ConfigError, Model, override
 
     config = Config(model=Model(preset=preset, scale=scale))
+    for line in overrides:
+        if not line.startswith("model.") or line.startswith(("model.preset", "model.scale")):
+            raise UsageError(f"{line}: expected a key of model other than preset and scale, which are options")
     try:
         override(config, overrides)
         return SeemoRe(**config.model.arguments()).config

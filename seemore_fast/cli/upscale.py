@@ -61,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser):
         "--tile", type=_tile, metavar="N|exact",
         help="exact: stream group by group, as is done anyway where memory is short; N: independent tiles, not exact",
     )  # fmt: skip
-    how.add_argument("--scratch", type=Path, metavar="DIR", help="for what does not fit into memory (default: TMPDIR)")
+    how.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="for what does not fit into memory (default: TMPDIR, or /var/tmp)"
+    )
 
 
 def _positive(text: str) -> float:

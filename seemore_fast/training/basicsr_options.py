@@ -58,7 +58,7 @@ class _Reader:
         content |= self._training(self._section(options, "train"))
         datasets = self._section(options, "datasets")
         content["data"] = self._training_data(self._section(datasets, "train", "datasets."), content["model"]["scale"])
-        content["validation"] = self._validation(datasets, options.get("val") or {})
+        content["validation"] = self._validation(datasets, self._section(options, "val", needed=False))
         content |= self._path_and_logger()
         return content, self.notes
 
@@ -220,9 +220,11 @@ class _Reader:
                 self._note(f"datasets.{key}", "has no effect: it is no val with a dataroot_gt")
                 continue
             name = str(told.get("name", key))
-            data[name] = os.path.expanduser(told["dataroot_gt"])
-            if told.get("dataroot_lq"):
-                lr[name] = os.path.expanduser(told["dataroot_lq"])
+            for key_of, folders in (("dataroot_gt", data), ("dataroot_lq", lr)):
+                if folder := told.get(key_of):
+                    if not isinstance(folder, str):
+                        raise ConfigError(f"{self.where}: datasets.{key}.{key_of} is {folder!r}, expected a folder")
+                    folders[name] = os.path.expanduser(folder)
         own = {"data": data, "lr": lr, "every": int(float(section.get("val_freq", 5000)))}
         return own if section.get("save_img") else {**own, "samples": 0}
 
@@ -243,7 +245,7 @@ class _Reader:
             self._note("path.experiments_root", "has no effect: `out` is where a run is kept")
         if path.get("resume_state"):
             self._note("path.resume_state", "has no effect: --resume goes on with a run of ours")
-        if (self._section(logger, "wandb", "logger.", needed=False)).get("project"):
+        if self._section(logger, "wandb", "logger.", needed=False).get("project"):
             self._note("logger.wandb", "is not supported and has no effect: TensorBoard and CSV files are")
         if logger.get("save_checkpoint_freq"):
             content["checkpoint"] = {"every": int(float(logger["save_checkpoint_freq"]))}

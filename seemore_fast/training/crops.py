@@ -96,13 +96,15 @@ def batches(steps: Steps, begin: int, end: int, workers: int, pin: bool) -> Iter
     By this one too where the images are on a GPU, which a forked process cannot use.
     """
     if workers == 0 or steps.crops.device.type != "cpu":
-        return (steps[step] for step in range(begin, end))
+        for step in range(begin, end):
+            yield steps[step]
+        return
     loader = torch.utils.data.DataLoader(
         steps, batch_size=None, sampler=range(begin, end), num_workers=workers, pin_memory=pin, prefetch_factor=4,
         worker_init_fn=_leave_signals_to_the_first,
         generator=torch.Generator(),  # else it would draw from the one whose state is in checkpoints
     )  # fmt: skip
-    return iter(loader)
+    yield from loader  # nobody else has that iterator: its workers end with this one
 
 
 def _leave_signals_to_the_first(worker: int):

@@ -1,8 +1,10 @@
 """Checkpoints of a run: whole or not there, the newest few and the best."""
 
+import itertools
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -24,7 +26,7 @@ class StateError(RuntimeError):
 class Checkpoints:
     """The folder `checkpoints` of a run: `step_<N>.pt`, of which the newest `keep` stay, and `best.safetensors`.
 
-    `left_step_<N>.pt` are later ones of a run that went on from an earlier one: nobody removes them.
+    `left_<N>_1` beside it has what a run of N steps had when it went on from an earlier one: nobody removes that.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -46,22 +48,34 @@ class Checkpoints:
         return self.folder / f"step_{step:09d}.pt"
 
     def save(self, state: dict) -> Path:
-        """Write a checkpoint, on disk before it gets its name; then remove what is older than the newest `keep`.
-
-        Later ones, of a run that this one goes on from an earlier step of, are renamed.
-        """
+        """Write a checkpoint, on disk before it gets its name; then remove what is older than the newest `keep`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(state["step"])
         with replacing(path) as temporary, temporary.open("wb") as file:
             torch.save({"version": VERSION, **state}, file)
             file.flush()
             os.fsync(file.fileno())
-        for step in self.steps():
-            if step > state["step"]:
-                self.path(step).rename(self.folder / f"left_{self.path(step).name}")
         for step in self.steps()[: -self.keep]:
             self.path(step).unlink()
         return path
+
+    def set_aside(self, step: int) -> Path | None:
+        """Put what is later than a step, that a run goes on from, into a folder of its own, with copies of the rest."""
+        later = [number for number in self.steps() if number > step]
+        if not later:
+            return None
+        out = self.folder.parent
+        folder = next(path for n in itertools.count(1) if not (path := out / f"left_{later[-1]}_{n}").exists())
+        try:
+            folder.mkdir()
+            for path in (self.best, *(out / name for name in ("weights.safetensors", "steps.csv", "validation.csv"))):
+                if path.exists():
+                    shutil.copy2(path, folder)
+            for number in later:
+                self.path(number).rename(folder / self.path(number).name)
+        except OSError as error:
+            raise StateError(f"what is later than step {step} cannot be moved to {folder}: {error.strerror}") from None
+        return folder
 
     def newest(self) -> tuple[dict | None, list[str]]:
         """Return the newest checkpoint that can be read, and a line for each newer one that cannot."""

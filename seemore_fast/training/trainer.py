@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -263,26 +264,28 @@ class Trainer:
         SIGINT and SIGTERM finish the step and write a checkpoint. Raises TrainingError where the loss is no number.
         """
         config, end = self.config, min(self.config.steps, until or self.config.steps)
+        if self.group.is_first and (left := self.checkpoints.set_aside(self.step)):
+            self.notes.append(f"what is later than step {self.step} is in {left} now")
         records = Records(self.out, self.step, config.log.tensorboard) if self.group.is_first else None
         progress = tqdm(
             desc="training", unit="step", total=config.steps, initial=self.step, smoothing=0.05,
             disable=not self.group.is_first,
         )  # fmt: skip
-        for note in self.notes:
+        for note in self.notes if self.group.is_first else ():
             progress.write(note)
-        window = Window(self.group)
+        self.notes = []
+        source = batches(self.steps, self.step, end, config.data.workers, self.group.device.type == "cuda")
         try:
-            with self._handling_signals():
-                self._loop(end, progress, records, window)
+            with self._handling_signals(), contextlib.closing(source):  # its workers end whatever happens here
+                self._loop(end, source, progress, records, Window(self.group))
         finally:
             progress.close()
             if records:
                 records.close()
         return self.step >= end
 
-    def _loop(self, end: int, progress: tqdm, records: Records | None, window: Window):
+    def _loop(self, end: int, source: Iterator, progress: tqdm, records: Records | None, window: Window):
         config = self.config
-        source = batches(self.steps, self.step, end, config.data.workers, self.group.device.type == "cuda")
         # On a GPU the loss of a step is looked at when the next one is under way, so that the device never waits.
         lag = 1 if self.group.device.type == "cuda" else 0
         pending: list[tuple[int, Tensor]] = []
@@ -310,7 +313,8 @@ class Trainer:
                 if records:
                     with self._complaining(progress.write, self.out / "steps.csv"):
                         records.add_step(self.step, values)
-                if values["waiting"] > MOST_WAITING and not told_of_waiting:
+                is_cut_here = self.steps.crops.device.type == "cpu" and self.group.is_first
+                if values["waiting"] > MOST_WAITING and is_cut_here and not told_of_waiting:
                     told_of_waiting = True
                     progress.write(
                         f"step {self.step}: {values['waiting']:.0%} of the time went into waiting for data: "
@@ -342,8 +346,10 @@ class Trainer:
         """Measure the averaged weights on the data sets, and count the experts that a batch chooses in each group."""
         folder = self.out / "samples" / f"step_{self.step:09d}"
         results = self.validation.measure(self.average.module, self.config.validation.samples, folder, progress.write)
-        x = lr.to(self.group.device).to(next(self.model.parameters()).dtype) / 255
-        usage = self.group.total(expert_usage(self.average.module, x)).tolist()
+        dtype, usage = next(self.model.parameters()).dtype, 0
+        for part in lr.chunk(self.config.accumulate):
+            usage = usage + expert_usage(self.average.module, part.to(self.group.device).to(dtype) / 255)
+        usage = self.group.total(usage).tolist()
         if not self.group.is_first:
             return
         values = {}

@@ -40,6 +40,8 @@ class Validation:
 
         Where the disk does not take them, `say` is told.
         """
+        if not self.sets:
+            return {}
         upscaler, results = Upscaler(model, device=str(self.group.device)), {}
         for name, images in self.sets.items():
             sums = torch.zeros(3, dtype=torch.float64)

@@ -1,6 +1,7 @@
 """Which files to upscale, and into which: seen before anything is done, and listed again when their turn comes."""
 
 import os
+import tempfile
 import unicodedata
 import zlib
 from collections import Counter
@@ -74,16 +75,17 @@ class Jobs:
     def check(self) -> int:
         """Return how many there are. Raises JobError where an output is also another's, or an input."""
         count, taken, sources, folders = 0, set(), set(), {}
+        blind = is_case_blind(Path(self.output))
         for job in self:
             count += 1
-            place = _place(job.target, folders)
+            place = _place(job.target, folders, blind)
             if place in taken:
-                other = next(o.source for o in self if _place(o.target, folders) == place)
+                other = next(o.source for o in self if _place(o.target, folders, blind) == place)
                 raise JobError(f"{job.target}, the output of {job.source}, is also read or written for {other}")
             taken.add(place)
-            sources.add(_place(job.source, folders))
+            sources.add(_place(job.source, folders, blind))
         if clash := sources & taken:
-            job = next(job for job in self if _place(job.target, folders) in clash)
+            job = next(job for job in self if _place(job.target, folders, blind) in clash)
             raise JobError(f"{job.target}, the output of {job.source}, is also read or written for {job.target}")
         return count
 
@@ -142,26 +144,26 @@ class Jobs:
             left += reversed(folders)
 
 
-def _place(path: Path, folders: dict[str, tuple[str, bool]]) -> int:
+def _place(path: Path, folders: dict[str, str], blind: bool) -> int:
     """Return a number for a place in the file system: a million of them take a tenth of the memory of their names.
 
-    folders: what each folder really is, and whether it takes capital letters for small ones, looked up once.
+    folders: what each folder really is, looked up once. blind: capital letters are as good as small ones.
     """
     folder, name = os.path.split(path)
     if folder not in folders:
-        folders[folder] = os.path.realpath(folder), is_case_blind(Path(os.path.realpath(folder)))
-    real, blind = folders[folder]
-    place = os.path.normcase(os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name))
+        folders[folder] = os.path.realpath(folder)
+    place = os.path.normcase(os.path.realpath(path) if os.path.islink(path) else os.path.join(folders[folder], name))
     return hash(unicodedata.normalize("NFC", place).casefold() if blind else place)
 
 
 def is_case_blind(folder: Path) -> bool:
-    """Tell whether A.png and a.png are one file in a folder, or in the nearest that exists above it."""
-    for path in (folder, *folder.parents):
-        other = path.with_name(path.name.swapcase()) if path.name else path
-        if os.path.exists(path) and other != path:
-            return os.path.exists(other) and os.path.samefile(path, other)
-    return False
+    """Tell whether A.png and a.png are one file in a folder, or the nearest above it that exists, by a file there."""
+    there = next((path for path in (folder, *folder.parents) if path.is_dir()), Path())
+    try:
+        with tempfile.NamedTemporaryFile(prefix=f"{TEMPORARY}aA.", dir=there) as file:
+            return os.path.exists(os.path.join(there, os.path.basename(file.name).swapcase()))
+    except OSError:  # nothing can be written there, as will be said
+        return False
 
 
 def is_share(job: Job, rank: int, world: int) -> bool:

@@ -1,5 +1,6 @@
 """One object that upscales arrays and Pillow images of any usual kind."""
 
+import contextlib
 import copy
 import math
 import operator
@@ -38,7 +39,7 @@ class Upscaler:
     tile: None, the whole image at once, or streamed where its features do not fit into memory, which gives the same
         picture; "exact": streamed; N: independent tiles of N pixels, for comparison with other tools. They would not
         give the same picture: the network pools over all of the image.
-    scratch: a folder for what does not fit into memory, the system's for temporary files by default.
+    scratch: a folder for what does not fit into memory; by default the system's for temporary files, or /var/tmp.
     tta: the mean over the eight orientations of an image: a little better, eight times as long.
     alpha: "bicubic", or "network", which enlarges alpha as a grey image.
     progress: is told, by the shares of an image that are done, how far it is; from another thread, maybe.
@@ -101,8 +102,9 @@ class Upscaler:
         """
         if isinstance(image, Image.Image):
             size = self.size_of(image.height, image.width, outscale, width, height)
-            if (count := frame_count(image)) > 1 and image.tell() == 0:
-                warnings.warn(f"the image has {count} frames, this is the first: see Upscaler.frames", stacklevel=2)
+            with contextlib.suppress(ValueError):  # of a file that is closed
+                if (count := frame_count(image)) > 1 and image.tell() == 0:
+                    warnings.warn(f"the image has {count} frames, this is the first: see Upscaler.frames", stacklevel=2)
             return Image.fromarray(self._upscale_array(np.asarray(as_8_bit(image)), size))
         if not isinstance(image, np.ndarray):
             raise TypeError(f"image is a {type(image).__name__}, expected a numpy array or a Pillow image")
@@ -113,7 +115,8 @@ class Upscaler:
         """Yield each of `images` upscaled, in order: a video's frames, say; `size` as for a call.
 
         images: an iterable, which is asked for the next one, in another thread, while one is computed: arrays that it
-        gives must stay as they are. Or an animated Pillow image, whose frames are taken.
+        gives must stay as they are, and closing the generator waits for the one that was asked for. Or an animated
+        Pillow image, whose frames are taken.
         """
         if isinstance(images, Image.Image):
             images = (frame.copy() for frame in ImageSequence.Iterator(images))
@@ -203,31 +206,33 @@ class Upscaler:
     def _colours(self, colours: np.ndarray, way: Way, beside: int) -> np.ndarray:
         """Return (scale * H, scale * W, C) of (H, W, C) with C 1 or 3, of the same type."""
         if not self.tta:
-            return self._once(colours, way, beside)
-        self._must_stream(colours.shape, 4, way, beside)  # before anything is allocated
+            return self._once(colours, way, self._must_stream(colours, way, beside))
+        streamed = self._must_stream(colours, way, beside)  # for all: a turned image takes about as much
         unit, total = _to_unit(colours, np.float32), 0
         for number in range(8):
             turns, flip = number // 2, 1 - 2 * (number % 2)
             turned = np.ascontiguousarray(np.rot90(unit, turns)[:, ::flip])
-            total = total + np.rot90(self._once(turned, way.part(number, 8), beside)[:, ::flip], -turns)
+            total = total + np.rot90(self._once(turned, way.part(number, 8), streamed)[:, ::flip], -turns)
         return _to_kind(total / 8, colours.dtype)
 
-    def _once(self, colours: np.ndarray, way: Way, beside: int) -> np.ndarray:
-        count = colours.shape[2]
-        is_read = colours.dtype in (np.uint8, np.uint16) and self.model.in_chans in (1, count)
-        streamed = self._must_stream(colours.shape, colours.itemsize if is_read else 4, way, beside)
-        if is_read:
+    def _once(self, colours: np.ndarray, way: Way, streamed: bool) -> np.ndarray:
+        if self._is_read(colours):
             return self._run(colours.astype(colours.dtype.newbyteorder("="), copy=False), way, streamed).astype(
                 colours.dtype, copy=False
             )
         result = self._run(_to_unit(colours, np.float32), way, streamed)
-        if count == 1 and result.shape[2] == 3:
+        if colours.shape[2] == 1 and result.shape[2] == 3:
             result = result @ np.array(LUMA, np.float32)[:, None]
         return _to_kind(result, colours.dtype)
 
-    def _must_stream(self, shape: tuple[int, int, int], itemsize: int, way: Way, beside: int) -> bool:
-        height, width, count = shape
+    def _is_read(self, colours: np.ndarray) -> bool:
+        """Tell whether integers go in and come out as they are."""
+        return colours.dtype in (np.uint8, np.uint16) and self.model.in_chans in (1, colours.shape[2])
+
+    def _must_stream(self, colours: np.ndarray, way: Way, beside: int) -> bool:
+        height, width, count = colours.shape
         planes = (count, 1) if self.model.in_chans == 1 else (1, 3)
+        itemsize = colours.itemsize if self._is_read(colours) and not self.tta else 4
         return must_stream(self.model, (*planes, height, width), itemsize, way, beside)
 
     def _as_batch(self, planes: torch.Tensor) -> torch.Tensor:
