@@ -8,10 +8,13 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from seemore_fast import backends, engine, seemore_t
 from seemore_fast.cli import main
 from seemore_fast.evaluation.published import published
+from seemore_fast.memory import gpu_memory_needed
 
 ROOT = Path(__file__).parent.parent
 RESULTS, WEIGHTS = ROOT / "benchmarks" / "results", ROOT / "seemore_fast" / "weights"
@@ -71,6 +74,24 @@ def table_below(heading):
 
 def figures(name):
     return json.loads((RESULTS / "x86-64" / f"{name}.json").read_text())["cases"]
+
+
+@pytest.mark.skipif(backends.why_not("cpu") is not None, reason="no CPU library")
+def test_the_bytes_of_a_pixel():
+    shape, result = (1, 3, 3000, 4000), 12  # of uint8
+    whole, streamed = (
+        engine.needs(seemore_t(2), shape, 2, itemsize=1, streamed=streamed) for streamed in (False, True)
+    )
+    bytes_of = {
+        "takes about N bytes per input pixel on two threads": whole.memory / 12e6 - result,
+        "the N bytes of features": streamed.disk / 12e6,
+        "A call takes some N bytes per input pixel in float32": gpu_memory_needed(seemore_t(4), shape) / 12e6,
+        "and N in bfloat16": gpu_memory_needed(seemore_t(4).bfloat16(), shape) / 12e6,
+    }
+    text = " ".join(README.split())
+    for words, counted in bytes_of.items():
+        (told,) = re.findall(words.replace("N", r"(\d+)"), text)
+        assert int(told) == pytest.approx(counted, rel=0.05), words
 
 
 def test_the_table_of_inference():

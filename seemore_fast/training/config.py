@@ -102,10 +102,10 @@ class Loss:
 class Validation:
     """Images whose Y-PSNR and SSIM are taken every so many steps, with the averaged weights."""
 
-    data: dict[str, str] = field(
-        default_factory=dict
-    )  # name: folder of HR images, or with HR and LR_bicubic/X<scale> in it
-    lr: dict[str, str] = field(default_factory=dict)  # name: folder of its LR images, NAME or NAMEx<scale>
+    # name: folder of HR images, or with HR and LR_bicubic/X<scale> in it
+    data: dict[str, str] = field(default_factory=dict)
+    # name: folder of its LR images, NAME or NAMEx<scale>
+    lr: dict[str, str] = field(default_factory=dict)
     every: int = 5000
     samples: int = 2  # pictures of each to keep
 

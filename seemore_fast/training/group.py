@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..upscale.upscaler import find_device
+from ..devices import find_device
 from .config import ConfigError
 
 

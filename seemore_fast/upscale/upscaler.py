@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from ..checkpoint import load_model, shipped_models
+from ..devices import find_device
 from ..drop_in import accelerate
 from ..resize import bicubic_bands
 from .running import Way, must_stream, run
@@ -334,25 +335,6 @@ def shipped_scales(name: str | os.PathLike) -> list[int]:
 def _full_name(name: str | os.PathLike, scale: int | None) -> str | os.PathLike:
     """Return a shipped model's whole name for its beginning: "seemore_t" and 2 give "seemore_t_x2"."""
     return f"{name}_x{scale or 2}" if shipped_scales(name) else name
-
-
-def find_device(device) -> torch.device:
-    """Return the device that is meant, "auto" a GPU if there is one; ValueError where it is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}, expected auto, cpu, cuda or cuda:N ({error})") from None
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"device is {str(device)!r}, expected auto, cpu, cuda, cuda:N or mps")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device is 'mps', but torch finds no Apple GPU here: use device 'cpu'")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {str(device)!r}, but torch finds no CUDA device here: use device 'cpu'")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {str(device)!r}, expected an index below {torch.cuda.device_count()}")
-    return device
 
 
 def _dtype(dtype) -> torch.dtype:
