@@ -150,14 +150,25 @@ def onnx_runtime(export: Callable[[], bytes], threads: int) -> harness.Provider 
     return harness.missing("onnxscript") or harness.missing("onnxruntime") or prepare
 
 
+@functools.cache
+def openvino_core():
+    """Return the one Core of this process.
+
+    Each puts the stack for signal handlers where it wants it, and back where it was when it ends: of two that do not
+    end in the reverse order, the second puts it where the first one had it, which is gone: the next signal ends the
+    process.
+    """
+    from openvino import Core
+
+    return Core()
+
+
 def openvino(export: Callable[[], bytes], threads: int, precision: str) -> harness.Provider | str:
     """Return a provider of OpenVINO in "f32" or "bf16"."""
     absent = harness.missing("onnxscript") or harness.missing("openvino")
     if absent:
         return absent
-    from openvino import Core
-
-    core = Core()
+    core = openvino_core()
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return "OpenVINO knows no bf16 on this processor"
     hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}

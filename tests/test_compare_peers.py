@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import subprocess
 import sys
 
 import pytest
@@ -83,6 +84,24 @@ def test_the_file_says_where_and_with_what(quick):
     assert facts["processor"]
     assert {"onnxruntime", "openvino", "seemore"} <= set(facts["versions"])
     assert facts["backend_info"]["cpu"]["threads"] == 1
+
+
+SIGNAL = """
+import faulthandler, gc, signal, sys
+faulthandler.enable()  # as pytest does: handlers run on a stack of their own
+from seemore_fast.cli import main
+options = "--quick --runs 1 --no-compile --instruction-sets --threads 1 --results".split()
+assert main(["benchmark", "inference", *options, sys.argv[1]]) == 0
+gc.collect()
+signal.signal(signal.SIGTERM, lambda *_: print("still there"))
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="stacks for signal handlers are Linux's here")
+def test_signals_are_taken_after_it(tmp_path):
+    done = subprocess.run([sys.executable, "-c", SIGNAL, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("still there\n"), done.stderr[-2000:]
 
 
 def test_the_chart_shows_what_was_timed(quick):
