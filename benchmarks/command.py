@@ -9,6 +9,7 @@ import torch
 
 from seemore_fast.benchmarks import harness
 from seemore_fast.benchmarks.machine import HERE, folder_name, machine_facts
+from seemore_fast.files import replacing
 
 COLUMNS = {
     "ms": "10.4f",
@@ -60,8 +61,7 @@ def run(
     add_options(parser)
     parser.add_argument("--name", default=name, help="of the file of results, without .json")
     options = parser.parse_args(arguments)
-    if not choose(options, cases):
-        parser.error(f"no case has {options.case!r} in its title")
+    check(parser, options, cases)
     if not run_cases(options.name, options, cases, build, draw):
         raise SystemExit("seemore-fast is wrong or fails: see above")
 
@@ -76,6 +76,24 @@ def add_options(parser: argparse.ArgumentParser):
     parser.add_argument("--results", type=Path, help="folder to write to (by default, only a complete run writes)")
 
 
+def check(parser: argparse.ArgumentParser, options, *tables: dict[str, dict]):
+    """End as the parser does where the options are none that any of the tables of cases can be run with."""
+    for name in ("runs", "threads"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}, expected at least 1")
+    known = sorted({kind for cases in tables for kind in cases} - {"quick"})
+    try:
+        kind = torch.device(options.device).type
+    except RuntimeError:
+        kind = None
+    if kind not in known:
+        parser.error(f"--device is {options.device!r}, this benchmark runs on {' or '.join(known)}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device here: run with --device cpu --quick to try the benchmark itself")
+    if not any(choose(options, cases) for cases in tables):
+        parser.error(f"no case has {options.case!r} in its title")
+
+
 def choose(options, cases: dict[str, dict]) -> dict:
     """Return the cases that are asked for, by title."""
     kind = "quick" if options.quick else torch.device(options.device).type
@@ -88,8 +106,6 @@ def run_cases(name: str, options, cases: dict[str, dict], build: Callable, draw:
     Tables are printed and, of a complete run, written as <name>.json; draw(facts, path) makes a picture of that. Return
     whether ours is right and runs in all of them.
     """
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise SystemExit("torch finds no CUDA device here: run with --device cpu --quick to try the benchmark itself")
     device, results = torch.device(options.device), {}
     torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -105,7 +121,9 @@ def run_cases(name: str, options, cases: dict[str, dict], build: Callable, draw:
         print_table(title, results[title])
         if writes:  # now: whoever stops us keeps what there is
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(facts | {"cases_left_out": len(chosen) - len(results)}, indent=2) + "\n")
+            with replacing(path) as temporary:
+                left = {"cases_left_out": len(chosen) - len(results)}
+                temporary.write_text(json.dumps(facts | left, indent=2) + "\n")
     if writes:
         print(f"\nfigures in {path}")
         if draw:

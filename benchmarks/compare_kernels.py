@@ -27,9 +27,8 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
     command.add_options(parser)
     options, wrong = parser.parse_args(arguments), []
     modules = {stem: importlib.import_module(f"seemore_fast.benchmarks.bench_{stem}") for stem in options.operators}
+    command.check(parser, options, *(module.CASES for module in modules.values()))
     modules = {stem: module for stem, module in modules.items() if command.choose(options, module.CASES)}
-    if not modules:
-        parser.error(f"no case has {options.case!r} in its title")
     for stem, module in modules.items():
         print(f"\n{stem}")
         if not command.run_cases(stem, options, module.CASES, module.build):

@@ -80,7 +80,7 @@ def solve(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
 
     def count(group: int, gate: nn.Module, inputs: tuple[Tensor], choice: tuple[Tensor, Tensor]):
         nonlocal padding
-        ranks = torch.tensor(model.body[group].local_block.block.moe_layer.ranks)
+        ranks = torch.tensor(model.body[group].local_block.block.moe_layer.ranks, device=choice[0].device)
         zeros = (ranks.max() - ranks[choice[0]]).sum().item()
         padding += 2 * 3 * zeros * inputs[0].numel()  # three matrices of rank x channels
 

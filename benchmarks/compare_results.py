@@ -117,6 +117,9 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
     if not options.threshold >= 0:
         parser.error(f"--threshold is {options.threshold}, expected 0 or more")
     before, after = read(options.before), read(options.after)
+    for path, facts in ((options.before, before), (options.after, after)):
+        if left := facts.get("cases_left_out"):
+            print(f"not complete: {path} lacks {left} cases, its run was stopped")
     for line in differences(before, after):
         print(f"not the same: {line}")
     if not set(before["cases"]) & set(after["cases"]):

@@ -129,6 +129,6 @@ def inference(seeded, solve, like, config: dict, size: tuple[int, int], dtype: t
     atol = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     case = harness.Case(
         providers, inputs, [y], "reference eager", atol, operations=operations, kernels_only=False, patience=PATIENCE,
-        images=1,
+        images=1, kind=harness.SHORT[dtype],
     )  # fmt: skip
     return [case, *(others(inputs, device) if config["scale"] == 4 and dtype != torch.float32 else [])]

@@ -58,6 +58,7 @@ class Case:
     kernels_only: bool = True  # not the host's launches on CUDA, not fresh pages on the CPU
     pause: float = 0  # seconds between turns, for other runtimes' threads to stop spinning
     images: int | None = None  # of a call, where images per second are the question
+    kind: str | None = None  # in what the providers compute, "bf16" say, where neither names nor inputs tell
     patience: float = math.inf  # seconds that one provider may take in all its turns; then it gets no more of them
     more: dict[str, dict] = field(
         default_factory=dict
@@ -282,9 +283,9 @@ def run_case(cases: Case | list[Case], device: torch.device, runs: int) -> dict:
 
 
 def kind_of(name: str, case: Case) -> str:
-    """Return in what a provider computes, "fp32" say: as its name tells, else as its inputs."""
+    """Return in what a provider computes, "fp32" say: as its name tells, else the case, else its inputs."""
     told = [kind for kind in SHORT.values() if kind in name.split()]
-    return told[0] if told else SHORT.get(next(iter(case.inputs[0].values())).dtype, "fp32")
+    return told[0] if told else case.kind or SHORT.get(next(iter(case.inputs[0].values())).dtype, "fp32")
 
 
 def floors(case: Case, device: torch.device, kinds: Iterable[str]) -> dict[str, tuple]:

@@ -57,6 +57,7 @@ def title(setting: NamedTuple, *words: str) -> str:
 
 
 BLOCKS = ("rme_block", "sme_block")
+BORROWED = {"pointwise": "norm_pointwise", "conv3x3_shuffle": "norm_conv3x3"}  # whose kernel does for whom
 
 
 def in_a_graph(provider: harness.Provider) -> harness.Provider:
@@ -90,7 +91,8 @@ def ours(stem: str, fused: Callable, mode: str, device: torch.device, instructio
     if stem in BLOCKS:
         return {f"{harness.OURS} auto": harness.inside(partial(seemore_fast.use_backend, "auto"), provider)}
     table = harness.ours(provider, device, instruction_sets)
-    have = seemore_fast.backend_info()["operators"].get(stem, [])
+    kernels = seemore_fast.backend_info()["operators"]
+    have = kernels.get(stem, []) + kernels.get(BORROWED.get(stem), [])
     for name, there in table.items():
         if callable(there) and name.split()[1] not in have:
             table[name] = f"this backend has no kernel of {stem}"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from seemore_fast.analysis.operations import PUBLISHED as OPERATIONS
-from seemore_fast.benchmarks import chart, command, harness
+from seemore_fast.benchmarks import chart, command, gpu_peers, harness
 from seemore_fast.benchmarks.machine import folder_name
 from seemore_fast.evaluation.published import PUBLISHED, published
 from seemore_fast.files import replacing
@@ -181,7 +181,7 @@ def quality(facts: dict) -> Picture | None:
 
     tables = {}
     for title, lines in facts["cases"].items():
-        found = re.match(r"([TBL]) x(\d) (\d+x\d+)", title)
+        found = re.match(r"([TBL]) x(\d) (.+)", title)
         sets = PUBLISHED.get((f"SeemoRe-{found[1]}", int(found[2])), {}) if found else {}
         psnr = sets.get("Urban100", (None,))[0]
         if psnr:
@@ -189,7 +189,8 @@ def quality(facts: dict) -> Picture | None:
     if not tables:
         return None
     (scale, size), networks = max(tables.items(), key=lambda item: len(item[1]))
-    timed = {name: line for _, _, lines in networks for name, line in lines.items() if "max_error" in line}
+    timed = dict.fromkeys(name for _, _, lines in networks for name, line in lines.items() if "max_error" in line)
+    timed = [name for name in timed if name.split()[0] not in gpu_peers.OTHERS]  # networks of another quality
     timed = [name for name in timed if not name.endswith(("portable", "avx2", "avx512"))]
     figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
@@ -197,10 +198,9 @@ def quality(facts: dict) -> Picture | None:
         sorted(timed, key=lambda name: not name.startswith(harness.OURS)), COLOURS * 2, strict=False
     ):
         points = [(1000 / lines[name]["ms"], psnr) for _, psnr, lines in networks if "ms" in lines.get(name, {})]
-        own = name.startswith(harness.OURS)
-        axis.semilogx(
-            *zip(*points, strict=True), "D-" if own else "o--", color=chart.OURS if own else colour, label=name
-        )
+        own, line = name.startswith(harness.OURS), ":" if "bf16" in name else "-"
+        style, colour = (f"D{line}", chart.OURS) if own else ("o--", colour)
+        axis.semilogx(*zip(*points, strict=True), style, color=colour, label=name)
     for label, psnr, _ in networks:
         axis.axhline(psnr, color=chart.OTHERS, linewidth=0.6, zorder=0)
         axis.annotate(label, (0.01, psnr), xycoords=("axes fraction", "data"), va="bottom", weight="bold")
@@ -208,7 +208,7 @@ def quality(facts: dict) -> Picture | None:
     axis.set_ylim(min(n[1] for n in networks) - 0.1, max(n[1] for n in networks) + 0.15)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.grid(alpha=0.25, which="both")
-    title = f"Quality against speed, {size} pixels, on {chart.machine_of(facts)}"
+    title = f"Quality against speed, {size}, on {chart.machine_of(facts)}"
     axis.set_title(title, loc="left", weight="bold")
     caption = "The same network gives the same picture wherever it runs: a row is one network. The quality is what was "
     caption += f"published for the weights of the paper's authors, not that of the shipped ones. {how('peers', facts)}"
@@ -227,7 +227,10 @@ def how(benchmark: str, facts: dict) -> str:
     commit = f", commit {facts['commit'][:10]}" if facts.get("commit") else ""
     changed = " with changes" if commit and facts.get("uncommitted") else ""
     told = facts.get("command") or f"seemore-fast benchmark {'inference' if benchmark == 'peers' else benchmark}"
-    return f"Made by `{told}`, {facts.get('date', 'some day')[:10]}{commit}{changed}, {facts.get('runs', '?')} runs."
+    left = facts.get("cases_left_out")
+    stopped = f" Stopped: {left} cases are missing." if left else ""
+    date = facts.get("date", "some day")[:10]
+    return f"Made by `{told}`, {date}{commit}{changed}, {facts.get('runs', '?')} runs.{stopped}"
 
 
 def operator_table(operators: dict[str, dict]) -> str:

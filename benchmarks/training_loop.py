@@ -20,8 +20,10 @@ from seemore_fast.benchmarks.machine import folder_name, machine_facts
 
 SETTING = ["model.preset=t", "model.scale=2", "data.batch=8", "data.patch=64", "steps=1000000000", "log.every=10",
            "validation.every=1000000000", "checkpoint.every=1000000000"]  # fmt: skip
+STEPS, TURNS = 50, 5
 QUICK = ["model.num_layers=1", "model.embedding_dim=12", "data.batch=2", "data.patch=16"]
 LEAST = 0.95  # of the bare step's speed
+BARE, LOOP = f"{harness.OURS} bare step", f"{harness.OURS} loop"
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None):
@@ -34,10 +36,10 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
     )
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of images")
     parser.add_argument("--device", help="default: a GPU if there is one")
-    parser.add_argument("--steps", type=int, default=50, help="of a turn (default: 50)")
-    parser.add_argument("--turns", type=int, default=5, help="of each (default: 5)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a turn (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=TURNS, help="of each (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a tiny network, to see that it runs")
-    parser.add_argument("--results", type=Path, help="folder to write to (by default, only a complete run writes)")
+    parser.add_argument("--results", type=Path, help="folder to write to (default: only a run of full length writes)")
     options = parser.parse_args(arguments)
     if options.steps < 1 or options.turns < 1:
         parser.error("--steps and --turns are to be at least 1")
@@ -45,6 +47,8 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
         group = join(options.device)
     except ConfigError as error:
         parser.error(str(error))
+    if absent := harness.missing("yaml"):
+        parser.error(absent.replace("[bench]", "[train]"))
     with tempfile.TemporaryDirectory() as folder:
 
         def trainer(name: str) -> Trainer:
@@ -65,7 +69,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
                 loss = bare.train_step(*batch)
             return loss.item()
 
-        turns = {"bare step": steps, "loop": lambda: loop.run(loop.step + options.steps)}
+        turns = {BARE: steps, LOOP: lambda: loop.run(loop.step + options.steps)}
         times = {name: [] for name in turns}
         for turn in range(1 + options.turns):
             for name, take in turns.items():
@@ -81,9 +85,9 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
     }  # fmt: skip
     title = "tiny" if options.quick else "T x2 8x64x64"
     command.print_table(title, lines)
-    share = lines["bare step"]["ms"] / lines["loop"]["ms"]
+    share = lines[BARE]["ms"] / lines[LOOP]["ms"]
     print(f"\nthe loop has {share:.1%} of the bare step's speed, expected at least {LEAST:.0%}")
-    if options.results or not options.quick:
+    if options.results or (options.steps, options.turns, options.quick) == (STEPS, TURNS, False):
         facts = machine_facts(group.device, not command.IS_INSTALLED)
         facts |= {"runs": options.turns, "cases": {title: lines}}
         root = options.results or (Path() if command.IS_INSTALLED else command.HERE / "results")

@@ -10,6 +10,7 @@ forward pass at 480x640 pixels and of forward and backward of a training batch. 
 import argparse
 import importlib
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -49,18 +50,17 @@ def times_of(lines: dict[str, dict]) -> dict[str, float]:
     return times
 
 
-def measure(stems: list[str], device: torch.device, options) -> dict[str, dict[str, list[str]]]:
-    """Return {operator: {dtype: backends, quickest first}}."""
-    table = {}
+def measure(stems: list[str], device: torch.device, options) -> Iterator[dict[str, dict[str, list[str]]]]:
+    """Yield {operator: {dtype: backends, quickest first}}, operator by operator."""
     for stem in stems:
         module, times = importlib.import_module(f"seemore_fast.benchmarks.bench_{stem}"), defaultdict(dict)
         for setting in settings_of(module, options.quick):
             lines = harness.run_case(module.build(setting, device, options), device, options.runs)
             command.print_table(f"{stem} {setting.title()}", lines)
             times[str(setting.dtype).removeprefix("torch.")][setting] = times_of(lines)
-        table[stem] = {dtype: order(of_dtype) for dtype, of_dtype in times.items()}
-        print(f"{stem}: {table[stem]}", flush=True)
-    return table
+        orders = {dtype: order(of_dtype) for dtype, of_dtype in times.items()}
+        print(f"{stem}: {orders}", flush=True)
+        yield {stem: orders}
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None):
@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
     device = torch.device(options.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    preferences.write(options.output, name, measure(options.operators, device, options))
+    for operator in measure(options.operators, device, options):
+        preferences.write(options.output, name, operator)  # now: whoever stops us keeps what there is
     print(f"\ntable in {options.output}")
 
 

@@ -47,8 +47,9 @@ def table() -> dict[str, dict]:
 
 
 def write(path: Path, device: str, operators: dict[str, dict[str, list[str]]]):
-    """Enter a device's table in a file; what the file has of other devices stays."""
-    tables = _read(path) | {device: operators}
+    """Enter operators in a device's table in a file; what else the file has stays."""
+    tables = _read(path)
+    tables[device] = tables.get(device, {}) | operators
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(tables, indent=1) + "\n")

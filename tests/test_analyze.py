@@ -113,6 +113,17 @@ def test_a_damaged_image_is_named_and_the_rest_goes_on(folder):
     assert "bad.png" in choices[0].error and len(choices) == 3
 
 
+def test_an_image_that_is_too_large_is_named_and_the_rest_goes_on(folder, monkeypatch):
+    def usage(model, x, real=routing.expert_usage):
+        return real(model, x) if calls.append(x) or len(calls) > 1 else x.new_empty(2**60)
+
+    calls = []
+    monkeypatch.setattr(routing, "expert_usage", usage)
+    first, *rest = routing.choices_of(network(), "Noise", find_pairs(folder, 2))
+    assert first.usage is None and first.error.startswith(f"{folder}") and "memory" in first.error
+    assert rest and all(choice.usage is not None for choice in rest)
+
+
 # Features and receptive field
 
 

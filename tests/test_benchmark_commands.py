@@ -10,6 +10,8 @@ import pytest
 import torch
 from test_benchmarks import BENCHMARKS
 
+from seemore_fast.cli import main
+
 
 @pytest.fixture
 def bench(harness, monkeypatch, capsys):
@@ -66,10 +68,23 @@ def test_what_was_timed_before_a_run_ends_early_is_kept(harness, bench, monkeypa
     assert (len(figures(path)), json.loads(path.read_text())["cases_left_out"]) == (2, 4)
 
 
-def test_a_case_that_does_not_exist_is_an_error(bench, capsys):
-    with pytest.raises(SystemExit):
-        bench("striped_conv", "--case", "K=4")
-    assert "no case has 'K=4' in its title" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("striped_conv", ["--case", "K=4"], "no case has 'K=4' in its title"),
+        ("striped_conv", ["--device", "gpu"], "--device is 'gpu', this benchmark runs on cpu or cuda"),
+        ("striped_conv", ["--runs", "-3"], "--runs is -3, expected at least 1"),
+        ("striped_conv", ["--threads", "0"], "--threads is 0, expected at least 1"),
+        ("kernels", ["--device", "mps"], "--device is 'mps', this benchmark runs on cpu or cuda"),
+        ("kernels", ["--case", "K=4"], "no case has 'K=4' in its title"),
+        ("training", ["--device", "cuda"], "--device is 'cuda', this benchmark runs on cpu\n"),
+        ("training", ["--runs", "0"], "--runs is 0, expected at least 1"),
+    ],
+)
+def test_options_that_cannot_be(bench, capsys, name, options, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(["benchmark", name, *options]) if name in ("kernels", "training") else bench(name, *options)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_ours_being_wrong_is_an_exit_status(harness, bench, monkeypatch, tmp_path):
@@ -89,6 +104,6 @@ def test_without_a_gpu_it_says_so():
         text=True,
         env={**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)},
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "no CUDA device here" in done.stderr
     assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,11 @@ def test_gone_and_new(compare):
     after = changed(seemore_fast_cpu={"wrong": "result 0 errs"}, openvino=line(20))
     status, said, _ = compare(BEFORE, after, "--all")
     assert status == 1 and said.splitlines()[-1] == "1 same, 1 gone, 1 new"
+
+
+def test_a_run_that_was_stopped_is_told(compare):
+    _, said, _ = compare(BEFORE, BEFORE, cases_left_out=3)
+    assert re.search(r"^not complete: .*after.json lacks 3 cases, its run was stopped$", said, re.M)
 
 
 def test_old_files_have_no_quartiles(compare):

@@ -1,6 +1,7 @@
 """`seemore-fast evaluate`: data sets found, measured and told as the field does."""
 
 import csv
+import os
 import re
 import shutil
 
@@ -111,6 +112,22 @@ def test_a_row_is_on_the_disk_as_soon_as_it_is_measured(sets):
         rows.add(Result("set", f"image {count}", 30.0, 0.9, 0.1))
         assert len((sets / "rows.csv").read_text().splitlines()) == 1 + count
     rows.close()
+
+
+def test_names_that_are_no_text_are_kept(tmp_path):
+    name, rows = os.fsdecode(b"caf\xe9"), Rows(tmp_path / "rows.csv")
+    rows.add(Result("set", name, 30.0, 0.9, 0.1))
+    rows.close()
+    assert b"set,caf\xe9,30.0" in (tmp_path / "rows.csv").read_bytes()
+
+
+def test_low_resolution_beside_the_other_is_not_measured(sets):
+    beside = sets / "plain" / "LRbicx2"
+    beside.mkdir()
+    Image.new("RGB", (40, 40)).save(beside / "0.png")
+    with pytest.raises(PairError, match=r"plain holds LR images among others: LRbicx2.0; give the folder of HR"):
+        find_pairs(sets / "plain", 2)
+    assert find_pairs(beside, 2)  # alone they are images as others are
 
 
 def test_pairs_that_do_not_fit(sets):

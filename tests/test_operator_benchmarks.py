@@ -66,7 +66,9 @@ def test_on_cuda_ours_is_timed_in_a_graph_too(harness, monkeypatch):
     assert list(table("forward")) == [*names, "seemore-fast cuda, in a graph"]
     assert table("forward")["seemore-fast triton"] == "this backend has no kernel of router"
     assert list(table("both")) == names
-    info |= {"unavailable": {"cuda": "no GPU", "triton": "no GPU"}}
+    info["operators"] = {"norm_pointwise": ["triton"]}
+    assert callable(operators.ours("pointwise", scaled_sum, "both", torch.device("cuda"), False)[names[1]])
+    info |= {"operators": {"router": ["cuda"]}, "unavailable": {"cuda": "no GPU", "triton": "no GPU"}}
     lines = table("forward")
     assert lines["seemore-fast cuda, in a graph"] == "no GPU"
     assert list(lines)[-1] == "seemore-fast reference"
@@ -137,8 +139,13 @@ def test_pytest_runs_every_benchmark(tmp_path):
         assert extra["gb_s"] > 0 and extra["of_copy"] > 0 and extra["max_error"] < 0.5
         assert extra.get("gflop_s", 0) > 0 or ("bench_router" in name and "backward" in name)
     # a provider of ours for every case, and both layouts of eager PyTorch
-    of_router = [name.partition("-")[2] for name in tests if "bench_router.py" in name and "forward 1x5" in name]
-    assert sorted(of_router) == ["seemore-fast cpu]", "torch eager channels_last]", "torch eager]"]
+    for stem in STEMS:
+        in_file = [name.partition("[")[2][:-1] for name in tests if f"bench_{stem}.py" in name]
+        by_case = {title: {name.removeprefix(f"{title}-") for name in in_file if name.startswith(title)}
+                   for title in benchmark_of(stem)["CASES"]["quick"]}  # fmt: skip
+        ours = "seemore-fast auto" if stem.endswith("block") else "seemore-fast cpu"
+        for title, providers in by_case.items():
+            assert providers == {ours, "torch eager channels_last", "torch eager"}, (stem, title)
 
 
 def test_pytest_fails_a_wrong_provider(tmp_path):

@@ -105,6 +105,8 @@ def test_the_command_measures_and_writes(files, capsys):
     table = json.loads(output.read_text())["cpu"]
     assert set(table["striped_conv"]["float32"]) >= {"reference"} and list(table["router"]) == ["float32"]
     assert str(output) in capsys.readouterr().out
+    assert main(["benchmark", "tune", *options[:-2], "calibrate", "--output", str(output)]) == 0
+    assert set(json.loads(output.read_text())["cpu"]) == {"striped_conv", "router", "calibrate"}
 
 
 def test_the_command_needs_a_gpu_and_a_place():

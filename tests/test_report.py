@@ -112,6 +112,23 @@ def test_one_file_is_enough(report):
     assert report({"router": FILES["router"]}).count("<img") == 1
 
 
+def test_tables_of_a_gpu_are_of_one_dtype_and_of_this_network():
+    from seemore_fast.benchmarks.report import quality
+
+    lines = {"seemore-fast": line(2.0), "SPAN fp16": line(1.0)}
+    cases = {"T x4 640x480": {"seemore-fast": line(9.0)}}
+    cases |= {f"{name} x4 640x480 bf16": dict(lines) for name in "TB"}
+    (axis,) = quality(FACTS | {"cases": cases}).figure.axes
+    drawn = {plotted.get_label(): list(plotted.get_xdata()) for plotted in axis.lines}
+    assert drawn["seemore-fast"] == [500, 500] and not any("SPAN" in name for name in drawn)
+    assert "640x480 bf16" in axis.get_title(loc="left")
+
+
+def test_a_run_that_was_stopped_is_told(report, monkeypatch):
+    monkeypatch.setitem(FACTS, "cases_left_out", 3)
+    assert "5 runs. Stopped: 3 cases are missing." in report(FILES)
+
+
 def test_other_files_are_named_and_left_out(report, tmp_path, capsys):
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "other.json").write_text("[1]")

@@ -71,7 +71,7 @@ def trend(share: Tensor, ranks: list[int]) -> float:
 
 def write_csv(path: Path, choices: list[Choice], ranks: list[int]):
     """Write a row for each image and group: how often each expert was chosen (once or never for one image)."""
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["data", "image", "group", *(f"rank_{rank}" for rank in ranks)])
         for choice in choices:
@@ -89,7 +89,11 @@ def choices_of(model: nn.Module, data: str, pairs: list[Pair]) -> Iterator[Choic
         except ImageError as error:
             yield Choice(data, pair.name, None, str(error))
             continue
-        yield Choice(data, pair.name, expert_usage(model, as_batch(lr)))
+        try:
+            usage, error = expert_usage(model, as_batch(lr)), ""
+        except (MemoryError, RuntimeError) as failure:  # too large: this one's
+            usage, error = None, f"{pair.hr}: {(str(failure) or type(failure).__name__).splitlines()[0]}"
+        yield Choice(data, pair.name, usage, error)
 
 
 def as_batch(image) -> Tensor:

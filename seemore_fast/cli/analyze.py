@@ -76,17 +76,17 @@ def _routing(options: argparse.Namespace) -> int:
                     choices.append(choice)
                     progress.update()
     finally:  # what was seen is kept, whatever stopped the rest
+        shares = usage_by_set(choices)
+        for name, share in shares.items():
+            print(f"{name}: mean rank by group {', '.join(f'{rank:.2f}' for rank in mean_rank(share, ranks))}")
+            print(f"{'':{len(name)}}  correlation with depth {trend(share, ranks):+.2f} (below 0: deeper, lower)")
         if options.csv and choices:
             with replacing(options.csv) as temporary:
                 write_csv(temporary, choices, ranks)
-    shares = usage_by_set(choices)
-    for name, share in shares.items():
-        print(f"{name}: mean rank by group {', '.join(f'{rank:.2f}' for rank in mean_rank(share, ranks))}")
-        print(f"{'':{len(name)}}  correlation with depth {trend(share, ranks):+.2f} (below 0: deeper, lower)")
-    if shares:
-        title = f"Experts chosen by {_name(options.model)}"
-        plots.save(plots.heat_map(shares, ranks, title), options.output)
-        print(f"wrote {options.output}")
+        if shares:
+            title = f"Experts chosen by {_name(options.model)}"
+            plots.save(plots.heat_map(shares, ranks, title), options.output)
+            print(f"wrote {options.output}")
     failed = [choice for choice in choices if choice.error]
     for choice in failed:
         print(f"left out: {choice.error}", file=sys.stderr)

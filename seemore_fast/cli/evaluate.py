@@ -54,9 +54,9 @@ def run(options: argparse.Namespace) -> int:
                         rows.add(result)
                     progress.update()
     finally:  # what was measured is kept, whatever stopped the rest
-        rows.close()
         if results:
             _print_means(options, upscale, scale, sets, results)
+        rows.close()
     failed = [result for result in results if result.error]
     for result in failed:
         print(f"not measured: {result.error}", file=sys.stderr)

@@ -64,7 +64,7 @@ class Rows:
 
     def add(self, r: Result):
         if self.file is None:
-            self.file = self.path.open("w", newline="")
+            self.file = self.path.open("w", newline="", encoding="utf-8", errors="surrogateescape")
             csv.writer(self.file).writerow(["data", "image", "psnr_y", "ssim_y", "seconds", "error"])
         row = [r.data, r.name, f"{r.psnr:.4f}", f"{r.ssim:.6f}", f"{r.seconds:.4f}", r.error]
         csv.writer(self.file).writerow(row)

@@ -89,6 +89,12 @@ def find_pairs(folder: Path, scale: int, lr_folder: Path | None = None) -> list[
         lr_folder = lr_folder or (beside if beside.is_dir() else None)
         folder = inner
     files = {file: file.relative_to(folder).with_suffix("") for file in list_images(folder)}
+    low = [str(name) for name in files.values() if any(part.lower().startswith("lr") for part in name.parts[:-1])]
+    if 0 < len(low) < len(files):
+        raise PairError(
+            f"{folder} holds LR images among others: {_some(low)}; give the folder of HR images alone, or name it HR "
+            f"and that of LR images LR_bicubic/X{scale}"
+        )
     if lr_folder is None:
         return [Pair(file, None, scale, str(name)) for file, name in files.items()]
     known: dict[Path, list[Path]] = {}
