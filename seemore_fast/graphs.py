@@ -25,7 +25,8 @@ class Captured:
         self._done = torch.cuda.Event()
         with torch.cuda.device(x.device):
             function(self._x.copy_(x))  # loads kernels, which a capture must not
-            with torch.cuda.graph(self._graph):
+            # Other threads may allocate meanwhile: on another GPU, each image has one.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._y = function(self._x)
             self._done.record()
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .streaming import END, Pieces, Routes, spread
 
 FEATHER = 8  # pixels on both sides of an edge
+LEAST_TILE = 2 * FEATHER  # of less, more than two would meet in a pixel
 
 
 def radius(model) -> int:
@@ -31,7 +32,7 @@ def tiled(
     write: Callable[[int, Tensor], None],
     progress: Callable[[float], None] = lambda share: None,
 ):
-    """Compute model(image) in tiles of `tile` pixels, rounded up to a multiple of 4^recursive.
+    """Compute model(image) in tiles of `tile` pixels, 16 at least, rounded up to a multiple of 4^recursive.
 
     size        (H, W) of the image
     read        gives lines [top, bottom) and columns [left, right), (1, in_chans, ., .), float32 on the model's device
@@ -39,7 +40,7 @@ def tiled(
     progress    is told the share of the work that is done
     """
     pieces, unit = Pieces(model), model.min_size
-    tile = -(-tile // unit) * unit
+    tile = -(-max(tile, LEAST_TILE) // unit) * unit
     halo = -(-(radius(model) + FEATHER) // unit) * unit
     rows, columns = (_cuts(side, tile, unit) for side in size)
     parts = len(rows) * len(columns)
@@ -98,7 +99,7 @@ def _blended(pieces, experts, size, cuts, halo, read) -> Iterator[tuple[int, Ten
 
 def _cuts(side: int, tile: int, unit: int) -> list[tuple[int, int]]:
     """Return [begin, end) of each tile; a last one of less than `unit` pixels belongs to the one before."""
-    begins = [b for b in range(0, side, tile) if b == 0 or side - b >= max(unit, 2 * FEATHER)]
+    begins = [b for b in range(0, side, tile) if b == 0 or side - b >= max(unit, LEAST_TILE)]
     return list(pairwise([*begins, side]))
 
 

@@ -52,6 +52,7 @@ USAGE_ERRORS = {
     "no such scale": (["photo.png", "-o", "big.png", "--scale", "5"], "invalid choice"),
     "another scale": (["photo.png", "-o", "big.png", "--scale", "3"], "enlarges 2 times, expected scale 3"),
     "no such device": (["photo.png", "-o", "big.png", "--device", "gpu"], "device is 'gpu'"),
+    "an empty input": (["", "-o", "out"], "INPUT: the name is empty"),
     "an empty output": (["photo.png", "-o", ""], "OUT is empty"),
     "no suffix": (["photo.png", "-o", "big"], "ends in '', expected one of .png.* slash"),
     "a strange suffix": (["photo.png", "-o", "big.bmp"], "ends in '.bmp'"),
@@ -77,6 +78,14 @@ def test_cuda_without_cuda(photos, upscale):
     status, printed = upscale(photos / "photo.png", "-o", photos / "big.png", "--device", "cuda")
     assert status == 2
     assert "no CUDA device" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_each_of_torchruns_processes_has_a_gpu_of_its_own(photos, upscale, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    status, printed = upscale(photos / "photo.png", "-o", photos / "big.png", "--device", "cuda")
+    assert status == 2 and "device is 'cuda:1', but torch finds no CUDA device" in printed
+    assert upscale(photos / "photo.png", "-o", photos / "big.png")[0] == 0
 
 
 def test_weights_of_another_network(photos, upscale):

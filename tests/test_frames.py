@@ -6,6 +6,7 @@ from PIL import Image
 from test_upscaler import noise
 
 from seemore_fast import Upscaler, engine, memory
+from seemore_fast.upscale import running
 
 
 @pytest.fixture
@@ -85,3 +86,12 @@ def test_memory_for_more_than_the_network_is_looked_for_first(small_model, monke
     with pytest.raises(MemoryError, match="GiB are available"):
         upscaler(image, **size)
     Upscaler(small_model, device="cpu", tile="exact")(image[:, :, :3])  # which alone fits
+
+
+@pytest.mark.parametrize(("channels", "bytes_made"), [(0, 1), (3, 4)])
+def test_pillows_copies_are_counted(small_model, monkeypatch, channels, bytes_made):
+    upscaler, image, asked = Upscaler(small_model, device="cpu", tile="exact"), noise(40, 30, channels or 1), []
+    image = image if channels else image[:, :, 0]
+    monkeypatch.setattr(running, "check_memory", lambda needed, what: asked.append(needed))
+    np.testing.assert_array_equal(upscaler(image), upscaler(Image.fromarray(image)))
+    assert asked[1] - asked[0] == image.nbytes + bytes_made * 80 * 60

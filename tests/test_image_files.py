@@ -10,6 +10,7 @@ from conftest import pixels
 from PIL import Image, ImageCms
 
 from seemore_fast import Upscaler, backends, memory
+from seemore_fast.upscale.images import read_image
 
 
 def leftovers(folder):
@@ -64,6 +65,49 @@ def test_palette_with_transparency(photos, upscale):
     assert Image.open(photos / "big.png").mode == "RGBA"
 
 
+@pytest.mark.parametrize(("bits", "row"), [(1, b"\x40"), (2, b"\x1b"), (4, b"\x01\x23")])
+def test_transparent_grey_of_few_bits(photos, upscale, bits, row):
+    """The second of a line's pixels, 0, 1, ... is the transparent one."""
+    width = 8 * len(row) // bits if bits > 1 else 4
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    head = struct.pack(">IIBBBBB", width, 2, bits, 0, 0, 0, 0)
+    lines = zlib.compress(2 * (b"\0" + row))
+    chunks = chunk(b"IHDR", head), chunk(b"tRNS", struct.pack(">H", 1)), chunk(b"IDAT", lines), chunk(b"IEND", b"")
+    (photos / "few.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    alpha = np.asarray(read_image(photos / "few.png").image)[:, :, 1]
+    np.testing.assert_array_equal(alpha, np.broadcast_to(np.where(np.arange(width) == 1, 0, 255), (2, width)))
+    assert upscale(photos / "few.png", "-o", photos / "big.png")[0] == 0
+    assert Image.open(photos / "big.png").mode == "LA"
+
+
+@pytest.mark.parametrize("target", ["big.png", "big.jpg", "big.webp", "big.tif"])
+def test_what_a_bigtiff_says_is_kept(photos, upscale, target):
+    Image.fromarray(pixels(3)).save(photos / "huge.tif", big_tiff=True, description="a view")
+    assert (photos / "huge.tif").read_bytes()[:4] == b"II+\0"
+    status, printed = upscale(photos / "huge.tif", "-o", photos / target)
+    assert status == 0, printed
+    with Image.open(photos / target) as image:
+        image.load()
+        assert image.getexif()[0x010E] == "a view"
+
+
+def test_exif_that_cannot_be_written_still_turns_the_image(photos, upscale, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Maker"
+    Image.fromarray(pixels(3)).save(photos / "turned.jpg", exif=exif)
+
+    def fail(self, offset=8):
+        raise TypeError("odd")
+
+    monkeypatch.setattr(Image.Exif, "tobytes", fail)
+    status, printed = upscale(photos / "turned.jpg", "-o", photos / "big.png")
+    assert status == 0 and "its EXIF is damaged and was left out (odd)" in printed
+    assert Image.open(photos / "big.png").size == (32, 40)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied_once(photos, upscale, weights, orientation):
     exif = Image.Exif()
@@ -106,6 +150,16 @@ def test_icc_profile_is_kept(photos, upscale, name):
     Image.fromarray(pixels(3)).save(photos / "colour.png", icc_profile=profile)
     assert upscale(photos / "colour.png", "-o", photos / name)[0] == 0
     assert Image.open(photos / name).info["icc_profile"] == profile
+
+
+def test_a_profile_of_grey_does_not_go_into_a_webp(photos, upscale):
+    profile = bytes(16) + b"GRAY" + bytes(108)
+    Image.fromarray(pixels(3)[:, :, 0]).save(photos / "grey.png", icc_profile=profile)
+    status, printed = upscale(photos / "grey.png", "-o", photos / "big.webp", "--compare", photos / "page.html")
+    assert status == 0 and "its ICC profile, of grey, was left out: a WebP is RGB" in printed
+    assert "icc_profile" not in Image.open(photos / "big.webp").info
+    assert upscale(photos / "grey.png", "-o", photos / "big.png")[0] == 0
+    assert Image.open(photos / "big.png").info["icc_profile"] == profile
 
 
 def test_a_profile_of_other_colours_is_not_kept(photos, upscale):

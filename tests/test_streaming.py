@@ -202,6 +202,34 @@ def test_tiles_get_smaller_where_memory_ends(model, monkeypatch):
     np.testing.assert_array_equal(result, Upscaler(model, device="cpu", tile=32)(image))
 
 
+def test_tiles_that_cannot_fit_are_made_smaller_first(model, monkeypatch):
+    image, original, asked = noise(80, 60, 3), running.tiled, []
+    monkeypatch.setattr(running, "tiled", lambda *arguments: asked.append(arguments[2]) or original(*arguments))
+    needed = running._of_a_tile(model, torch.empty(1, 3, 80, 60), 32)
+    monkeypatch.setattr(running, "radius", lambda model: 0)
+    least = running._of_a_tile(model, torch.empty(1, 3, 80, 60), 20)
+    assert least < needed
+    monkeypatch.setattr(memory, "SMALL", 0)
+    monkeypatch.setattr(memory, "available_memory", lambda: 2**40)
+    monkeypatch.setattr(running, "_free", lambda device: least)
+    with pytest.warns(UserWarning, match="memory of cpu does not suffice: in tiles of 16 pixels"):
+        result = Upscaler(model, device="cpu", tile=64)(image)
+    assert asked == [16]
+    np.testing.assert_array_equal(result, Upscaler(model, device="cpu", tile=16)(image))
+
+
+def test_features_wait_in_a_file_where_the_result_leaves_no_room(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "SMALL", 0)
+    monkeypatch.setattr(memory, "available_memory", lambda: 10**6)
+    made = []
+    monkeypatch.setattr(
+        running, "in_a_file", lambda count, folder: made.append(count) or memory.in_a_file(count, folder)
+    )
+    for beside, files in ((10**5, 0), (7 * 10**5, 1)):
+        room, _ = running._waiting_room((10, 100, 100), torch.uint8, tmp_path, beside)
+        assert room.shape == (10, 100, 100) and len(made) == files
+
+
 def test_progress_grows_to_one(model, tmp_path):
     for tile in (None, "exact", 16):
         told = []
@@ -257,6 +285,17 @@ def test_tiles_blend_without_a_gap():
                 outer = tiles._grown(begin, end, tiles.FEATHER, side)
                 total[2 * outer[0] : 2 * outer[1]] += tiles._ramp(outer, (begin, end), side, 2, total)
             torch.testing.assert_close(total, torch.ones(2 * side))
+
+
+@pytest.mark.parametrize("tile", [1, 4, 8])
+def test_tiles_have_no_less_than_what_is_blended(tile):
+    change, (_, channels, *_) = CASES["recursive 1"]
+    model = network(**change).requires_grad_(False)
+    assert model.min_size < tiles.LEAST_TILE
+    upscale = [Upscaler(model, device="cpu", tile=pixels) for pixels in (tile, tiles.LEAST_TILE)]
+    image = noise(50, 70, channels)
+    results = [one(image) for one in upscale]
+    np.testing.assert_array_equal(*results)
 
 
 def test_seams_where_tiles_choose_for_themselves_and_none_where_the_image_does():

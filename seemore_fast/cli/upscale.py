@@ -22,7 +22,7 @@ PATIENCE = 1.5  # seconds that an image may take before it gets a progress bar o
 
 def add_arguments(parser: argparse.ArgumentParser):
     """Declare the command's arguments."""
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="an image file, or a folder of them")
+    parser.add_argument("inputs", nargs="+", type=_path, metavar="INPUT", help="an image file, or a folder of them")
     parser.add_argument(
         "-o", "--output", required=True, metavar="OUT",
         help="a file for one input; or a folder, existing or written with a slash at its end: NAME_x2.ext go there, "
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     files.add_argument("--quality", type=int, metavar="N", help="of JPEG and WebP, 1 to 100 (default: 95)")
     files.add_argument("--overwrite", action="store_true", help="also what exists in the folder (default: skip it)")
     files.add_argument(
-        "--compare", type=Path, metavar="PAGE.html", help="also write a page that shows them before and after"
+        "--compare", type=_path, metavar="PAGE.html", help="also write a page that shows them before and after"
     )
     files.add_argument("--json", action="store_true", help="print the summary as JSON")
     files.add_argument(
@@ -62,8 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser):
         help="exact: stream group by group, as is done anyway where memory is short; N: independent tiles, not exact",
     )  # fmt: skip
     how.add_argument(
-        "--scratch", type=Path, metavar="DIR", help="for what does not fit into memory (default: TMPDIR, or /var/tmp)"
+        "--scratch", type=_path, metavar="DIR", help="for what does not fit into memory (default: TMPDIR, or /var/tmp)"
     )
+
+
+def _path(text: str) -> Path:
+    if not text:  # a variable of the shell that is not set; as a path it would be the current folder
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
 
 
 def _positive(text: str) -> float:
@@ -158,10 +164,10 @@ def _upscalers(options: argparse.Namespace, bar: "_ImageBar") -> list:
 
     local = os.environ.get("LOCAL_RANK")
     devices = options.devices.split(",") if options.devices else [options.device]
-    if local is not None and devices == ["auto"]:
+    if local is not None and devices in (["auto"], ["cuda"]):  # each process its own
         import torch
 
-        devices = [f"cuda:{local}"] if torch.cuda.is_available() else ["cpu"]
+        devices = [f"cuda:{local}"] if torch.cuda.is_available() or devices == ["cuda"] else ["cpu"]
     how = {"tile": options.tile, "scratch": options.scratch, "tta": options.tta, "alpha": options.alpha}
     if len(devices) == 1:
         how["progress"] = bar.show

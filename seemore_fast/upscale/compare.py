@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..files import replacing
 from .errors import ImageError
-from .images import MAX_MEGAPIXELS, Picture, naming, read_image
+from .images import MAX_MEGAPIXELS, Picture, naming, profile_for, read_image
 
 MOST_IMAGES = 100
 LARGEST_SCALE = 4
@@ -141,5 +141,6 @@ def _part(image: Image.Image, size: tuple[int, int]) -> tuple[int, int, int, int
 
 def _data(image: Image.Image, picture: Picture) -> str:
     file = io.BytesIO()
-    image.save(file, "WEBP", quality=QUALITY, **({"icc_profile": picture.icc_profile} if picture.icc_profile else {}))
+    profile = profile_for(picture, "WEBP")
+    image.save(file, "WEBP", quality=QUALITY, **({"icc_profile": profile} if profile else {}))
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -116,6 +116,7 @@ def _read(file: BinaryIO, max_megapixels: float, deeper: bool) -> Picture:
     with image:
         check(image.width, image.height, frame_count(image))
         bits, notes = _bits(image), []
+        _scale_transparency(image)
         if bits > 8 and not (deeper and bits == 16):
             raise ImageError(f"has {bits} bits a channel, expected {'8 or 16' if deeper else '8'}: convert it")
         if bits <= 8 or image.format == "PNG":  # whose EXIF may lie behind the pixels
@@ -176,12 +177,14 @@ _without_pillows_limit = _WithoutPillowsLimit()
 
 
 def _read_exif(image: Image.Image, notes: list[str]) -> tuple[int, bytes | None]:
-    """Return the orientation and the lasting EXIF; where EXIF is damaged, that of an upright image, and none."""
+    """Return the orientation and the lasting EXIF; of what is damaged, that of an upright image, and none."""
+    orientation = 1
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1), _lasting_exif(image)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return orientation, _lasting_exif(image)
     except Exception as error:  # as above; a good photo is not refused for that
         notes.append(f"its EXIF is damaged and was left out ({error})")
-        return 1, None
+        return orientation, None
 
 
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -202,6 +205,7 @@ def _lasting_exif(image: Image.Image) -> bytes | None:
         del exif[tag]
     for tag in _PIXEL_DIMENSIONS:
         exif.get_ifd(ExifTags.IFD.Exif).pop(tag, None)
+    exif.bigtiff = False  # a BigTIFF's would be one itself, which nobody reads
     return exif.tobytes() if len(exif) else None
 
 
@@ -212,6 +216,13 @@ def _bits(image: Image.Image) -> int:
     if image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in image.tile):
         return 16
     return 8
+
+
+def _scale_transparency(image: Image.Image):
+    """Mend the transparent grey of a PNG of 2 or 4 bits: Pillow gives its pixels in 8, and that as the file has it."""
+    transparent = image.info.get("transparency")
+    if image.format == "PNG" and isinstance(transparent, int) and image.tile:
+        image.info["transparency"] = transparent * {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1)
 
 
 def check_output(path: Path, picture: Picture, size: tuple[int, int]):
@@ -240,21 +251,33 @@ def write_image(picture: Picture, path: Path, quality: int | None = None):
                 _write_deep(picture, temporary, format_name)
             else:
                 _write_8_bit(picture, temporary, format_name, quality)
-    except (OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # encoders, too, raise all kinds
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
         raise ImageError(f"cannot be written: {reason}") from None
+
+
+def profile_for(picture: Picture, format_name: str) -> bytes | None:
+    """Return the ICC profile to write with a picture: a WebP is RGB, and one of grey does not describe it."""
+    profile = picture.icc_profile
+    return None if format_name == "WEBP" and profile and profile[16:20] == b"GRAY" else profile
 
 
 def _write_8_bit(picture: Picture, path: Path, format_name: str, quality: int | None):
     image, exif = picture.in_8_bits(), picture.exif
     if image is not picture.image:
         picture.notes.append(f"its 16 bits a channel were rounded to 8, which is all that {format_name} has")
+    icc_profile = profile_for(picture, format_name)
+    if icc_profile != picture.icc_profile:
+        picture.notes.append("its ICC profile, of grey, was left out: a WebP is RGB")
     if format_name == "JPEG":
-        image = image.convert("L" if image.mode in ("L", "LA") else "RGB")  # alpha is opaque: check_output saw to it
+        if image.mode in ("LA", "RGBA"):  # alpha is opaque: check_output saw to it
+            image = image.convert(image.mode[:-1])
         if exif and len(exif) > _MAX_JPEG_EXIF:
             picture.notes.append("its EXIF is too long for a JPEG and was left out")
             exif = None
-    extras = {"icc_profile": picture.icc_profile, "exif": exif}
+    extras = {"icc_profile": icc_profile, "exif": exif}
     options = {**_SAVE_OPTIONS.get(format_name, {}), **{name: value for name, value in extras.items() if value}}
     if format_name == "TIFF" and len(image.getbands()) * image.width * image.height > deep.CLASSIC_TIFF:
         options["big_tiff"] = True

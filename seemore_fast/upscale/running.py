@@ -16,11 +16,12 @@ from .. import engine, memory
 from ..memory import check_memory, folder_of_large_files, gpu_memory_needed, in_a_file
 from ..reference.model import body_dtype
 from ..streaming import stream
-from ..tiles import tiled
+from ..tiles import FEATHER, LEAST_TILE, radius, tiled
 
 NO_NUMBERS = "the network returned NaN or infinity: the image, the weights or the dtype is to blame"
 EXACT = "exact"
 POLL_SECONDS = 0.1
+AT_A_TIME = 512  # lines of a result that are rounded
 HALF_OF_THE_REST = 0.5  # share of a device's free memory that a band may take: the estimate is a rough one
 
 
@@ -159,7 +160,7 @@ def _streamed(model, x: Tensor, y: Tensor, way: Way) -> bool:
     device, unit = model.mean.device, model.min_size
     _, _, height, width = x.shape
     shape, dtype = (height, model.config["embedding_dim"], width), body_dtype(model.conv_1.weight)
-    features, release = _waiting_room(shape, dtype, way.folder)
+    features, release = _waiting_room(shape, dtype, way.folder, y.nbytes)
     line = 2 * gpu_memory_needed(model, (1, x.shape[1], 1, width))  # what is widened is as large again
     free = _free(device)
     budget = engine.AT_ONCE if free is None else min(engine.AT_ONCE, int(HALF_OF_THE_REST * free))
@@ -186,11 +187,14 @@ def _stepping_down(compute: Callable[[int], bool], size: int, unit: int, device:
         warnings.warn(f"out of memory on {device}: again, {told.format(size)}", stacklevel=2)
 
 
-def _waiting_room(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> tuple[Tensor, Callable]:
-    """Return room for features in memory, or in a file where that does not suffice, and what releases lines of it."""
+def _waiting_room(shape: tuple[int, ...], dtype: torch.dtype, folder: Path, beside: int) -> tuple[Tensor, Callable]:
+    """Return room for features in memory, or in a file where that does not suffice, and what releases lines of it.
+
+    beside: bytes that will be needed besides, of a result that nobody has written to yet.
+    """
     count = math.prod(shape) * dtype.itemsize
     available = memory.available_memory()
-    if count < memory.SMALL or available is None or count < 0.8 * available:
+    if count < memory.SMALL or available is None or count + beside < 0.8 * available:
         return torch.empty(shape, dtype=dtype), lambda top, bottom: None
     mapped, release = in_a_file(count, folder)
     line = count // shape[0]
@@ -205,7 +209,19 @@ def _in_tiles(model, x: Tensor, y: Tensor, way: Way) -> bool:
         tiled(model, tuple(x.shape[2:]), tile, _reader(x, device), writer, way.tell)
         return writer.is_finite
 
-    return _stepping_down(in_tiles, way.tile, model.min_size, device, "in tiles of {} pixels")
+    least = max(model.min_size, LEAST_TILE)
+    tile = max(way.tile, least)
+    while tile > least and not _fits(_of_a_tile(model, x, tile), device):
+        tile = max(least, tile // 2)
+    if tile < way.tile:
+        warnings.warn(f"the memory of {device} does not suffice: in tiles of {tile} pixels", stacklevel=2)
+    return _stepping_down(in_tiles, tile, least, device, "in tiles of {} pixels")
+
+
+def _of_a_tile(model, x: Tensor, tile: int) -> int:
+    """Return about how many bytes the largest of the tiles takes, with what it sees around it."""
+    sides = (min(side, tile + 2 * (radius(model) + FEATHER)) for side in x.shape[2:])
+    return gpu_memory_needed(model, (1, x.shape[1], *sides))
 
 
 def _reader(x: Tensor, device: torch.device) -> Callable:
@@ -227,11 +243,13 @@ class _Writer:
         self.is_finite = True
 
     def __call__(self, top: int, lines: Tensor):
-        self.is_finite &= bool(lines.isfinite().all())
-        if self.y.dtype != torch.float32 and self.is_finite:
-            whole = torch.iinfo(self.y.dtype).max
-            lines = (lines.float().clamp(0, 1) * whole).round().to(torch.int32)
-        self.y[:, :, top : top + lines.shape[2]] = lines.to("cpu").to(self.y.dtype)
+        for few in lines.split(AT_A_TIME, dim=2):  # what is in between takes more than the result
+            self.is_finite &= bool(few.isfinite().all())
+            if self.y.dtype != torch.float32 and self.is_finite:
+                whole = torch.iinfo(self.y.dtype).max
+                few = (few.float().clamp(0, 1) * whole).round().to(torch.int32)
+            self.y[:, :, top : top + few.shape[2]] = few.to("cpu").to(self.y.dtype)
+            top += few.shape[2]
 
 
 def _fits(needed: int, device: torch.device) -> bool:

@@ -106,7 +106,9 @@ class Upscaler:
             with contextlib.suppress(ValueError):  # of a file that is closed
                 if (count := frame_count(image)) > 1 and image.tell() == 0:
                     warnings.warn(f"the image has {count} frames, this is the first: see Upscaler.frames", stacklevel=2)
-            return Image.fromarray(self._upscale_array(np.asarray(as_8_bit(image)), size))
+            pixels = np.asarray(as_8_bit(image))
+            copies = pixels.nbytes + (4 if pixels.ndim == 3 else 1) * math.prod(size)  # in and out: Pillow's pads RGB
+            return Image.fromarray(self._upscale_array(pixels, size, copies))
         if not isinstance(image, np.ndarray):
             raise TypeError(f"image is a {type(image).__name__}, expected a numpy array or a Pillow image")
         _check_array(image)
@@ -176,10 +178,11 @@ class Upscaler:
         size = (height or round(image_height * factor), width or round(image_width * factor))
         return max(size[0], 1), max(size[1], 1)
 
-    def _upscale_array(self, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    def _upscale_array(self, image: np.ndarray, size: tuple[int, int], copies: int = 0) -> np.ndarray:
+        """Upscale an array that the caller needs so many bytes more for."""
         planes = image if image.ndim == 3 else image[:, :, None]
         channels, has_alpha = planes.shape[2], planes.shape[2] in (2, 4)
-        beside = self._beside(planes, size)
+        beside = copies + self._beside(planes, size)
         parts = 2 if has_alpha and self.alpha == "network" else 1
         result = self._colours(planes[:, :, : channels - has_alpha], self.way.part(0, parts), beside)
         if result.shape[:2] != size:
@@ -261,7 +264,7 @@ def as_8_bit(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise ValueError(f"the image has mode {image.mode}, expected 8 bits a channel: give 16 bits as a uint16 array")
     if image.mode in ("1", "La"):
-        return image.convert("L" if image.mode == "1" else "LA")
+        return image.convert("L" if image.mode == "1" and "transparency" not in image.info else "LA")
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
