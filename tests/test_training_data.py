@@ -1,7 +1,9 @@
 """Training images: decoded once, LR of the whole image, patches that depend on the seed and the step alone."""
 
+import errno
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -187,11 +189,52 @@ def test_given_low_resolution_is_taken(photos, tmp_path):
     for i in range(3):
         small, large = images.pair(i)
         np.testing.assert_array_equal(small, 255 - bicubic_resize(large, 0.5))
-    with pytest.raises(ConfigError, match=r"lr holds no a with an image's ending, the LR image of .*a\.png"):
-        opened(photos, tmp_path, lr=[str(lr)])
+    expected = r"data.lr: .*lr has not one LR image for 3 of 3 images in .*photos: a.png \(none\), .*; expected "
+    for name in ("{}", "{}{}", "{}_{scale}", "deeper/{}x2"):
+        with pytest.raises(ConfigError, match=expected) as caught:
+            opened(photos, tmp_path, lr=[str(lr)], lr_name=name)
+        assert str(caught.value).endswith(f"expected {name} with an image's ending")
+    shutil.copy(lr / "ax2.png", lr / "z.png")
+    with pytest.raises(ConfigError, match=r"photos has no HR image for 1 images in .*lr: z.png"):
+        opened(photos, tmp_path, lr=[str(lr)], lr_name="{}x2")
+    (lr / "z.png").rename(lr / "ax2.webp")
+    with pytest.raises(ConfigError, match=r"for 1 of 3 images in .*photos: a.png \(ax2.png, ax2.webp\)"):
+        opened(photos, tmp_path, lr=[str(lr)], lr_name="{}x2")
+    (lr / "ax2.webp").unlink()
     Image.new("RGB", (7, 7)).save(lr / "ax2.png")
     with pytest.raises(ConfigError, match=r"ax2\.png has 7x7 pixels, expected .*, 1/2 of the"):
         opened(photos, tmp_path, lr=[str(lr)], lr_name="{}x2")
+
+
+def test_low_resolution_beside_the_other_is_not_learnt_from(photos, tmp_path):
+    root = tmp_path / "set"
+    shutil.copytree(photos, root / "HR")
+    shutil.copytree(photos, root / "LR_bicubic" / "X2")
+    assert len(opened(root, tmp_path)) == 3  # of HR alone
+    (root / "HR").rename(root / "GT")
+    with pytest.raises(ConfigError, match=r"data.train: .*set holds LR images among others: LR_bicubic/X2/a, "):
+        opened(root, tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+def test_links_are_followed_once_and_those_that_lead_nowhere_are_skipped(photos, tmp_path, capsys):
+    shutil.copytree(photos, tmp_path / "far")
+    (photos / "linked").symlink_to(tmp_path / "far")
+    (photos / "again").symlink_to(tmp_path / "far")
+    (photos / "deeper" / "loop").symlink_to(photos)
+    (photos / "gone.png").symlink_to("nowhere.png")
+    images = opened(photos, tmp_path)
+    assert len(images) == 6 and len(images.skipped) == 1 and "gone.png does not exist" in images.skipped[0]
+
+
+def test_a_disk_too_small_for_the_pixels_is_named(photos, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ConfigError, match=r"data.cache: the pixels of 3 .* MB are free\): No space left on device"):
+        opened(photos, tmp_path)
+    assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,13 @@ def test_two_processes_with_half_the_batch_give_the_weights_of_one(work):
     assert rows[0] == rows[1]
 
 
+def test_what_one_of_two_processes_finds_wrong_both_say(work):
+    line, environment = in_two(work, "data.patch=40", out="run")
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("data.patch is 40, that is 80 pixels of an HR image") == 2, done.stderr
+
+
 @pytest.mark.slow
 def test_torchrun_restarts_a_run_that_lost_a_process(work):
     """Elastic: all processes are started anew, and go on from the last checkpoint to the end."""

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import math
 import os
 import re
 
@@ -10,8 +11,9 @@ import safetensors
 import torch
 from kit_training import arguments, everything, newest, trainer
 from PIL import Image
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from seemore_fast import load_model
+from seemore_fast import Upscaler, load_model
 from seemore_fast.training import records
 from seemore_fast.training.config import ConfigError, load_config
 from seemore_fast.training.losses import fft_loss
@@ -145,7 +147,7 @@ def test_a_full_disk_costs_no_checkpoint(work, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(TrainingError, match="step 12 could not be saved; the last checkpoint is of step 5"):
+    with pytest.raises(TrainingError, match=r"step 12 could not be saved; the last good .*step_000000005.pt"):
         run.run()
     monkeypatch.setattr(torch, "save", save)
     assert "step 10: the checkpoint cannot be written" in (said := capsys.readouterr().out + capsys.readouterr().err)
@@ -240,7 +242,87 @@ def test_damaged_images_are_counted_and_named_at_every_start(work):
     (work / "photos" / "cut.png").write_bytes((work / "photos" / "0.png").read_bytes()[:99])
     for _ in range(2):  # the second finds the cache
         (note,) = trainer(work).notes
-        assert note.startswith("1 damaged images are left out: ") and "cut.png" in note
+        assert note.startswith("1 images are left out: ") and "cut.png" in note
+
+
+def test_weights_that_are_no_numbers_are_said_before_they_are_measured(work):
+    running = trainer(work)
+    running.run(until=5)
+    step = running.train_step
+
+    def broken(*batch):
+        loss = step(*batch)
+        with torch.no_grad():
+            running.model.conv_2.bias[0] = float("nan")
+        return loss
+
+    running.train_step = broken
+    with pytest.raises(TrainingError, match=r"no numbers after step 6; the last good .*step_000000005.pt"):
+        running.run()
+
+
+def test_what_cannot_be_measured_is_said_with_the_step(work, monkeypatch):
+    def fail(self, image):
+        raise MemoryError("too large")
+
+    running = trainer(work)
+    monkeypatch.setattr(Upscaler, "__call__", fail)
+    with pytest.raises(TrainingError, match=r"validation after step 6: too large; the last good .*step_000000005.pt"):
+        running.run()
+
+
+def test_asked_to_stop_while_it_measures_it_saves_at_once(work, monkeypatch, capsys):
+    running, call = trainer(work), Upscaler.__call__
+
+    def asked(self, image):
+        running._asked_to_stop = True
+        return call(self, image)
+
+    monkeypatch.setattr(Upscaler, "__call__", asked)
+    assert not running.run() and running.step == 6 and newest(work)["step"] == 6
+    assert "stopped after step 6" in capsys.readouterr().out
+    assert (work / "run" / "validation.csv").read_text() == ""  # half a set is no figure
+
+
+def test_a_run_of_another_folder_does_not_go_on_in_one_that_has_a_run(work):
+    trainer(work, out="one").run()
+    trainer(work, out="two").run(until=5)
+    given = work / "one" / "checkpoints" / "step_000000010.pt"
+    with pytest.raises(StateError, match=r"two/checkpoints holds a run of 5 steps, and .*step_000000010.pt is of ano"):
+        trainer(work, out="two", resume=str(given))
+    assert trainer(work, out="three", resume=str(given)).step == 10
+
+
+def test_the_best_is_that_of_the_same_sets_and_the_same_folder(work):
+    trainer(work).run()
+    best = newest(work)["best"]
+    given = str(work / "run" / "checkpoints" / "step_000000010.pt")
+    assert trainer(work, resume=given).best <= best and trainer(work, resume=given).best > 0
+    other = trainer(work, f"validation.data.more={work}/photos", resume="auto", out="run")
+    assert other.best == trainer(work, out="other", resume=given).best == -math.inf
+
+
+def test_other_images_than_before_are_told(work):
+    trainer(work).run(until=5)
+    assert trainer(work, resume="auto").notes == []
+    (work / "photos" / "1.png").unlink()
+    assert "the images are not those of the checkpoint" in trainer(work, resume="auto").notes[0]
+
+
+def test_the_average_is_torchs(work):
+    running = trainer(work)
+    expected = AveragedModel(running.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    step = running.train_step
+
+    def both(*batch):
+        loss = step(*batch)
+        expected.update_parameters(running.model)
+        return loss
+
+    running.train_step = both
+    running.run(until=5)
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(running.average.state_dict()[name], weight), name
 
 
 def test_experts_are_counted_without_a_set_to_measure(work):

@@ -1,6 +1,8 @@
 """Images to measure: HR files, and LR of each, given or made."""
 
 import itertools
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from ..resize import bicubic_resize
 from ..upscale.errors import ImageError
 from ..upscale.images import FORMATS, read_image
 from .metrics import SSIM_WINDOW
+
+MAX_MEGAPIXELS = 1000  # of an image to measure or to train on, which is its user's own
 
 
 class PairError(ValueError):
@@ -60,7 +64,7 @@ class Pair:
 def read_plain(file: Path) -> np.ndarray:
     """Return an upright image without alpha, uint8 (H, W, 3), or (H, W) if it is grey; ImageError names the file."""
     try:
-        image = read_image(file).image
+        image = read_image(file, MAX_MEGAPIXELS).image
     except ImageError as error:
         raise ImageError(f"{file} {error}") from None
     return np.asarray(image.convert("L" if image.mode in ("L", "LA") else "RGB"))
@@ -70,10 +74,38 @@ def list_images(folder: Path) -> list[Path]:
     """Return the image files in a folder and its subfolders, sorted; PairError where there is none."""
     if not folder.is_dir():
         raise PairError(f"{folder} {'is a file, expected a folder' if folder.exists() else 'does not exist'}")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in FORMATS)
+    files = sorted(file for file in _walk(folder) if file.suffix.lower() in FORMATS)
     if not files:
         raise PairError(f"{folder} holds no image: expected files that end in {', '.join(FORMATS)}")
     return files
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield all files in a folder, those in linked ones too, each folder once."""
+    seen = set()
+    for place, inner, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        inner.sort()
+        yield from (Path(place, name) for name in files)
+
+
+def list_hr(folder: Path) -> tuple[Path, dict[Path, Path]]:
+    """Return the folder of HR images, `HR` in it where that is there, and {file: its path there without the ending}.
+
+    Raises PairError where there is no image, or where folders of LR images are among the others.
+    """
+    folder = folder / "HR" if (folder / "HR").is_dir() else folder
+    files = {file: file.relative_to(folder).with_suffix("") for file in list_images(folder)}
+    low = [str(name) for name in files.values() if any(part.lower().startswith("lr") for part in name.parts[:-1])]
+    if 0 < len(low) < len(files):
+        raise PairError(
+            f"{folder} holds LR images among others: {_some(low)}; give the folder of HR images alone, or name it HR "
+            "and that of LR images LR_bicubic/X<scale>"
+        )
+    return folder, files
 
 
 def find_pairs(folder: Path, scale: int, lr_folder: Path | None = None) -> list[Pair]:
@@ -83,34 +115,38 @@ def find_pairs(folder: Path, scale: int, lr_folder: Path | None = None) -> list[
 
     Raises PairError that lists what is missing, and for an empty or missing folder.
     """
-    inner = folder / "HR"
-    if inner.is_dir():
-        beside = folder / "LR_bicubic" / f"X{scale}"
-        lr_folder = lr_folder or (beside if beside.is_dir() else None)
-        folder = inner
-    files = {file: file.relative_to(folder).with_suffix("") for file in list_images(folder)}
-    low = [str(name) for name in files.values() if any(part.lower().startswith("lr") for part in name.parts[:-1])]
-    if 0 < len(low) < len(files):
-        raise PairError(
-            f"{folder} holds LR images among others: {_some(low)}; give the folder of HR images alone, or name it HR "
-            f"and that of LR images LR_bicubic/X{scale}"
-        )
+    beside = folder / "LR_bicubic" / f"X{scale}"
+    given, (folder, files) = folder, list_hr(folder)
+    if folder != given and beside.is_dir():
+        lr_folder = lr_folder or beside
     if lr_folder is None:
         return [Pair(file, None, scale, str(name)) for file, name in files.items()]
+    wanted = {file: (name, name.with_name(f"{name.name}x{scale}")) for file, name in files.items()}
+    expected = f"expected NAME or NAMEx{scale} with an image's ending"
+    return [Pair(hr, lr, scale, str(files[hr])) for hr, lr in match(wanted, folder, lr_folder, expected)]
+
+
+def match(
+    wanted: dict[Path, tuple[Path, ...]], folder: Path, lr_folder: Path, expected: str
+) -> list[tuple[Path, Path]]:
+    """Return each HR file of `folder` and its LR file: the one in `lr_folder` at a wanted path, but for the ending.
+
+    Raises PairError that lists HR files without exactly one, or LR files without HR.
+    """
     known: dict[Path, list[Path]] = {}
     for file in list_images(lr_folder):
         known.setdefault(file.relative_to(lr_folder).with_suffix(""), []).append(file)
     pairs, complaints = [], []
-    for file, name in files.items():
-        found = [lr for also in (name, name.with_name(f"{name.name}x{scale}")) for lr in known.pop(also, [])]
+    for file, names in wanted.items():
+        found = [lr for name in names for lr in known.pop(name, [])]
         if len(found) == 1:
-            pairs.append(Pair(file, found[0], scale, str(name)))
+            pairs.append((file, found[0]))
         else:
             complaints.append(f"{file.name} ({', '.join(lr.name for lr in found) or 'none'})")
     if complaints:
         raise PairError(
-            f"{lr_folder} has not one LR image for {len(complaints)} of {len(files)} images in {folder}: "
-            f"{_some(complaints)}; expected NAME or NAMEx{scale} with an image's ending"
+            f"{lr_folder} has not one LR image for {len(complaints)} of {len(wanted)} images in {folder}: "
+            f"{_some(complaints)}; {expected}"
         )
     if known:
         left = [file.name for group in known.values() for file in group]

@@ -1,6 +1,8 @@
 """Option files in BasicSR's format, which the published recipes have, as a configuration of ours."""
 
+import contextlib
 import difflib
+import math
 import os
 from collections.abc import Mapping
 
@@ -28,6 +30,8 @@ _IMAGES = {
     "type", "dataroot_gt", "dataroot_lq", "filename_tmpl", "io_backend", "gt_size", "use_hflip", "use_rot",
     "num_worker_per_gpu", "batch_size_per_gpu", "scale", "use_shuffle", "dataset_enlarge_ratio", "meta_info_file",
 }  # fmt: skip
+
+_MEASURED = {"name", "type", "dataroot_gt", "dataroot_lq", "io_backend", "filename_tmpl", "task", "phase"}
 
 
 def translate(options: Mapping, where: str) -> tuple[dict, list[str]]:
@@ -58,7 +62,9 @@ class _Reader:
         content |= self._training(self._section(options, "train"))
         datasets = self._section(options, "datasets")
         content["data"] = self._training_data(self._section(datasets, "train", "datasets."), content["model"]["scale"])
-        content["validation"] = self._validation(datasets, self._section(options, "val", needed=False))
+        content["validation"] = self._validation(
+            datasets, self._section(options, "val", needed=False), content["model"]["scale"]
+        )
         content |= self._path_and_logger()
         return content, self.notes
 
@@ -90,7 +96,8 @@ class _Reader:
         scale = section.get("scale", self.options.get("scale"))
         if scale is None:
             raise ConfigError(f"{self.where}: there is no scale, expected it in network_g or at the top")
-        if self._number(scale, "scale") < 1:
+        scale = self._number(scale, "scale")
+        if scale < 1:
             raise ConfigError(f"{self.where}: scale is {scale}, expected at least 1")
         defaults = {"num_experts": 6, "num_layers": 6, "embedding_dim": 64, "topk": 2, "lr_space": "linear"}
         own = {key: value for key, value in section.items() if key in _NETWORK}
@@ -103,8 +110,8 @@ class _Reader:
         name = str(optimizer.pop("type", "Adam")).lower()
         usual = {"betas": [0.9, 0.999], "weight_decay": 0.01 if name == "adamw" else 0}  # of torch
         content = {
-            "steps": section.get("total_iter", 500_000),
-            "ema": section.get("ema_decay", 0),
+            "steps": self._number(section.get("total_iter", 500_000), "train.total_iter"),
+            "ema": self._real(section.get("ema_decay", 0), "train.ema_decay"),
             "optimizer": {
                 **usual,
                 "name": name,
@@ -136,13 +143,15 @@ class _Reader:
             self._name_unsupported(scheduler, "train.scheduler.", known)
             periods = scheduler.get("periods", scheduler.get("T_max"))
             periods = periods if isinstance(periods, list) else [periods]
-            if periods not in ([None], [section.get("total_iter", 500_000)]):
+            if periods not in ([None], [self._number(section.get("total_iter", 500_000), "train.total_iter")]):
                 self._note("train.scheduler.periods", f"is {periods}: one cosine over all steps is taken")
             if scheduler.get("restart_weights", [1]) not in ([1], 1):
                 self._note("train.scheduler.restart_weights", "has no effect: there is one cosine over all steps")
             lowest = scheduler.get("eta_min", scheduler.get("eta_mins", [0]))
-            lowest = lowest[-1] if isinstance(lowest, list) else lowest
-            return {"name": "cosine", **content, "lowest": float(lowest) / float(optimizer.get("lr", 1e-3))}
+            lowest = lowest[-1] if isinstance(lowest, list) and lowest else lowest
+            rate = self._real(optimizer.get("lr", 1e-3), "train.optim_g.lr")
+            lowest = self._real(lowest, "train.scheduler.eta_min")
+            return {"name": "cosine", **content, "lowest": lowest / rate if rate else 0.0}
         raise ConfigError(
             f"{self.where}: train.scheduler.type is {kind!r}, expected MultiStepLR or CosineAnnealingRestartLR"
         )
@@ -161,7 +170,8 @@ class _Reader:
     def _training_data(self, section: Mapping, scale: int) -> dict:
         self._name_unsupported(section, "datasets.train.", _IMAGES)
         size, where = section.get("gt_size", 128), f"{self.where}: datasets.train"
-        if not isinstance(size, int) or size % scale:
+        size = self._number(size, "datasets.train.gt_size")
+        if size % scale:
             raise ConfigError(f"{where}.gt_size is {size!r}, expected a multiple of the scale, {scale}")
         backend = self._section(section, "io_backend", "datasets.train.", needed=False).get("type", "disk")
         if backend != "disk":
@@ -192,9 +202,18 @@ class _Reader:
         return int(os.environ.get("WORLD_SIZE", 1)) if told == "auto" else max(1, self._number(told, "num_gpu"))
 
     def _number(self, value, key: str) -> int:
-        if not isinstance(value, int):
+        number = self._real(value, key, "a whole number")
+        if not number.is_integer():
             raise ConfigError(f"{self.where}: {key} is {value!r}, expected a whole number")
-        return value
+        return int(number)
+
+    def _real(self, value, key: str, expected: str = "a number") -> float:
+        """Return a value of the file as a number; YAML takes 5e3 for text."""
+        if not isinstance(value, bool):
+            with contextlib.suppress(TypeError, ValueError):
+                if math.isfinite(number := float(value)):
+                    return number
+        raise ConfigError(f"{self.where}: {key} is {value!r}, expected {expected}")
 
     @staticmethod
     def _folders(value, where: str) -> list[str]:
@@ -203,7 +222,7 @@ class _Reader:
             raise ConfigError(f"{where} is {value!r}, expected a folder")
         return [os.path.expanduser(folder) for folder in folders]
 
-    def _validation(self, datasets: Mapping, section: Mapping) -> dict:
+    def _validation(self, datasets: Mapping, section: Mapping, scale: int) -> dict:
         self._name_unsupported(section, "val.", {"val_freq", "save_img", "metrics", "suffix", "pbar"})
         for name, told in self._section(section, "metrics", "val.", needed=False).items():
             told = told if isinstance(told, Mapping) else {}
@@ -212,6 +231,9 @@ class _Reader:
                 self._note(f"val.metrics.{name}", f"of {kind} is not supported and has no effect")
             elif not told.get("test_y_channel", True):
                 self._note(f"val.metrics.{name}", "is of all channels: here it is of Y, as it is published")
+            if told.get("crop_border", scale) != scale:
+                border = f"is {told['crop_border']}: here {scale}, the scale, as it is published"
+                self._note(f"val.metrics.{name}.crop_border", border)
         data, lr = {}, {}
         for key, told in datasets.items():
             if key == "train":
@@ -219,13 +241,17 @@ class _Reader:
             if not (str(key).startswith("val") and isinstance(told, Mapping) and told.get("dataroot_gt")):
                 self._note(f"datasets.{key}", "has no effect: it is no val with a dataroot_gt")
                 continue
+            self._name_unsupported(told, f"datasets.{key}.", _MEASURED)
+            if told.get("filename_tmpl", "{}") not in ("{}", f"{{}}x{scale}"):
+                reason = f"has no effect: LR is called as HR is, or with x{scale} behind"
+                self._note(f"datasets.{key}.filename_tmpl", reason)
             name = str(told.get("name", key))
             for key_of, folders in (("dataroot_gt", data), ("dataroot_lq", lr)):
                 if folder := told.get(key_of):
                     if not isinstance(folder, str):
                         raise ConfigError(f"{self.where}: datasets.{key}.{key_of} is {folder!r}, expected a folder")
                     folders[name] = os.path.expanduser(folder)
-        own = {"data": data, "lr": lr, "every": int(float(section.get("val_freq", 5000)))}
+        own = {"data": data, "lr": lr, "every": self._number(section.get("val_freq", 5000), "val.val_freq")}
         return own if section.get("save_img") else {**own, "samples": 0}
 
     def _path_and_logger(self) -> dict:
@@ -235,8 +261,10 @@ class _Reader:
         )
         self._name_unsupported(logger, "logger.", {"print_freq", "save_checkpoint_freq", "use_tb_logger", "wandb"})
         content = {}
-        if path.get("pretrain_network_g"):
-            content["init_from"] = os.path.expanduser(path["pretrain_network_g"])
+        if start := path.get("pretrain_network_g"):
+            if not isinstance(start, str):
+                raise ConfigError(f"{self.where}: path.pretrain_network_g is {start!r}, expected a file")
+            content["init_from"] = os.path.expanduser(start)
             if path.get("param_key_g", "params") != "params_ema":
                 self._note("path.param_key_g", "has no effect: params_ema are taken where a file has them")
         if path.get("strict_load_g") is False:
@@ -248,7 +276,8 @@ class _Reader:
         if self._section(logger, "wandb", "logger.", needed=False).get("project"):
             self._note("logger.wandb", "is not supported and has no effect: TensorBoard and CSV files are")
         if logger.get("save_checkpoint_freq"):
-            content["checkpoint"] = {"every": int(float(logger["save_checkpoint_freq"]))}
+            every = self._number(logger["save_checkpoint_freq"], "logger.save_checkpoint_freq")
+            content["checkpoint"] = {"every": every}
         content["log"] = {"every": logger.get("print_freq") or 100}
         if logger.get("use_tb_logger") is False:
             content["log"]["tensorboard"] = False

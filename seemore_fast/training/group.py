@@ -1,7 +1,9 @@
 """The processes of a run: one, or as many as torchrun has started."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -10,14 +12,18 @@ from torch import Tensor
 from ..devices import find_device
 from .config import ConfigError
 
+PATIENCE = timedelta(days=30)  # for one process that does for all what takes its time
+
 
 @dataclass
 class Group:
-    """This process among the others."""
+    """This process among the others, `local` among those of its machine."""
 
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    local: int = 0
+    patient: dist.ProcessGroup | None = None  # the same processes, by gloo
 
     @property
     def is_first(self) -> bool:
@@ -29,10 +35,23 @@ class Group:
             dist.all_reduce(values)
         return values
 
-    def wait(self):
-        """Return when all processes have come here."""
+    def after(self, is_mine: bool, function: Callable):
+        """Return function() where `is_mine`, else None, when all processes that it is for are done with it.
+
+        A ConfigError of one of them is raised in all.
+        """
+        result = error = None
+        try:
+            result = function() if is_mine else None
+        except ConfigError as raised:
+            error = raised
         if self.world > 1:
-            dist.barrier()
+            errors = [None] * self.world
+            dist.all_gather_object(errors, error and str(error), self.patient)
+            error = next((ConfigError(text) for text in errors if text), None)
+        if error:
+            raise error
+        return result
 
     def close(self):
         if self.world > 1:
@@ -51,9 +70,12 @@ def join(device: str | None = None) -> Group:
         found = find_device(device or "cpu")
     except ValueError as error:
         raise ConfigError(f"--{error}") from None
+    if found.type == "mps":
+        raise ConfigError("--device is 'mps', expected cpu or cuda: training sums in float64, which that has not")
     if found.type == "cuda":
         torch.cuda.set_device(found)
     if world == 1:
         return Group(device=found)
     dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
-    return Group(dist.get_rank(), dist.get_world_size(), found)
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return Group(dist.get_rank(), dist.get_world_size(), found, local, patient)

@@ -3,6 +3,7 @@
 Low resolution is made of the whole image before anything is cut: a patch that is shrunk by itself has other borders.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..evaluation.pairs import PairError, list_images, read_plain
+from ..evaluation.pairs import PairError, list_hr, match, read_plain
 from ..resize import bicubic_resize
 from ..upscale.errors import ImageError
 from .config import ConfigError, Data
@@ -67,29 +68,21 @@ def list_pairs(data: Data) -> list[tuple[Path, Path | None]]:
     """Return the HR files of all folders, sorted in each, with their LR files where those are given."""
     pairs = []
     for i, folder in enumerate(data.train):
-        files = images_in(folder, "data.train")
-        partners = {}
-        if data.lr:
-            files_lr = images_in(data.lr[i], "data.lr")
-            partners = {file.with_suffix("").relative_to(data.lr[i]): file for file in files_lr}
-        for file in files:
-            if not data.lr:
-                pairs.append((file, None))
-                continue
-            relative = file.relative_to(folder)
-            name = relative.with_name(data.lr_name.format(relative.stem))
-            if name not in partners:
-                raise ConfigError(
-                    f"data.lr: {data.lr[i]} holds no {name} with an image's ending, the LR image of {file}"
-                )
-            pairs.append((file, partners[name]))
+        with _explaining("data.train"):
+            hr_folder, files = list_hr(Path(folder))
+        if not data.lr:
+            pairs += [(file, None) for file in files]
+            continue
+        with _explaining("data.lr"):
+            wanted = {file: (name.parent / data.lr_name.replace("{}", name.name),) for file, name in files.items()}
+            pairs += match(wanted, hr_folder, Path(data.lr[i]), f"expected {data.lr_name} with an image's ending")
     return pairs
 
 
-def images_in(folder: str, key: str) -> list[Path]:
-    """Return the image files in a folder and its subfolders; ConfigError, with the key, where there is none."""
+@contextlib.contextmanager
+def _explaining(key: str):
     try:
-        return list_images(Path(folder))
+        yield
     except PairError as error:
         raise ConfigError(f"{key}: {error}") from None
 
@@ -100,18 +93,18 @@ def read_rgb(file: Path) -> np.ndarray:
     return plain if plain.ndim == 3 else plain[:, :, None].repeat(3, axis=2)
 
 
-def open_images(data: Data, scale: int, folder: Path, is_first: bool = True) -> Images:
+def open_images(data: Data, scale: int, folder: Path, may_make: bool = True) -> Images:
     """Return the images of a run from their cache in `folder`, which is made where it is not there yet.
 
     A cache belongs to the very files (path, size, time of change), sizes, scale and format: others get one of their
-    own. Damaged files are skipped, named and counted. Only one process, `is_first`, makes it. An image is there once
+    own. Damaged files are skipped, named and counted. Only a process that `may_make` it does. An image is there once
     for each of `data.sizes`, shrunk by MATLAB's bicubic: smaller ones are sharper at the pixel, and more of them.
 
     Raises ConfigError for folders and pairs that do not fit, and for images smaller than a patch.
     """
     pairs = list_pairs(data)
     stem = folder / f"x{scale}-{_fingerprint(pairs, scale, data.sizes)}"
-    if is_first and not stem.with_suffix(".json").exists():
+    if may_make and not stem.with_suffix(".json").exists():
         _make(pairs, scale, data.sizes, stem)
     images = _open(stem, scale)
     if not len(images):
@@ -131,8 +124,8 @@ def open_images(data: Data, scale: int, folder: Path, is_first: bool = True) -> 
 def _fingerprint(pairs: list[tuple[Path, Path | None]], scale: int, sizes: list[float]) -> str:
     told = [VERSION, scale, sizes]
     for file in (file for pair in pairs for file in pair if file):
-        state = file.stat()
-        told.append((str(file.resolve()), state.st_size, state.st_mtime_ns))
+        state = file.stat() if file.exists() else None  # a link that leads nowhere is a damaged image
+        told.append((str(file.resolve()), *((state.st_size, state.st_mtime_ns) if state else ())))
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
@@ -173,6 +166,11 @@ def _make(pairs: list[tuple[Path, Path | None]], scale: int, sizes: list[float],
         os.replace(temporary, stem.with_suffix(".bin"))
         temporary.write_text(json.dumps({**table, "skipped": skipped, "bytes": end}))
         os.replace(temporary, stem.with_suffix(".json"))  # the last: what has it is whole
+    except OSError as error:
+        raise ConfigError(
+            f"data.cache: the pixels of {len(pairs)} images cannot be written to {stem.parent} "
+            f"({free_bytes(stem.parent) / 1e6:.0f} MB are free): {error.strerror or error}"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -13,31 +13,27 @@ class Table:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        self.rows = []
+        self.rows, self.columns = [], []
         if path.exists() and step > 0:
             with path.open(newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= step]
-        self._write(self.rows, "w")
+        self._write()
 
     def add(self, row: dict):
-        is_new_column = self.rows and set(row) - set(self.rows[0])
         self.rows.append(row)
-        if len(self.rows) == 1 or is_new_column:
-            self._write(self.rows, "w")
-        else:
-            self._write([row], "a")
-
-    def _write(self, rows: list[dict], mode: str):
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        if mode == "a":
+        if set(row) <= set(self.columns):
             with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, columns, restval="").writerows(rows)
-            return
+                csv.DictWriter(file, self.columns, restval="").writerow(row)
+        else:
+            self._write()
+
+    def _write(self):
+        self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
         with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns, restval="")
-            if columns:
+            writer = csv.DictWriter(file, self.columns, restval="")
+            if self.columns:
                 writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(self.rows)
 
 
 class Records:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ..analysis.routing import expert_usage
@@ -49,7 +49,7 @@ class Trainer:
         self._check_combination()
         torch.manual_seed(config.seed)
         self.model = self._build_model()
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).eval()
+        self.average = AveragedModel(self.model).eval()
         self.average.requires_grad_(False)
         self.optimizer = self._build_optimizer()
         self.scaler = torch.amp.GradScaler(self.group.device.type, enabled=config.precision == "fp16")
@@ -114,16 +114,21 @@ class Trainer:
     def _open_images(self) -> Images:
         data, scale = self.config.data, self.config.model.scale
         folder = Path(data.cache) if data.cache else self.out / "cache"
-        images = None
-        if self.group.is_first:
+
+        def make():
             self.out.mkdir(parents=True, exist_ok=True)
             self.checkpoints.clear()
-            images = open_images(data, scale, folder)
-        self.group.wait()
-        images = images or open_images(data, scale, folder, is_first=False)
+            return open_images(data, scale, folder)
+
+        images = self.group.after(self.group.is_first, make)
+        # On other machines, whose folders may be their own, each makes what is not there yet.
+        others = self.group.after(
+            self.group.local == 0 and not self.group.is_first, lambda: open_images(data, scale, folder)
+        )
+        images = images or others or open_images(data, scale, folder, may_make=False)
         if images.skipped:
             some = "; ".join(images.skipped[:5]) + ("; ..." if len(images.skipped) > 5 else "")
-            self.notes.append(f"{len(images.skipped)} damaged images are left out: {some}")
+            self.notes.append(f"{len(images.skipped)} images are left out: {some}")
         return images
 
     def _crops(self) -> Crops:
@@ -152,6 +157,11 @@ class Trainer:
         else:
             path = Path(resume)
             state = read_state(path)
+            folder = self.checkpoints.folder
+            if path.resolve().parent != folder.resolve() and (there := self.checkpoints.steps()):
+                raise StateError(
+                    f"{folder} holds a run of {there[-1]} steps, and {path} is of another: give another folder as `out`"
+                )
         if state is not None:
             check_same_network(state, self.model.config, path)
             there, here = json.loads(state.get("config", "{}")), json.loads(self._config_text())
@@ -172,6 +182,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "random": torch.get_rng_state(),
             "best": self.best,
+            "images": self.images.path.stem,
         }
         if self.group.device.type == "cuda":
             state["random_cuda"] = torch.cuda.get_rng_state(self.group.device)
@@ -188,14 +199,19 @@ class Trainer:
         torch.set_rng_state(state["random"])
         if "random_cuda" in state and self.group.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"], self.group.device)
-        self.step, self.best = state["step"], state["best"]
+        self.step = state["step"]
+        there, here = json.loads(state.get("config", "{}")), json.loads(self._config_text())
+        of_the_same = all(there.get("validation", {}).get(key) == here["validation"][key] for key in ("data", "lr"))
+        if of_the_same and self.checkpoints.best.exists():  # else the next is the best so far
+            self.best = state["best"]
+        if state.get("images", self.images.path.stem) != self.images.path.stem:
+            self.notes.append("the images are not those of the checkpoint, or newer: other patches are cut")
 
     def _save(self, say=print) -> bool:
         """Write a checkpoint and the averaged weights; where the disk does not take them, say so and leave the old."""
+        self._check_weights()
         if not self.group.is_first:
             return True
-        if not all(weight.isfinite().all() for weight in self.model.parameters()):
-            raise TrainingError(f"the weights are no numbers after step {self.step}; {self._last_checkpoint()}")
         try:
             self.checkpoints.save(self._state())
         except (OSError, RuntimeError) as error:  # torch wraps what the disk says
@@ -209,6 +225,11 @@ class Trainer:
         with self._complaining(say, weights):
             save_model(self.average.module, weights, step=self.step)
         return True
+
+    def _check_weights(self):
+        """Raise TrainingError where a gradient that was no number has gone into the weights."""
+        if not all(weight.isfinite().all() for weight in self.model.parameters()):
+            raise TrainingError(f"the weights are no numbers after step {self.step}; {self._last_checkpoint()}")
 
     @contextlib.contextmanager
     def _complaining(self, say, what: Path):
@@ -254,9 +275,19 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.average.update_parameters(self.model)
+        self._update_average()
         self.step += 1
         return loss
+
+    @torch.no_grad()
+    def _update_average(self):
+        """Do what `AveragedModel.update_parameters` does, which waits for the GPU to count on it."""
+        both = list(self.average.module.parameters()), list(self.model.parameters())
+        if self.average.n_averaged:
+            torch._foreach_lerp_(*both, 1 - self.config.ema)
+        else:
+            torch._foreach_copy_(*both)
+        self.average.n_averaged += 1  # on the host
 
     def run(self, until: int | None = None) -> bool:
         """Train to the last step, or to step `until`; return whether it came there, rather than was asked to stop.
@@ -289,11 +320,12 @@ class Trainer:
         # On a GPU the loss of a step is looked at when the next one is under way, so that the device never waits.
         lag = 1 if self.group.device.type == "cuda" else 0
         pending: list[tuple[int, Tensor]] = []
-        saved, told_of_waiting = self.step, False
+        told_of_waiting = False
         while self.step < end:
             lr, hr = window.waiting(lambda: next(source))
             loss = self.train_step(lr, hr)
-            told = torch.stack([loss.double() / self.group.world, loss.new_tensor(float(self._asked_to_stop)).double()])
+            stop = torch.full_like(loss, float(self._asked_to_stop), dtype=torch.float64)  # made on the device
+            told = torch.stack([loss.double() / self.group.world, stop])
             pending.append((self.step, self.group.total(told)))
             is_due = {
                 "log": self.step % config.log.every == 0,
@@ -320,15 +352,13 @@ class Trainer:
                         f"step {self.step}: {values['waiting']:.0%} of the time went into waiting for data: "
                         f"data.workers is {config.data.workers}, more may help"
                     )
-            if is_due["validation"]:
-                self._validate(lr, records, progress)
-                window.restart()
             stop = window.stop
+            if is_due["validation"] and not stop:
+                stop = not self._validate(lr, records, progress)
+                window.restart()
             if is_due["checkpoint"] or stop:
-                if self._save(progress.write):
-                    saved = self.step
-                elif stop or self.step == end:
-                    raise TrainingError(f"step {self.step} could not be saved; the last checkpoint is of step {saved}")
+                if not self._save(progress.write) and (stop or self.step == end):
+                    raise TrainingError(f"step {self.step} could not be saved; {self._last_checkpoint()}")
                 window.restart()
             if stop:
                 progress.write(f"stopped after step {self.step}; --resume auto goes on from there")
@@ -342,16 +372,25 @@ class Trainer:
         files = ", ".join(sorted(set(self.steps.names(step - 1))))
         raise TrainingError(f"the loss of step {step} is {loss}; {self._last_checkpoint()}; its patches are of {files}")
 
-    def _validate(self, lr: Tensor, records: Records | None, progress: tqdm):
-        """Measure the averaged weights on the data sets, and count the experts that a batch chooses in each group."""
-        folder = self.out / "samples" / f"step_{self.step:09d}"
-        results = self.validation.measure(self.average.module, self.config.validation.samples, folder, progress.write)
+    def _validate(self, lr: Tensor, records: Records | None, progress: tqdm) -> bool:
+        """Measure the averaged weights on the data sets, and count the experts that a batch chooses in each group.
+
+        Return whether that was done, rather than one of the processes asked to stop.
+        """
+        self._check_weights()
+        told = self.config.validation.samples, self.out / "samples" / f"step_{self.step:09d}", progress.write
+        try:
+            results = self.validation.measure(self.average.module, *told, lambda: self._asked_to_stop)
+        except (MemoryError, RuntimeError) as error:
+            raise TrainingError(f"validation after step {self.step}: {error}; {self._last_checkpoint()}") from error
+        if results is None:
+            return False
         dtype, usage = next(self.model.parameters()).dtype, 0
         for part in lr.chunk(self.config.accumulate):
             usage = usage + expert_usage(self.average.module, part.to(self.group.device).to(dtype) / 255)
         usage = self.group.total(usage).tolist()
         if not self.group.is_first:
-            return
+            return True
         values = {}
         for name, (psnr, ssim) in results.items():
             values |= {f"{name}_psnr": psnr, f"{name}_ssim": ssim}
@@ -361,13 +400,12 @@ class Trainer:
             records.add_validation(self.step, values)
         said = [f"{name} {psnr:.3f} dB / {ssim:.4f}" for name, (psnr, ssim) in results.items()]
         progress.write(f"step {self.step}: {', '.join(said)}{'; ' if said else ''}experts by group {usage}")
-        if not results:
-            return
-        mean = sum(psnr for psnr, _ in results.values()) / len(results)
+        mean = sum(psnr for psnr, _ in results.values()) / len(results) if results else -math.inf
         if mean > self.best:
-            self.best = mean
             with self._complaining(progress.write, self.checkpoints.best):
                 self.checkpoints.save_best(self.average.module, step=self.step, psnr=f"{mean:.4f}")
+                self.best = mean
+        return True
 
     @contextlib.contextmanager
     def _handling_signals(self):

@@ -34,18 +34,26 @@ class Validation:
                 raise ConfigError(f"validation.data.{name}: {error}") from None
 
     def measure(
-        self, model: nn.Module, samples: int = 0, folder: Path | None = None, say: Callable[[str], None] = print
-    ) -> dict[str, tuple[float, float]]:
+        self,
+        model: nn.Module,
+        samples: int = 0,
+        folder: Path | None = None,
+        say: Callable[[str], None] = print,
+        must_stop: Callable[[], bool] = lambda: False,
+    ) -> dict[str, tuple[float, float]] | None:
         """Return the mean Y-PSNR and SSIM of each set; write the first `samples` pictures of each into `folder`.
 
-        Where the disk does not take them, `say` is told.
+        Where the disk does not take them, `say` is told. None where one of the processes must stop before the end.
         """
         if not self.sets:
             return {}
         upscaler, results = Upscaler(model, device=str(self.group.device)), {}
         for name, images in self.sets.items():
-            sums = torch.zeros(3, dtype=torch.float64)
+            sums = torch.zeros(4, dtype=torch.float64)
             for i, (picture_name, lr, hr) in enumerate(images):
+                if must_stop():
+                    sums[3] = 1
+                    break
                 picture = upscaler(lr)
                 if folder and i * self.group.world + self.group.rank < samples:
                     file = folder / name / f"{picture_name}.png"
@@ -55,8 +63,10 @@ class Validation:
                             Image.fromarray(picture).save(temporary)
                     except OSError as error:
                         say(f"{file} cannot be written: {error.strerror or error}")
-                measured = [psnr_y(picture, hr, crop=self.scale), ssim_y(picture, hr, crop=self.scale), 1]
+                measured = [psnr_y(picture, hr, crop=self.scale), ssim_y(picture, hr, crop=self.scale), 1, 0]
                 sums += torch.tensor(measured, dtype=torch.float64)
-            psnr, ssim, count = self.group.total(sums.to(self.group.device)).tolist()
+            psnr, ssim, count, stopped = self.group.total(sums.to(self.group.device)).tolist()
+            if stopped:
+                return None
             results[name] = psnr / count, ssim / count
         return results

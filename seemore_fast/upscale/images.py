@@ -145,7 +145,7 @@ def _check_size(width: int, height: int, pages: int, max_megapixels: float):
     if megapixels > max_megapixels:
         raise ImageError(
             f"has {width}x{height}, {megapixels:.1f} megapixels, over the limit of {max_megapixels:g}: "
-            "raise it (--max-megapixels, max_megapixels) if it is meant"
+            "raise it (upscale's --max-megapixels, max_megapixels) if it is meant"
         )
     if pages > 1:
         raise ImageError(f"has {pages} frames or pages, expected one: split it first")
