@@ -57,6 +57,12 @@ def test_what_exists_is_skipped_unless_told(tree, upscale, tmp_path):
     status, printed = upscale(tree, "-o", tmp_path / "out")
     assert status == 0 and "1 of 4 upscaled" in printed and "3 were there already" in printed
     assert kept.read_bytes() == b"mine"
+    kept.unlink()
+    kept.mkdir()
+    status, printed = upscale(tree, "-o", tmp_path / "out")
+    assert status == 1 and "3 were there already" in printed and "a_x2.png: cannot be written: " in printed
+    kept.rmdir()
+    kept.write_bytes(b"mine")
     assert upscale(tree, "-o", tmp_path / "out", "--overwrite")[0] == 0
     assert Image.open(kept).size == (40, 32)
 

@@ -112,7 +112,7 @@ def _ahead(reader: ThreadPoolExecutor, take: Callable, upscaler, options: Option
 
 def _read(job: Job, upscaler: Upscaler, options: Options) -> Picture | Outcome:
     try:
-        if not (options.overwrite or job.is_named) and os.path.lexists(job.target):
+        if not (options.overwrite or job.is_named) and os.path.isfile(job.target):
             return Outcome(str(job.source), str(job.target), skipped=True)
         with naming(job.source):
             picture = read_image(job.source, options.max_megapixels, deeper=True)
