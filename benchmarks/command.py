@@ -9,6 +9,7 @@ import torch
 
 from seemore_fast.benchmarks import harness
 from seemore_fast.benchmarks.machine import HERE, folder_name, machine_facts
+from seemore_fast.devices import find_device
 from seemore_fast.files import replacing
 
 COLUMNS = {
@@ -78,20 +79,22 @@ def add_options(parser: argparse.ArgumentParser):
 
 def check(parser: argparse.ArgumentParser, options, *tables: dict[str, dict]):
     """End as the parser does where the options are none that any of the tables of cases can be run with."""
-    for name in ("runs", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} is {getattr(options, name)}, expected at least 1")
-    known = sorted({kind for cases in tables for kind in cases} - {"quick"})
-    try:
-        kind = torch.device(options.device).type
-    except RuntimeError:
-        kind = None
-    if kind not in known:
-        parser.error(f"--device is {options.device!r}, this benchmark runs on {' or '.join(known)}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device here: run with --device cpu --quick to try the benchmark itself")
+    check_numbers(parser, options, sorted({kind for cases in tables for kind in cases} - {"quick"}))
     if not any(choose(options, cases) for cases in tables):
         parser.error(f"no case has {options.case!r} in its title")
+
+
+def check_numbers(parser: argparse.ArgumentParser, options, kinds: list[str]):
+    """End as the parser does for less than one run or thread, or a device that is not there or not of these kinds."""
+    for name in ("runs", "threads"):
+        if getattr(options, name, 1) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}, expected at least 1")
+    try:
+        kind = find_device(options.device).type
+    except ValueError as error:
+        parser.error(f"--{error}; --device cpu --quick tries the benchmark itself")
+    if kind not in kinds:
+        parser.error(f"--device is {options.device!r}, this benchmark runs on {' or '.join(kinds)}")
 
 
 def choose(options, cases: dict[str, dict]) -> dict:

@@ -76,8 +76,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
     )
     parser.set_defaults(compile=False, instruction_sets=False)
     options = parser.parse_args(arguments)
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise SystemExit("torch finds no CUDA device here: there is nothing to choose")
+    command.check_numbers(parser, options, ["cpu", "cuda"])
     if options.quick and options.output == preferences.user_file():
         parser.error("--quick measures nothing that should be gone by: say with --output where to write")
     device = torch.device(options.device)

@@ -43,7 +43,8 @@ def device_name(index: int | None) -> str:
 
 @functools.cache
 def table() -> dict[str, dict]:
-    return _read(SHIPPED) | _read(user_file())
+    shipped, own = _read(SHIPPED), _read(user_file())
+    return {device: shipped.get(device, {}) | own.get(device, {}) for device in shipped | own}
 
 
 def write(path: Path, device: str, operators: dict[str, dict[str, list[str]]]):

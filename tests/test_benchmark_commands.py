@@ -72,12 +72,12 @@ def test_what_was_timed_before_a_run_ends_early_is_kept(harness, bench, monkeypa
     ("name", "options", "message"),
     [
         ("striped_conv", ["--case", "K=4"], "no case has 'K=4' in its title"),
-        ("striped_conv", ["--device", "gpu"], "--device is 'gpu', this benchmark runs on cpu or cuda"),
+        ("striped_conv", ["--device", "gpu"], "--device is 'gpu', expected auto, cpu, cuda"),
         ("striped_conv", ["--runs", "-3"], "--runs is -3, expected at least 1"),
         ("striped_conv", ["--threads", "0"], "--threads is 0, expected at least 1"),
-        ("kernels", ["--device", "mps"], "--device is 'mps', this benchmark runs on cpu or cuda"),
+        ("kernels", ["--device", "mps"], "--device is 'mps', but torch finds no Apple GPU here"),
         ("kernels", ["--case", "K=4"], "no case has 'K=4' in its title"),
-        ("training", ["--device", "cuda"], "--device is 'cuda', this benchmark runs on cpu\n"),
+        ("training", ["--device", "cuda:99"], "--device is 'cuda:99', "),
         ("training", ["--runs", "0"], "--runs is 0, expected at least 1"),
     ],
 )

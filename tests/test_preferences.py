@@ -109,13 +109,25 @@ def test_the_command_measures_and_writes(files, capsys):
     assert set(json.loads(output.read_text())["cpu"]) == {"striped_conv", "router", "calibrate"}
 
 
-def test_the_command_needs_a_gpu_and_a_place():
+def test_the_command_needs_a_gpu_and_a_place(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit, match="no CUDA device"):
-        main(["benchmark", "tune"])
-    with pytest.raises(SystemExit):
-        main(["benchmark", "tune", "--device", "cpu", "--quick"])
+    for options, said in {
+        (): "torch finds no CUDA device here",
+        ("--device", "gpu"): "--device is 'gpu', expected",
+        ("--device", "cpu", "--runs", "0"): "--runs is 0",
+        ("--device", "cpu", "--quick"): "--quick measures nothing",
+    }.items():
+        with pytest.raises(SystemExit) as stopped:
+            main(["benchmark", "tune", *options])
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_what_the_user_did_not_measure_is_as_shipped(files, gpu):
+    write(files / "shipped.json", {"calibrate": {"float32": ["triton"]}, "router": {"float32": ["triton"]}})
+    write(preferences.user_file(), {"router": {"float32": ["cuda"]}})
+    assert preferences.preferred("calibrate", gpu.device, torch.float32) == ["triton"]
+    assert preferences.preferred("router", gpu.device, torch.float32) == ["cuda"]
 
 
 def test_settings_are_photos_and_patches():

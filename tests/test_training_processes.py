@@ -114,11 +114,30 @@ def test_two_processes_with_half_the_batch_give_the_weights_of_one(work):
     assert rows[0] == rows[1]
 
 
-def test_what_one_of_two_processes_finds_wrong_both_say(work):
-    line, environment = in_two(work, "data.patch=40", out="run")
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert done.stderr.count("data.patch is 40, that is 80 pixels of an HR image") == 2, done.stderr
+AFTER = """
+from seemore_fast.training.config import ConfigError
+from seemore_fast.training.group import join
+
+def fail():
+    raise OSError("the disk is full")
+
+group = join("cpu")
+assert group.after(group.is_first, lambda: 7) == (7 if group.is_first else None)
+try:
+    group.after(group.local == 1, fail)
+except (ConfigError, OSError) as error:
+    print(f"<{type(error).__name__} of {group.rank}: {error}>")
+group.close()
+"""
+
+
+def test_what_one_of_two_processes_finds_wrong_both_raise(tmp_path):
+    (tmp_path / "after.py").write_text(AFTER)
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "after.py"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for said in ("<ConfigError of 0: the disk is full>", "<OSError of 1: the disk is full>"):
+        assert said in done.stdout
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import errno
 import math
 import os
 import re
+import shutil
 
 import pytest
 import safetensors
@@ -272,16 +273,24 @@ def test_what_cannot_be_measured_is_said_with_the_step(work, monkeypatch):
 
 
 def test_asked_to_stop_while_it_measures_it_saves_at_once(work, monkeypatch, capsys):
-    running, call = trainer(work), Upscaler.__call__
+    call = Upscaler.__call__
 
     def asked(self, image):
-        running._asked_to_stop = True
+        running._asked_to_stop = running.step == step
         return call(self, image)
 
-    monkeypatch.setattr(Upscaler, "__call__", asked)
-    assert not running.run() and running.step == 6 and newest(work)["step"] == 6
-    assert "stopped after step 6" in capsys.readouterr().out
-    assert (work / "run" / "validation.csv").read_text() == ""  # half a set is no figure
+    for step in (6, 12):
+        running = trainer(work, resume="auto")
+        with monkeypatch.context() as patch:
+            patch.setattr(Upscaler, "__call__", asked)
+            assert not running.run() and running.step == step and newest(work)["step"] == step
+        assert f"stopped after step {step}" in capsys.readouterr().out
+        rows = (work / "run" / "validation.csv").read_text().splitlines()
+        assert len(rows) == (step > 6) * 2  # half a set is no figure
+    assert trainer(work, resume="auto").run()
+    trainer(work, out="whole").run()
+    told = [(work / out / "validation.csv").read_text() for out in ("run", "whole")]
+    assert told[0] == told[1] and newest(work)["best"] == newest(work, "whole")["best"]
 
 
 def test_a_run_of_another_folder_does_not_go_on_in_one_that_has_a_run(work):
@@ -291,6 +300,10 @@ def test_a_run_of_another_folder_does_not_go_on_in_one_that_has_a_run(work):
     with pytest.raises(StateError, match=r"two/checkpoints holds a run of 5 steps, and .*step_000000010.pt is of ano"):
         trainer(work, out="two", resume=str(given))
     assert trainer(work, out="three", resume=str(given)).step == 10
+    aside = work / "one" / "left_12_1"
+    aside.mkdir()
+    shutil.copy(given, aside)
+    assert trainer(work, out="one", resume=str(aside / given.name)).step == 10
 
 
 def test_the_best_is_that_of_the_same_sets_and_the_same_folder(work):

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..upscale.errors import ImageError
 from ..upscale.images import FORMATS, read_image
 from .metrics import SSIM_WINDOW
 
+LOW = re.compile(r"lr([^a-z]|x|bic|mild|wild|unknown|difficult|$)", re.IGNORECASE)  # how folders of LR are called
 MAX_MEGAPIXELS = 1000  # of an image to measure or to train on, which is its user's own
 
 
@@ -99,7 +101,7 @@ def list_hr(folder: Path) -> tuple[Path, dict[Path, Path]]:
     """
     folder = folder / "HR" if (folder / "HR").is_dir() else folder
     files = {file: file.relative_to(folder).with_suffix("") for file in list_images(folder)}
-    low = [str(name) for name in files.values() if any(part.lower().startswith("lr") for part in name.parts[:-1])]
+    low = [str(name) for name in files.values() if any(LOW.match(part) for part in name.parts[:-1])]
     if 0 < len(low) < len(files):
         raise PairError(
             f"{folder} holds LR images among others: {_some(low)}; give the folder of HR images alone, or name it HR "

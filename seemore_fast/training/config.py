@@ -53,7 +53,7 @@ class Model:
 class Data:
     """Images to learn from. Without `lr` low resolution is made by MATLAB's bicubic, of the whole image."""
 
-    train: list[str] = field(default_factory=list)  # folders of HR images, read with their subfolders
+    train: list[str] = field(default_factory=list)  # folders of HR images, with their subfolders; HR in them, if there
     lr: list[str] = field(default_factory=list)  # a folder of LR images for each of them, or none
     lr_name: str = "{}"  # an LR file's name without its ending, "{}x2" for photo.png and photox2.png
     sizes: list[float] = field(default_factory=lambda: [1.0])  # each image is used at all of these; 0.5: half as wide

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..devices import find_device
 from .config import ConfigError
 
-PATIENCE = timedelta(days=30)  # for one process that does for all what takes its time
+PATIENCE = timedelta(days=20)  # for one process that does for all what takes its time
 
 
 @dataclass
@@ -38,17 +38,17 @@ class Group:
     def after(self, is_mine: bool, function: Callable):
         """Return function() where `is_mine`, else None, when all processes that it is for are done with it.
 
-        A ConfigError of one of them is raised in all.
+        What one of them raises, all raise, the others as a ConfigError.
         """
         result = error = None
         try:
             result = function() if is_mine else None
-        except ConfigError as raised:
+        except (ConfigError, OSError, MemoryError) as raised:
             error = raised
         if self.world > 1:
             errors = [None] * self.world
-            dist.all_gather_object(errors, error and str(error), self.patient)
-            error = next((ConfigError(text) for text in errors if text), None)
+            dist.all_gather_object(errors, error and (str(error) or type(error).__name__), self.patient)
+            error = error or next((ConfigError(text) for text in errors if text), None)
         if error:
             raise error
         return result

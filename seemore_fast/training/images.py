@@ -22,7 +22,7 @@ from ..resize import bicubic_resize
 from ..upscale.errors import ImageError
 from .config import ConfigError, Data
 
-VERSION = 1  # of the cache's format
+VERSION = 2  # of what is in a cache
 _AT_ONCE = 8  # images that are decoded before they are written
 
 
@@ -142,13 +142,13 @@ def _is_running(number: str) -> bool:
 
 
 def _make(pairs: list[tuple[Path, Path | None]], scale: int, sizes: list[float], stem: Path):
-    stem.parent.mkdir(parents=True, exist_ok=True)
     table, skipped, end = {"offsets": [], "sizes": [], "names": []}, [], 0
     for left in stem.parent.glob(f"{stem.name}.*.tmp"):  # of a process that was killed in the middle
         if not _is_running(left.suffixes[0][1:]):
             left.unlink(missing_ok=True)
     temporary = stem.with_suffix(f".{os.getpid()}.tmp")
     try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file, tqdm(total=len(pairs), desc="decoding images", unit="image") as progress:
             for (name, _), found in zip(pairs, _decode_all(pairs, scale, sizes), strict=True):
                 progress.update()

@@ -28,12 +28,13 @@ class Table:
             self._write()
 
     def _write(self):
-        self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
         with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, restval="")
-            if self.columns:
+            writer = csv.DictWriter(file, columns, restval="")
+            if columns:
                 writer.writeheader()
             writer.writerows(self.rows)
+        self.columns = columns
 
 
 class Records:

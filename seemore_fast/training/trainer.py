@@ -55,6 +55,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.group.device.type, enabled=config.precision == "fp16")
         self.checkpoints = Checkpoints(self.out / "checkpoints", config.checkpoint.keep)
         self.step, self.best, self.notes = 0, -math.inf, []
+        self.unmeasured = False  # whether a validation that is due waits for a run that goes on
         state = self._find_state(resume)
         if state is None:
             self._initialise()
@@ -63,6 +64,7 @@ class Trainer:
         self.steps = Steps(self._crops(), config.data.batch, self.group.rank, self.group.world)
         if state is not None:
             self._restore(state)
+        self._check_agreement()
         self._parallel = self.model
         if self.group.world > 1:
             ids = [self.group.device] if self.group.device.type == "cuda" else None
@@ -81,6 +83,12 @@ class Trainer:
             )
         if config.precision == "fp16" and self.group.device.type != "cuda":
             raise ConfigError("precision is fp16, expected fp32 or bf16 where there is no GPU")
+
+    def _check_agreement(self):
+        """Raise StateError where processes, on machines that do not share `out`, would go on from different steps."""
+        steps = torch.tensor([float(self.step)], device=self.group.device)
+        if self.group.total(steps).item() != self.group.world * self.step:
+            raise StateError(f"the processes go on from different steps: {self.out} is to be the same for all machines")
 
     def _build_model(self) -> SeemoRe:
         try:
@@ -158,7 +166,8 @@ class Trainer:
             path = Path(resume)
             state = read_state(path)
             folder = self.checkpoints.folder
-            if path.resolve().parent != folder.resolve() and (there := self.checkpoints.steps()):
+            place = path.parent.resolve()
+            if self.out.resolve() not in (place, *place.parents) and (there := self.checkpoints.steps()):
                 raise StateError(
                     f"{folder} holds a run of {there[-1]} steps, and {path} is of another: give another folder as `out`"
                 )
@@ -183,6 +192,7 @@ class Trainer:
             "random": torch.get_rng_state(),
             "best": self.best,
             "images": self.images.path.stem,
+            "unmeasured": self.unmeasured,
         }
         if self.group.device.type == "cuda":
             state["random_cuda"] = torch.cuda.get_rng_state(self.group.device)
@@ -199,7 +209,7 @@ class Trainer:
         torch.set_rng_state(state["random"])
         if "random_cuda" in state and self.group.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"], self.group.device)
-        self.step = state["step"]
+        self.step, self.unmeasured = state["step"], state.get("unmeasured", False)
         there, here = json.loads(state.get("config", "{}")), json.loads(self._config_text())
         of_the_same = all(there.get("validation", {}).get(key) == here["validation"][key] for key in ("data", "lr"))
         if of_the_same and self.checkpoints.best.exists():  # else the next is the best so far
@@ -313,7 +323,7 @@ class Trainer:
             progress.close()
             if records:
                 records.close()
-        return self.step >= end
+        return self.step >= end and not self.unmeasured
 
     def _loop(self, end: int, source: Iterator, progress: tqdm, records: Records | None, window: Window):
         config = self.config
@@ -321,6 +331,12 @@ class Trainer:
         lag = 1 if self.group.device.type == "cuda" else 0
         pending: list[tuple[int, Tensor]] = []
         told_of_waiting = False
+        if self.unmeasured:
+            self.unmeasured = not self._validate(self.steps[self.step - 1][0], records, progress)
+            if self.unmeasured:
+                progress.write(f"stopped at step {self.step} again, before it was measured")
+            if self.unmeasured or (self.step >= end and not self._save(progress.write)):
+                return
         while self.step < end:
             lr, hr = window.waiting(lambda: next(source))
             loss = self.train_step(lr, hr)
@@ -353,8 +369,9 @@ class Trainer:
                         f"data.workers is {config.data.workers}, more may help"
                     )
             stop = window.stop
-            if is_due["validation"] and not stop:
-                stop = not self._validate(lr, records, progress)
+            if is_due["validation"]:
+                self.unmeasured = stop or not self._validate(lr, records, progress)
+                stop = self.unmeasured
                 window.restart()
             if is_due["checkpoint"] or stop:
                 if not self._save(progress.write) and (stop or self.step == end):
@@ -381,7 +398,7 @@ class Trainer:
         told = self.config.validation.samples, self.out / "samples" / f"step_{self.step:09d}", progress.write
         try:
             results = self.validation.measure(self.average.module, *told, lambda: self._asked_to_stop)
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, OSError, RuntimeError) as error:
             raise TrainingError(f"validation after step {self.step}: {error}; {self._last_checkpoint()}") from error
         if results is None:
             return False
