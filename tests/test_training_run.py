@@ -17,9 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from seemore_fast import Upscaler, load_model
 from seemore_fast.training import records
 from seemore_fast.training.config import ConfigError, load_config
-from seemore_fast.training.losses import fft_loss
-from seemore_fast.training.start import other_scale, start_from, start_from_interpolation
-from seemore_fast.training.state import Checkpoints, StateError, read_state
+from seemore_fast.training.state import Checkpoints, StateError
 from seemore_fast.training.trainer import Trainer, TrainingError
 
 pytest.importorskip("yaml", reason="configurations are YAML")
@@ -356,67 +354,3 @@ def test_tensorboard_has_what_the_tables_have(work):
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
     assert [event.value for event in board.Scalars("training/loss")] == pytest.approx(losses, rel=1e-5)
     assert len(board.Scalars("validation/held_psnr")) == 2
-
-
-# What it is made of
-
-
-def test_fft_loss_is_that_of_the_published_training():
-    x, truth = torch.rand(2, 2, 3, 12, 13, dtype=torch.float64)
-    spectra = [torch.fft.rfft2(image) for image in (x, truth)]
-    parts = [torch.stack([spectrum.real, spectrum.imag], dim=-1) for spectrum in spectra]
-    torch.testing.assert_close(fft_loss(x, truth), torch.nn.functional.l1_loss(*parts))
-    assert fft_loss(x.half(), truth.half()).dtype == torch.float32
-
-
-def test_it_starts_as_bilinear_interpolation():
-    from seemore_fast import seemore_t
-
-    for scale in (2, 3, 4):
-        model = seemore_t(scale)
-        start_from_interpolation(model)
-        x = torch.rand(1, 3, 24, 24)
-        expected = torch.nn.functional.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
-        inside = (..., slice(2 * scale, -2 * scale), slice(2 * scale, -2 * scale))
-        assert (model.eval()(x) - expected)[inside].abs().mean() < 0.05
-
-
-@pytest.mark.parametrize("wanted", [1, 3, 4])
-def test_an_upsampler_of_another_scale_is_interpolated(wanted):
-    """A plane that rises evenly inside a pixel stays one."""
-
-    def plane(scale):
-        place = (torch.arange(scale).double() + 0.5) / scale - 0.5
-        values = 3 + 2 * place[:, None] - 5 * place
-        return torch.stack([values, -values]).flatten()
-
-    torch.testing.assert_close(other_scale(plane(2), 2, wanted), plane(wanted))
-    weight = plane(2)[:, None].expand(8, 5).contiguous()
-    torch.testing.assert_close(other_scale(weight, 2, wanted), plane(wanted)[:, None].expand(-1, 5))
-
-
-def test_another_scales_weights_are_a_start(tmp_path):
-    from seemore_fast import seemore_t
-
-    model, source = seemore_t(3), load_model("seemore_t_x2")
-    start_from(model, "seemore_t_x2")
-    x = torch.rand(1, 3, 4, 5).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    with torch.no_grad():
-        y, expected = model.eval()(x), source(x)
-    small = torch.nn.functional.interpolate(expected, scale_factor=1.5, mode="bilinear", align_corners=False)
-    assert (y - small).abs().mean() < 0.03
-    assert torch.equal(model.conv_1.weight, source.conv_1.weight)
-
-
-def test_checkpoints_hold_no_code(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.system, ("true",)
-
-    path = tmp_path / "step_000000001.pt"
-    torch.save({"version": 1, "step": Evil()}, path)
-    with pytest.raises(StateError, match="cannot be read as a checkpoint"):
-        read_state(path)
-    torch.save({"step": 1}, path)
-    with pytest.raises(StateError, match="is no checkpoint of a run"):
-        read_state(path)

@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from ..analysis.routing import expert_usage
 from ..checkpoint import save_model
-from ..model import SeemoRe
-from .config import Config, ConfigError
+from .build import build_model, build_optimizer, check_combination
+from .config import Config
 from .crops import Crops, Steps, batches
 from .group import Group
 from .images import Images, free_bytes, open_images
 from .losses import pixel_loss
-from .records import Records, check_tensorboard
+from .records import Records
 from .schedule import factor
 from .start import start_from, start_from_interpolation
 from .state import Checkpoints, StateError, check_same_network, differences, first_line, read_state
@@ -46,12 +46,12 @@ class Trainer:
     def __init__(self, config: Config, group: Group | None = None, resume: str | None = None):
         self.config, self.group = config, group or Group()
         self.out = Path(config.out)
-        self._check_combination()
+        check_combination(config, self.group)
         torch.manual_seed(config.seed)
-        self.model = self._build_model()
+        self.model = build_model(config, self.group.device)
         self.average = AveragedModel(self.model).eval()
         self.average.requires_grad_(False)
-        self.optimizer = self._build_optimizer()
+        self.optimizer = build_optimizer(config.optimizer, self.model.parameters())
         self.scaler = torch.amp.GradScaler(self.group.device.type, enabled=config.precision == "fp16")
         self.checkpoints = Checkpoints(self.out / "checkpoints", config.checkpoint.keep)
         self.step, self.best, self.notes = 0, -math.inf, []
@@ -73,44 +73,11 @@ class Trainer:
 
     # What it is made of
 
-    def _check_combination(self):
-        config, world = self.config, self.group.world
-        check_tensorboard(config.log.tensorboard)
-        if config.data.batch % (world * config.accumulate):
-            raise ConfigError(
-                f"data.batch is {config.data.batch}, expected a multiple of {world * config.accumulate}: "
-                f"{world} processes times accumulate = {config.accumulate}"
-            )
-        if config.precision == "fp16" and self.group.device.type != "cuda":
-            raise ConfigError("precision is fp16, expected fp32 or bf16 where there is no GPU")
-
     def _check_agreement(self):
         """Raise StateError where processes, on machines that do not share `out`, would go on from different steps."""
         steps = torch.tensor([float(self.step)], device=self.group.device)
         if self.group.total(steps).item() != self.group.world * self.step:
             raise StateError(f"the processes go on from different steps: {self.out} is to be the same for all machines")
-
-    def _build_model(self) -> SeemoRe:
-        try:
-            model = SeemoRe(**self.config.model.arguments())
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"model: {error}") from None
-        if model.in_chans != 3:
-            raise ConfigError(f"model.in_chans is {model.in_chans}, expected 3: images are read as RGB")
-        if self.config.data.patch < model.min_size:
-            raise ConfigError(
-                f"data.patch is {self.config.data.patch}, expected at least {model.min_size}, the smallest image that "
-                "the network takes as it is"
-            )
-        model.recompute = self.config.recompute
-        dtype = torch.float64 if self.config.precision == "fp64" else torch.float32
-        return model.to(self.group.device, dtype).train()
-
-    def _build_optimizer(self) -> torch.optim.Optimizer:
-        told = self.config.optimizer
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[told.name]
-        parameters = self.model.parameters()
-        return kind(parameters, told.lr, betas=told.betas, weight_decay=told.weight_decay, fused=True)
 
     def _initialise(self):
         start = self.config.init_from
