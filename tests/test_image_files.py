@@ -13,6 +13,11 @@ from seemore_fast import Upscaler, backends, memory
 from seemore_fast.upscale.images import read_image
 
 
+def chunk(name, content):
+    """Return a chunk of a PNG."""
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
 def leftovers(folder):
     return [name for name in os.listdir(folder) if name.endswith(".tmp") or ".tmp." in name]
 
@@ -69,10 +74,6 @@ def test_palette_with_transparency(photos, upscale):
 def test_transparent_grey_of_few_bits(photos, upscale, bits, row):
     """The second of a line's pixels, 0, 1, ... is the transparent one."""
     width = 8 * len(row) // bits if bits > 1 else 4
-
-    def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
     head = struct.pack(">IIBBBBB", width, 2, bits, 0, 0, 0, 0)
     lines = zlib.compress(2 * (b"\0" + row))
     chunks = chunk(b"IHDR", head), chunk(b"tRNS", struct.pack(">H", 1)), chunk(b"IDAT", lines), chunk(b"IEND", b"")
@@ -172,10 +173,6 @@ def test_a_profile_of_other_colours_is_not_kept(photos, upscale):
 def write_png(path, width, height, bits, colour_type):
     """Write a PNG of zeros by hand: Pillow writes no 16-bit RGB."""
     channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour_type]
-
-    def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
     row = b"\0" * (1 + width * channels * bits // 8)
     header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
     content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row * height, 9)) + chunk(b"IEND", b"")

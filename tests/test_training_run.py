@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from seemore_fast import Upscaler, load_model
 from seemore_fast.training import records
 from seemore_fast.training.config import ConfigError, load_config
+from seemore_fast.training.group import Group
 from seemore_fast.training.state import Checkpoints, StateError
 from seemore_fast.training.trainer import Trainer, TrainingError
 
@@ -318,6 +319,13 @@ def test_other_images_than_before_are_told(work):
     assert trainer(work, resume="auto").notes == []
     (work / "photos" / "1.png").unlink()
     assert "the images are not those of the checkpoint" in trainer(work, resume="auto").notes[0]
+
+
+def test_processes_that_would_go_on_from_different_steps_are_refused(work, monkeypatch):
+    trainer(work).run(until=5)
+    monkeypatch.setattr(Group, "total", lambda self, values: values + 3)  # of another, at another step
+    with pytest.raises(StateError, match=r"go on from different steps: .*run is to be the same for all machines"):
+        trainer(work, resume="auto")
 
 
 def test_the_average_is_torchs(work):

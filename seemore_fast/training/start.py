@@ -10,6 +10,14 @@ from ..checkpoint import load_model
 from .config import ConfigError
 
 
+def start(model: nn.Module, told: str | None):
+    """Set the weights that training starts from: interpolation, those of a file or a shipped model, or random ones."""
+    if told == "interpolation":
+        start_from_interpolation(model)
+    elif told is not None:
+        start_from(model, told)
+
+
 @torch.no_grad()
 def start_from_interpolation(model: nn.Module):
     """Set the first and the last layer so that the untrained network interpolates bilinearly.

@@ -24,7 +24,7 @@ from .images import Images, free_bytes, open_images
 from .losses import pixel_loss
 from .records import Records
 from .schedule import factor
-from .start import start_from, start_from_interpolation
+from .start import start
 from .state import Checkpoints, StateError, check_same_network, differences, first_line, read_state
 from .validation import Validation
 from .window import Window
@@ -49,8 +49,7 @@ class Trainer:
         check_combination(config, self.group)
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.group.device)
-        self.average = AveragedModel(self.model).eval()
-        self.average.requires_grad_(False)
+        self.average = AveragedModel(self.model).eval().requires_grad_(False)
         self.optimizer = build_optimizer(config.optimizer, self.model.parameters())
         self.scaler = torch.amp.GradScaler(self.group.device.type, enabled=config.precision == "fp16")
         self.checkpoints = Checkpoints(self.out / "checkpoints", config.checkpoint.keep)
@@ -58,7 +57,7 @@ class Trainer:
         self.unmeasured = False  # whether a validation that is due waits for a run that goes on
         state = self._find_state(resume)
         if state is None:
-            self._initialise()
+            start(self.model, config.init_from)
         self.images = self._open_images()
         self.validation = Validation(config.validation.data, config.model.scale, self.group, config.validation.lr)
         self.steps = Steps(self._crops(), config.data.batch, self.group.rank, self.group.world)
@@ -78,13 +77,6 @@ class Trainer:
         steps = torch.tensor([float(self.step)], device=self.group.device)
         if self.group.total(steps).item() != self.group.world * self.step:
             raise StateError(f"the processes go on from different steps: {self.out} is to be the same for all machines")
-
-    def _initialise(self):
-        start = self.config.init_from
-        if start == "interpolation":
-            start_from_interpolation(self.model)
-        elif start is not None:
-            start_from(self.model, start)
 
     def _open_images(self) -> Images:
         data, scale = self.config.data, self.config.model.scale
@@ -140,9 +132,13 @@ class Trainer:
                 )
         if state is not None:
             check_same_network(state, self.model.config, path)
-            there, here = json.loads(state.get("config", "{}")), json.loads(self._config_text())
+            there, here = self._configurations(state)
             self.notes += [f"{path}: {line}" for line in differences(there, here)]
         return state
+
+    def _configurations(self, state: dict) -> tuple[dict, dict]:
+        """Return the configuration of a checkpoint, and this run's in the same form."""
+        return json.loads(state.get("config", "{}")), json.loads(self._config_text())
 
     def _config_text(self) -> str:
         return json.dumps(dataclasses.asdict(self.config))
@@ -177,7 +173,7 @@ class Trainer:
         if "random_cuda" in state and self.group.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"], self.group.device)
         self.step, self.unmeasured = state["step"], state.get("unmeasured", False)
-        there, here = json.loads(state.get("config", "{}")), json.loads(self._config_text())
+        there, here = self._configurations(state)
         of_the_same = all(there.get("validation", {}).get(key) == here["validation"][key] for key in ("data", "lr"))
         if of_the_same and self.checkpoints.best.exists():  # else the next is the best so far
             self.best = state["best"]
