@@ -64,6 +64,7 @@ def test_overrides_win_and_numbers_may_be_texts(written):
         ("precision: fp8", [], "precision is 'fp8', expected one of fp32"),
         ("ema: 1", [], "ema is 1.0, expected a number from 0"),
         ("loss: {l1: 0}", [], "loss.l1 is 0.0, expected a positive"),
+        ("loss: {mse: -1}", [], "loss.mse is -1.0, expected at least 0"),
         ("accumulate: 3", [], "accumulate is 3, expected a divisor of data.batch, 32"),
         ("schedule: {milestones: [5, 3]}", [], "expected growing steps"),
         ("", ["data.train=[]"], r"data.train is \[\], expected at least one folder"),
@@ -155,6 +156,8 @@ def test_option_files_of_basicsr_are_read_as_they_are(tmp_path):
     named = [note.split(": ", 1)[1].split(" ")[0] for note in notes]
     assert named == ["train.perceptual_opt"]
     assert config.validation.lr == {"Set5": "set5_lr"} and config.validation.samples == 0
+    path.write_text(PUBLISHED.replace("L1Loss, loss_weight: 1.0", "MSELoss, loss_weight: 2.0"))
+    assert vars(load_config(str(path))[0].loss) == {"l1": 0.0, "mse": 2.0, "fft": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -229,7 +232,7 @@ def test_batches_of_basicsr_grow_with_the_processes(tmp_path, monkeypatch):
         ("dataroot_lq: set5_lr", "dataroot_lp: set5_lr", r"no key datasets.val_1.dataroot_lp; did you mean datasets"),
         ("gt_size: 128", "gt_size: 127", "gt_size is 127, expected a multiple of the scale, 2"),
         ("type: MultiStepLR", "type: Plateau", "scheduler.type is 'Plateau'"),
-        ("type: L1Loss", "type: MSELoss", "pixel_opt is .*expected L1Loss"),
+        ("type: L1Loss", "type: CharbonnierLoss", "pixel_opt is .*expected L1Loss or MSELoss"),
         ("  type: SeemoRe\n", "  type: EDSR\n", "network_g.type is 'EDSR'"),
         ("dataroot_gt: hr", "dataroot_gt: ~", "dataroot_gt is None, expected a folder"),
         ("train:\n  ema", "trian:\n  ema", "there is no key trian; did you mean train\\?"),

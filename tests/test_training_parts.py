@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from seemore_fast import load_model
-from seemore_fast.training.losses import fft_loss
+from seemore_fast.training.losses import fft_loss, pixel_loss
 from seemore_fast.training.start import other_scale, start_from, start_from_interpolation
 from seemore_fast.training.state import StateError, read_state
 
@@ -19,6 +19,13 @@ def test_fft_loss_is_that_of_the_published_training():
     parts = [torch.stack([spectrum.real, spectrum.imag], dim=-1) for spectrum in spectra]
     torch.testing.assert_close(fft_loss(x, truth), torch.nn.functional.l1_loss(*parts))
     assert fft_loss(x.half(), truth.half()).dtype == torch.float32
+
+
+def test_losses_add_up_by_their_weights():
+    x, truth = torch.rand(2, 2, 3, 12, 13, dtype=torch.float64)
+    apart = x - truth
+    want = 2 * apart.abs().mean() + 3 * (apart**2).mean() + 0.5 * fft_loss(x, truth)
+    torch.testing.assert_close(pixel_loss(x, truth, l1=2, mse=3, fft=0.5), want)
 
 
 def test_it_starts_as_bilinear_interpolation():

@@ -157,14 +157,16 @@ class _Reader:
         )
 
     def _losses(self, section: Mapping) -> dict:
-        weights = {"l1": 0.0, "fft": 0.0}
-        for key, name, kinds in (("pixel_opt", "l1", ("L1Loss",)), ("fft_opt", "fft", ("FFTLoss",))):
+        weights = {"l1": 0.0, "mse": 0.0, "fft": 0.0}
+        for key, kinds in (("pixel_opt", {"L1Loss": "l1", "MSELoss": "mse"}), ("fft_opt", {"FFTLoss": "fft"})):
             told = self._section(section, key, "train.", needed=False)
             if not told:
                 continue
-            if told.get("type") not in kinds or told.get("reduction", "mean") != "mean":
-                raise ConfigError(f"{self.where}: train.{key} is {dict(told)}, expected {kinds[0]} with reduction mean")
-            weights[name] = told.get("loss_weight", 1.0)
+            kind = told.get("type")
+            if kind not in kinds or told.get("reduction", "mean") != "mean":
+                expected = " or ".join(kinds)
+                raise ConfigError(f"{self.where}: train.{key} is {dict(told)}, expected {expected} with reduction mean")
+            weights[kinds[kind]] = told.get("loss_weight", 1.0)
         return weights
 
     def _training_data(self, section: Mapping, scale: int) -> dict:

@@ -92,9 +92,10 @@ class Schedule:
 
 @dataclass
 class Loss:
-    """Weights of the mean absolute difference of pixels, and of the real and imaginary parts of rfft2."""
+    """Weights of the mean absolute and squared difference of pixels, and the absolute one of the parts of rfft2."""
 
     l1: float = 1.0
+    mse: float = 0.0
     fft: float = 0.0
 
 
@@ -316,9 +317,10 @@ def check(config: Config, where: str):
         expect(name in config.validation.data, "validation.lr", f"names of validation.data, {name!r} is none")
     expect(0 <= config.schedule.begin <= config.steps, "schedule.begin", f"a step from 0 to {config.steps}")
     expect(config.schedule.milestones == sorted(config.schedule.milestones), "schedule.milestones", "growing steps")
-    expect(config.loss.l1 >= 0, "loss.l1", "at least 0")
-    expect(config.loss.fft >= 0, "loss.fft", "at least 0")
-    expect(config.loss.l1 + config.loss.fft > 0, "loss.l1", "a positive number, as loss.fft is 0")
+    weights = dataclasses.asdict(config.loss)
+    for name, weight in weights.items():
+        expect(weight >= 0, f"loss.{name}", "at least 0")
+    expect(any(weights.values()), "loss.l1", "a positive number, as loss.mse and loss.fft are 0")
     expect(bool(config.data.train), "data.train", "at least one folder of images")
     if config.data.lr:
         expect(len(config.data.lr) == len(config.data.train), "data.lr", "a folder for each of data.train")

@@ -20,11 +20,13 @@ def fft_loss(x: Tensor, truth: Tensor) -> Tensor:
     return torch.view_as_real(torch.fft.rfft2(x.to(wide) - truth.to(wide))).abs().mean()
 
 
-def pixel_loss(x: Tensor, truth: Tensor, l1: float, fft: float) -> Tensor:
-    """Return `l1` times the mean absolute difference plus `fft` times that of the spectra."""
+def pixel_loss(x: Tensor, truth: Tensor, l1: float, mse: float, fft: float) -> Tensor:
+    """Sum `l1` times the mean absolute difference, `mse` times the squared, `fft` times that of the spectra."""
     terms = []
     if l1:
         terms.append(l1 * F.l1_loss(x, truth))
+    if mse:
+        terms.append(mse * F.mse_loss(x, truth))
     if fft:
         terms.append(fft * fft_loss(x, truth))
     return sum(terms)

@@ -231,7 +231,7 @@ class Trainer:
             with apart:
                 with torch.autocast(device.type, cast, enabled=cast is not None):
                     y = self._parallel(x)
-                loss = pixel_loss(y, truth, told.loss.l1, told.loss.fft) / len(parts)
+                loss = pixel_loss(y, truth, **vars(told.loss)) / len(parts)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
