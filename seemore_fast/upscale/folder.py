@@ -1,19 +1,26 @@
-"""Many files: read ahead, compute, write behind; on several devices at once; what fails costs the others nothing."""
+"""Many files, several at hand at once, on several devices; what fails costs the others nothing."""
 
+import copy
+import math
 import os
 import queue
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+
+import torch
 
 from .errors import ImageError
 from .images import MAX_MEGAPIXELS, Picture, check_output, naming, read_image, write_image
 from .jobs import Job
 from .upscaler import Upscaler
+
+LEAST_LANES, MOST_LANES = 3, 8  # of a device: what is read ahead and written behind takes memory
+SMALL, SMALL_RESULT = 2**18, 2**22  # pixels of images that are computed several at once
 
 
 @dataclass(frozen=True)
@@ -49,65 +56,124 @@ def upscale_files(
 ) -> Iterator[Outcome]:
     """Yield the outcome of each job as it is done, in any order; after `stop()`, of those that were being computed.
 
-    Each upscaler has a thread; its next image is read and its last one written meanwhile.
+    Each device has lanes, threads that take a job and see it through: some read and write while others compute. A CPU's
+    cores compute as many small images at once, which waits less for each other than all of them at one; large images
+    take turns, one computed and one written at a time.
     """
     jobs, lock, outcomes = iter(jobs), threading.Lock(), queue.SimpleQueue()
+    threads = torch.get_num_threads()
+    turns = {upscaler.device: _Turns(threads if upscaler.device.type == "cpu" else 1) for upscaler in upscalers}
 
     def take() -> Job | None:
         with lock:
             return None if stop() else next(jobs, None)
 
-    def work(upscaler: Upscaler):
+    def work(lane: _Lane):
         try:
-            _pipeline(upscaler, take, stop, options, outcomes.put)
+            while job := take():
+                if outcome := lane.outcome(job, stop):
+                    outcomes.put(outcome)
         except BaseException as error:
             outcomes.put(error)
         finally:
             outcomes.put(None)
 
-    threads = [threading.Thread(target=work, args=(upscaler,), daemon=True) for upscaler in upscalers]
-    for thread in threads:
-        thread.start()
-    running = len(threads)
-    while running:
-        outcome = outcomes.get()
-        if outcome is None:
-            running -= 1
-        elif isinstance(outcome, BaseException):
-            raise outcome
-        else:
-            yield outcome
+    lanes = [_Lane(upscaler, turns[upscaler.device], options) for upscaler in upscalers for _ in range(_lanes(threads))]
+    for lane in lanes:
+        threading.Thread(target=work, args=(lane,), daemon=True).start()
+    running = len(lanes)
+    try:
+        while running:
+            outcome = outcomes.get()
+            if outcome is None:
+                running -= 1
+            elif isinstance(outcome, BaseException):
+                raise outcome
+            else:
+                yield outcome
+    finally:
+        torch.set_num_threads(threads)  # of threads to come: lanes have set their own, and with that the default
 
 
-def _pipeline(upscaler: Upscaler, take: Callable, stop: Callable, options: Options, put: Callable):
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        written: Future | None = None
-        ahead = _ahead(reader, take, upscaler, options)
-        while ahead and not stop():
-            (job, reading), following = ahead, None
+def _lanes(threads: int) -> int:
+    """Return how many images a device has at hand: one is read, one computed, one written, or more are."""
+    return max(LEAST_LANES, min(threads, MOST_LANES))
+
+
+class _Turns:
+    """The threads of a device, for which images wait in the order in which they come."""
+
+    def __init__(self, threads: int):
+        self.free = self.threads = threads
+        self.entrance, self.returned = threading.Lock(), threading.Condition()
+        self.one_is_written = threading.Lock()  # of the large ones
+        self.at_hand = 0  # images that lanes have taken: they share the threads
+
+    @contextmanager
+    def image(self):
+        """Count an image that a lane has taken, until it is written."""
+        with self.returned:
+            self.at_hand += 1
+        try:
+            yield
+        finally:
+            with self.returned:
+                self.at_hand -= 1
+
+    @contextmanager
+    def computing(self, is_small: bool) -> Iterator[bool]:
+        """Wait for an image's turn: all threads for a large one, its share for a small. Tell whether it is alone."""
+        with self.entrance, self.returned:
+            count = max(1, self.threads // self.at_hand) if is_small else self.threads
+            self.returned.wait_for(lambda: self.free >= count)
+            self.free -= count
+        try:
+            if self.threads > 1:
+                torch.set_num_threads(count)
+            yield count == self.threads
+        finally:
+            with self.returned:
+                self.free += count
+                self.returned.notify_all()
+
+
+class _Lane:
+    """What one thread does for its images, one after another."""
+
+    def __init__(self, upscaler: Upscaler, turns: _Turns, options: Options):
+        self.upscaler, self.turns, self.options = upscaler, turns, options
+        self.among_others = copy.copy(upscaler)  # whose progress nobody can tell from theirs
+        self.among_others.way = replace(upscaler.way, progress=None)
+
+    def outcome(self, job: Job, stop: Callable) -> Outcome | None:
+        """Return what became of a job; None if it was to stop before the image was computed."""
+        with self.turns.image():
             try:
-                picture = reading.result()
-                following = _ahead(reader, take, upscaler, options)  # read while this one is computed
-                if isinstance(picture, Outcome):
-                    put(picture)
-                else:
-                    begin = time.perf_counter()
-                    picture.image = upscaler(picture.image, **options.size)
-                    if written:
-                        written.result()  # one at a time: finished images are not heaped up
-                    outcome = Outcome(str(job.source), str(job.target), time.perf_counter() - begin)
-                    written = writer.submit(_write, job, picture, options, outcome, put)
+                picture = _read(job, self.upscaler, self.options)
+                return picture if isinstance(picture, Outcome) else self._enlarged(job, picture, stop)
             except Exception as error:  # one file's
-                put(_failed(job, error))
-                following = following or _ahead(reader, take, upscaler, options)
-            ahead = following
-        if written:
-            written.result()
+                return _failed(job, error)
 
+    def _enlarged(self, job: Job, picture: Picture, stop: Callable) -> Outcome | None:
+        is_small = self._is_small(picture)
+        with ExitStack() as until_written:
+            with self.turns.computing(is_small) as is_alone:
+                if stop():
+                    return None
+                begin = time.perf_counter()
+                upscaler = self.upscaler if is_alone else self.among_others
+                picture.image = upscaler(picture.image, **self.options.size)
+                seconds = time.perf_counter() - begin
+                if not is_small:  # results are not heaped up
+                    until_written.enter_context(self.turns.one_is_written)
+            with naming(job.target):
+                write_image(picture, job.target, self.options.quality)
+        return Outcome(str(job.source), str(job.target), seconds, notes=picture.notes)
 
-def _ahead(reader: ThreadPoolExecutor, take: Callable, upscaler, options: Options) -> tuple[Job, Future] | None:
-    job = take()
-    return (job, reader.submit(_read, job, upscaler, options)) if job else None
+    def _is_small(self, picture: Picture) -> bool:
+        width, height = picture.size
+        result = self.upscaler.size_of(height, width, **self.options.size)
+        return width * height <= SMALL and math.prod(result) <= SMALL_RESULT
 
 
 def _read(job: Job, upscaler: Upscaler, options: Options) -> Picture | Outcome:
@@ -124,16 +190,6 @@ def _read(job: Job, upscaler: Upscaler, options: Options) -> Picture | Outcome:
         return picture
     except Exception as error:
         return _failed(job, error)
-
-
-def _write(job: Job, picture: Picture, options: Options, outcome: Outcome, put: Callable):
-    try:
-        with naming(job.target):
-            write_image(picture, job.target, options.quality)
-        outcome.notes = picture.notes
-        put(outcome)
-    except Exception as error:
-        put(_failed(job, error))
 
 
 def _failed(job: Job, error: Exception) -> Outcome:
