@@ -219,6 +219,16 @@ def test_patience_ends(harness, case_of, monkeypatch):
     assert [lines[name]["ms"] for name in times] == [10_000, 3 + 4]
 
 
+def test_a_turn_may_be_two_calls_of_which_one_counts(harness, case_of, monkeypatch):
+    case, called, timed = case_of({}), [], []
+    case.first_is_lost = True
+    monkeypatch.setattr(harness, "floors", lambda *arguments: {})
+    monkeypatch.setattr(harness, "check", lambda case: ({}, {"torch eager": [lambda: called.append(1)]}))
+    monkeypatch.setattr(harness, "measure", lambda call, device, kernels_only: (timed.append(call()) or 1.0, None))
+    assert harness.run_case(case, CPU, runs=2)["torch eager"]["runs"] == 2
+    assert len(called) == 2 * len(timed) == 2 * (harness.WARM_UP + 2)
+
+
 def test_without_a_yardstick_only_the_tolerance_counts(harness, case_of):
     case = case_of({"torch eager": harness.operator(lambda x, gate: 1.001 * scaled_sum(x, gate))})
     assert "max_error" in harness.check(case)[0]["torch eager"]
