@@ -284,13 +284,16 @@ def left_out(files: dict[str, dict]) -> list[list[str]]:
 
 def section(folder: str, files: dict[str, dict], output: Path) -> str:
     """Write the PNGs of one machine and return its part of the page."""
+    import matplotlib
+
     facts = max(files.values(), key=lambda facts: facts.get("date", ""))
     info = facts["backend_info"]
     told = f"torch {info['torch']}, Python {info['python']}, {info['platform']}, seemore-fast {info['seemore_fast']}"
     parts = [f"<h2>{html.escape(chart.machine_of(facts))}</h2>", f'<p class="quiet">{html.escape(told)}</p>']
     for picture in pictures(files):
         png = io.BytesIO()
-        picture.figure.savefig(png, dpi=120)
+        with matplotlib.rc_context({"axes.formatter.min_exponent": 6}):  # 0.6, not 6 times a power of ten
+            picture.figure.savefig(png, dpi=120)
         with replacing(output / f"{folder}_{picture.name}.png") as temporary:
             temporary.write_bytes(png.getvalue())
         data = base64.b64encode(png.getvalue()).decode()
