@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,24 +116,51 @@ def run_cases(name: str, options, cases: dict[str, dict], build: Callable, draw:
     chosen = choose(options, cases)
     writes = options.results or not (options.quick or options.case)
     facts = {**machine_facts(device, not IS_INSTALLED), "runs": options.runs, "cases": results}
-    root = options.results or (Path() if IS_INSTALLED else HERE / "results")
-    path = root / folder_name(facts) / f"{name}.json"
+    path = path_of(name, options.results, facts)
     for title, setting in chosen.items():
         if options.compile:
             torch.compiler.reset()  # else code of an earlier case is compiled for dynamic shapes, or no more
         results[title] = harness.run_case(build(setting, device, options), device, options.runs)
         print_table(title, results[title])
         if writes:  # now: whoever stops us keeps what there is
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                left = {"cases_left_out": len(chosen) - len(results)}
-                temporary.write_text(json.dumps(facts | left, indent=2) + "\n")
+            write(path, facts | {"cases_left_out": len(chosen) - len(results)})
     if writes:
         print(f"\nfigures in {path}")
         if draw:
             draw(facts, path.with_suffix(".png"))
     bad = [key for lines in results.values() for key in lines if {"wrong", "failed"} & set(lines[key])]
     return not any(key.startswith(harness.OURS) for key in bad)
+
+
+def time_in_turns(turns: dict[str, Callable], count: int, parts: int = 1) -> dict[str, dict]:
+    """Return every name's line of figures, of so many turns after one that warms up; a turn is divided by its parts."""
+    times = {name: [] for name in turns}
+    for turn in range(1 + count):
+        for name, take in turns.items():
+            begin = time.perf_counter()
+            take()
+            if turn:
+                times[name].append(1000 * (time.perf_counter() - begin) / parts)
+    return {name: harness.summary(values) for name, values in times.items()}
+
+
+def write_tables(name: str, results: Path | None, device: torch.device, runs: int, cases: dict):
+    """Write the tables of a complete run; see `path_of`."""
+    facts = {**machine_facts(device, not IS_INSTALLED), "runs": runs, "cases": cases}
+    path = path_of(name, results, facts)
+    write(path, facts)
+    print(f"figures in {path}")
+
+
+def path_of(name: str, results: Path | None, facts: dict) -> Path:
+    """Return the file of figures in the folder of their machine: of the results told, the checkout's, or here."""
+    return (results or (Path() if IS_INSTALLED else HERE / "results")) / folder_name(facts) / f"{name}.json"
+
+
+def write(path: Path, facts: dict):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def read_figures(path: Path) -> dict:

@@ -261,7 +261,7 @@ def run_case(cases: Case | list[Case], device: torch.device, runs: int) -> dict:
             call()
         milliseconds, peaks[name] = measure(call, device, first.kernels_only)
         times[name].append(milliseconds)
-    times = {name: sorted(values[WARM_UP:] or values[-1:]) for name, values in times.items()}
+    times = {name: values[WARM_UP:] or values[-1:] for name, values in times.items()}
     best = {}  # of ours, among those that did the same work
     for name, case in case_of.items():
         if name.startswith(OURS) and not name.endswith(IN_A_GRAPH):  # the peers are not in one
@@ -270,14 +270,7 @@ def run_case(cases: Case | list[Case], device: torch.device, runs: int) -> dict:
         ms, (traffic, operations) = statistics.median(values), work[name]
         case = case_of.get(name, first)
         same_work = id(case) in best and not case.pixels and not name.startswith(MATMUL)
-        line = {
-            "ms": ms,
-            "ms_min": values[0],
-            "ms_max": values[-1],
-            "ms_quartiles": quartiles(values),
-            "runs": len(values),
-        }
-        line |= {"x_ours": ms / best[id(case)] if same_work else None}
+        line = summary(values) | {"x_ours": ms / best[id(case)] if same_work else None}
         line |= {"gb_s": traffic and traffic / ms / 1e6, "gflop_s": operations and operations / ms / 1e6}
         line |= {"images_s": 1000 * case.images / ms if case.images and name in case_of else None}
         line |= {"ns_pixel": ms / case.pixels * 1e6 if case.pixels and name in case_of else None}
@@ -327,8 +320,16 @@ def relate(lines: dict, kind_of: Callable[[str], str]):
             line["x_pixel"] = line["ns_pixel"] / pixel
 
 
-def quartiles(values: list[float]) -> list[float]:
-    return torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
+def summary(values: list[float]) -> dict:
+    """Return the figures of the milliseconds of several runs."""
+    quartiles = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.75], dtype=torch.float64))
+    return {
+        "ms": statistics.median(values),
+        "ms_min": min(values),
+        "ms_max": max(values),
+        "ms_quartiles": quartiles.tolist(),
+        "runs": len(values),
+    }
 
 
 def measure(call: Callable, device: torch.device, kernels_only: bool) -> tuple[float, float | None]:

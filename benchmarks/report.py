@@ -22,7 +22,7 @@ from seemore_fast.benchmarks.machine import folder_name
 from seemore_fast.evaluation.published import PUBLISHED, published
 from seemore_fast.files import replacing
 
-OTHER_BENCHMARKS = ("peers", "training", "model", "loop")  # the rest of the files are of operators
+OTHER_BENCHMARKS = ("peers", "training", "model", "loop", "upscaling")  # the rest of the files are of operators
 MARKERS = {"forward": "o", "backward": "s", "both": "D"}
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #212529; max-width: 62rem; margin: 0 auto; padding: 1rem }

@@ -10,13 +10,10 @@ import argparse
 import contextlib
 import io
 import json
-import statistics
 import tempfile
-import time
 from pathlib import Path
 
 from seemore_fast.benchmarks import command, harness
-from seemore_fast.benchmarks.machine import folder_name, machine_facts
 
 SETTING = ["model.preset=t", "model.scale=2", "data.batch=8", "data.patch=64", "steps=1000000000", "log.every=10",
            "validation.every=1000000000", "checkpoint.every=1000000000"]  # fmt: skip
@@ -70,31 +67,14 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
             return loss.item()
 
         turns = {BARE: steps, LOOP: lambda: loop.run(loop.step + options.steps)}
-        times = {name: [] for name in turns}
-        for turn in range(1 + options.turns):
-            for name, take in turns.items():
-                begin = time.perf_counter()
-                with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
-                    take()
-                if turn:  # the first warms up
-                    times[name].append(1000 * (time.perf_counter() - begin) / options.steps)
-    lines = {
-        name: {"ms": statistics.median(ms), "ms_min": min(ms), "ms_max": max(ms), "ms_quartiles": harness.quartiles(ms),
-               "runs": len(ms)}
-        for name, ms in times.items()
-    }  # fmt: skip
+        with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
+            lines = command.time_in_turns(turns, options.turns, options.steps)
     title = "tiny" if options.quick else "T x2 8x64x64"
     command.print_table(title, lines)
     share = lines[BARE]["ms"] / lines[LOOP]["ms"]
     print(f"\nthe loop has {share:.1%} of the bare step's speed, expected at least {LEAST:.0%}")
     if options.results or (options.steps, options.turns, options.quick) == (STEPS, TURNS, False):
-        facts = machine_facts(group.device, not command.IS_INSTALLED)
-        facts |= {"runs": options.turns, "cases": {title: lines}}
-        root = options.results or (Path() if command.IS_INSTALLED else command.HERE / "results")
-        path = root / folder_name(facts) / "loop.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(facts, indent=2) + "\n")
-        print(f"figures in {path}")
+        command.write_tables("loop", options.results, group.device, options.turns, {title: lines})
 
 
 if __name__ == "__main__":

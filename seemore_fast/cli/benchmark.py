@@ -11,6 +11,7 @@ KINDS = {
     "inference": "compare_peers",
     "training": "compare_training",
     "loop": "training_loop",
+    "upscaling": "upscaling",
     "compare": "compare_results",
     "report": "report",
     "tune": "tune_backends",

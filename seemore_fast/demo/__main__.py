@@ -15,8 +15,8 @@ from ..files import replacing
 from ..reference import SeemoRe as PlainSeemoRe
 from ..resize import bicubic_resize
 from ..upscale import Upscaler
+from . import PHOTO
 
-PHOTO = Path(__file__).with_name("chelsea.png")
 DETAIL = (110, 75, 260, 175)  # left, top, right, bottom in the photo: an eye
 ZOOM = 3
 CAPTION = 26
