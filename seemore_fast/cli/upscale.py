@@ -127,6 +127,7 @@ def run(options: argparse.Namespace) -> int:
                 # Of a million files that went well, only who asks gets to know each.
                 if options.json or options.compare or outcome.error or outcome.notes:
                     files.append(outcome.as_dict())
+        files.sort(key=lambda file: file.pop("number"))  # as they are listed, not as they were done
     summary = {
         "scale": upscalers[0].scale,
         "output": options.output,

@@ -35,10 +35,11 @@ class Options:
 
 @dataclass
 class Outcome:
-    """What became of a file: done, or skipped, or failed with a reason."""
+    """What became of a file, the `number`th: done, or skipped, or failed with a reason."""
 
     source: str
     target: str
+    number: int = 0
     seconds: float = 0.0
     skipped: bool = False
     error: str = ""
@@ -60,19 +61,20 @@ def upscale_files(
     cores compute as many small images at once, which waits less for each other than all of them at one; large images
     take turns, one computed and one written at a time.
     """
-    jobs, lock, outcomes = iter(jobs), threading.Lock(), queue.SimpleQueue()
+    jobs, lock, outcomes = enumerate(jobs), threading.Lock(), queue.SimpleQueue()
     threads = torch.get_num_threads()
     turns = {upscaler.device: _Turns(threads if upscaler.device.type == "cpu" else 1) for upscaler in upscalers}
 
-    def take() -> Job | None:
+    def take() -> tuple[int, Job] | None:
         with lock:
             return None if stop() else next(jobs, None)
 
     def work(lane: _Lane):
         try:
-            while job := take():
+            while taken := take():
+                number, job = taken
                 if outcome := lane.outcome(job, stop):
-                    outcomes.put(outcome)
+                    outcomes.put(replace(outcome, number=number))
         except BaseException as error:
             outcomes.put(error)
         finally:
@@ -168,7 +170,7 @@ class _Lane:
                     until_written.enter_context(self.turns.one_is_written)
             with naming(job.target):
                 write_image(picture, job.target, self.options.quality)
-        return Outcome(str(job.source), str(job.target), seconds, notes=picture.notes)
+        return Outcome(str(job.source), str(job.target), seconds=seconds, notes=picture.notes)
 
     def _is_small(self, picture: Picture) -> bool:
         width, height = picture.size
