@@ -253,7 +253,7 @@ def run_case(cases: Case | list[Case], device: torch.device, runs: int) -> dict:
     # Each round has its own order, so that nobody always runs after the same other; each turn has the next inputs.
     turns = [name for _ in range(WARM_UP + runs) for name in shuffled.sample(list(calls), len(calls))]
     for turn, name in enumerate(turns):
-        if sum(times[name]) > 1000 * first.patience:
+        if sum(times[name]) * (1 + first.first_is_lost) > 1000 * first.patience:
             continue
         time.sleep(first.pause)
         call = calls[name][turn % len(calls[name])]

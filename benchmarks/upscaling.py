@@ -10,6 +10,7 @@ the resident memory grows meanwhile at most, the result in it. A complete run wr
 import argparse
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -99,10 +100,15 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
     with tempfile.TemporaryDirectory() as folder:
         turns = folder_turns(Upscaler("seemore_t_x2", device=device), Path(folder), count, side)
         few = command.time_in_turns(turns, options.turns, count)
-    turns = large_turns(device, size)
-    many = command.time_in_turns(turns, options.turns)
-    for name, take in turns.items():
-        many[name]["step_mb"] = harness.grown_megabytes(take)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # where memory is short, the whole image would be streamed, too
+        try:
+            turns = large_turns(device, size)
+            many = command.time_in_turns(turns, options.turns)
+            for name, take in turns.items():
+                many[name]["step_mb"] = harness.grown_megabytes(take)
+        except UserWarning as warning:
+            raise SystemExit(str(warning)) from None
     cases = {f"T x2 {count} images {side}x{side}": few, f"T x2 {size[0]}x{size[1]}": many}
     for title, lines in cases.items():
         command.print_table(title, lines)

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import atexit
 import contextlib
 import os
 import stat
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TEMPORARY = ".seemore-fast."  # how the names of files begin that are being written
+_being_written: set[Path] = set()
 
 
 @contextlib.contextmanager
@@ -19,6 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}.{threading.get_ident()}.tmp{path.suffix}")
     try:
+        _being_written.add(temporary)
         temporary.touch()
         permissions = temporary.stat().st_mode  # those of any new file; some writers make files that are private
         yield temporary
@@ -26,6 +29,15 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        _being_written.discard(temporary)
+
+
+@atexit.register
+def _clear():
+    """Remove what threads are still writing when the process ends, which does not wait for them."""
+    for temporary in list(_being_written):
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def why_not_writable(path: Path) -> str | None:

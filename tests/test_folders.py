@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -332,13 +333,52 @@ def all_of(upscaler, many, tmp_path):
 def test_small_images_are_computed_at_once_and_share_the_threads(watched, many, tmp_path):
     all_of(watched, many, tmp_path)
     assert (1, 1, 1, 1) in watched.seen and max(map(sum, watched.seen)) == 4
-    assert torch.get_num_threads() == 4
+    with ThreadPoolExecutor(1) as another:
+        assert another.submit(torch.get_num_threads).result() == 4
 
 
 def test_large_images_are_computed_one_at_a_time_with_all_threads(watched, many, tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "SMALL", 1)
     all_of(watched, many, tmp_path)
     assert watched.seen == [(4,)] * 12
+
+
+def test_whoever_wants_no_more_gets_no_more(watched, many, tmp_path):
+    outcomes = folders.upscale_files([watched], Jobs([many], f"{tmp_path / 'out'}/"), folders.Options())
+    next(outcomes)
+    outcomes.close()
+    there = listing(tmp_path / "out")
+    assert len(there) == len(watched.seen) < 12  # what was begun is whole, and nobody goes on
+    time.sleep(0.3)
+    assert listing(tmp_path / "out") == there
+    with ThreadPoolExecutor(1) as another:
+        assert another.submit(torch.get_num_threads).result() == 4
+
+
+def test_few_large_images_are_in_memory_at_once(watched, many, tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "SMALL", 1)
+    there, most, lock = set(), [], threading.Lock()
+
+    def counted(function, change):
+        def call(job_or_picture, *arguments):
+            with lock:
+                change(job_or_picture)
+                most.append(len(there))
+            return function(job_or_picture, *arguments)
+
+        return call
+
+    monkeypatch.setattr(folders, "_read", counted(folders._read, lambda job: there.add(job.source.stem)))
+    write = counted(folders.write_image, lambda picture: None)
+
+    def written(picture, target, quality):
+        time.sleep(0.2)  # slower than they are computed
+        write(picture, target, quality)
+        there.discard(target.stem.removesuffix("_x2"))
+
+    monkeypatch.setattr(folders, "write_image", written)
+    all_of(watched, many, tmp_path)
+    assert 1 < max(most) <= 3
 
 
 def test_a_lone_image_has_all_threads(watched, tmp_path):

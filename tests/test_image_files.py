@@ -2,6 +2,8 @@
 
 import os
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -332,3 +334,24 @@ def test_the_pixel_limit_can_be_moved(photos, upscale):
 def test_an_8_bit_tiff_of_the_same_make_is_read(photos, upscale):
     write_tiff(photos / "plain.tif", 8)
     assert upscale(photos / "plain.tif", "-o", photos / "big.tif")[0] == 0
+
+
+def test_what_a_thread_still_writes_at_the_end_of_the_process_is_removed(tmp_path):
+    script = f"""
+import pathlib, threading
+from seemore_fast.files import replacing
+
+begun = threading.Event()
+
+def write():
+    with replacing(pathlib.Path({str(tmp_path)!r}) / "big.png") as temporary:
+        temporary.write_bytes(b"half")
+        begun.set()
+        threading.Event().wait()
+
+threading.Thread(target=write, daemon=True).start()
+begun.wait()
+print(len(list(pathlib.Path({str(tmp_path)!r}).iterdir())))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "1\n") and list(tmp_path.iterdir()) == []

@@ -236,7 +236,7 @@ def _stopped_by_signals():
         if stopped.is_set():
             raise KeyboardInterrupt
         stopped.set()
-        print("\nfinishing the current file; once more to stop at once", file=sys.stderr)
+        print("\nfinishing what is being computed; once more to stop at once", file=sys.stderr)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -163,7 +163,7 @@ class _Reader:
             if not told:
                 continue
             kind = told.get("type")
-            if kind not in kinds or told.get("reduction", "mean") != "mean":
+            if kind not in tuple(kinds) or told.get("reduction", "mean") != "mean":
                 expected = " or ".join(kinds)
                 raise ConfigError(f"{self.where}: train.{key} is {dict(told)}, expected {expected} with reduction mean")
             weights[kinds[kind]] = told.get("loss_weight", 1.0)

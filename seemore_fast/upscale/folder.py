@@ -14,12 +14,14 @@ from pathlib import Path
 
 import torch
 
+from .. import memory
 from .errors import ImageError
 from .images import MAX_MEGAPIXELS, Picture, check_output, naming, read_image, write_image
 from .jobs import Job
 from .upscaler import Upscaler
 
 LEAST_LANES, MOST_LANES = 3, 8  # of a device: what is read ahead and written behind takes memory
+MEMORY_OF_A_LANE = 2**29  # bytes for a small image: L takes some 2 KB per pixel of it
 SMALL, SMALL_RESULT = 2**18, 2**22  # pixels of images that are computed several at once
 
 
@@ -58,57 +60,72 @@ def upscale_files(
     """Yield the outcome of each job as it is done, in any order; after `stop()`, of those that were being computed.
 
     Each device has lanes, threads that take a job and see it through: some read and write while others compute. A CPU's
-    cores compute as many small images at once, which waits less for each other than all of them at one; large images
-    take turns, one computed and one written at a time.
+    cores compute as many small images at once, which waits less for each other than all of them at one. Of large images
+    one is read ahead, one computed and one written at a time. To close the generator stops, too.
     """
-    jobs, lock, outcomes = enumerate(jobs), threading.Lock(), queue.SimpleQueue()
+    jobs, lock, outcomes, ended = enumerate(jobs), threading.Lock(), queue.SimpleQueue(), threading.Event()
     threads = torch.get_num_threads()
-    turns = {upscaler.device: _Turns(threads if upscaler.device.type == "cpu" else 1) for upscaler in upscalers}
+    devices = {upscaler.model.mean.device for upscaler in upscalers}  # "cuda" is one of them by its number
+    turns = {device: _Turns(threads if device.type == "cpu" else 1) for device in devices}
+
+    def is_over() -> bool:
+        return ended.is_set() or stop()
 
     def take() -> tuple[int, Job] | None:
         with lock:
-            return None if stop() else next(jobs, None)
+            return None if is_over() else next(jobs, None)
 
     def work(lane: _Lane):
+        torch.get_num_threads()  # the first call of a thread sets the number that is everybody's
         try:
             while taken := take():
                 number, job = taken
-                if outcome := lane.outcome(job, stop):
+                if outcome := lane.outcome(job, is_over):
                     outcomes.put(replace(outcome, number=number))
         except BaseException as error:
             outcomes.put(error)
         finally:
             outcomes.put(None)
 
-    lanes = [_Lane(upscaler, turns[upscaler.device], options) for upscaler in upscalers for _ in range(_lanes(threads))]
-    for lane in lanes:
-        threading.Thread(target=work, args=(lane,), daemon=True).start()
-    running = len(lanes)
+    lanes = [_Lane(one, turns[one.model.mean.device], options) for one in upscalers for _ in range(_lanes(threads))]
+    running = [threading.Thread(target=work, args=(lane,), daemon=True) for lane in lanes]
     try:
-        while running:
+        for lane in running:
+            lane.start()
+        left = len(lanes)
+        while left:
             outcome = outcomes.get()
             if outcome is None:
-                running -= 1
+                left -= 1
             elif isinstance(outcome, BaseException):
                 raise outcome
             else:
                 yield outcome
+    except KeyboardInterrupt:  # nobody wants to wait
+        running.clear()
+        raise
     finally:
-        torch.set_num_threads(threads)  # of threads to come: lanes have set their own, and with that the default
+        ended.set()
+        for lane in running:
+            lane.join()
+        torch.set_num_threads(threads)  # of threads to come: lanes have set their own, and with that everybody's
 
 
 def _lanes(threads: int) -> int:
     """Return how many images a device has at hand: one is read, one computed, one written, or more are."""
-    return max(LEAST_LANES, min(threads, MOST_LANES))
+    available = memory.available_memory()
+    room = MOST_LANES if available is None else available // MEMORY_OF_A_LANE
+    return max(LEAST_LANES, min(threads, room, MOST_LANES))
 
 
 class _Turns:
-    """The threads of a device, for which images wait in the order in which they come."""
+    """The threads of a device, which images wait for."""
 
     def __init__(self, threads: int):
         self.free = self.threads = threads
         self.entrance, self.returned = threading.Lock(), threading.Condition()
-        self.one_is_written = threading.Lock()  # of the large ones
+        # Of those that may be large, one waits while one is computed; and one of the large is written.
+        self.two_are_read, self.one_is_written = threading.BoundedSemaphore(2), threading.Lock()
         self.at_hand = 0  # images that lanes have taken: they share the threads
 
     @contextmanager
@@ -126,7 +143,7 @@ class _Turns:
     def computing(self, is_small: bool) -> Iterator[bool]:
         """Wait for an image's turn: all threads for a large one, its share for a small. Tell whether it is alone."""
         with self.entrance, self.returned:
-            count = max(1, self.threads // self.at_hand) if is_small else self.threads
+            count = max(1, round(self.threads / self.at_hand)) if is_small else self.threads
             self.returned.wait_for(lambda: self.free >= count)
             self.free -= count
         try:
@@ -151,23 +168,29 @@ class _Lane:
         """Return what became of a job; None if it was to stop before the image was computed."""
         with self.turns.image():
             try:
-                picture = _read(job, self.upscaler, self.options)
-                return picture if isinstance(picture, Outcome) else self._enlarged(job, picture, stop)
+                return self._outcome(job, stop)
             except Exception as error:  # one file's
                 return _failed(job, error)
 
-    def _enlarged(self, job: Job, picture: Picture, stop: Callable) -> Outcome | None:
-        is_small = self._is_small(picture)
+    def _outcome(self, job: Job, stop: Callable) -> Outcome | None:
         with ExitStack() as until_written:
-            with self.turns.computing(is_small) as is_alone:
-                if stop():
-                    return None
-                begin = time.perf_counter()
-                upscaler = self.upscaler if is_alone else self.among_others
-                picture.image = upscaler(picture.image, **self.options.size)
-                seconds = time.perf_counter() - begin
-                if not is_small:  # results are not heaped up
-                    until_written.enter_context(self.turns.one_is_written)
+            with ExitStack() as until_computed:
+                until_computed.enter_context(self.turns.two_are_read)
+                picture = _read(job, self.upscaler, self.options)
+                if isinstance(picture, Outcome):
+                    return picture
+                is_small = self._is_small(picture)
+                if is_small:
+                    until_computed.close()
+                with self.turns.computing(is_small) as is_alone:
+                    if stop():
+                        return None
+                    begin = time.perf_counter()
+                    upscaler = self.upscaler if is_alone else self.among_others
+                    picture.image = upscaler(picture.image, **self.options.size)
+                    seconds = time.perf_counter() - begin
+                    if not is_small:
+                        until_written.enter_context(self.turns.one_is_written)
             with naming(job.target):
                 write_image(picture, job.target, self.options.quality)
         return Outcome(str(job.source), str(job.target), seconds=seconds, notes=picture.notes)
