@@ -14,9 +14,9 @@ from seemore_fast.devices import find_device
 from seemore_fast.files import replacing
 
 COLUMNS = {
-    "ms": "10.4f",
-    "ms_min": "10.4f",
-    "ms_max": "10.4f",
+    "ms": "12.4f",
+    "ms_min": "12.4f",
+    "ms_max": "12.4f",
     "images_s": "10.1f",
     "x_ours": "8.2f",
     "gb_s": "8.1f",

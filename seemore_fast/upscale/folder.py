@@ -20,7 +20,7 @@ from .images import MAX_MEGAPIXELS, Picture, check_output, naming, read_image, w
 from .jobs import Job
 from .upscaler import Upscaler
 
-LEAST_LANES, MOST_LANES = 3, 8  # of a device: what is read ahead and written behind takes memory
+LEAST_LANES, MOST_LANES = 2, 8  # of a device: what is read ahead and written behind takes memory
 MEMORY_OF_A_LANE = 2**29  # bytes for a small image: L takes some 2 KB per pixel of it
 SMALL, SMALL_RESULT = 2**18, 2**22  # pixels of images that are computed several at once
 
@@ -112,7 +112,7 @@ def upscale_files(
 
 
 def _lanes(threads: int) -> int:
-    """Return how many images a device has at hand: one is read, one computed, one written, or more are."""
+    """Return how many images a device has at hand: one for each thread, and no less than to read while one is computed."""
     available = memory.available_memory()
     room = MOST_LANES if available is None else available // MEMORY_OF_A_LANE
     return max(LEAST_LANES, min(threads, room, MOST_LANES))
