@@ -112,7 +112,7 @@ def upscale_files(
 
 
 def _lanes(threads: int) -> int:
-    """Return how many images a device has at hand: one for each thread, and no less than to read while one is computed."""
+    """Return how many images a device has at hand: one for each thread, and two at least, to read during computing."""
     available = memory.available_memory()
     room = MOST_LANES if available is None else available // MEMORY_OF_A_LANE
     return max(LEAST_LANES, min(threads, room, MOST_LANES))
