@@ -126,6 +126,18 @@ def test_the_table_of_training():
     assert compared == 20
 
 
+def test_what_is_told_of_upscaling():
+    few, large = (figures("upscaling")[title] for title in ("T x2 200 images 128x128", "T x2 4000x3000"))
+    alone, whole, streamed = (
+        lines[f"seemore-fast {name}"] for lines, name in ((few, "network alone"), (large, "whole"), (large, "streamed"))
+    )
+    png, jpeg = (alone["ms"] / few[f"seemore-fast folder of {kind}"]["ms"] for kind in ("PNG", "JPEG"))
+    text = " ".join(README.split())
+    assert f"has {100 * png:.0f} % of the speed of the network alone as PNG, {100 * jpeg:.0f} % as JPEG" in text
+    assert f"takes {streamed['ms'] / whole['ms']:.2f} times as long as whole" in text
+    assert f"and {streamed['step_mb'] / 1e3:.1f} GB instead of {whole['step_mb'] / 1e3:.1f}." in text
+
+
 def test_the_table_of_quality():
     compared = 0
     for row, cells in table_below("Quality"):
