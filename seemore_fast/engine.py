@@ -19,15 +19,17 @@ from .ops.library import define
 from .reference.model import body_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-AT_ONCE = 2**31  # bytes of a streamed image's features that all threads together hold at most, but for LEAST_LINES
+IN_MEMORY = 6 * 2**30  # bytes up to which a streamed image needs no file, where they are half of what is free at most
+AT_ONCE = 2**31  # bytes of the features in a file that all threads together hold at most, but for LEAST_LINES
 LEAST_LINES = 32  # of a band: each makes up to nine lines of its neighbours', above and below, again
 
 
 class Needs(NamedTuple):
-    """Bytes that a run takes, of memory and on the disk."""
+    """Bytes that a run takes, of memory and on the disk; what is there is computed in bands of so many lines."""
 
     memory: int
     disk: int = 0
+    lines: int = 0
 
 
 def why_not(model, x: Tensor) -> str | None:
@@ -80,8 +82,9 @@ def run_into(model, x: Tensor, y: Tensor, folder: Path | None = None, progress: 
     """Write model(x) to y, both (B, C, H, W) of any strides, both float32, or both uint8 or uint16, whose largest is 1.
 
     Integers are bounded to [0, 1] and rounded to the nearest; return whether all of them were numbers before. With a
-    `folder` the image is streamed: its features lie in a temporary file there, of which the memory holds a few bands.
-    The result is the same to the bit. Raises OSError where the disk has no room for them.
+    `folder` the image is streamed in bounded memory: where all takes more than IN_MEMORY, or than half of what is free,
+    the features lie in a temporary file there, of which the memory holds a few bands. The result is the same to the
+    bit. Raises OSError where the disk has no room for them.
 
     progress: two int64 that tell other threads meanwhile how much is done, and of how much.
     """
@@ -103,12 +106,9 @@ def _run(
     packed = weights[0] if is_packed else pack(weights, config)
     mean = mean.flatten().float().contiguous()
     shape = _extended(config, x.shape)
-    state, lines = None, 0
-    if folder is not None:
-        threads = torch.get_num_threads()
-        lines = _lines(config, shape, threads)
-        state, _ = in_a_file(_workspace(config, shape, threads, lines)[0], folder)
-    streaming = (state, lines, progress)
+    needed = _needs(config, shape, None, y.element_size(), streamed=folder is not None)
+    state = in_a_file(needed.disk, folder)[0] if needed.disk else None
+    streaming = (state, needed.lines, progress)
     if shape == x.shape:
         return torch.ops.seemore_cpu.network(y, x, packed, mean, img_range, config, *streaming)
     height, width = x.shape[2:]
@@ -134,13 +134,15 @@ def _extended(config: list[int], shape: torch.Size) -> torch.Size:
 def _needs(config: list[int], shape: torch.Size, threads: int | None, itemsize: int, streamed: bool) -> Needs:
     threads = threads or torch.get_num_threads()
     shape = _extended(config, shape)
-    lines = _lines(config, shape, threads) if streamed else 0
+    result = itemsize * math.prod(shape) * config[0] ** 2
+    whole = sum(_workspace(config, shape, threads, lines=0)) + result
+    available = memory.available_memory()
+    if not streamed or whole <= (IN_MEMORY if available is None else min(IN_MEMORY, available // 2)):
+        return Needs(whole)
+    lines = _lines(config, shape, threads)
     state, rest = _workspace(config, shape, threads, lines)
-    rest += itemsize * math.prod(shape) * config[0] ** 2
-    if not streamed:
-        return Needs(state + rest)
     at_once = lines + 2 * (4 + config[4] // 2)  # a band, and copies of its neighbours' lines
-    return Needs(min(state, threads * at_once * _line_bytes(config, shape)) + rest, state)
+    return Needs(min(state, threads * at_once * _line_bytes(config, shape)) + rest + result, state, lines)
 
 
 def _workspace(config: list[int], shape: torch.Size, threads: int, lines: int) -> tuple[int, int]:
@@ -157,7 +159,7 @@ def _line_bytes(config: list[int], shape: torch.Size) -> int:
 
 
 def _lines(config: list[int], shape: torch.Size, threads: int) -> int:
-    """Return how many lines a band of a streamed image has."""
+    """Return how many lines a band of an image has whose features lie in a file."""
     available = memory.available_memory()
     budget = AT_ONCE if available is None else min(AT_ONCE, available // 4)
     return max(LEAST_LINES, budget // (threads * _line_bytes(config, shape)))

@@ -77,7 +77,8 @@ def figures(name):
 
 
 @pytest.mark.skipif(backends.why_not("cpu") is not None, reason="no CPU library")
-def test_the_bytes_of_a_pixel():
+def test_the_bytes_of_a_pixel(monkeypatch):
+    monkeypatch.setattr(engine, "IN_MEMORY", 0)
     shape, result = (1, 3, 3000, 4000), 12  # of uint8
     whole, streamed = (
         engine.needs(seemore_t(2), shape, 2, itemsize=1, streamed=streamed) for streamed in (False, True)

@@ -20,7 +20,8 @@ each_cpu = each_kernel("network")
 
 @pytest.fixture
 def low_bands(monkeypatch):
-    """Bands of 4 lines, so that a small image has many."""
+    """Features in a file, and bands of 4 lines, so that a small image has many."""
+    monkeypatch.setattr(engine, "IN_MEMORY", 0)
     monkeypatch.setattr(engine, "AT_ONCE", 0)
     monkeypatch.setattr(engine, "LEAST_LINES", 4)
 
@@ -75,14 +76,33 @@ def test_an_image_of_nan_leaves_the_next_of_the_batch_alone(low_bands, tmp_path)
 def test_a_disk_without_room_is_named(monkeypatch, tmp_path):
     model, x = network(), image((1, 3, 40, 30), torch.uint8)
     y = torch.empty(1, 3, 80, 60, dtype=torch.uint8)
+    monkeypatch.setattr(engine, "IN_MEMORY", 0)
     usage = memory.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
     with pytest.raises(OSError, match=r"GiB are needed in .* 0\.0 GiB are free: choose a folder on another disk"):
         engine.run_into(model, x, y, tmp_path)
-    monkeypatch.undo()
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(FileNotFoundError):
         engine.run_into(model, x, y, tmp_path / "nowhere")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("free", [None, 4])  # of memory: nobody knows, or in what a run takes
+@pytest.mark.parametrize("limit", [2, 0.5])  # of a run in memory, in the same
+def test_features_lie_in_a_file_only_where_all_is_large(limit, free, monkeypatch, tmp_path):
+    model, x = network(), image((2, 3, 40, 30), torch.uint8)
+    taken = engine.needs(model, x.shape, itemsize=1).memory
+    filed = []
+    monkeypatch.setattr(engine, "in_a_file", lambda *asked: filed.append(asked) or memory.in_a_file(*asked))
+    monkeypatch.setattr(engine, "IN_MEMORY", int(limit * taken))
+    monkeypatch.setattr(memory, "available_memory", lambda: free and free * taken)
+    both(model, x, tmp_path)
+    needs = engine.needs(model, x.shape, itemsize=1, streamed=True)
+    assert filed == ([] if limit > 1 else [(needs.disk, tmp_path)])
+    assert (needs.disk > 0) == (needs.lines > 0) == bool(filed)
+    if free:
+        monkeypatch.setattr(memory, "available_memory", lambda: 2 * taken - 2)
+        assert engine.needs(model, x.shape, itemsize=1, streamed=True).disk > 0
 
 
 PEAK = """
@@ -93,7 +113,7 @@ def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
 
 torch.set_num_threads(2)
-engine.AT_ONCE, engine.LEAST_LINES = 0, 64
+engine.IN_MEMORY, engine.AT_ONCE, engine.LEAST_LINES = 0, 0, 64
 model = SeemoRe(scale=2, num_experts=3, num_layers=2, embedding_dim=36, lr_space="exp", topk=1)
 assert engine.why_not(model.eval().requires_grad_(False), model.mean) is None
 x, y = torch.ones(1, 3, 4000, 1000, dtype=torch.uint8), torch.ones(1, 3, 8000, 2000, dtype=torch.uint8)

@@ -59,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     how.add_argument("--alpha", default="bicubic", choices=("bicubic", "network"), help="default: bicubic")
     how.add_argument(
         "--tile", type=_tile, metavar="N|exact",
-        help="exact: stream group by group, as is done anyway where memory is short; N: independent tiles (16 or more)",
+        help="exact: group by group in bounded memory, as is done anyway where it is short; "
+        "N: independent tiles (16 or more)",
     )  # fmt: skip
     how.add_argument(
         "--scratch", type=_path, metavar="DIR", help="for what does not fit into memory (default: TMPDIR, or /var/tmp)"

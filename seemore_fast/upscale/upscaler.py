@@ -38,8 +38,8 @@ class Upscaler:
     device: "auto" (a CUDA device if there is one), "cpu", "cuda", "cuda:1", ...
     dtype: torch.float32 (None), torch.bfloat16, torch.float16, or "fp32", "bf16", "fp16".
     tile: None, the whole image at once, or streamed where its features do not fit into memory, which gives the same
-        picture; "exact": streamed; N: independent tiles of N pixels, for comparison with other tools. They would not
-        give the same picture: the network pools over all of the image.
+        picture; "exact": streamed, through a file if that takes more than a few GiB; N: independent tiles of N pixels,
+        for comparison with other tools. They would not give the same picture: the network pools over all of the image.
     scratch: a folder for what does not fit into memory; by default the system's for temporary files, or /var/tmp.
     tta: the mean over the eight orientations of an image: a little better, eight times as long.
     alpha: "bicubic", or "network", which enlarges alpha as a grey image.
