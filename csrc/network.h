@@ -31,7 +31,8 @@ struct Network {
   float img_range;
   const void* weights;  // from network_pack
   int64_t threads;      // into how many bands to cut the images; results do not depend on it
-  int64_t lines;        // 0, or the state lies in a mapped file, fresh and zero: at most so many of its lines at a time
+  int64_t lines;        // 0, or the state is mapped, fresh and zero: at most so many lines of its file at a time
+  int64_t kept;         // the state's first bytes, which no file has
   int64_t* progress;    // null, or two numbers that others may read meanwhile: how much is done, of how much
 };
 

@@ -5,6 +5,7 @@ they are never stale, unless `SeemoRe.prepare` froze them.
 """
 
 import math
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,17 +20,18 @@ from .ops.library import define
 from .reference.model import body_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-IN_MEMORY = 6 * 2**30  # bytes up to which a streamed image needs no file, where they are half of what is free at most
+IN_MEMORY = 6 * 2**30  # bytes that a streamed image takes before any of its features go through a file
 AT_ONCE = 2**31  # bytes of the features in a file that all threads together hold at most, but for LEAST_LINES
 LEAST_LINES = 32  # of a band: each makes up to nine lines of its neighbours', above and below, again
 
 
 class Needs(NamedTuple):
-    """Bytes that a run takes, of memory and on the disk; what is there is computed in bands of so many lines."""
+    """Bytes that a run takes, of memory and on the disk."""
 
     memory: int
     disk: int = 0
-    lines: int = 0
+    kept: int = 0  # of the features in memory all the while, where others are on the disk
+    lines: int = 0  # of a band, where there are features on the disk
 
 
 def why_not(model, x: Tensor) -> str | None:
@@ -82,9 +84,9 @@ def run_into(model, x: Tensor, y: Tensor, folder: Path | None = None, progress: 
     """Write model(x) to y, both (B, C, H, W) of any strides, both float32, or both uint8 or uint16, whose largest is 1.
 
     Integers are bounded to [0, 1] and rounded to the nearest; return whether all of them were numbers before. With a
-    `folder` the image is streamed in bounded memory: where all takes more than IN_MEMORY, or than half of what is free,
-    the features lie in a temporary file there, of which the memory holds a few bands. The result is the same to the
-    bit. Raises OSError where the disk has no room for them.
+    `folder` the image is streamed in bounded memory: of what takes more than IN_MEMORY, or than half of what is free,
+    features lie in a temporary file there, of which the memory holds a few bands. The result is the same to the bit.
+    Raises OSError where the disk has no room for them.
 
     progress: two int64 that tell other threads meanwhile how much is done, and of how much.
     """
@@ -107,8 +109,8 @@ def _run(
     mean = mean.flatten().float().contiguous()
     shape = _extended(config, x.shape)
     needed = _needs(config, shape, None, y.element_size(), streamed=folder is not None)
-    state = in_a_file(needed.disk, folder)[0] if needed.disk else None
-    streaming = (state, needed.lines, progress)
+    state = in_a_file(needed.kept + needed.disk, folder, needed.kept)[0] if needed.disk else None
+    streaming = (state, needed.lines, needed.kept, progress)
     if shape == x.shape:
         return torch.ops.seemore_cpu.network(y, x, packed, mean, img_range, config, *streaming)
     height, width = x.shape[2:]
@@ -137,12 +139,15 @@ def _needs(config: list[int], shape: torch.Size, threads: int | None, itemsize: 
     result = itemsize * math.prod(shape) * config[0] ** 2
     whole = sum(_workspace(config, shape, threads, lines=0)) + result
     available = memory.available_memory()
-    if not streamed or whole <= (IN_MEMORY if available is None else min(IN_MEMORY, available // 2)):
+    budget = IN_MEMORY if available is None else min(IN_MEMORY, available // 2)
+    if not streamed or whole <= budget:
         return Needs(whole)
     lines = _lines(config, shape, threads)
     state, rest = _workspace(config, shape, threads, lines)
     at_once = lines + 2 * (4 + config[4] // 2)  # a band, and copies of its neighbours' lines
-    return Needs(min(state, threads * at_once * _line_bytes(config, shape)) + rest + result, state, lines)
+    least = min(state, threads * at_once * _line_bytes(config, shape)) + rest + result
+    kept = max(0, min(budget - least, state - 1)) // PAGESIZE * PAGESIZE if memory.CAN_KEEP else 0
+    return Needs(least + kept, state - kept, kept, lines)
 
 
 def _workspace(config: list[int], shape: torch.Size, threads: int, lines: int) -> tuple[int, int]:

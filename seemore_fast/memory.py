@@ -22,6 +22,8 @@ CGROUPS = {  # by version: where they are; a limit, the use, and what of that ar
     2: ("/sys/fs/cgroup", "memory.max", "memory.current", ("active_file", "inactive_file")),
 }  # fmt: skip
 IN_MEMORY = ("tmpfs", "ramfs")
+MAP_FIXED = 0x10  # of Linux and macOS
+CAN_KEEP = hasattr(mmap, "MAP_ANONYMOUS")  # whether `in_a_file` can keep a part of what it returns in memory
 _last_trim = time.monotonic()
 
 
@@ -101,27 +103,28 @@ def folder_of_large_files() -> Path:
     return large if is_in_memory(usual) and os.access(large, os.W_OK) and not is_in_memory(large) else usual
 
 
-def in_a_file(count: int, folder: Path) -> tuple[torch.Tensor, Callable[[int, int], None]]:
+def in_a_file(count: int, folder: Path, kept: int = 0) -> tuple[torch.Tensor, Callable[[int, int], None]]:
     """Return `count` bytes of zero, uint8, in a temporary file of `folder`, which is gone as soon as they are.
 
-    And a function that takes the bytes [begin, end) out of memory, where the system can: they stay in the file.
+    And a function that takes the bytes [begin, end) out of memory, where the system can: they stay in the file. The
+    first `kept` bytes, whole pages, are in memory instead; of these it must not take any.
 
     Raises OSError where the folder cannot be written to, or its disk has no room for them; MemoryError where it is a
     folder in memory (tmpfs), and the memory does not suffice.
     """
+    filed = count - kept
     if is_in_memory(folder):
-        check_memory(count, f"what is to wait in {folder}, which is in memory itself,")
+        check_memory(filed, f"what is to wait in {folder}, which is in memory itself,")
     free = shutil.disk_usage(folder).free
-    if count > free:
+    if filed > free:
         raise OSError(
-            f"{count / 2**30:,.1f} GiB are needed in {folder} for what does not fit into memory, {free / 2**30:,.1f} "
+            f"{filed / 2**30:,.1f} GiB are needed in {folder} for what does not fit into memory, {free / 2**30:,.1f} "
             "GiB are free: choose a folder on another disk with --scratch"
         )
     with tempfile.NamedTemporaryFile(prefix="seemore-fast-", dir=folder) as file:
+        file.truncate(count)
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, count)  # a disk that is full later would end the process
-        else:
-            file.truncate(count)
+            os.posix_fallocate(file.fileno(), kept, filed)  # a disk that is full later would end the process
         mapped = mmap.mmap(file.fileno(), count)
 
     def release(begin: int, end: int):
@@ -129,7 +132,20 @@ def in_a_file(count: int, folder: Path) -> tuple[torch.Tensor, Callable[[int, in
         if begin < end and hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
-    return torch.frombuffer(mapped, dtype=torch.uint8), release
+    room = torch.frombuffer(mapped, dtype=torch.uint8)
+    if kept:
+        _map_memory(room.data_ptr(), kept)
+    return room, release
+
+
+def _map_memory(address: int, count: int):
+    """Put memory of zeros into the place of the pages at an address, which have to be this process's own."""
+    system = ctypes.CDLL(None, use_errno=True)
+    system.mmap.restype = ctypes.c_void_p
+    system.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    access, kind = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
+    if system.mmap(address, count, access, kind, -1, 0) != address:
+        raise OSError(ctypes.get_errno(), f"{count:,} bytes of memory were not to be had")
 
 
 def gpu_memory_needed(model, shape: torch.Size, training: bool = False) -> int:

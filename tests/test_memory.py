@@ -1,5 +1,6 @@
 """What inference on a CPU takes, and that what cannot fit is refused before anything is allocated."""
 
+import mmap
 import re
 import subprocess
 import sys
@@ -87,6 +88,20 @@ def test_a_folder_in_memory_takes_memory(monkeypatch, tmp_path):
         MemoryError, match=f"^what is to wait in {re.escape(str(tmp_path))}, which is in memory itself, needs 0.5 GiB"
     ):
         memory.in_a_file(2 * memory.SMALL, tmp_path)
+
+
+@pytest.mark.skipif(not memory.CAN_KEEP, reason="this system has no memory to put there")
+def test_the_first_bytes_of_a_file_may_be_in_memory(monkeypatch, tmp_path):
+    page = mmap.PAGESIZE
+    usage = memory.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda folder: usage._replace(free=2 * page))
+    room, release = memory.in_a_file(5 * page, tmp_path, kept=3 * page)
+    assert len(room) == 5 * page and not room.any() and not list(tmp_path.iterdir())
+    room.copy_(torch.arange(5 * page) % 251)
+    release(3 * page, 5 * page)
+    assert torch.equal(room, (torch.arange(5 * page) % 251).to(torch.uint8))
+    with pytest.raises(OSError, match="GiB are needed"):
+        memory.in_a_file(6 * page, tmp_path, kept=3 * page)
 
 
 PEAK = """

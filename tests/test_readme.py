@@ -78,6 +78,8 @@ def figures(name):
 
 @pytest.mark.skipif(backends.why_not("cpu") is not None, reason="no CPU library")
 def test_the_bytes_of_a_pixel(monkeypatch):
+    text = " ".join(README.split())
+    assert f"on a CPU with what exceeds {engine.IN_MEMORY >> 30} GiB" in text
     monkeypatch.setattr(engine, "IN_MEMORY", 0)
     shape, result = (1, 3, 3000, 4000), 12  # of uint8
     whole, streamed = (
@@ -89,7 +91,6 @@ def test_the_bytes_of_a_pixel(monkeypatch):
         "A call takes some N bytes per input pixel in float32": gpu_memory_needed(seemore_t(4), shape) / 12e6,
         "and N in bfloat16": gpu_memory_needed(seemore_t(4).bfloat16(), shape) / 12e6,
     }
-    text = " ".join(README.split())
     for words, counted in bytes_of.items():
         (told,) = re.findall(words.replace("N", r"(\d+)"), text)
         assert int(told) == pytest.approx(counted, rel=0.03), words
@@ -128,7 +129,7 @@ def test_the_table_of_training():
 
 
 def test_what_is_told_of_upscaling():
-    few, large = (figures("upscaling")[title] for title in ("T x2 200 images 128x128", "T x2 4000x3000"))
+    few, large = (figures("upscaling")[title] for title in ("T x2 200 images 128x128", "T x2 6000x4000"))
     alone, whole, streamed = (
         lines[f"seemore-fast {name}"] for lines, name in ((few, "network alone"), (large, "whole"), (large, "streamed"))
     )

@@ -50,7 +50,7 @@ std::vector<int64_t> memory(std::vector<int64_t> config, int64_t batch, int64_t 
 }
 
 bool run(Tensor y, Tensor x, Tensor weights, Tensor mean, double img_range, std::vector<int64_t> config,
-         std::optional<Tensor> mapped, int64_t lines, std::optional<Tensor> progress) {
+         std::optional<Tensor> mapped, int64_t lines, int64_t kept, std::optional<Tensor> progress) {
   const auto type = x.scalar_type();
   const auto network = seemore::Network{config_of(config),
                                         size(x),
@@ -64,6 +64,7 @@ bool run(Tensor y, Tensor x, Tensor weights, Tensor mean, double img_range, std:
                                         weights.data_ptr(),
                                         static_cast<int64_t>(torch::stable::get_num_threads()),
                                         lines,
+                                        kept,
                                         progress ? static_cast<int64_t*>(progress->data_ptr()) : nullptr};
   const auto needed = seemore::network_memory(network);
   const auto state = mapped ? *mapped : torch::stable::new_empty(weights, {(needed.state + 3) / 4});
@@ -80,7 +81,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
   m.def("network_memory(int[] config, int batch, int height, int width, int threads, int lines) -> int[]");
   m.def(
       "network(Tensor(a!) y, Tensor x, Tensor weights, Tensor mean, float img_range, int[] config, Tensor? mapped, "
-      "int lines, Tensor(b!)? progress) -> bool");
+      "int lines, int kept, Tensor(b!)? progress) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(SEEMORE_NAMESPACE, CPU, m) {

@@ -5,8 +5,8 @@
 //   tail    experts, FFN, SEE, FFN of the last one -> conv_2, + conv_1(image), upsampler, pixels
 //
 // A sweep overwrites the state in place, each thread a band of lines. What a band needs of its neighbours' lines is
-// copied before. Where the state is larger than the memory it lies in a mapped file: bands are then so low that one of
-// each thread fits, and are released once they are done.
+// copied before. Where the state is larger than the memory all but its beginning lies in a mapped file: bands are then so
+// low that one of each thread fits, and are released once they are done.
 
 #include "network.h"
 
@@ -61,6 +61,7 @@ class Run {
   Run(const Network& net, void* state, void* rest)
       : net_(net), config_(net.config), plan_(net, net.size.batch), weights_(outer_weights(net)) {
     Arena states(state);
+    filed_ = static_cast<const char*>(state) + net.kept;
     state_ = take_state(states, plan_.images * net.size.height);
     frames_ = take_state(states, plan_.bands > 1 ? plan_.images * plan_.bands * 2 * plan_.around : 0);
     Arena arena(rest);
@@ -247,12 +248,14 @@ class Run {
     }
   }
 
-  static void release(const State<Cell>& state, int64_t line, int64_t count) {
+  void release(const State<Cell>& state, int64_t line, int64_t count) const {
     const State<Cell> begin = state.from_line(line), end = state.from_line(line + count);
-    release_pages(begin.x, end.x);
-    release_pages(begin.a, end.a);
-    release_pages(begin.k, end.k);
+    release(begin.x, end.x);
+    release(begin.a, end.a);
+    release(begin.k, end.k);
   }
+
+  void release(const void* begin, const void* end) const { release_pages(begin < filed_ ? filed_ : begin, end); }
 
   void sweep(int64_t task, char* memory, int64_t first_image, int64_t group, const ColumnTable& up) {
     const Band<Cell> band = band_of(task, first_image);
@@ -288,6 +291,7 @@ class Run {
   const Plan plan_;
   const NetworkWeights<Cell> weights_;
   State<Cell> state_, frames_;
+  const void* filed_;  // what of them lies in a file, up to the end
   float* sums_;
   int64_t* finite_;
   char *table_, *routes_, *scratch_;
