@@ -5,8 +5,8 @@
 //   tail    experts, FFN, SEE, FFN of the last one -> conv_2, + conv_1(image), upsampler, pixels
 //
 // A sweep overwrites the state in place, each thread a band of lines. What a band needs of its neighbours' lines is
-// copied before. Where the state is larger than the memory all but its beginning lies in a mapped file: bands are then so
-// low that one of each thread fits, and are released once they are done.
+// copied before. Where the state is larger than the memory, all but its beginning lies in a mapped file: bands are then
+// so low that one of each thread fits, and are released once they are done.
 
 #include "network.h"
 
