@@ -108,9 +108,11 @@ def _run(
     packed = weights[0] if is_packed else pack(weights, config)
     mean = mean.flatten().float().contiguous()
     shape = _extended(config, x.shape)
-    needed = _needs(config, shape, None, y.element_size(), streamed=folder is not None)
-    state = in_a_file(needed.kept + needed.disk, folder, needed.kept)[0] if needed.disk else None
-    streaming = (state, needed.lines, needed.kept, progress)
+    state, lines, kept = None, 0, 0
+    if folder is not None:
+        _, disk, kept, lines = _needs(config, shape, None, y.element_size(), streamed=True)
+        state = in_a_file(kept + disk, folder, kept)[0] if disk else None
+    streaming = (state, lines, kept, progress)
     if shape == x.shape:
         return torch.ops.seemore_cpu.network(y, x, packed, mean, img_range, config, *streaming)
     height, width = x.shape[2:]
@@ -138,9 +140,11 @@ def _needs(config: list[int], shape: torch.Size, threads: int | None, itemsize: 
     shape = _extended(config, shape)
     result = itemsize * math.prod(shape) * config[0] ** 2
     whole = sum(_workspace(config, shape, threads, lines=0)) + result
+    if not streamed:
+        return Needs(whole)
     available = memory.available_memory()
     budget = IN_MEMORY if available is None else min(IN_MEMORY, available // 2)
-    if not streamed or whole <= budget:
+    if whole <= budget:
         return Needs(whole)
     lines = _lines(config, shape, threads)
     state, rest = _workspace(config, shape, threads, lines)
