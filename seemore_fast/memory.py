@@ -21,7 +21,7 @@ CGROUPS = {  # by version: where they are; a limit, the use, and what of that ar
         ("total_active_file", "total_inactive_file")),
     2: ("/sys/fs/cgroup", "memory.max", "memory.current", ("active_file", "inactive_file")),
 }  # fmt: skip
-IN_MEMORY = ("tmpfs", "ramfs")
+KINDS_IN_MEMORY = ("tmpfs", "ramfs")
 MAP_FIXED = 0x10  # of Linux and macOS
 CAN_KEEP = hasattr(mmap, "MAP_ANONYMOUS")  # whether `in_a_file` can keep a part of what it returns in memory
 _last_trim = time.monotonic()
@@ -94,7 +94,7 @@ def is_in_memory(folder: Path) -> bool:
         return False
     real = Path(os.path.realpath(folder))
     above = [(place, kind) for place, kind in reversed(mounts) if real.is_relative_to(place)]
-    return bool(above) and max(above, key=lambda mount: len(mount[0]))[1] in IN_MEMORY
+    return bool(above) and max(above, key=lambda mount: len(mount[0]))[1] in KINDS_IN_MEMORY
 
 
 def folder_of_large_files() -> Path:

@@ -35,7 +35,7 @@ class MeanOfMany(nn.Module):
     "blocks, period, in_memory", [(4, 256, 0), pytest.param(20, 512, engine.IN_MEMORY, marks=pytest.mark.slow)]
 )
 def test_a_huge_image_is_what_the_reference_makes_of_a_piece(blocks, period, in_memory, monkeypatch, tmp_path):
-    """20: 105 megapixels, 36 GB of features, some minutes. Six groups see some 250 pixels around themselves."""
+    """20: 105 megapixels, 36 GB of features, some ten minutes. Six groups see some 250 pixels around themselves."""
     side = blocks * period
     monkeypatch.setattr(engine, "IN_MEMORY", in_memory)
     needs = engine.needs(Upscaler("seemore_t_x2", device="cpu").model, (1, 3, side, side), itemsize=4, streamed=True)
