@@ -79,6 +79,8 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
     command.check_numbers(parser, options, ["cpu", "cuda"])
     if options.quick and options.output == preferences.user_file():
         parser.error("--quick measures nothing that should be gone by: say with --output where to write")
+    if options.output is None:
+        parser.error("there is no home folder to write to: give --output, or set SEEMORE_FAST_PREFERENCES")
     device = torch.device(options.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

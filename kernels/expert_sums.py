@@ -24,7 +24,7 @@ from .images import index_type, strided
 from .launch import Launch
 from .products import steps_of
 from .rounding import narrow
-from .tiles import at, dot, launch, load_columns, load_tile, narrow_all, pixels_of, precision, tile_of, zeros
+from .tiles import at, dot, launch, load_columns, load_tile, narrow_all, pixels_of, tile_of, zeros
 
 KERNEL = "low_rank_experts products"  # in the table of configurations
 COLUMNS, PARTS = 32, 128  # sums that a program of the last launch adds up, and of how many rows at a time
@@ -50,11 +50,12 @@ def sum_products(sums: Tensor, ranked: Tensor, dy, a, k, experts: dict, weight_p
     pixels, *how = configuration(KERNEL, a)
     channels, places = a.shape[1], pixels_of(dy, a, k)
     images = strided(ranked=ranked, dy=dy, a=a, k=k)
-    taken = ("expert_index", "expert_weight", "top_k", "weight_out", "bias_out", "EXPERTS", "BLOCKS", "TOTAL")
+    taken = ("expert_index", "expert_weight", "top_k", "weight_out", "bias_out")
+    taken += ("EXPERTS", "BLOCKS", "TOTAL", "PRECISION")
     parameters = {name: experts[name] for name in taken} | dict(weight_proj=weight_proj)
     steps = steps_of(a, KERNEL)
     sizes = dict(CHANNELS=channels, TILE=max(16, triton.next_power_of_2(channels)), ROWS=kept_ranks(experts))
-    options = dict(PIXELS=pixels, INDEX=index_type(places["pixels"] + pixels * steps), PRECISION=precision())
+    options = dict(PIXELS=pixels, INDEX=index_type(places["pixels"] + pixels * steps))
     arguments = dict(sums=sums, count=sums.shape[4], steps=steps) | images | places | parameters | sizes | options
     return launch(add_products, sums.shape[:4].numel(), arguments, *how)
 

@@ -127,7 +127,8 @@ def end(x: Tensor, weight_gate: Tensor, bias_gate: Tensor, weight_2: Tensor, bia
     taps = weight_gate.flatten(1).t().contiguous()  # (9, C): one wide load for a block of channels, not one for each
     tiles = cut(x.shape[1])
     sizes = dict(rows=x.shape[2], columns=x.shape[3], CHANNELS=x.shape[1], TILES=tiles, BLOCK=tiles[0])
-    return dict(taps=taps, bias_gate=bias_gate, weight_2=weight_2, bias_2=bias_2, PRECISION=precision()) | sizes
+    sizes |= dict(PRECISION=precision(weight_2.dtype))
+    return dict(taps=taps, bias_gate=bias_gate, weight_2=weight_2, bias_2=bias_2) | sizes
 
 
 # Kernels

@@ -102,7 +102,7 @@ def mixture(
     """Return experts and which are chosen as the kernels' arguments."""
     routing = dict(expert_index=expert_index, expert_weight=expert_weight, top_k=expert_index.shape[1])
     parameters = dict(weight_a=weight_a, bias_a=bias_a, weight_k=weight_k, bias_k=bias_k)
-    sizes = dict(EXPERTS=tuple(ranks), BLOCKS=blocks_of(ranks), TOTAL=sum(ranks))
+    sizes = dict(EXPERTS=tuple(ranks), BLOCKS=blocks_of(ranks), TOTAL=sum(ranks), PRECISION=precision(weight_a.dtype))
     return routing | parameters | dict(weight_out=weight_out, bias_out=bias_out) | sizes
 
 
@@ -128,7 +128,7 @@ def backward(da, dk, gradients: dict, dy, a, k, experts: dict, weight_proj) -> I
 
 
 def sizes(a: Tensor) -> dict:
-    return dict(CHANNELS=a.shape[1], TILES=cut(a.shape[1]), PRECISION=precision())
+    return dict(CHANNELS=a.shape[1], TILES=cut(a.shape[1]))
 
 
 # Kernels

@@ -116,7 +116,7 @@ def layer(x: Tensor, norm_weight, norm_bias, weight: Tensor, bias, activation, e
     parameters = dict(norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias, eps=eps)
     tiles = cut(x.shape[1])
     sizes = dict(CHANNELS=x.shape[1], TILES=tiles, OUT_CHANNELS=weight.shape[0], BLOCK=tiles[0])
-    return parameters | sizes | dict(ACTIVATION=activation, PRECISION=precision())
+    return parameters | sizes | dict(ACTIVATION=activation, PRECISION=precision(weight.dtype))
 
 
 # Kernels

@@ -51,7 +51,8 @@ def products(partial: Tensor, ds: Tensor, x: Tensor, weight=None, gain=None, shi
     images = dict(partial=partial, ds=ds, ds_strides=ds.stride(), x=x, x_strides=x.stride())
     norm = dict(weight=weight, gain=gain, shift=shift, eps=eps)
     tiles = dict(CHANNELS=x.shape[1], SUMMED=cut(x.shape[1]), OUT_CHANNELS=ds.shape[1], MADE=powers(ds.shape[1]))
-    options = dict(PIXELS=pixels, INDEX=index_type(x.shape[2] * x.shape[3] + 2**16), PRECISION=precision())
+    factor = ds.dtype if weight is None else weight.dtype
+    options = dict(PIXELS=pixels, INDEX=index_type(x.shape[2] * x.shape[3] + 2**16), PRECISION=precision(factor))
     arguments = images | norm | pixels_of(x, ds) | dict(steps=steps_of(x, "products")) | tiles | options
     return launch(add_products, len(partial), arguments, *how)
 

@@ -35,9 +35,14 @@ def powers(channels: int, least: int = 16) -> tuple[int, ...]:
     return (above // 2, *powers(channels - above // 2, least))
 
 
-def precision() -> str:
-    """Return how tl.dot multiplies float32."""
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+def precision(dtype: torch.dtype) -> str:
+    """Return how tl.dot multiplies factors of a dtype: float32 by TF32 where torch allows that for convolutions.
+
+    What does not depend on torch's switch is not compiled again for it: 16-bit factors have one answer.
+    """
+    # The only switch that follows both torch's old and new ones; reading allow_tf32 raises after the new ones are set.
+    is_allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and is_allowed else "tf32x3"
 
 
 def pixels_of(*images: Tensor) -> dict:

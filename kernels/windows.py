@@ -68,7 +68,7 @@ def convolution(n: Tensor, weight: Tensor) -> dict:
     made = weight.shape[2]
     window, turns = turns_of(3 * channels, n.element_size())
     sizes = dict(CHANNELS=channels, WINDOW=window, TURNS=turns, OUT_CHANNELS=made, MADE=cut(made))
-    return images | sizes | dict(PRECISION=precision())
+    return images | sizes | dict(PRECISION=precision(n.dtype))
 
 
 def turns_of(width: int, size: int) -> tuple[tuple[int, ...], int]:
@@ -107,7 +107,7 @@ def window_products(partial: Tensor, ds: Tensor, n: Tensor) -> Launch:
     images = dict(partial=partial, ds=ds, ds_stride=ds.stride(0), n=n, n_stride=n.stride(0))
     sizes = dict(pixels=height * width, lines=height, line=width, steps=steps_of_windows(n))
     tiles = dict(CHANNELS=channels, CHUNK=chunk_of(channels), OUT_CHANNELS=ds.shape[1], MADE=powers(ds.shape[1]))
-    options = dict(PIXELS=pixels, INDEX=index_type(height * width + 2**16), PRECISION=precision())
+    options = dict(PIXELS=pixels, INDEX=index_type(height * width + 2**16), PRECISION=precision(n.dtype))
     programs = len(partial) * triton.cdiv(9 * channels, tiles["CHUNK"])
     return launch(add_window_products, programs, images | sizes | tiles | options, *how)
 

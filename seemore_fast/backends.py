@@ -16,7 +16,11 @@ from . import native, preferences
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ALL = (torch.float64, *FLOATS)
 CPU = (torch.float32, torch.float64, torch.bfloat16)
-MATRIX = 64  # channels whose products fit the registers of Triton's kernels
+
+# Triton's kernels compile without spills for GPUs of these compute capabilities and newer: stencils, and layers whose
+# products take matrix units, which Triton does not use before sm_80, and registers for up to so many channels.
+STENCIL = dict(capability=(7, 5))
+MATRIX = dict(capability=(8, 0), most=64)
 
 
 class Kernel(NamedTuple):
@@ -31,6 +35,7 @@ class Kernel(NamedTuple):
     dtypes: tuple[torch.dtype, ...] = ALL
     most: int = 2**31  # taps of the kernel; channels, where these are summed over
     least: int = 0
+    capability: tuple[int, int] = (0, 0)  # least compute capability of a GPU
 
 
 # In the order in which "auto" prefers them where nobody measured (`preferences`). What is not here, the reference
@@ -39,21 +44,25 @@ KERNELS = {
     "striped_conv": [
         Kernel("cpu", "cpu", CPU),
         Kernel("cuda", "cuda", most=31),
-        Kernel("triton", "cuda"),
+        Kernel("triton", "cuda", **STENCIL),
     ],
     "striped_conv_router": [
         Kernel("cpu", "cpu", (torch.float32, torch.bfloat16)),
         Kernel("cuda", "cuda", FLOATS),
-        Kernel("triton", "cuda", FLOATS),
+        Kernel("triton", "cuda", FLOATS, **STENCIL),
     ],
-    "depthwise_gate": [Kernel("cpu", "cpu", CPU), Kernel("cuda", "cuda", FLOATS), Kernel("triton", "cuda")],
-    "calibrate": [Kernel("cpu", "cpu", CPU), Kernel("cuda", "cuda"), Kernel("triton", "cuda")],
-    "router": [Kernel("cpu", "cpu", CPU), Kernel("cuda", "cuda"), Kernel("triton", "cuda")],
-    "norm_pointwise": [Kernel("cpu", "cpu", CPU), Kernel("triton", "cuda", FLOATS, most=MATRIX)],
-    "norm_conv3x3": [Kernel("cpu", "cpu", CPU), Kernel("triton", "cuda", FLOATS, most=MATRIX)],
-    "conv3x3_shuffle": [Kernel("triton", "cuda", (torch.float32,), most=MATRIX)],
-    "gated_ffn": [Kernel("cpu", "cpu", CPU), Kernel("triton", "cuda", FLOATS, most=MATRIX)],
-    "low_rank_experts": [Kernel("cpu", "cpu", CPU), Kernel("triton", "cuda", FLOATS, most=MATRIX)],
+    "depthwise_gate": [
+        Kernel("cpu", "cpu", CPU),
+        Kernel("cuda", "cuda", FLOATS),
+        Kernel("triton", "cuda", **STENCIL),
+    ],
+    "calibrate": [Kernel("cpu", "cpu", CPU), Kernel("cuda", "cuda"), Kernel("triton", "cuda", **STENCIL)],
+    "router": [Kernel("cpu", "cpu", CPU), Kernel("cuda", "cuda"), Kernel("triton", "cuda", **STENCIL)],
+    "norm_pointwise": [Kernel("cpu", "cpu", CPU), Kernel("triton", "cuda", FLOATS, **MATRIX)],
+    "norm_conv3x3": [Kernel("cpu", "cpu", CPU), Kernel("triton", "cuda", FLOATS, **MATRIX)],
+    "conv3x3_shuffle": [Kernel("triton", "cuda", (torch.float32,), **MATRIX)],
+    "gated_ffn": [Kernel("cpu", "cpu", CPU), Kernel("triton", "cuda", FLOATS, **MATRIX)],
+    "low_rank_experts": [Kernel("cpu", "cpu", CPU), Kernel("triton", "cuda", FLOATS, **MATRIX)],
     "network": [Kernel("cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16))],
 }
 BACKENDS = ("cpu", "cuda", "triton")
@@ -98,27 +107,51 @@ def current() -> str:
     return _chosen
 
 
-def why_not(backend: str) -> str | None:
-    """Return None for a backend that can be used, else the reason why not. Libraries are loaded at the first call."""
-    return _why_not(backend)
+def why_not(backend: str, device: torch.device | None = None) -> str | None:
+    """Return None for a backend that can be used, on a device or at all, else the reason why not.
 
-
-# torch.compiler.assume_constant_result, which would import all of torch's compiler here: torch.compile takes the
-# answer as it is instead of tracing how a library is loaded.
-why_not._dynamo_marked_constant = True
+    Libraries are loaded at the first call. No CUDA context is made but on the device that is asked for.
+    """
+    reason = _why_not_installed(backend)
+    if reason or backend == "cpu" or (backend == "triton" and interpreted()):
+        return reason
+    if device is not None and device.type == "cuda":
+        return native.cuda_unsupported_reason(_index_of(device)) if backend == "cuda" else None
+    if torch.cuda.is_available():
+        return None
+    hint = " (with TRITON_INTERPRET=1 kernels run, slowly, on the CPU)" if backend == "triton" else ""
+    return f"torch finds no usable NVIDIA GPU{hint}"
 
 
 @functools.cache
-def _why_not(backend: str) -> str | None:
+def _why_not_installed(backend: str) -> str | None:
+    """Return None where a backend is installed for this torch, else the reason why not; asks no device."""
     if backend == "cpu":
         return native.load_cpu()
     if backend == "cuda":
         return native.load_cuda()
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not interpreted() and not torch.cuda.is_available():
-        return "torch finds no usable NVIDIA GPU (with TRITON_INTERPRET=1 kernels run, slowly, on the CPU)"
+    if torch.version.hip and not interpreted():
+        return "its kernels are made for NVIDIA GPUs, and this torch is built for ROCm"
     return None
+
+
+def _index_of(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _has_capability(kernel: Kernel, device: torch.device) -> bool:
+    """Tell whether a GPU is of the compute capability that a kernel needs; other devices have none and need none."""
+    if device.type != "cuda" or kernel.capability == (0, 0):
+        return True
+    return torch.cuda.get_device_capability(_index_of(device)) >= kernel.capability
+
+
+# torch.compiler.assume_constant_result, which would import all of torch's compiler here: torch.compile takes the
+# answers as they are instead of tracing how a library is loaded and a driver asked.
+why_not._dynamo_marked_constant = True
+_has_capability._dynamo_marked_constant = True
 
 
 def interpreted() -> bool:
@@ -164,7 +197,8 @@ def _serving(operator: str, x: Tensor, size: int) -> list[Kernel]:
         if (kernel.device == x.device.type or (kernel.backend == "triton" and interpreted()))
         and dtypes <= set(kernel.dtypes)
         and size <= kernel.most
-        and why_not(kernel.backend) is None
+        and why_not(kernel.backend, x.device) is None
+        and _has_capability(kernel, x.device)
     ]
 
 
@@ -172,8 +206,9 @@ def chosen_backend(device: str | torch.device = "cpu") -> str:
     """Return the backend that computes what it has kernels for on a device; the rest is the reference's."""
     if _chosen != "auto":
         return _chosen
-    kernels = (k for choices in KERNELS.values() for k in choices)
-    usable = (k.backend for k in kernels if k.device == torch.device(device).type and not why_not(k.backend))
+    device = torch.device(device)
+    kernels = (k for choices in KERNELS.values() for k in choices if k.device == device.type)
+    usable = (k.backend for k in kernels if not why_not(k.backend, device) and _has_capability(k, device))
     return next(usable, "reference")
 
 

@@ -88,7 +88,9 @@ def size_of(x: Tensor) -> tuple:
     """Return all by which one call launches other kernels than another."""
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return tuple(x.shape), x.dtype, x.device, autocast, backends.current(), torch.backends.cudnn.allow_tf32
+    # these two follow all of torch's switches of TF32; reading an old one raises once a new one is set
+    precisions = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    return tuple(x.shape), x.dtype, x.device, autocast, backends.current(), *precisions
 
 
 def first_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """The native libraries: loads them, tells why one cannot be used, and chooses the CPU's instruction set."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -35,13 +36,17 @@ def load_cpu() -> str | None:
 
 
 def load_cuda() -> str | None:
-    """Load the CUDA library; return None, or why it cannot be used."""
+    """Load the CUDA library; return None, or why it cannot be used with this torch. Asks no device."""
     if torch.version.cuda is None:
         return "torch is built without CUDA"
-    reason = load(FOLDER / "libseemore_cuda.so")
-    if reason is None and not torch.cuda.is_available():
-        return "torch finds no usable NVIDIA GPU"
-    return reason or torch.ops.seemore_cuda.why_not() or None
+    return load(FOLDER / "libseemore_cuda.so")
+
+
+@functools.cache
+def cuda_unsupported_reason(index: int) -> str | None:
+    """Return None where the CUDA library's kernels run on GPU `index`, else why they do not."""
+    with torch.cuda.device(index):
+        return torch.ops.seemore_cuda.why_not() or None
 
 
 def instruction_sets() -> list[str]:

@@ -18,18 +18,26 @@ from .files import replacing
 SHIPPED = Path(__file__).with_name("preferences.json")
 
 
-def user_file() -> Path:
-    """Return where this user's table is: SEEMORE_FAST_PREFERENCES, else in the folder for caches."""
-    given = os.environ.get("SEEMORE_FAST_PREFERENCES")
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given) if given else Path(cache) / "seemore-fast" / "preferences.json"
+def user_file() -> Path | None:
+    """Return the path of this user's table: SEEMORE_FAST_PREFERENCES, else in the folder for caches.
+
+    None where the user has no home folder, as in containers that run as an arbitrary user.
+    """
+    if given := os.environ.get("SEEMORE_FAST_PREFERENCES"):
+        return Path(given)
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return Path(cache) / "seemore-fast" / "preferences.json"
 
 
 def preferred(operator: str, device: torch.device, dtype: torch.dtype) -> list[str] | None:
     """Return the backends for an operator on a GPU, quickest first; None where nobody measured."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not table():
         return None
-    return table().get(device_name(device.index), {}).get(operator, {}).get(str(dtype).removeprefix("torch."))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return table().get(device_name(index), {}).get(operator, {}).get(str(dtype).removeprefix("torch."))
 
 
 # torch.compile takes the answers as they are instead of tracing how files are read.
@@ -37,13 +45,13 @@ preferred._dynamo_marked_constant = True
 
 
 @functools.cache
-def device_name(index: int | None) -> str:
+def device_name(index: int) -> str:
     return torch.cuda.get_device_name(index)
 
 
 @functools.cache
 def table() -> dict[str, dict]:
-    shipped, own = _read(SHIPPED), _read(user_file())
+    shipped, own = (_read(path) if path else {} for path in (SHIPPED, user_file()))
     return {device: shipped.get(device, {}) | own.get(device, {}) for device in shipped | own}
 
 
@@ -60,11 +68,11 @@ def write(path: Path, device: str, operators: dict[str, dict[str, list[str]]]):
 def _read(path: Path) -> dict:
     """Return the tables of a file; none, with a warning, where it is not what `write` writes."""
     try:
-        text = path.read_text()
+        content = path.read_bytes()
     except OSError:
         return {}
     try:
-        tables = json.loads(text)
+        tables = json.loads(content)
         orders = [order for operators in tables.values() for types in operators.values() for order in types.values()]
         if not all(isinstance(name, str) for order in orders for name in order):
             raise TypeError("an order is no list of names")

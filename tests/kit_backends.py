@@ -97,7 +97,7 @@ def _on_the_host():
         op: [kernel._replace(backend="cuda_host", device="cpu") for kernel in kernels if kernel.backend == "cuda"]
         for op, kernels in backends.KERNELS.items()
     }
-    usable = mock.patch.object(backends, "why_not", lambda backend: None)
+    usable = mock.patch.object(backends, "why_not", lambda *_: None)
     with mock.patch.dict(backends.KERNELS, hosted), usable, use_backend("auto"):
         yield
 

@@ -37,7 +37,7 @@ def recorded(monkeypatch):
     functions = backends._functions
     monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, "other"))
     why_not = backends.why_not
-    monkeypatch.setattr(backends, "why_not", lambda name: None if name == "other" else why_not(name))
+    monkeypatch.setattr(backends, "why_not", lambda name, *device: None if name == "other" else why_not(name, *device))
     monkeypatch.setattr(backends, "_functions", lambda name, op: Other if name == "other" else functions(name, op))
     kernels = [Kernel("other", "cpu", (torch.float32,), least=18), *backends.KERNELS["striped_conv"]]
     monkeypatch.setitem(backends.KERNELS, "striped_conv", kernels)

@@ -25,7 +25,8 @@ def files(tmp_path, monkeypatch):
 def gpu(monkeypatch):
     """A GPU by name, on which both backends are."""
     monkeypatch.setattr(preferences, "device_name", lambda index: "NVIDIA H200")
-    monkeypatch.setattr(backends, "why_not", lambda name: None)
+    monkeypatch.setattr(backends, "why_not", lambda name, *device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
 
     class OnGpu:
         device, dtype, shape = torch.device("cuda", 0), torch.float32, (1, 4, 8, 8)
