@@ -1,5 +1,6 @@
 """Which implementation of an operator runs, and why another does not."""
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -270,7 +271,7 @@ def _cuda_info() -> dict:
 def _triton_info() -> str | None:
     from importlib.metadata import PackageNotFoundError, version
 
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return None
+    for name in ("triton", "triton-windows", "pytorch-triton"):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(name)
+    return None

@@ -1,5 +1,6 @@
 """What serves a GPU depends on that GPU and on torch's build and switches; GPUs are stubs here."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -83,6 +84,17 @@ def test_rocm_is_told_apart_from_cuda(monkeypatch):
         assert backends.choose("calibrate", OnGpu(0)) == "reference"
     finally:
         backends._why_not_installed.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["triton", "triton-windows", "pytorch-triton"])
+def test_triton_is_known_by_the_name_of_its_package(monkeypatch, name):
+    def version(asked):
+        if asked != name:
+            raise importlib.metadata.PackageNotFoundError(asked)
+        return "3.6.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert backends._triton_info() == "3.6.0"
 
 
 # Switches of torch's precision
