@@ -99,12 +99,12 @@ def test_triton_is_known_by_the_name_of_its_package(monkeypatch, name):
 
 # Switches of torch's precision
 
-SWITCHES = {  # what is set: how float32 is multiplied then
+SWITCHES = {  # what is set: how float32 is multiplied then; None where versions of torch differ
     "pass": "tf32",
     "torch.backends.cudnn.allow_tf32 = False": "tf32x3",
     "torch.backends.cudnn.conv.fp32_precision = 'ieee'": "tf32x3",
     "torch.backends.cudnn.conv.fp32_precision = 'tf32'": "tf32",
-    "torch.backends.cudnn.fp32_precision = 'ieee'": "tf32x3",
+    "torch.backends.cudnn.fp32_precision = 'ieee'": None,
     "torch.backends.fp32_precision = 'ieee'; torch.backends.cudnn.conv.fp32_precision = 'ieee'": "tf32x3",
     "torch.set_float32_matmul_precision('highest')": "tf32",
 }
@@ -124,7 +124,9 @@ print(precision(torch.float32), precision(torch.bfloat16), precision(torch.float
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [SWITCHES[switch], "tf32x3", "tf32x3"]
+    wide, *narrow = done.stdout.split()
+    assert narrow == ["tf32x3", "tf32x3"]
+    assert wide == SWITCHES[switch] or (SWITCHES[switch] is None and wide in ("tf32", "tf32x3"))
 
 
 def test_graphs_are_not_shared_among_precisions(monkeypatch):
