@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #define SEEMORE_NAMESPACE seemore_cuda
 
@@ -18,7 +19,7 @@ inline bool is_here(const torch::stable::Tensor& x) { return x.is_cuda(); }
 
 struct OnDevice {
   explicit OnDevice(const torch::stable::Tensor& x) : guard(x.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   }
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
