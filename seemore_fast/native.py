@@ -42,11 +42,22 @@ def load_cuda() -> str | None:
     return load(FOLDER / "libseemore_cuda.so")
 
 
-@functools.cache
+_cuda_reasons: dict[int, str | None] = {}  # by device index; only answers that stay true
+
+
 def cuda_unsupported_reason(index: int) -> str | None:
-    """Return None where the CUDA library's kernels run on GPU `index`, else why they do not."""
-    with torch.cuda.device(index):
-        return torch.ops.seemore_cuda.why_not() or None
+    """Return None where CUDA device `index` runs the loaded library's kernels, else why it does not.
+
+    Makes a context on that device, and on no other. An error that may pass, such as a device without free memory, is
+    returned but not remembered: the next call asks again.
+    """
+    if index not in _cuda_reasons:
+        try:
+            with torch.cuda.device(index):
+                _cuda_reasons[index] = torch.ops.seemore_cuda.unsupported_reason() or None
+        except RuntimeError as error:
+            return f"CUDA device {index} does not answer: {str(error).splitlines()[0]}"
+    return _cuda_reasons[index]
 
 
 def instruction_sets() -> list[str]:

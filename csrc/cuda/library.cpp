@@ -1,15 +1,15 @@
-// What the CUDA library tells of itself.
+// The CUDA library's operators that no kernel belongs to.
 
 #include <torch/csrc/stable/library.h>
 
 #include <string>
 
 namespace seemore {
-std::string why_not();
+std::string unsupported_reason();
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(seemore_cuda, m) { m.def("why_not() -> str"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(seemore_cuda, m) { m.def("unsupported_reason() -> str"); }
 
 STABLE_TORCH_LIBRARY_IMPL(seemore_cuda, CompositeExplicitAutograd, m) {
-  m.impl("why_not", TORCH_BOX(&seemore::why_not));
+  m.impl("unsupported_reason", TORCH_BOX(&seemore::unsupported_reason));
 }
