@@ -24,6 +24,11 @@ def normal_cdf(x):
         return 0.5 * tl.clamp(x * (p / q), -1.0, 1.0) + 0.5
 
 
+def activation_of(gelu: bool) -> str | None:
+    """Return kernels' ACTIVATION for the flag that the operators of every backend take."""
+    return "gelu" if gelu else None
+
+
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":

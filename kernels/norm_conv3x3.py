@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import activate, slope
+from .activation import activate, activation_of, slope
 from .configurations import configuration
 from .images import index_type, strided
 from .launch import Launch, run
@@ -69,20 +69,21 @@ from .windows import (
 
 def norm_conv3x3(
     y: Tensor, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, bias: Tensor,
-    weight_pw: Tensor | None, bias_pw: Tensor | None, activation: str | None, eps: float,
+    weight_pw: Tensor | None, bias_pw: Tensor | None, gelu: bool, eps: float,
 ) -> None:  # fmt: skip
     """Write y (B, P or D, H, W)."""
-    run(forward(y, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation, eps), x.device)
+    run(forward(y, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation_of(gelu), eps), x.device)
 
 
 def norm_conv3x3_backward(
     dx: Tensor, dnorm_weight: Tensor | None, dnorm_bias: Tensor | None, dweight: Tensor, dbias: Tensor,
     dweight_pw: Tensor | None, dbias_pw: Tensor | None, dy: Tensor, x: Tensor, norm_weight: Tensor | None,
     norm_bias: Tensor | None, weight: Tensor, bias: Tensor, weight_pw: Tensor | None, bias_pw: Tensor | None,
-    activation: str | None, eps: float,
+    gelu: bool, eps: float,
 ) -> None:  # fmt: skip
     """Write dx and the gradients of the parameters."""
     gradients = [dnorm_weight, dnorm_bias], [dweight, dbias], [dweight_pw, dbias_pw]
+    activation = activation_of(gelu)
     run(backward(dx, *gradients, dy, x, norm_weight, norm_bias, weight, bias, weight_pw, activation, eps), x.device)
 
 

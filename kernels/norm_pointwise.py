@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import activate, slope
+from .activation import activate, activation_of, slope
 from .images import strided
 from .launch import Launch, run
 from .products import parts_of, products
@@ -51,20 +51,20 @@ from .tiles import (
 
 def norm_pointwise(
     y: Tensor, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, bias: Tensor,
-    activation: str | None, eps: float, residual: Tensor | None,
+    gelu: bool, eps: float, residual: Tensor | None,
 ) -> None:  # fmt: skip
     """Write y (B, D, H, W)."""
-    run(forward(y, x, norm_weight, norm_bias, weight, bias, activation, eps, residual), x.device)
+    run(forward(y, x, norm_weight, norm_bias, weight, bias, activation_of(gelu), eps, residual), x.device)
 
 
 def norm_pointwise_backward(
     dx: Tensor, dnorm_weight: Tensor | None, dnorm_bias: Tensor | None, dweight: Tensor, dbias: Tensor, dy: Tensor,
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, bias: Tensor,
-    activation: str | None, eps: float,
+    gelu: bool, eps: float,
 ) -> None:  # fmt: skip
     """Write dx and the gradients of the parameters."""
     gradients = [g for g in (dnorm_weight, dnorm_bias, dweight, dbias) if g is not None]
-    run(backward(dx, gradients, dy, x, norm_weight, norm_bias, weight, bias, activation, eps), x.device)
+    run(backward(dx, gradients, dy, x, norm_weight, norm_bias, weight, bias, activation_of(gelu), eps), x.device)
 
 
 def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import activate, activate_with_slope
+from .activation import activate, activate_with_slope, activation_of
 from .images import index_type, new_workspace, plane_of, store, strided
 from .launch import Launch, run
 from .sums import add_parts, new_partial
@@ -34,21 +34,21 @@ PRODUCTS = 2048  # (tap, pixel) pairs that such a program holds at a time
 
 def striped_conv(
     y: Tensor, x: Tensor, weight_row: Tensor, bias_row: Tensor, weight_col: Tensor, bias_col: Tensor,
-    activation: str | None, gate: Tensor | None,
+    gelu: bool, gate: Tensor | None,
 ) -> None:  # fmt: skip
     """Write y (B, C, H, W)."""
-    run(forward(y, x, weight_row, bias_row, weight_col, bias_col, activation, gate), x.device)
+    run(forward(y, x, weight_row, bias_row, weight_col, bias_col, activation_of(gelu), gate), x.device)
 
 
 def striped_conv_backward(
     dx: Tensor, dgate: Tensor | None,
     dweight_row: Tensor, dbias_row: Tensor, dweight_col: Tensor, dbias_col: Tensor, dy: Tensor,
     x: Tensor, weight_row: Tensor, bias_row: Tensor, weight_col: Tensor, bias_col: Tensor,
-    activation: str | None, gate: Tensor | None,
+    gelu: bool, gate: Tensor | None,
 ) -> None:  # fmt: skip
     """Write dx, the gradients of the parameters and, if there is a gate, dgate."""
     gradients = dweight_row, dbias_row, dweight_col, dbias_col
-    inputs = x, weight_row, bias_row, weight_col, bias_col, activation, gate
+    inputs = x, weight_row, bias_row, weight_col, bias_col, activation_of(gelu), gate
     run(backward(dx, dgate, gradients, dy, *inputs), x.device)
 
 

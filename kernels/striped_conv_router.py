@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from . import striped_conv
+from .activation import activation_of
 from .launch import Launch, run
 from .router import new_sums, pool
 
 
 def striped_conv_router(
     y: Tensor, x: Tensor, weight_row: Tensor, bias_row: Tensor, weight_col: Tensor, bias_col: Tensor,
-    activation: str | None,
+    gelu: bool,
 ) -> Tensor:  # fmt: skip
     """Write y (B, C, H, W); return sums over parts of it, (parts, B, C), for `router_from_sums`."""
     sums = new_sums(y)
-    run(forward(sums, y, x, weight_row, bias_row, weight_col, bias_col, activation), x.device)
+    run(forward(sums, y, x, weight_row, bias_row, weight_col, bias_col, activation_of(gelu)), x.device)
     return sums
 
 

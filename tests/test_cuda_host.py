@@ -254,9 +254,9 @@ def test_striped_conv_offsets_beyond_32_bits(operators, tmp_path, dim):
     for name in names[:3]:
         far[name].copy_(tensors.pop(name))
     x, gate, dy, y, dx, dgate = far.values()
-    operators.striped_conv(y, x, *tensors.values(), "gelu", gate)
+    operators.striped_conv(y, x, *tensors.values(), True, gate)
     gradients = parameter_gradients(tensors)
-    operators.striped_conv_backward(dx, dgate, *gradients.values(), dy, x, *tensors.values(), "gelu", gate)
+    operators.striped_conv_backward(dx, dgate, *gradients.values(), dy, x, *tensors.values(), True, gate)
     far |= gradients
     for name, value in expected.items():
         assert torch.equal(far[name], value), name

@@ -259,8 +259,8 @@ def results_of_striped_conv() -> tuple[torch.Tensor, ...]:
     shapes = [(2, 3, 6, 7), (3, 1, 1, 5), (3,), (3, 1, 5, 1), (3,)]
     x, *parameters = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     y, dx, dgate, *gradients = (torch.full_like(p, torch.nan) for p in (x, x, x, *parameters))
-    striped_conv.striped_conv(y, x, *parameters, "gelu", x)
-    striped_conv.striped_conv_backward(dx, dgate, *gradients, x, x, *parameters, "gelu", x)
+    striped_conv.striped_conv(y, x, *parameters, True, x)
+    striped_conv.striped_conv_backward(dx, dgate, *gradients, x, x, *parameters, True, x)
     return y, dx, dgate, *gradients
 
 

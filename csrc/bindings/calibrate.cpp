@@ -8,9 +8,9 @@ namespace {
 
 using namespace seemore::bindings;
 
-seemore::Calibrate inputs_of(const Tensor& k, const Tensor& weight_agg, const Tensor& bias_agg, const Tensor& weight_dw,
-                             const Tensor& bias_dw, const Tensor& weight_pw, const Tensor& bias_pw, int64_t recursive) {
-  const Check check("calibrate", "k", k);
+seemore::Calibrate inputs_of(const Check& check, const Tensor& k, const Tensor& weight_agg, const Tensor& bias_agg,
+                             const Tensor& weight_dw, const Tensor& bias_dw, const Tensor& weight_pw,
+                             const Tensor& bias_pw, int64_t recursive) {
   const int64_t channels = k.size(1);
   check.parameter("weight_agg", weight_agg, {channels, 1, 4, 4});
   check.parameter("bias_agg", bias_agg, {channels});
@@ -41,32 +41,34 @@ seemore::Calibrate inputs_of(const Tensor& k, const Tensor& weight_agg, const Te
           bias_pw.data_ptr()};
 }
 
-void check_maps(const Tensor& maps, const Tensor& k, const seemore::Calibrate& inputs) {
-  const Check check("calibrate", "k", k);
+void check_maps(const Check& check, const Tensor& maps, const Tensor& k, const seemore::Calibrate& inputs) {
   check.of_any_dtype("maps", maps, {seemore::maps_elements(inputs)});
   if (maps.scalar_type() != accumulation_type(k))
     check.refuse("maps", "has another dtype", "float32 (float64 for that)");
   if (!maps.is_contiguous()) check.refuse("maps", "is not contiguous", "a contiguous tensor");
 }
 
-void calibrate(Tensor y, Tensor maps, Tensor k, Tensor weight_agg, Tensor bias_agg, Tensor weight_dw, Tensor bias_dw,
-               Tensor weight_pw, Tensor bias_pw, int64_t recursive) {
-  const auto inputs = inputs_of(k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, recursive);
-  Check("calibrate", "k", k)("y", y, {k.size(0), k.size(1), k.size(2), k.size(3)});
-  check_maps(maps, k, inputs);
+void calibrate(const Tensor& y, const Tensor& maps, const Tensor& k, const Tensor& weight_agg, const Tensor& bias_agg,
+               const Tensor& weight_dw, const Tensor& bias_dw, const Tensor& weight_pw, const Tensor& bias_pw,
+               int64_t recursive) {
+  const Check check("calibrate", "k", k);
+  const auto inputs = inputs_of(check, k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, recursive);
+  check("y", y, {k.size(0), k.size(1), k.size(2), k.size(3)});
+  check_maps(check, maps, k, inputs);
   const OnDevice device(k);
   const int64_t elements = seemore::level_size(inputs, recursive).elements();
   const auto small = torch::stable::new_empty(k, {elements}, accumulation_type(k));
   seemore::calibrate(inputs, image(y), maps.data_ptr(), small.data_ptr(), device.stream);
 }
 
-void calibrate_backward(Tensor dk, Tensor dweight_agg, Tensor dbias_agg, Tensor dweight_dw, Tensor dbias_dw,
-                        Tensor dweight_pw, Tensor dbias_pw, Tensor dy, Tensor maps, Tensor k, Tensor weight_agg,
-                        Tensor bias_agg, Tensor weight_dw, Tensor bias_dw, Tensor weight_pw, Tensor bias_pw,
+void calibrate_backward(const Tensor& dk, const Tensor& dweight_agg, const Tensor& dbias_agg, const Tensor& dweight_dw,
+                        const Tensor& dbias_dw, const Tensor& dweight_pw, const Tensor& dbias_pw, const Tensor& dy,
+                        const Tensor& maps, const Tensor& k, const Tensor& weight_agg, const Tensor& bias_agg,
+                        const Tensor& weight_dw, const Tensor& bias_dw, const Tensor& weight_pw, const Tensor& bias_pw,
                         int64_t recursive) {
-  const auto inputs = inputs_of(k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, recursive);
-  const auto [batch, channels, height, width] = size(k);
   const Check check("calibrate", "k", k);
+  const auto inputs = inputs_of(check, k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, recursive);
+  const auto [batch, channels, height, width] = size(k);
   check("dy", dy, {batch, channels, height, width});
   check("dk", dk, {batch, channels, height, width});
   check.parameter("dweight_agg", dweight_agg, {channels, 1, 4, 4});
@@ -75,7 +77,7 @@ void calibrate_backward(Tensor dk, Tensor dweight_agg, Tensor dbias_agg, Tensor 
   check.parameter("dbias_dw", dbias_dw, {channels});
   check.parameter("dweight_pw", dweight_pw, {channels, channels, 1, 1});
   check.parameter("dbias_pw", dbias_pw, {channels});
-  check_maps(maps, k, inputs);
+  check_maps(check, maps, k, inputs);
   const OnDevice device(k);
   const auto [agg_parts, mix_parts, scratch_elements] = seemore::calibrate_workspace(inputs);
   const auto wide = accumulation_type(k);

@@ -20,7 +20,7 @@ seemore::DepthwiseGate inputs_of(const Check& check, const Tensor& u, const Tens
   return {check.dtype(), size(u), image(u), image(g), weight.data_ptr(), bias.data_ptr()};
 }
 
-void depthwise_gate(Tensor y, Tensor u, Tensor g, Tensor weight, Tensor bias) {
+void depthwise_gate(const Tensor& y, const Tensor& u, const Tensor& g, const Tensor& weight, const Tensor& bias) {
   const Check check("depthwise_gate", "u", u);
   const auto inputs = inputs_of(check, u, g, weight, bias);
   check("y", y, {u.size(0), u.size(1), u.size(2), u.size(3)});
@@ -28,8 +28,9 @@ void depthwise_gate(Tensor y, Tensor u, Tensor g, Tensor weight, Tensor bias) {
   seemore::depthwise_gate(inputs, image(y), device.stream);
 }
 
-void depthwise_gate_backward(Tensor du, Tensor dg, Tensor dweight, Tensor dbias, Tensor dy, Tensor u, Tensor g,
-                             Tensor weight, Tensor bias) {
+void depthwise_gate_backward(const Tensor& du, const Tensor& dg, const Tensor& dweight, const Tensor& dbias,
+                             const Tensor& dy, const Tensor& u, const Tensor& g, const Tensor& weight,
+                             const Tensor& bias) {
   const Check check("depthwise_gate", "u", u);
   const auto inputs = inputs_of(check, u, g, weight, bias);
   const auto [batch, channels, height, width] = size(u);

@@ -27,18 +27,21 @@ seemore::GatedFfn inputs_of(const LayerCheck& check, const Tensor& x, const Tens
           eps};
 }
 
-void gated_ffn(Tensor y, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight_1, Tensor bias_1,
-               Tensor weight_gate, Tensor bias_gate, Tensor weight_2, Tensor bias_2, double eps) {
+void gated_ffn(const Tensor& y, const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
+               const Tensor& weight_1, const Tensor& bias_1, const Tensor& weight_gate, const Tensor& bias_gate,
+               const Tensor& weight_2, const Tensor& bias_2, double eps) {
   const LayerCheck check("gated_ffn", "x", x);
   const auto inputs =
       inputs_of(check, x, norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2, eps);
   seemore::gated_ffn(inputs, check.image("y", y, {x.size(0), x.size(1), x.size(2), x.size(3)}));
 }
 
-void gated_ffn_backward(Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dweight_1, Tensor dbias_1,
-                        Tensor dweight_gate, Tensor dbias_gate, Tensor dweight_2, Tensor dbias_2, Tensor dy, Tensor x,
-                        Tensor norm_weight, Tensor norm_bias, Tensor weight_1, Tensor bias_1, Tensor weight_gate,
-                        Tensor bias_gate, Tensor weight_2, Tensor bias_2, double eps) {
+void gated_ffn_backward(const Tensor& dx, const Tensor& dnorm_weight, const Tensor& dnorm_bias, const Tensor& dweight_1,
+                        const Tensor& dbias_1, const Tensor& dweight_gate, const Tensor& dbias_gate,
+                        const Tensor& dweight_2, const Tensor& dbias_2, const Tensor& dy, const Tensor& x,
+                        const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& weight_1,
+                        const Tensor& bias_1, const Tensor& weight_gate, const Tensor& bias_gate,
+                        const Tensor& weight_2, const Tensor& bias_2, double eps) {
   const LayerCheck check("gated_ffn", "x", x);
   const auto inputs =
       inputs_of(check, x, norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2, eps);

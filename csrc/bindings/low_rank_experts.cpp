@@ -43,10 +43,11 @@ seemore::LowRankExperts inputs_of(const LayerCheck& check, const Tensor& a, cons
           check.parameter("bias_proj", bias_proj, {channels})};
 }
 
-void low_rank_experts(Tensor y, Tensor a, Tensor k, Tensor expert_index, Tensor expert_weight, Tensor weight_a,
-                      Tensor bias_a, Tensor weight_k, Tensor bias_k, Tensor weight_out, Tensor bias_out,
-                      std::vector<int64_t> ranks, OptionalTensor weight_proj, OptionalTensor bias_proj,
-                      OptionalTensor residual) {
+void low_rank_experts(const Tensor& y, const Tensor& a, const Tensor& k, const Tensor& expert_index,
+                      const Tensor& expert_weight, const Tensor& weight_a, const Tensor& bias_a, const Tensor& weight_k,
+                      const Tensor& bias_k, const Tensor& weight_out, const Tensor& bias_out,
+                      const std::vector<int64_t>& ranks, const OptionalTensor& weight_proj,
+                      const OptionalTensor& bias_proj, const OptionalTensor& residual) {
   const LayerCheck check("low_rank_experts", "a", a);
   const auto inputs = inputs_of(check, a, k, expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k,
                                 weight_out, bias_out, ranks, weight_proj, bias_proj);
@@ -54,12 +55,15 @@ void low_rank_experts(Tensor y, Tensor a, Tensor k, Tensor expert_index, Tensor 
   seemore::low_rank_experts(inputs, check.image("residual", residual, shape), check.image("y", y, shape));
 }
 
-void low_rank_experts_backward(Tensor da, Tensor dk, Tensor dexpert_weight, Tensor dweight_a, Tensor dbias_a,
-                               Tensor dweight_k, Tensor dbias_k, Tensor dweight_out, Tensor dbias_out,
-                               OptionalTensor dweight_proj, OptionalTensor dbias_proj, Tensor dy, Tensor a, Tensor k,
-                               Tensor expert_index, Tensor expert_weight, Tensor weight_a, Tensor bias_a,
-                               Tensor weight_k, Tensor bias_k, Tensor weight_out, Tensor bias_out,
-                               std::vector<int64_t> ranks, OptionalTensor weight_proj) {
+void low_rank_experts_backward(const Tensor& da, const Tensor& dk, const Tensor& dexpert_weight,
+                               const Tensor& dweight_a, const Tensor& dbias_a, const Tensor& dweight_k,
+                               const Tensor& dbias_k, const Tensor& dweight_out, const Tensor& dbias_out,
+                               const OptionalTensor& dweight_proj, const OptionalTensor& dbias_proj, const Tensor& dy,
+                               const Tensor& a, const Tensor& k, const Tensor& expert_index,
+                               const Tensor& expert_weight, const Tensor& weight_a, const Tensor& bias_a,
+                               const Tensor& weight_k, const Tensor& bias_k, const Tensor& weight_out,
+                               const Tensor& bias_out, const std::vector<int64_t>& ranks,
+                               const OptionalTensor& weight_proj) {
   const LayerCheck check("low_rank_experts", "a", a);
   const auto inputs = inputs_of(check, a, k, expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k,
                                 weight_out, bias_out, ranks, weight_proj, std::nullopt);

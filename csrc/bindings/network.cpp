@@ -28,7 +28,7 @@ seemore::NetworkConfig config_of(const std::vector<int64_t>& values) {
           values[8] != 0};
 }
 
-Tensor pack(Tensor parameters, std::vector<int64_t> config) {
+Tensor pack(const Tensor& parameters, const std::vector<int64_t>& config) {
   const auto network = config_of(config);
   const auto sizes = seemore::network_sizes(network);
   STD_TORCH_CHECK(parameters.numel() == sizes.parameters && parameters.scalar_type() == ScalarType::Float, "expected ",
@@ -38,8 +38,8 @@ Tensor pack(Tensor parameters, std::vector<int64_t> config) {
   return weights;
 }
 
-std::vector<int64_t> memory(std::vector<int64_t> config, int64_t batch, int64_t height, int64_t width, int64_t threads,
-                            int64_t lines) {
+std::vector<int64_t> memory(const std::vector<int64_t>& config, int64_t batch, int64_t height, int64_t width,
+                            int64_t threads, int64_t lines) {
   seemore::Network network{};
   network.config = config_of(config);
   network.size = {batch, network.config.in_channels, height, width};
@@ -49,8 +49,9 @@ std::vector<int64_t> memory(std::vector<int64_t> config, int64_t batch, int64_t 
   return {needed.state, needed.rest};
 }
 
-bool run(Tensor y, Tensor x, Tensor weights, Tensor mean, double img_range, std::vector<int64_t> config,
-         std::optional<Tensor> mapped, int64_t lines, int64_t kept, std::optional<Tensor> progress) {
+bool run(const Tensor& y, const Tensor& x, const Tensor& weights, const Tensor& mean, double img_range,
+         const std::vector<int64_t>& config, const std::optional<Tensor>& mapped, int64_t lines, int64_t kept,
+         const std::optional<Tensor>& progress) {
   const auto type = x.scalar_type();
   const auto network = seemore::Network{config_of(config),
                                         size(x),

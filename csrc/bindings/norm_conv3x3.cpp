@@ -11,8 +11,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 seemore::NormConv3x3 inputs_of(const LayerCheck& check, const Tensor& x, const OptionalTensor& norm_weight,
                                const OptionalTensor& norm_bias, const Tensor& weight, const Tensor& bias,
-                               const OptionalTensor& weight_pw, const OptionalTensor& bias_pw,
-                               const std::optional<std::string>& activation_name, double eps) {
+                               const OptionalTensor& weight_pw, const OptionalTensor& bias_pw, bool gelu, double eps) {
   const auto [batch, channels, height, width] = size(x);
   const int64_t rows = weight.dim() == 4 ? weight.size(0) : 0;
   const int64_t out = weight_pw && weight_pw->dim() == 4 ? weight_pw->size(0) : rows;
@@ -27,24 +26,26 @@ seemore::NormConv3x3 inputs_of(const LayerCheck& check, const Tensor& x, const O
           check.parameter("bias", bias, {rows}),
           check.parameter("weight_pw", weight_pw, {out, rows, 1, 1}),
           check.parameter("bias_pw", bias_pw, {out}),
-          activation(activation_name),
+          activation(gelu),
           eps};
 }
 
-void norm_conv3x3(Tensor y, Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensor weight, Tensor bias,
-                  OptionalTensor weight_pw, OptionalTensor bias_pw, std::optional<std::string> activation, double eps) {
+void norm_conv3x3(const Tensor& y, const Tensor& x, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+                  const Tensor& weight, const Tensor& bias, const OptionalTensor& weight_pw,
+                  const OptionalTensor& bias_pw, bool gelu, double eps) {
   const LayerCheck check("norm_conv3x3", "x", x);
-  const auto inputs = inputs_of(check, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation, eps);
+  const auto inputs = inputs_of(check, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, gelu, eps);
   seemore::norm_conv3x3(inputs, check.image("y", y, {x.size(0), inputs.out_channels, x.size(2), x.size(3)}));
 }
 
-void norm_conv3x3_backward(Tensor dx, OptionalTensor dnorm_weight, OptionalTensor dnorm_bias, Tensor dweight,
-                           Tensor dbias, OptionalTensor dweight_pw, OptionalTensor dbias_pw, Tensor dy, Tensor x,
-                           OptionalTensor norm_weight, OptionalTensor norm_bias, Tensor weight, Tensor bias,
-                           OptionalTensor weight_pw, OptionalTensor bias_pw, std::optional<std::string> activation,
-                           double eps) {
+void norm_conv3x3_backward(const Tensor& dx, const OptionalTensor& dnorm_weight, const OptionalTensor& dnorm_bias,
+                           const Tensor& dweight, const Tensor& dbias, const OptionalTensor& dweight_pw,
+                           const OptionalTensor& dbias_pw, const Tensor& dy, const Tensor& x,
+                           const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& weight,
+                           const Tensor& bias, const OptionalTensor& weight_pw, const OptionalTensor& bias_pw,
+                           bool gelu, double eps) {
   const LayerCheck check("norm_conv3x3", "x", x);
-  const auto inputs = inputs_of(check, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation, eps);
+  const auto inputs = inputs_of(check, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, gelu, eps);
   const auto [batch, channels, height, width] = size(x);
   const int64_t rows = inputs.conv_channels, out = inputs.out_channels;
   seemore::norm_conv3x3_backward(
@@ -60,11 +61,11 @@ void norm_conv3x3_backward(Tensor dx, OptionalTensor dnorm_weight, OptionalTenso
 STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
   m.def(
       "norm_conv3x3(Tensor(a!) y, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor bias, "
-      "Tensor? weight_pw, Tensor? bias_pw, str? activation, float eps) -> ()");
+      "Tensor? weight_pw, Tensor? bias_pw, bool gelu, float eps) -> ()");
   m.def(
       "norm_conv3x3_backward(Tensor(a!) dx, Tensor(b!)? dnorm_weight, Tensor(c!)? dnorm_bias, Tensor(d!) dweight, "
       "Tensor(e!) dbias, Tensor(f!)? dweight_pw, Tensor(g!)? dbias_pw, Tensor dy, Tensor x, Tensor? norm_weight, "
-      "Tensor? norm_bias, Tensor weight, Tensor bias, Tensor? weight_pw, Tensor? bias_pw, str? activation, "
+      "Tensor? norm_bias, Tensor weight, Tensor bias, Tensor? weight_pw, Tensor? bias_pw, bool gelu, "
       "float eps) -> ()");
 }
 

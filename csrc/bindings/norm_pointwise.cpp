@@ -10,8 +10,8 @@ using namespace seemore::bindings;
 using OptionalTensor = std::optional<Tensor>;
 
 seemore::NormPointwise inputs_of(const LayerCheck& check, const Tensor& x, const OptionalTensor& norm_weight,
-                                 const OptionalTensor& norm_bias, const Tensor& weight, const Tensor& bias,
-                                 const std::optional<std::string>& activation_name, double eps) {
+                                 const OptionalTensor& norm_bias, const Tensor& weight, const Tensor& bias, bool gelu,
+                                 double eps) {
   const auto [batch, channels, height, width] = size(x);
   const int64_t rows = weight.dim() == 4 ? weight.size(0) : 0;
   return {check.is_double(),
@@ -22,23 +22,25 @@ seemore::NormPointwise inputs_of(const LayerCheck& check, const Tensor& x, const
           check.parameter("norm_bias", norm_bias, {channels}),
           check.parameter("weight", weight, {rows, channels, 1, 1}),
           check.parameter("bias", bias, {rows}),
-          activation(activation_name),
+          activation(gelu),
           eps};
 }
 
-void norm_pointwise(Tensor y, Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensor weight,
-                    Tensor bias, std::optional<std::string> activation, double eps, OptionalTensor residual) {
+void norm_pointwise(const Tensor& y, const Tensor& x, const OptionalTensor& norm_weight,
+                    const OptionalTensor& norm_bias, const Tensor& weight, const Tensor& bias, bool gelu, double eps,
+                    const OptionalTensor& residual) {
   const LayerCheck check("norm_pointwise", "x", x);
-  const auto inputs = inputs_of(check, x, norm_weight, norm_bias, weight, bias, activation, eps);
+  const auto inputs = inputs_of(check, x, norm_weight, norm_bias, weight, bias, gelu, eps);
   const auto shape = {x.size(0), inputs.out_channels, x.size(2), x.size(3)};
   seemore::norm_pointwise(inputs, check.image("residual", residual, shape), check.image("y", y, shape));
 }
 
-void norm_pointwise_backward(Tensor dx, OptionalTensor dnorm_weight, OptionalTensor dnorm_bias, Tensor dweight,
-                             Tensor dbias, Tensor dy, Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias,
-                             Tensor weight, Tensor bias, std::optional<std::string> activation, double eps) {
+void norm_pointwise_backward(const Tensor& dx, const OptionalTensor& dnorm_weight, const OptionalTensor& dnorm_bias,
+                             const Tensor& dweight, const Tensor& dbias, const Tensor& dy, const Tensor& x,
+                             const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& weight,
+                             const Tensor& bias, bool gelu, double eps) {
   const LayerCheck check("norm_pointwise", "x", x);
-  const auto inputs = inputs_of(check, x, norm_weight, norm_bias, weight, bias, activation, eps);
+  const auto inputs = inputs_of(check, x, norm_weight, norm_bias, weight, bias, gelu, eps);
   const auto [batch, channels, height, width] = size(x);
   const int64_t rows = inputs.out_channels;
   seemore::norm_pointwise_backward(
@@ -53,11 +55,11 @@ void norm_pointwise_backward(Tensor dx, OptionalTensor dnorm_weight, OptionalTen
 STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
   m.def(
       "norm_pointwise(Tensor(a!) y, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor bias, "
-      "str? activation, float eps, Tensor? residual) -> ()");
+      "bool gelu, float eps, Tensor? residual) -> ()");
   m.def(
       "norm_pointwise_backward(Tensor(a!) dx, Tensor(b!)? dnorm_weight, Tensor(c!)? dnorm_bias, Tensor(d!) dweight, "
       "Tensor(e!) dbias, Tensor dy, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor bias, "
-      "str? activation, float eps) -> ()");
+      "bool gelu, float eps) -> ()");
 }
 
 // For tensors of every device, so that it is Check that refuses those of another one.

@@ -80,8 +80,8 @@ void check_pixels(const Check& check, const char* name, const Tensor& image) {
   if (image.size(2) == 0 || image.size(3) == 0) check.refuse(name, "has no pixels", "at least one");
 }
 
-void router(Tensor expert_index, Tensor expert_weight, Tensor mean, Tensor probability, Tensor a, Tensor weight,
-            int64_t top_k) {
+void router(const Tensor& expert_index, const Tensor& expert_weight, const Tensor& mean, const Tensor& probability,
+            const Tensor& a, const Tensor& weight, int64_t top_k) {
   const Check check("router", "a", a);
   const auto [batch, channels, height, width] = size(a);
   check_pixels(check, "a", a);
@@ -103,8 +103,9 @@ void router(Tensor expert_index, Tensor expert_weight, Tensor mean, Tensor proba
 }
 
 // Without `mean`, `partial` has the means themselves.
-void router_from_sums(Tensor expert_index, Tensor expert_weight, std::optional<Tensor> mean, Tensor probability,
-                      Tensor partial, Tensor weight, int64_t pixels, int64_t top_k) {
+void router_from_sums(const Tensor& expert_index, const Tensor& expert_weight, const std::optional<Tensor>& mean,
+                      const Tensor& probability, const Tensor& partial, const Tensor& weight, int64_t pixels,
+                      int64_t top_k) {
   const Check check("router", "partial", partial, 3, "(parts, B, C)");
   const auto wide = partial.scalar_type();
   if (wide != accumulation_type(partial)) check.refuse("partial", "has another dtype", "float32 or float64");
@@ -144,8 +145,8 @@ void route_backward(const RouterCheck& checked, const Tensor& dmean, const Tenso
                           stream);
 }
 
-void router_backward(Tensor da, Tensor dweight, Tensor dexpert_weight, Tensor expert_index, Tensor mean,
-                     Tensor probability, Tensor weight) {
+void router_backward(const Tensor& da, const Tensor& dweight, const Tensor& dexpert_weight, const Tensor& expert_index,
+                     const Tensor& mean, const Tensor& probability, const Tensor& weight) {
   const Check check("router", "da", da);
   const auto [batch, channels, height, width] = size(da);
   check_pixels(check, "da", da);
@@ -158,8 +159,9 @@ void router_backward(Tensor da, Tensor dweight, Tensor dexpert_weight, Tensor ex
 }
 
 // The gradient of the mean alone, for who pooled.
-void router_from_sums_backward(Tensor dmean, Tensor dweight, Tensor dexpert_weight, Tensor expert_index, Tensor mean,
-                               Tensor probability, Tensor weight) {
+void router_from_sums_backward(const Tensor& dmean, const Tensor& dweight, const Tensor& dexpert_weight,
+                               const Tensor& expert_index, const Tensor& mean, const Tensor& probability,
+                               const Tensor& weight) {
   const Check check("router", "dmean", dmean, 2, "(B, C)");
   if (dmean.scalar_type() != accumulation_type(dmean)) {
     check.refuse("dmean", "has another dtype", "float32 or float64");

@@ -6,22 +6,24 @@ namespace {
 
 using namespace seemore::bindings;
 
-void striped_conv(Tensor y, Tensor x, Tensor weight_row, Tensor bias_row, Tensor weight_col, Tensor bias_col,
-                  std::optional<std::string> activation, std::optional<Tensor> gate) {
-  const auto inputs = striped_conv_inputs(x, weight_row, bias_row, weight_col, bias_col, activation, gate);
-  Check("striped_conv", "x", x)("y", y, {x.size(0), x.size(1), x.size(2), x.size(3)});
+void striped_conv(const Tensor& y, const Tensor& x, const Tensor& weight_row, const Tensor& bias_row,
+                  const Tensor& weight_col, const Tensor& bias_col, bool gelu, const std::optional<Tensor>& gate) {
+  const Check check("striped_conv", "x", x);
+  const auto inputs = striped_conv_inputs(check, x, weight_row, bias_row, weight_col, bias_col, gelu, gate);
+  check("y", y, {x.size(0), x.size(1), x.size(2), x.size(3)});
   const OnDevice device(x);
   seemore::striped_conv(inputs, image(y), device.stream);
 }
 
-void striped_conv_backward(Tensor dx, std::optional<Tensor> dgate, Tensor dweight_row, Tensor dbias_row,
-                           Tensor dweight_col, Tensor dbias_col, Tensor dy, Tensor x, Tensor weight_row,
-                           Tensor bias_row, Tensor weight_col, Tensor bias_col, std::optional<std::string> activation,
-                           std::optional<Tensor> gate) {
-  const auto inputs = striped_conv_inputs(x, weight_row, bias_row, weight_col, bias_col, activation, gate);
+void striped_conv_backward(const Tensor& dx, const std::optional<Tensor>& dgate, const Tensor& dweight_row,
+                           const Tensor& dbias_row, const Tensor& dweight_col, const Tensor& dbias_col,
+                           const Tensor& dy, const Tensor& x, const Tensor& weight_row, const Tensor& bias_row,
+                           const Tensor& weight_col, const Tensor& bias_col, bool gelu,
+                           const std::optional<Tensor>& gate) {
+  const Check check("striped_conv", "x", x);
+  const auto inputs = striped_conv_inputs(check, x, weight_row, bias_row, weight_col, bias_col, gelu, gate);
   const auto [batch, channels, height, width] = size(x);
   const int64_t taps = inputs.taps;
-  const Check check("striped_conv", "x", x);
   check("dy", dy, {batch, channels, height, width});
   check("dx", dx, {batch, channels, height, width});
   check("dgate", dgate, {batch, channels, height, width});
@@ -52,11 +54,11 @@ void striped_conv_backward(Tensor dx, std::optional<Tensor> dgate, Tensor dweigh
 STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
   m.def(
       "striped_conv(Tensor(a!) y, Tensor x, Tensor weight_row, Tensor bias_row, Tensor weight_col, Tensor bias_col, "
-      "str? activation, Tensor? gate) -> ()");
+      "bool gelu, Tensor? gate) -> ()");
   m.def(
       "striped_conv_backward(Tensor(a!) dx, Tensor(b!)? dgate, Tensor(c!) dweight_row, Tensor(d!) dbias_row, "
       "Tensor(e!) dweight_col, Tensor(f!) dbias_col, Tensor dy, Tensor x, Tensor weight_row, Tensor bias_row, "
-      "Tensor weight_col, Tensor bias_col, str? activation, Tensor? gate) -> ()");
+      "Tensor weight_col, Tensor bias_col, bool gelu, Tensor? gate) -> ()");
 }
 
 // For tensors of every device, so that it is Check that refuses those of another one.

@@ -6,11 +6,9 @@
 
 namespace seemore::bindings {
 
-inline StripedConv striped_conv_inputs(const Tensor& x, const Tensor& weight_row, const Tensor& bias_row,
-                                       const Tensor& weight_col, const Tensor& bias_col,
-                                       const std::optional<std::string>& activation_name,
-                                       const std::optional<Tensor>& gate) {
-  const Check check("striped_conv", "x", x);
+inline StripedConv striped_conv_inputs(const Check& check, const Tensor& x, const Tensor& weight_row,
+                                       const Tensor& bias_row, const Tensor& weight_col, const Tensor& bias_col,
+                                       bool gelu, const std::optional<Tensor>& gate) {
   const auto [batch, channels, height, width] = size(x);
   const int64_t taps = weight_row.dim() == 4 ? weight_row.size(3) : 0;
   if (taps % 2 == 0) check.refuse("weight_row", "has " + std::to_string(taps) + " taps", "an odd number");
@@ -22,7 +20,7 @@ inline StripedConv striped_conv_inputs(const Tensor& x, const Tensor& weight_row
   return {check.dtype(),
           size(x),
           taps,
-          activation(activation_name),
+          activation(gelu),
           image(x),
           image(gate),
           weight_row.data_ptr(),

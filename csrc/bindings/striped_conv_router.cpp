@@ -8,11 +8,12 @@ namespace {
 
 using namespace seemore::bindings;
 
-Tensor striped_conv_router(Tensor y, Tensor x, Tensor weight_row, Tensor bias_row, Tensor weight_col, Tensor bias_col,
-                           std::optional<std::string> activation) {
-  const auto inputs = striped_conv_inputs(x, weight_row, bias_row, weight_col, bias_col, activation, std::nullopt);
+Tensor striped_conv_router(const Tensor& y, const Tensor& x, const Tensor& weight_row, const Tensor& bias_row,
+                           const Tensor& weight_col, const Tensor& bias_col, bool gelu) {
+  const Check check("striped_conv_router", "x", x);
+  const auto inputs = striped_conv_inputs(check, x, weight_row, bias_row, weight_col, bias_col, gelu, std::nullopt);
   const auto [batch, channels, height, width] = size(x);
-  Check("striped_conv_router", "x", x)("y", y, {batch, channels, height, width});
+  check("y", y, {batch, channels, height, width});
   const int64_t parts = seemore::striped_conv_router_parts(inputs);
   const OnDevice device(x);
   const auto sums = torch::stable::new_empty(x, {parts, batch, channels}, ScalarType::Float);
@@ -25,7 +26,7 @@ Tensor striped_conv_router(Tensor y, Tensor x, Tensor weight_row, Tensor bias_ro
 STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
   m.def(
       "striped_conv_router(Tensor(a!) y, Tensor x, Tensor weight_row, Tensor bias_row, Tensor weight_col, "
-      "Tensor bias_col, str? activation) -> Tensor");
+      "Tensor bias_col, bool gelu) -> Tensor");
 }
 
 // For tensors of every device, so that it is Check that refuses those of another one.

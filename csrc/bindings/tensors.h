@@ -31,10 +31,9 @@ inline Image image(const std::optional<Tensor>& x) { return x ? image(*x) : Imag
 
 inline Size size(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
 
-inline Activation activation(const std::optional<std::string>& name) {
-  if (name && *name != "gelu") throw std::runtime_error("activation is " + *name + ", expected None or gelu");
-  return name ? Activation::gelu : Activation::none;
-}
+// A flag, because the stable ABI loses the memory of every string that an operator takes or returns (torch 2.10
+// to 2.13).
+inline Activation activation(bool gelu) { return gelu ? Activation::gelu : Activation::none; }
 
 // Checks an operator's tensors against its first one, on this library's kind of device: mostly an image (B, C, H, W).
 class Check {
@@ -78,11 +77,10 @@ class Check {
     if (!is_here(x) || x.get_device_index() != first_.get_device_index()) {
       refuse(name, "is on another device", std::string("that of ") + name_);
     }
-    std::string got;
-    for (int64_t i = 0; i < x.dim(); ++i) got += (i ? ", " : "") + std::to_string(x.size(i));
-    std::string expected;
-    for (const int64_t size : shape) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
-    if (got != expected) refuse(name, "has shape (" + got + ")", "(" + expected + ")");
+    const auto sizes = x.sizes();
+    if (!std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end())) {
+      refuse(name, "has shape " + text(sizes), text(shape));
+    }
   }
 
   // A parameter, or its gradient: all that, and contiguous.
@@ -96,6 +94,13 @@ class Check {
   }
 
  private:
+  template <class Sizes>
+  static std::string text(const Sizes& sizes) {
+    std::string numbers;
+    for (const int64_t size : sizes) numbers += (numbers.empty() ? "" : ", ") + std::to_string(size);
+    return "(" + numbers + ")";
+  }
+
   const char *op_, *name_;
   const Tensor& first_;
 };

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -55,16 +56,16 @@ std::string instruction_sets() {
   return names;
 }
 
-std::string instruction_set() { return chosen->instruction_set; }
+// An instruction set is its index in instruction_sets(): strings lose memory (bindings/tensors.h).
+int64_t instruction_set() { return std::find(usable().begin(), usable().end(), chosen) - usable().begin(); }
 
-void use_instruction_set(std::string name) {
-  for (const Kernels* kernels : usable()) {
-    if (kernels->instruction_set == name) {
-      chosen = kernels;
-      return;
-    }
+void use_instruction_set(int64_t index) {
+  const int64_t count = usable().size();
+  if (index < 0 || index >= count) {
+    throw std::runtime_error("instruction set " + std::to_string(index) + " of " + instruction_sets() +
+                             ", expected 0 to " + std::to_string(count - 1));
   }
-  throw std::runtime_error("expected an instruction set out of: " + instruction_sets() + "; got " + name);
+  chosen = usable()[index];
 }
 
 // For the tests: an exception from the middle of a parallel loop of `count` must reach Python.
@@ -166,8 +167,8 @@ bool network(const Network& network, void* state, void* rest) { return chosen->n
 
 STABLE_TORCH_LIBRARY_FRAGMENT(seemore_cpu, m) {
   m.def("instruction_sets() -> str");
-  m.def("instruction_set() -> str");
-  m.def("use_instruction_set(str name) -> ()");
+  m.def("instruction_set() -> int");
+  m.def("use_instruction_set(int index) -> ()");
   m.def("throw_in_parallel(int count, int at) -> ()");
 }
 

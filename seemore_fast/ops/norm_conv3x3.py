@@ -59,7 +59,7 @@ def _result(x, weight, weight_pw):
 def forward(x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation, eps):
     y = _result(x, weight, weight_pw)
     parameters = contiguous(norm_weight, norm_bias, weight, bias, weight_pw, bias_pw)
-    kernel_for("norm_conv3x3", x, widest(weight, weight_pw))(y, x, *parameters, activation, eps)
+    kernel_for("norm_conv3x3", x, widest(weight, weight_pw))(y, x, *parameters, activation == "gelu", eps)
     return y
 
 
@@ -72,7 +72,7 @@ def backward(dy, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, ac
     parameters = contiguous(norm_weight, norm_bias, weight, bias, weight_pw, bias_pw)
     dx, gradients = torch.empty_like(x), [None if p is None else torch.empty_like(p) for p in parameters]
     run = kernel_for("norm_conv3x3", x, widest(weight, weight_pw), "_backward")
-    run(dx, *gradients, dy, x, *parameters, activation, eps)
+    run(dx, *gradients, dy, x, *parameters, activation == "gelu", eps)
     return dx, *(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 

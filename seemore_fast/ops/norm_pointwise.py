@@ -49,7 +49,7 @@ def widest(x: Tensor, weight: Tensor) -> int:
 def forward(x, norm_weight, norm_bias, weight, bias, activation, eps, residual):
     y = empty_image(x, weight.shape[0], _dtype(weight, residual))
     parameters = contiguous(norm_weight, norm_bias, weight, bias)
-    kernel_for("norm_pointwise", x, widest(x, weight))(y, x, *parameters, activation, eps, residual)
+    kernel_for("norm_pointwise", x, widest(x, weight))(y, x, *parameters, activation == "gelu", eps, residual)
     return y
 
 
@@ -66,7 +66,7 @@ def backward(dy, x, norm_weight, norm_bias, weight, bias, activation, eps):
     parameters = contiguous(norm_weight, norm_bias, weight, bias)
     dx, gradients = torch.empty_like(x), [None if p is None else torch.empty_like(p) for p in parameters]
     run = kernel_for("norm_pointwise", x, widest(x, weight), "_backward")
-    run(dx, *gradients, dy, x, *parameters, activation, eps)
+    run(dx, *gradients, dy, x, *parameters, activation == "gelu", eps)
     return dx, *(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 

@@ -46,7 +46,7 @@ def striped_conv(
 def forward(x, weight_row, bias_row, weight_col, bias_col, activation, gate):
     y = torch.empty_like(x)
     parameters = (p.contiguous() for p in (weight_row, bias_row, weight_col, bias_col))
-    kernel_for("striped_conv", x, weight_row.shape[3])(y, x, *parameters, activation, gate)
+    kernel_for("striped_conv", x, weight_row.shape[3])(y, x, *parameters, activation == "gelu", gate)
     return y
 
 
@@ -64,7 +64,7 @@ def backward(dy, x, weight_row, bias_row, weight_col, bias_col, activation, gate
     parameters = [p.contiguous() for p in (weight_row, bias_row, weight_col, bias_col)]
     gradients = [torch.empty_like(p) for p in parameters]
     run = kernel_for("striped_conv", x, weight_row.shape[3], "_backward")
-    run(dx, None if gate is None else dgate, *gradients, dy, x, *parameters, activation, gate)
+    run(dx, None if gate is None else dgate, *gradients, dy, x, *parameters, activation == "gelu", gate)
     return dx, *gradients, dgate
 
 

@@ -54,7 +54,7 @@ def forward(x, weight_row, bias_row, weight_col, bias_col, weight_router, activa
         x, weight_row, bias_row, weight_col, bias_col, weight_router, activation, top_k
     )
     parameters = (p.contiguous() for p in (weight_row, bias_row, weight_col, bias_col))
-    sums = kernel_for("striped_conv_router", x)(y, x, *parameters, activation)
+    sums = kernel_for("striped_conv_router", x)(y, x, *parameters, activation == "gelu")
     pixels = x.shape[2] * x.shape[3]
     run = kernel_for("router", x, part="_from_sums")
     run(index, weight, mean, probability, sums, weight_router.contiguous(), pixels, top_k)
