@@ -43,7 +43,7 @@ gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(if $(QUICK),--quick)
 
 clean:
-	rm -rf $(VENV) $(INTEGRATIONS) $(NEWEST) .venv-gpu build dist demo_output *.egg-info seemore_fast/*.so
+	rm -rf $(VENV) $(INTEGRATIONS) $(NEWEST) .venv-gpu build dist demo_output *.egg-info seemore_fast/*.so seemore_fast/build_info.json
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -264,8 +264,14 @@ def _cuda_info() -> dict:
     if not torch.cuda.is_available():
         reason = "torch is built without CUDA" if torch.version.cuda is None else "torch finds no usable NVIDIA GPU"
         return {"available": False, "reason": reason}
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"available": True, "version": torch.version.cuda, "devices": devices}
+    indices = range(torch.cuda.device_count())
+    reasons = {i: native.architecture_reason(torch.cuda.get_device_capability(i)) for i in indices}
+    return {
+        "available": True,
+        "version": torch.version.cuda,
+        "devices": [torch.cuda.get_device_name(i) for i in indices],
+        "without_cuda_library": {i: reason for i, reason in reasons.items() if reason},
+    }
 
 
 def _triton_info() -> str | None:

@@ -1,7 +1,9 @@
 """The native libraries: loads them, tells why one cannot be used, and chooses the CPU's instruction set."""
 
 import functools
+import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -12,9 +14,11 @@ FOLDER = Path(__file__).parent
 def load(path: Path) -> str | None:
     """Load the operators of a library; return None, or why it cannot be."""
     if not path.exists():
+        info = build_info()
+        reason = info["left_out"].get(path.stem) if isinstance(info, dict) else None
         return (
-            f"{path.name} was not built: reinstall where there is a compiler (for CUDA: nvcc), with "
-            "SEEMORE_FAST_NATIVE=1 (SEEMORE_FAST_CUDA=1) to be told what is missing"
+            f"{path.name} was not built{': ' * bool(reason)}{reason or ''}; once that is mended, install again with "
+            "pip's --no-cache-dir, and with SEEMORE_FAST_NATIVE=1 (for CUDA: SEEMORE_FAST_CUDA=1) for an error instead"
         )
     try:
         torch.ops.load_library(path)
@@ -84,9 +88,35 @@ def use_instruction_set(name: str):
 
 
 def build_info() -> dict | str:
-    """Return what the libraries were built with, or why that is not known."""
+    """Return what the libraries were built with and what was left out and why, or why that is not known."""
+    try:
+        info = json.loads((FOLDER / "build_info.json").read_text())
+    except (OSError, ValueError) as error:
+        return f"not known: {error}"
     try:
         from . import _C
     except ImportError as error:
-        return f"not known: {error}"
-    return {**_C.build_info(), "cpu_features": _C.cpu_features()}
+        return {**info, "cpu_features": f"not known: {error}"}
+    return {**info, "cpu_features": _C.cpu_features()}
+
+
+def architecture_reason(capability: tuple[int, int]) -> str | None:
+    """Return why the CUDA library has no code for a GPU of this compute capability, None where it has or none is known.
+
+    Compares numbers: no device is asked.
+    """
+    info = build_info()
+    built = info["cuda_architectures"] if isinstance(info, dict) else []
+    if not built or any(_runs_on(name, capability) for name in built):
+        return None
+    return f"built for {' '.join(built)}, the GPU is {capability[0]}.{capability[1]}"
+
+
+def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Tell whether code for an architecture, such as 9.0, 9.0a, 10.0f or 12.0+PTX, runs on a GPU."""
+    major, minor, suffix, ptx = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", architecture).groups()
+    code = int(major), int(minor)
+    if suffix == "a":
+        return capability == code
+    is_of_family = code[0] == capability[0] and code <= capability
+    return is_of_family or (bool(ptx) and not suffix and code <= capability)

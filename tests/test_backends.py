@@ -144,7 +144,7 @@ def test_backend_info_says_what_is_there_and_why_not():
 
 def test_a_missing_library_says_how_to_get_one(tmp_path):
     assert re.match(
-        r"libnone\.so was not built: reinstall .*SEEMORE_FAST_NATIVE=1", native.load(tmp_path / "libnone.so")
+        r"libnone\.so was not built; once .*install again .*SEEMORE_FAST_NATIVE=1", native.load(tmp_path / "libnone.so")
     )
 
 

@@ -1,11 +1,12 @@
-"""When the CUDA library is loaded and its devices are asked, with stubs where a GPU would be."""
+"""When the CUDA library is loaded and its devices are asked, with stubs where a GPU would be; what a build left out."""
 
+import json
 import types
 
 import pytest
 import torch
 
-from seemore_fast import native
+from seemore_fast import backends, native
 
 
 class Devices:
@@ -75,4 +76,66 @@ def test_an_error_that_may_pass_is_not_remembered(devices):
 def test_reasons_against_every_device(devices, monkeypatch, change, reason):
     monkeypatch.setattr(*change)
     assert native.load_cuda() == reason
+    assert devices.asked == []
+
+
+# build_info.json
+
+
+@pytest.fixture
+def info(monkeypatch, tmp_path):
+    """Return a function that writes build_info.json where native looks for it."""
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    facts = {"compiler": "g++ 12", "instruction_sets": ["portable"], "nvcc": None, "cuda_architectures": []}
+    return lambda **changes: (tmp_path / "build_info.json").write_text(json.dumps({**facts, "left_out": {}, **changes}))
+
+
+def test_a_library_that_was_left_out_says_why(info, tmp_path):
+    info(left_out={"libseemore_cuda": "there is no nvcc"})
+    reason = native.load(tmp_path / "libseemore_cuda.so")
+    assert reason.startswith("libseemore_cuda.so was not built: there is no nvcc; ")
+    assert "--no-cache-dir" in reason and "SEEMORE_FAST_CUDA=1" in reason
+    assert native.load(tmp_path / "libseemore_cpu.so").startswith("libseemore_cpu.so was not built; ")
+    assert native.build_info()["left_out"] == {"libseemore_cuda": "there is no nvcc"}
+
+
+@pytest.mark.parametrize("text", [None, "", "not JSON"])
+def test_without_build_info_nothing_is_known(monkeypatch, tmp_path, text):
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    if text is not None:
+        (tmp_path / "build_info.json").write_text(text)
+    assert native.build_info().startswith("not known: ")
+    assert native.load(tmp_path / "libseemore_cuda.so").startswith("libseemore_cuda.so was not built; ")
+    assert native.architecture_reason((9, 0)) is None
+
+
+@pytest.mark.parametrize(
+    "built, runs, does_not",
+    [
+        (["8.0", "9.0"], [(8, 0), (8, 9), (9, 0)], [(7, 5), (10, 0), (12, 0)]),
+        (["8.6"], [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        (["8.0", "9.0+PTX"], [(8, 0), (9, 0), (10, 3), (11, 0), (12, 1)], [(7, 5)]),
+        (["9.0a+PTX"], [(9, 0)], [(8, 9), (10, 0)]),
+        (["10.0f"], [(10, 0), (10, 3)], [(9, 0), (11, 0), (12, 0)]),
+        ([], [(7, 5), (12, 0)], []),
+    ],
+)
+def test_which_gpus_there_is_code_for(info, built, runs, does_not):
+    info(cuda_architectures=built)
+    for capability in runs:
+        assert native.architecture_reason(capability) is None, capability
+    for capability in does_not:
+        expected = f"built for {' '.join(built)}, the GPU is {capability[0]}.{capability[1]}"
+        assert native.architecture_reason(capability) == expected
+
+
+def test_architectures_are_compared_and_no_device_asked(info, devices, monkeypatch):
+    info(cuda_architectures=["9.0"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9 - index, 0))
+    cuda = backends._cuda_info()
+    assert cuda["devices"] == ["GPU 0", "GPU 1"]
+    assert cuda["without_cuda_library"] == {1: "built for 9.0, the GPU is 8.0"}
     assert devices.asked == []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_build import native
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -53,9 +55,10 @@ def test_contents(archives):
         "kernels/configurations.json",
         "benchmarks/compare_peers.py",
         "libseemore_cpu.so",
+        "build_info.json",
     ):
         assert f"seemore_fast/{name}" in names_in(wheel)
-    assert ("seemore_fast/libseemore_cuda.so" in names_in(wheel)) == bool(shutil.which("nvcc"))
+    assert ("seemore_fast/libseemore_cuda.so" in names_in(wheel)) == bool(native.find_nvcc())
     assert not any("/results/" in name for name in names_in(wheel))
     assert "linux" in wheel.name
     assert {name.split("/")[0].split("-")[0] for name in names_in(wheel)} == {"seemore_fast"}, "no other module"
@@ -71,7 +74,7 @@ def test_contents(archives):
         "csrc/cuda/striped_conv.cu",
     }
     assert wanted | {"tests/conftest.py", "Makefile", "LICENSE", "NOTICE"} <= in_sdist
-    assert not any(name.endswith((".so", ".o")) for name in in_sdist)
+    assert not any(name.endswith((".so", ".o", "build_info.json")) for name in in_sdist)
 
 
 def install(wheel, folder):
@@ -133,7 +136,7 @@ def facts(python, folder):
 def test_the_installed_wheel_has_the_native_libraries(installed, tmp_path):
     available, unavailable, shape = facts(installed, tmp_path)
     assert available[:2] == ["reference", "cpu"]
-    assert "was not built" not in unavailable.get("cuda", "was not built" if shutil.which("nvcc") else "")
+    assert "was not built" not in unavailable.get("cuda", "was not built" if native.find_nvcc() else "")
     assert shape == [1, 3, 40, 48]
 
 
@@ -170,11 +173,13 @@ def build_wheel(folder, *options, path=None, **environment):
 COMPILER = "g++", "gcc", "as", "ld", "sh"
 
 
-def test_with_nvcc_hidden_the_cpu_library_is_built_alone(tmp_path):
-    printed, wheel = build_wheel(tmp_path, path=COMPILER)
-    assert "the CUDA library is left out: there is no nvcc" in printed
+def test_where_the_cuda_library_is_left_out_the_cpu_library_is_built_alone(tmp_path):
+    printed, wheel = build_wheel(tmp_path, path=COMPILER, TORCH_CUDA_ARCH_LIST="Fermi")  # wherever nvcc lies
+    (reason,) = re.findall("the CUDA library is left out: (.*)", printed)
     assert "seemore_fast/libseemore_cpu.so" in names_in(wheel)
     assert "seemore_fast/libseemore_cuda.so" not in names_in(wheel)
+    info = json.loads(zipfile.ZipFile(wheel).read("seemore_fast/build_info.json"))
+    assert info["left_out"] == {"libseemore_cuda": reason}
 
 
 @pytest.mark.parametrize("case", ["no compiler", "switched off"])
@@ -190,7 +195,8 @@ def test_a_pure_wheel_works(tmp_path, case):
     environment.mkdir()
     available, unavailable, shape = facts(install(wheel, environment), tmp_path)
     assert (available, shape) == (["reference"], [1, 3, 40, 48])
-    assert "was not built" in unavailable["cpu"]
+    reason = "there is no C++ compiler" if case == "no compiler" else "switched off by SEEMORE_FAST_NATIVE=0"
+    assert f"libseemore_cpu.so was not built: {reason}" in unavailable["cpu"]
 
 
 def test_the_same_wheel_works_in_the_newest_torch(archives, tmp_path):
