@@ -7,6 +7,7 @@ METADATA := pyproject.toml setup.py constraints.txt
 SOURCES := $(shell find csrc -type f -not -name '*.pyc')
 INTEGRATIONS := .venv-integrations
 NEWEST := .venv-newest
+HEADERS := build/torch-headers
 
 .PHONY: demo test test-triton test-others test-all lint format gpu-check clean
 
@@ -23,7 +24,7 @@ test-triton: $(VENV)/.tests
 test-others: $(VENV)/.tests
 	$(BIN)/python -m pytest -q -k "not triton"
 
-test-all: $(VENV)/.tests $(INTEGRATIONS)/.tests $(NEWEST)/.tests
+test-all: $(VENV)/.tests $(INTEGRATIONS)/.tests $(NEWEST)/.tests $(HEADERS)/.complete
 	$(BIN)/python -m pytest -q -m "slow or not slow"
 	$(INTEGRATIONS)/bin/python -m pytest -q -m slow tests/test_integrations.py
 
@@ -66,6 +67,11 @@ $(VENV)/.lints: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(NEWEST)/.tests: pyproject.toml
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/pip install --quiet torch numpy pillow safetensors tqdm pytest
+	touch $@
+
+# The bindings compile with the headers of the oldest torch promised, that of constraints.txt and the newest.
+$(HEADERS)/.complete: pyproject.toml constraints.txt tests/torch_headers.py | $(VENV)/.runs
+	$(BIN)/python tests/torch_headers.py
 	touch $@
 
 # BasicSR and spandrel want torchvision and old habits: an environment of their own.

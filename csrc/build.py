@@ -12,6 +12,7 @@ from pathlib import Path
 
 CSRC = Path(__file__).parent.resolve()
 PYTHON_HEADERS = sysconfig.get_paths()["include"]
+CXXFLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{CSRC}"]
 INSTRUCTION_SETS = {"portable": ""}  # best last
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c"
@@ -301,8 +302,7 @@ def build(folder: Path, toolchain: dict, cuda: dict | None, names: list[str] | N
     torch, sets = toolchain["torch"], toolchain["instruction_sets"]
     # IEEE results but for fused multiply-add; errno and traps, which nobody looks at, would keep loops scalar.
     kernel = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-    common = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{CSRC}"]
-    lines = [f"cxx = {quoted(*toolchain['compiler'])}", f"cflags = {quoted(*common)}"]
+    lines = [f"cxx = {quoted(*toolchain['compiler'])}", f"cflags = {quoted(*CXXFLAGS)}"]
     kernels = {f"cuda_{source.stem}.o": source for source in sorted((CSRC / "cuda").glob("*.cu"))}
     if cuda:
         nvccflags = ["-std=c++17", "-O3", "--threads", nvcc_threads(len(kernels)), "-Xptxas", "-v", f"-I{CSRC}"]

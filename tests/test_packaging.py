@@ -175,7 +175,7 @@ COMPILER = "g++", "gcc", "as", "ld", "sh"
 
 def test_where_the_cuda_library_is_left_out_the_cpu_library_is_built_alone(tmp_path):
     printed, wheel = build_wheel(tmp_path, path=COMPILER, TORCH_CUDA_ARCH_LIST="Fermi")  # wherever nvcc lies
-    (reason,) = re.findall("the CUDA library is left out: (.*)", printed)
+    (reason,) = set(re.findall("the CUDA library is left out: (.*)", printed))  # each run of setup.py prints it
     assert "seemore_fast/libseemore_cpu.so" in names_in(wheel)
     assert "seemore_fast/libseemore_cuda.so" not in names_in(wheel)
     info = json.loads(zipfile.ZipFile(wheel).read("seemore_fast/build_info.json"))
