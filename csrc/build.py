@@ -359,7 +359,7 @@ def run_ninja(ninja: Path, folder: Path, targets: list[str]):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
         for line in running.stdout:
             print(line, end="", flush=True)
-            if error is None and re.search(r"\b(error|fatal|cannot find|undefined reference)\b", line):
+            if error is None and re.search(r"\berror(\s*| #\w+):|\bfatal\b|cannot find -l|undefined reference", line):
                 error = line.strip()
     if running.returncode:
         raise Missing(f"{', '.join(targets)} does not compile: {error or f'exit status {running.returncode}'}")

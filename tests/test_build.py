@@ -411,5 +411,5 @@ def test_cuda_kernels_keep_everything_in_registers():
             where = f"{kernel} for sm_{architecture}: {taken}"
             assert (taken["stack"], taken["spill stores"], taken["spill loads"]) == (0, 0, 0), where
             assert 0 < taken["registers"] <= 255, where
-    assert len(set(map(frozenset, architectures.values()))) == 1, architectures
-    assert all(architectures.values())
+    with_kernels = [found for found in architectures.values() if found]
+    assert with_kernels and all(found == with_kernels[0] for found in with_kernels), architectures
