@@ -1,7 +1,10 @@
 """When the CUDA library is loaded and its devices are asked, with stubs where a GPU would be; what a build left out."""
 
 import json
+import shutil
+import subprocess
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +80,53 @@ def test_reasons_against_every_device(devices, monkeypatch, change, reason):
     monkeypatch.setattr(*change)
     assert native.load_cuda() == reason
     assert devices.asked == []
+
+
+# A driver whose answer is given by name, where csrc/cuda/unsupported_reason.cu would ask a real one
+DRIVER = """
+#define __CUDACC__
+#define __global__ [[maybe_unused]]
+#include <cstdio>
+#include <exception>
+#include <string>
+enum cudaError_t { cudaSuccess, NAMES };
+struct cudaFuncAttributes {};
+cudaError_t answer, last;
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)()) { return last = answer; }
+cudaError_t cudaGetLastError() { const auto error = last; last = cudaSuccess; return error; }
+const char* cudaGetErrorString(cudaError_t) { return "text"; }
+#include "cuda/unsupported_reason.cu"
+int main(int, char** arguments) {
+  answer = static_cast<cudaError_t>(std::stoi(arguments[1]));
+  try {
+    std::printf("%s", seemore::unsupported_reason().c_str());
+  } catch (const std::exception& error) {
+    std::printf("thrown: %s", error.what());
+  }
+  return last;  // an error left behind would be the next launch's
+}
+"""
+LASTING = [
+    "cudaErrorInsufficientDriver", "cudaErrorInvalidDeviceFunction", "cudaErrorInvalidKernelImage",
+    "cudaErrorInvalidPtx", "cudaErrorJitCompilationDisabled", "cudaErrorJitCompilerNotFound",
+    "cudaErrorNoKernelImageForDevice", "cudaErrorSystemDriverMismatch", "cudaErrorUnsupportedPtxVersion",
+]  # fmt: skip
+
+
+def test_only_errors_of_the_build_and_the_device_are_answers(tmp_path):
+    """The others, which may pass, are thrown, so that they are asked for again."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ on PATH")
+    names = [*LASTING, "cudaErrorMemoryAllocation", "cudaErrorDevicesUnavailable"]
+    (tmp_path / "driver.cpp").write_text(DRIVER.replace("NAMES", ", ".join(names)))
+    program = tmp_path / "driver"
+    include = f"-I{Path(__file__).parents[1] / 'csrc'}"
+    subprocess.run([compiler, "-std=c++17", include, tmp_path / "driver.cpp", "-o", program], check=True)
+    for number, name in enumerate(["cudaSuccess", *names]):
+        answer = subprocess.run([program, str(number)], capture_output=True, text=True, check=True).stdout
+        lasting = "the driver or the GPU does not fit: text" if name in LASTING else "thrown: text"
+        assert answer == ("" if name == "cudaSuccess" else lasting), name
 
 
 # build_info.json
