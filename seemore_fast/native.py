@@ -16,9 +16,10 @@ def load(path: Path) -> str | None:
     if not path.exists():
         info = build_info()
         reason = info["left_out"].get(path.stem) if isinstance(info, dict) else None
+        because = f": {reason}" if reason else ""
         return (
-            f"{path.name} was not built{': ' * bool(reason)}{reason or ''}; once that is mended, install again with "
-            "pip's --no-cache-dir, and with SEEMORE_FAST_NATIVE=1 (for CUDA: SEEMORE_FAST_CUDA=1) for an error instead"
+            f"{path.name} was not built{because}; to build it, reinstall with pip's --no-cache-dir, and with "
+            "SEEMORE_FAST_NATIVE=1 (for CUDA: SEEMORE_FAST_CUDA=1) to get an error where something is missing"
         )
     try:
         torch.ops.load_library(path)

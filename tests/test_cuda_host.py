@@ -202,7 +202,7 @@ def striped_tensors(shape: tuple[int, ...], taps: int, dtype: torch.dtype) -> di
     return kit.cast(kit.random_parameters(shapes, "cpu"), dtype)
 
 
-def run_striped_conv(operators, tensors: dict[str, Tensor], activation="gelu") -> dict[str, Tensor]:
+def run_striped_conv(operators, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return all results; those that are images lie in larger tensors of NaN, whose margins stay NaN."""
     tensors = dict(tensors)
     gradients = parameter_gradients(tensors)
@@ -210,9 +210,9 @@ def run_striped_conv(operators, tensors: dict[str, Tensor], activation="gelu") -
     larger = {name: x.new_full([size + 2 for size in x.shape], torch.nan) for name in ("y", "dx", "dgate")}
     inside = (slice(1, -1),) * x.dim()
     results = {name: tensor[inside] for name, tensor in larger.items()}
-    operators.striped_conv(results["y"], x, *tensors.values(), activation, gate)
+    operators.striped_conv(results["y"], x, *tensors.values(), True, gate)
     outputs = [results["dx"], results["dgate"], *gradients.values()]
-    operators.striped_conv_backward(*outputs, dy, x, *tensors.values(), activation, gate)
+    operators.striped_conv_backward(*outputs, dy, x, *tensors.values(), True, gate)
     results = {name: tensor.clone() for name, tensor in results.items()}
     for name, tensor in larger.items():
         tensor[inside] = torch.nan
@@ -275,7 +275,7 @@ def test_striped_conv_refuses_what_it_cannot_launch(operators, shape, taps, mess
     image = torch.zeros(1, 1, 1, 1).expand(shape)
     parameters = [torch.zeros(size) for size in kit.striped_shapes(shape[1], taps).values()]
     with pytest.raises(RuntimeError, match=message):
-        operators.striped_conv(image, image, *parameters, None, None)
+        operators.striped_conv(image, image, *parameters, False, None)
 
 
 SANITIZED_SHAPES = [(2, 3, 17, 33), (1, 2, 16, 32), (1, 2, 3, 70), (0, 2, 3, 4), (1, 1, 40, 1), (1, 1, 1, 1)]
