@@ -123,8 +123,8 @@ def operators(device: str) -> list[str]:
     return sorted(source.stem for source in (CSRC / "bindings").glob("*.cpp") if source.stem in stems)
 
 
-def build(folder: Path, toolchain: dict, cuda: dict | None) -> dict[str, Path]:
-    """Build in `folder` what changed since the last time; return the files by name."""
+def build(folder: Path, toolchain: dict, cuda: dict | None, names: list[str] | None = None) -> dict[str, Path]:
+    """Build in `folder` what changed since the last time, all products or those named; return the files by name."""
     torch, sets = toolchain["torch"], toolchain["instruction_sets"]
     with_torch = f"-O2 -DTORCH_TARGET_VERSION=0x020a000000000000ULL -isystem {torch}/include"  # loads in torch >= 2.10
     # IEEE results but for fused multiply-add; errno and traps, which nobody looks at, would keep loops scalar.
@@ -198,5 +198,6 @@ def build(folder: Path, toolchain: dict, cuda: dict | None) -> dict[str, Path]:
     if not (folder / "build.ninja").exists() or (folder / "build.ninja").read_text() != text:
         (folder / "build.ninja").write_text(text)
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    subprocess.run([toolchain["ninja"], "-C", folder, *jobs], check=True)
-    return {name: folder / f"{name}.so" for name in products(toolchain, cuda)}
+    built = {name: folder / f"{name}.so" for name in names or products(toolchain, cuda)}
+    subprocess.run([toolchain["ninja"], "-C", folder, *jobs, *(path.name for path in built.values())], check=True)
+    return built
