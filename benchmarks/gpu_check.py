@@ -205,6 +205,8 @@ def benchmarks() -> list[Step]:
             f"benchmark bench_{stem}, torch.compile",
         )
         steps.append(script(f"bench_{stem}", *options, seconds=60, title=title, optional=True))
+    if (ROOT / "benchmarks" / "gpu_dry_run.py").exists():
+        steps.append(script("gpu_dry_run", "--json", seconds=60, optional=True))
     configurations = ["--seconds", "100", "--output", str(LOGS / "configurations.json")]
     steps.append(script("tune_triton", *configurations, seconds=120, title="benchmark tune_triton", optional=True))
     return steps
@@ -282,9 +284,16 @@ def brought(folder: Path) -> Iterator[Path]:
     yield from sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     yield from sorted(LOGS.glob("*.log"))
     yield from (path for path in (PREFERENCES, LOGS / "configurations.json") if path.exists())
-    cache = LOGS / "triton"
-    if sum(path.stat().st_size for path in cache.glob("*/*")) <= LARGEST_CACHE:
-        yield from cache.glob("*")
+    kernels = list((LOGS / "triton").glob("*/*"))
+    if sum(map(size, kernels)) <= LARGEST_CACHE:
+        yield from kernels
+
+
+def size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # a temporary file of a step that runs
+        return 0
 
 
 def main():

@@ -133,7 +133,7 @@ def slug(name: str) -> str:
 def archive(target: Path, root: Path, paths: Iterable[Path]):
     """Write an archive of files under `root`, whole or not at all: a kill leaves the one before."""
     part = target.with_name(f"{target.name}.part")
-    with tarfile.open(part, "w:gz", compresslevel=6) as tar:
+    with tarfile.open(part, "w:gz", compresslevel=3) as tar:
         for path in paths:
             with contextlib.suppress(FileNotFoundError):  # a temporary file of a step that runs
                 tar.add(path, path.relative_to(root))

@@ -329,6 +329,19 @@ def test_a_share_of_the_time_leaves_the_rest(tmp_path, monkeypatch):
     assert result["outcome"] == "passed"
 
 
+def test_an_archive_is_whole_or_the_one_before_and_lacks_what_is_gone(tmp_path, monkeypatch):
+    target, here = tmp_path / "results.tgz", tmp_path / "here"
+    here.write_text("1")
+    steps.archive(target, tmp_path, [here, tmp_path / "gone"])
+    with tarfile.open(target) as tar:
+        assert tar.getnames() == ["here"]
+    before = target.read_bytes()
+    monkeypatch.setattr(tarfile.TarFile, "add", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        steps.archive(target, tmp_path, [here])
+    assert target.read_bytes() == before
+
+
 # What the steps are
 
 
