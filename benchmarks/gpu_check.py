@@ -23,7 +23,9 @@ outcome of every step. Where there is no .git, SEEMORE_FAST_COMMIT tells which c
 """
 
 import argparse
+import functools
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -81,16 +83,24 @@ BENCHMARKED = {  # operator, what takes longest first: the case in which torch.c
 }
 INFERENCE = ["--case", "T x4 640x480 bf16"]
 LIMITED = "2_to_31 or out_of_memory"  # tests that want most of the GPU's memory: alone on it
-HOMES = ["/usr/local/cuda", "/opt/cuda"]  # of the CUDA toolkit where nothing says where
 SECONDS, QUICK_SECONDS = 570, 170
 LARGEST_CACHE = 48 * 2**20  # bytes of compiled kernels that are brought along
 
 
+@functools.cache
+def native():
+    """Return csrc/build.py, which knows where the tools are and builds with them."""
+    spec = importlib.util.spec_from_file_location("native_build", ROOT / "csrc" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def tool(name: str) -> str | None:
-    """Return the path of a tool of the CUDA toolkit: beside nvcc, or on PATH."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), *HOMES]
-    path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)])
-    return shutil.which(name, path=path)
+    """Return the path of a tool of the CUDA toolkit: beside nvcc, on PATH, or where nvcc is looked for."""
+    beside = [str(Path(nvcc).parent)] if (nvcc := native().find_nvcc()) else []
+    folders = [*beside, os.environ.get("PATH", os.defpath), *(f"{home}/bin" for home in native().TOOLKITS)]
+    return shutil.which(name, path=os.pathsep.join(folders))
 
 
 # The steps
@@ -170,7 +180,8 @@ def again(steps: list[Step], results: list[dict]) -> list[Step]:
     assembler = dict.fromkeys(["TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"], ptxas)
     environment = {"DISABLE_MMA_V3": "1", "DISABLE_MMA_V5": "1"}
     environment |= assembler if ptxas else {"DISABLE_PTXAS_OPT": "1"}
-    failed = {result["step"] for result in results if result["outcome"].startswith("failed")}
+    begun = "failed: exit status", "failed: not done"
+    failed = {result["step"] for result in results if result["outcome"].startswith(begun)}
     options = ["--last-failed", "--last-failed-no-failures", "none"]
     return [
         step._replace(name=f"{step.name}, other compiler", command=[*step.command, *options], environment=environment)
@@ -226,14 +237,11 @@ def lay_out():
 
 def build():
     """Compile the CUDA library for TORCH_CUDA_ARCH_LIST and put it into the package, if it can be used there."""
-    sys.path.insert(0, str(ROOT / "csrc"))
-    import build as native
-
     try:
-        toolchain, cuda = native.find_toolchain(), native.find_cuda()
-        names = [name for name in native.products(toolchain, cuda) if name != "libseemore_cpu"]
-        built = native.build(LOGS / "native", toolchain, cuda, names)
-    except (native.Missing, subprocess.CalledProcessError) as error:
+        toolchain, cuda = native().find_toolchain(), native().find_cuda()
+        names = [name for name in native().products(toolchain, cuda) if name != "libseemore_cpu"]
+        built = native().build(LOGS / "native", toolchain, cuda, names)
+    except (native().Missing, subprocess.CalledProcessError) as error:
         raise SystemExit(f"there is no CUDA library, Triton's kernels do its work: {error}") from None
     for name in names:
         shutil.copy2(built[name], PACKAGE / f"{name}.so")
@@ -314,6 +322,7 @@ def main():
     if not torch.cuda.is_available():
         raise SystemExit("torch finds no CUDA device here")
     facts = machine(torch)
+    print("\n".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
     folder = RESULTS / slug(facts["device"]).lower()
     for needed in (folder, LOGS, options.output):
         needed.mkdir(parents=True, exist_ok=True)

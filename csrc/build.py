@@ -11,6 +11,8 @@ from pathlib import Path
 
 CSRC = Path(__file__).parent.resolve()
 PYTHON_HEADERS = sysconfig.get_paths()["include"]
+TOOLKITS = ["/usr/local/cuda", "/opt/cuda"]  # where nvcc lies that is not on PATH; and pip's packages, the newest first
+TOOLKITS += sorted(map(str, Path(sysconfig.get_paths()["purelib"], "nvidia").glob("cu*")), reverse=True)
 CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 INSTRUCTION_SETS = {"portable": ""}  # best last
 if platform.machine() in ("x86_64", "AMD64"):
@@ -84,10 +86,16 @@ def find_toolchain() -> dict:
     }
 
 
+def find_nvcc() -> str | None:
+    """Return nvcc out of CUDA_HOME, CUDA_PATH, PATH or TOOLKITS, None where there is none."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    before, after = ([f"{home}/bin" for home in folders] for folders in (homes, TOOLKITS))
+    return shutil.which("nvcc", path=os.pathsep.join([*before, os.environ.get("PATH", os.defpath), *after]))
+
+
 def find_cuda() -> dict:
     """Return what the CUDA library is built with: nvcc, its version, flags by architecture."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    nvcc = find_nvcc()
     if not nvcc:
         raise Missing("there is no nvcc: install the CUDA toolkit, or set CUDA_HOME to it")
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
