@@ -13,8 +13,6 @@ from pathlib import Path
 
 import torch
 
-from . import backends
-
 TRIM_SECONDS = 10  # a trim costs some 10 ms, and pages that the next step asks for again
 SMALL = 2**28  # bytes below which nobody asks
 OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -153,20 +151,16 @@ def _map_memory(address: int, count: int):
 def gpu_memory_needed(model, shape: torch.Size, training: bool = False) -> int:
     """Return about how many bytes a call of SeemoRe takes on a GPU for images of `shape` (B, C, H, W).
 
-    Of inference, the most is five images of features in a block, or f in float32 and the picture at the end. In 16 bits
-    Triton's stencils take a sixth, for they keep an image in float32 between their two steps. Training keeps 11 images
-    of features of each group besides, 8 without SEE's inside, 2 for blocks alone.
+    Of inference, the most is five images of features in a block, or f in float32 and the picture at the end. Training
+    keeps 11 images of features of each group besides, 8 without SEE's inside, 2 for blocks alone.
     """
     batch, colours, height, width = shape
-    channels, weight = model.config["embedding_dim"], model.conv_1.weight
-    itemsize = weight.element_size()
+    channels = model.config["embedding_dim"]
+    itemsize = model.conv_1.weight.element_size()
     if torch.is_autocast_enabled("cuda"):
         itemsize = min(itemsize, torch.get_autocast_dtype("cuda").itemsize)
     kept = {"none": 11, "auto": 8, "block": 2}[model.recompute] * model.config["num_layers"] if training else 0
-    has_workspace = (
-        weight.device.type == "cuda" and itemsize == 2 and backends.choose("striped_conv", weight) == "triton"
-    )
-    inside, end = (5 + has_workspace) * channels * itemsize, 4 * channels + 4 * colours * model.scale**2
+    inside, end = 5 * channels * itemsize, 4 * channels + 4 * colours * model.scale**2
     return batch * height * width * (max(inside, end) + kept * channels * itemsize + 4 * colours)
 
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,19 +160,6 @@ def test_out_of_memory_on_a_gpu_is_explained(training):
         or_explain(fail, model, x)
     assert caught.value.__context__ is None  # which would hold on to memory
     assert or_explain(model, model, x).shape == (2, 3, 80, 100)
-
-
-def test_memory_on_a_gpu_counts_the_workspace_of_tritons_stencils(monkeypatch):
-    def needed(itemsize, backend, device="cuda"):
-        weight = SimpleNamespace(element_size=lambda: itemsize, device=torch.device(device))
-        config = {"embedding_dim": 36, "num_layers": 6}
-        model = SimpleNamespace(conv_1=SimpleNamespace(weight=weight), config=config, scale=4, recompute="auto")
-        monkeypatch.setattr(backends, "choose", lambda operator, x: backend)
-        return gpu_memory_needed(model, (1, 3, 1, 1))
-
-    assert needed(2, "cuda") == needed(2, "triton", "cpu") == 5 * 36 * 2 + 12
-    assert needed(2, "triton") == 6 * 36 * 2 + 12
-    assert needed(4, "triton") == needed(4, "cuda")
 
 
 def test_memory_on_a_gpu_grows_with_what_is_kept():
