@@ -207,7 +207,10 @@ def test_a_kill_at_any_moment_leaves_the_archive(tree):
 
 
 def test_a_request_to_stop_ends_the_steps_too(tree):
-    process, log = tree.start(STUB_HANGS="compare_peers"), tree.root / "build/gpu-check/first-figures-inference.log"
+    process, log = (
+        tree.start(STUB_HANGS="compare_peers"),
+        tree.root / "build/gpu-check/benchmark-of-inference-first.log",
+    )
     while not (log.exists() and "arguments" in log.read_text()):
         assert process.poll() is None, tree.printed()
         time.sleep(0.05)
