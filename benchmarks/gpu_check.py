@@ -338,6 +338,8 @@ def main():
         except OSError as error:  # a full disk is no reason to stop
             print(f"not saved: {error}", flush=True)
 
+    for log in [] if options.only else LOGS.glob("*.log"):  # of another time
+        log.unlink()
     save([])
     lay_out()
     deadline = start + (options.seconds or (QUICK_SECONDS if options.quick else SECONDS))
