@@ -232,7 +232,8 @@ def lay_out():
     """Make the package of links to the sources, as setup.py would, without libraries."""
     shutil.rmtree(PACKAGE, ignore_errors=True)
     PACKAGE.mkdir(parents=True)
-    sources = [p for p in (ROOT / "seemore_fast").iterdir() if p.suffix != ".so" and p.name != "__pycache__"]
+    others = "__pycache__", "build_info.json"  # the second says what the tree's own libraries were built with
+    sources = [p for p in (ROOT / "seemore_fast").iterdir() if p.suffix != ".so" and p.name not in others]
     for path in [*sources, ROOT / "kernels", ROOT / "benchmarks"]:
         (PACKAGE / path.name).symlink_to(path)
 

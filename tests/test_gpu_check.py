@@ -12,6 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import test_gpu
+import torch
 from test_steps import processes
 
 from seemore_fast.benchmarks import gpu_check, steps
@@ -275,6 +277,14 @@ def test_every_file_of_a_step_exists_and_every_name_is_one():
 
 def test_the_network_comes_first_and_within_three_minutes():
     assert sum(step.seconds + steps.GRACE for step in gpu_check.figures()) < 180
+
+
+def test_a_test_that_does_not_fit_the_memory_with_its_workspaces_is_skipped(monkeypatch):
+    """The backward of gated_ffn holds 71 GB for the largest image: by its tensors' sizes, in Triton."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (71 * 10**9, 80 * 10**9))
+    with pytest.raises(pytest.skip.Exception, match="GB of GPU memory needed, 71 free"):
+        test_gpu.huge_tensors(test_gpu.CALLS["gated_ffn"], "cuda", test_gpu.HUGE)
 
 
 def test_parts_are_all_tests_once():
