@@ -135,9 +135,9 @@ def figures() -> list[Step]:
     least = ["--device", "cuda", "--no-compile", "--runs", "10", "--results", str(RESULTS), "--name"]
     return [
         script(
-            "compare_peers", *INFERENCE, *least, "first_inference", seconds=75, title="benchmark of inference, first"
+            "compare_peers", *INFERENCE, *least, "first_inference", seconds=60, title="benchmark of inference, first"
         ),
-        script("bench_model", *BF16, *least, "first_training", seconds=75, title="benchmark of training, first"),
+        script("bench_model", *BF16, *least, "first_training", seconds=95, title="benchmark of training, first"),
     ]
 
 
