@@ -38,10 +38,12 @@ format: $(VENV)/.lints
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# On a machine with an NVIDIA GPU, with the Python that has torch there: builds for that GPU, tests and measures in under
-# ten minutes; leaves that Python as it is and needs no network. QUICK=1: what matters most, in three.
+# On a machine with an NVIDIA GPU, with the Python that has torch there: measures, builds for that GPU, tests and tunes in
+# under ten minutes; leaves that Python as it is and needs no network. QUICK=1: what matters most, in three. OUTPUT=folder
+# gets one archive of all that comes of it. SECONDS=300 and ONLY="bench_ tune" shorten it: see its --help.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py $(if $(QUICK),--quick)
+	$(PYTHON) benchmarks/gpu_check.py $(if $(QUICK),--quick) $(if $(OUTPUT),--output "$(OUTPUT)") \
+		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf $(VENV) $(INTEGRATIONS) $(NEWEST) .venv-gpu build dist demo_output *.egg-info seemore_fast/*.so seemore_fast/build_info.json

@@ -31,6 +31,7 @@ SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 MATMUL = "matmul "  # and in what
 LEAST_CACHE = 64 * 2**20  # of a CPU that does not tell
 WARM_UP, MAX_SETS = 3, 32
+SLEEPS = 10**6, 8 * 10**6, 64 * 10**6  # cycles of a GPU: half a millisecond to a thirtieth of a second
 MODES = ("forward", "backward", "both")
 
 InputSet = dict[str, Tensor]
@@ -154,11 +155,11 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, devic
     return {name: (scale[name] * t).to(dtype) for name, t in tensors.items()}
 
 
-def input_sets(make: Callable[[int], InputSet], device: torch.device) -> list[InputSet]:
+def input_sets(make: Callable[[int], InputSet], device: torch.device, most: int | None = None) -> list[InputSet]:
     """Return make(0), make(1), ..., over twice the last-level cache together: none is there from its last use."""
     first = make(0)
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else cpu_cache()
-    count = min(2 * cache // sum(t.nbytes for t in first.values()) + 1, MAX_SETS)
+    count = min(2 * cache // sum(t.nbytes for t in first.values()) + 1, most or MAX_SETS)
     return [first, *map(make, range(1, count))]
 
 
@@ -341,11 +342,14 @@ def measure(call: Callable, device: torch.device, kernels_only: bool) -> tuple[f
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    if kernels_only:
-        torch.cuda._sleep(2_000_000)  # a millisecond or so, in which the host queues what follows
-    begin.record()
-    call()
-    end.record()
+    for cycles in SLEEPS if kernels_only else [0]:
+        if cycles:
+            torch.cuda._sleep(cycles)
+        begin.record()
+        call()
+        end.record()
+        if not begin.query():  # the host had queued it all before the GPU woke up: no launch is in the time
+            break
     end.synchronize()
     return begin.elapsed_time(end), (torch.cuda.max_memory_allocated(device) - before) / 2**20
 

@@ -1,27 +1,36 @@
 """Choose the tiles of Triton's kernels and write them to kernels/configurations.json.
 
     python benchmarks/tune_triton.py                            on a GPU: the quickest of all, timed there, for it
+    python benchmarks/tune_triton.py --seconds 300              the same, what counts most first, in that time
     python benchmarks/tune_triton.py --architectures 80 90      anywhere: the first that fits the registers, by what the
                                                                 compiler says; nothing is timed
 
-What `fits` prefers is an estimate until a GPU has timed it: tiles as large as registers allow, four warps each.
+The table is written after each kernel, whose configurations compile side by side. What `fits` prefers is an estimate
+until a GPU has timed it: tiles as large as registers allow, and two warps where four would make wgmma of a product.
 """
 
 import argparse
 import importlib
 import json
+import math
+import os
 import pkgutil
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from seemore_fast import kernels
+from seemore_fast.files import replacing
 from seemore_fast.kernels import configurations
 from seemore_fast.kernels.configurations import Configuration
 from seemore_fast.kernels.launch import Launch
 
-PREFERRED = [Configuration(*c) for c in [(64, 4), (64, 8), (32, 4), (32, 8), (16, 4), (16, 8), (32, 4, 2), (16, 4, 2)]]
+PREFERRED = [(64, 4), (64, 8), (64, 2), (32, 2), (32, 4), (32, 8), (16, 2), (16, 4), (16, 8), (32, 4, 2), (16, 4, 2)]
+PREFERRED = [Configuration(*preferred) for preferred in PREFERRED]
 TIMED = [
     Configuration(pixels, warps, stages)
     for pixels in (16, 32, 64, 128)
@@ -33,6 +42,7 @@ SHARED = 99 * 1024  # bytes that a block can have on every architecture
 DTYPES = {"2 bytes": torch.bfloat16, "4 bytes": torch.float32}
 CHANNELS = {"": 36, ", many channels": 64}
 SIZE = (480, 640)
+FIRST = ("gated_ffn forward", "norm_conv3x3 forward", "norm_pointwise forward")  # most of inference, by compiled code
 
 
 @contextmanager
@@ -67,28 +77,49 @@ def launches_of(name: str, chosen: Configuration, x: torch.Tensor) -> list[Launc
 
 
 def fits(launch: Launch, architecture: int) -> bool:
-    """Tell whether a kernel neither spills nor wants more shared memory than there is."""
-    takes = launch.compile_for(architecture).resources()
-    return takes.local == 0 and takes.shared <= SHARED
+    """Tell whether a kernel compiles, does not spill and wants no more shared memory than there is.
+
+    Products are mma.sync: for matrices this small wgmma and tcgen05 gain nothing, and compilers err in them.
+    """
+    try:
+        compiled = launch.compile_for(architecture)
+    except Exception as error:  # the compiler's own: of ptxas, say, which has its own type in each version
+        print(f"  {launch.kernel.__name__}: {error}".splitlines()[0])
+        return False
+    takes = compiled.resources()
+    uses_mma = not any(name in compiled.ptx for name in ("wgmma", "tcgen05"))
+    return takes.local == 0 and takes.shared <= SHARED and uses_mma
 
 
-def first_that_fits(name: str, x: torch.Tensor, architecture: int) -> Configuration | None:
+def first_that_fits(name: str, x: torch.Tensor, architecture: int, now: Configuration) -> Configuration | None:
     for chosen in PREFERRED:
         if all(fits(launch, architecture) for launch in launches_of(name, chosen, x)):
             return chosen
     return None
 
 
-def quickest(name: str, x: torch.Tensor, architecture: int) -> Configuration | None:
+def quickest(name: str, x: torch.Tensor, architecture: int, now: Configuration) -> Configuration | None:
+    """Return the configuration with the smallest sum of times, `now` among them; None where none fits."""
     from triton.testing import do_bench
 
+    every = {chosen: launches_of(name, chosen, x) for chosen in dict.fromkeys([now, *TIMED])}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        fitting = {c: [pool.submit(fits, launch, architecture) for launch in every[c]] for c in every}
     times = {}
-    for chosen in TIMED:
-        every = launches_of(name, chosen, x)
-        if all(fits(launch, architecture) for launch in every):
-            times[chosen] = sum(do_bench(launch.run, return_mode="median") for launch in every)
+    for chosen, found in fitting.items():
+        if all(future.result() for future in found):
+            timed = (do_bench(launch.run, warmup=5, rep=20, return_mode="median") for launch in every[chosen])
+            times[chosen] = sum(timed)
     print("  ", {tuple(chosen): round(ms, 4) for chosen, ms in sorted(times.items(), key=lambda item: item[1])[:4]})
     return min(times, key=times.get, default=None)
+
+
+def by_value(entries: dict[str, dict], names: list[str] | None) -> list[tuple[str, str, str]]:
+    """Return (kernel, size, tier) of all entries: 16 bits and T's channels first, and forward, which is half of all."""
+    rank = {name: number for number, name in enumerate(FIRST)}
+    ordered = sorted(names or entries, key=lambda name: (rank.get(name, len(rank)), not name.endswith("forward")))
+    keys = [(size, tier) for tier in CHANNELS for size in DTYPES]
+    return [(name, *key) for key in keys for name in ordered if "".join(key) in entries[name]]
 
 
 def main():
@@ -97,7 +128,10 @@ def main():
         "--architectures", type=int, nargs="*", help="such as 90: by the compiler alone, no GPU is used"
     )
     parser.add_argument("--kernels", nargs="*", help="the names in the table to choose for; all are the default")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no other kernel is begun")
+    parser.add_argument("--output", type=Path, default=configurations.FILE, help="default: %(default)s")
     options = parser.parse_args()
+    deadline = time.monotonic() + options.seconds
     table = json.loads(configurations.FILE.read_text())
     measured = options.architectures is None
     if measured:
@@ -106,17 +140,19 @@ def main():
     nearest = {a: str(max((int(k) for k in table if int(k) <= a), default=min(table))) for a in options.architectures}
     for architecture in options.architectures:
         entries = table.setdefault(str(architecture), json.loads(json.dumps(table[nearest[architecture]])))
-        for name in options.kernels or entries:
-            for size, dtype in DTYPES.items():
-                for tier, channels in CHANNELS.items():
-                    device = "cuda" if measured else "meta"
-                    x = torch.empty(1, channels, *SIZE, dtype=dtype, device=device)
-                    configurations.MEANT = architecture
-                    chosen = (quickest if measured else first_that_fits)(name, x, architecture)
-                    print(f"sm_{architecture} {name}, {size}{tier}: {chosen}", flush=True)
-                    if chosen:
-                        entries[name][size + tier] = list(chosen)
-                    configurations.FILE.write_text(json.dumps(table, indent=1) + "\n")
+        configurations.MEANT = architecture
+        for name, size, tier in by_value(entries, options.kernels):
+            if time.monotonic() > deadline:
+                print(f"no time for sm_{architecture} {name}, {size}{tier}")
+                continue
+            x = torch.empty(1, CHANNELS[tier], *SIZE, dtype=DTYPES[size], device="cuda" if measured else "meta")
+            now = Configuration(*entries[name][size + tier])
+            chosen = (quickest if measured else first_that_fits)(name, x, architecture, now)
+            print(f"sm_{architecture} {name}, {size}{tier}: {chosen}, before: {now}", flush=True)
+            if chosen:
+                entries[name][size + tier] = list(chosen)
+            with replacing(options.output) as temporary:
+                temporary.write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":

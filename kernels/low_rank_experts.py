@@ -80,7 +80,8 @@ def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
     rows, square = x.new_empty(sum(ranks), channels), x.new_empty(channels, channels, 1, 1)
     packed = rows, rows[:, 0].contiguous(), rows, rows[:, 0].contiguous(), rows.t().contiguous(), rows[: len(ranks)]
     for top_k in (1, 2):
-        index, weight = (x.new_empty(batch, top_k, dtype=dtype) for dtype in (torch.int64, torch.float32))
+        index = x.new_full((batch, top_k), len(ranks) - 1, dtype=torch.int64)  # the largest expert, which takes longest
+        weight = x.new_ones(batch, top_k, dtype=torch.float32)
         experts = mixture(ranks, index, weight, *packed)
         names = "dweight_a", "dbias_a", "dweight_k", "dbias_k", "dweight_out", "dbias_out"
         gradients = dict(dexpert_weight=weight) | dict(zip(names, packed, strict=True))

@@ -47,6 +47,7 @@ def quicker_interpreter():
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device the tests run on: cpu (default) or cuda")
+    parser.addoption("--part", default="1/1", help="such as 2/4: every fourth of the tests, beginning with the second")
     parser.addoption("--data", default=os.environ.get("SEEMORE_FAST_DATA"), help="folder with test/Set5 and train/")
 
 
@@ -67,6 +68,12 @@ def device(request) -> str:
     if device.startswith("cuda") and not torch.cuda.is_available():
         pytest.exit("--device cuda, but torch finds no CUDA device here", returncode=4)
     return device
+
+
+def pytest_collection_finish(session):
+    """Leave the part of the tests that is asked for, after all other choices."""
+    part, parts = map(int, session.config.getoption("--part").split("/"))
+    session.items[:] = session.items[part - 1 :: parts]
 
 
 @pytest.fixture(scope="session")

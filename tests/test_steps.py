@@ -1,0 +1,140 @@
+"""Steps with limits of time (benchmarks/steps.py): outcomes, logs, who waits for whom, and archives."""
+
+import contextlib
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from seemore_fast.benchmarks import gpu_check, steps
+from seemore_fast.benchmarks.steps import Runner, Step
+
+
+def processes(folder: Path) -> list[str]:
+    """Return the command lines of those that run and name a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # one that has ended meanwhile
+            found.append(path.read_text(errors="replace"))
+    return [command for command in found if str(folder) in command]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Function that runs one step until its outcome is known."""
+
+    def until_it_ends(step: Step, deadline: float | None = None) -> dict:
+        deadline = time.monotonic() + 1000 if deadline is None else deadline
+        (result,) = Runner(tmp_path, tmp_path, deadline, {}, lambda results: None).run([step])
+        return result
+
+    return until_it_ends
+
+
+def python(code, seconds=60, name="a step", **options):
+    return Step(name, [sys.executable, "-u", "-c", code], seconds, **options)
+
+
+def test_a_step_passes_or_fails(run, capfd):
+    done = run(python("print('fine')\nprint('==== 1 passed ====')"))
+    assert done["outcome"] == "passed" and done["last_line"] == "1 passed"
+    assert run(python("print('bad'); raise SystemExit(3)"))["outcome"] == "failed: exit status 3"
+    printed = capfd.readouterr().out
+    assert "fine" in printed and "bad" in printed
+
+
+TESTS = """
+import time
+def test_good(): pass
+def test_bad(): assert 1 + 1 == 3
+def test_long(): time.sleep(1000)
+"""
+
+
+def test_what_takes_too_long_says_first_what_failed(run, tmp_path):
+    (tmp_path / "test_some.py").write_text(TESTS)
+    step = gpu_check.pytest("tests of some", [], "test_some.py", seconds=8)
+    command = [word for word in step.command if word not in ("--device", "cuda")]
+    assert run(step._replace(command=command))["outcome"] == "failed: not done after 8 s"
+    log = (tmp_path / "tests-of-some.log").read_text()
+    assert "test_some.py::test_good PASSED" in log and "test_some.py::test_bad FAILED" in log
+    assert "assert (1 + 1) == 3" in log and "KeyboardInterrupt" in log
+
+
+def test_what_does_not_listen_is_killed_with_all_that_it_started(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "GRACE", 1)
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    child = f"{deaf}; print('started'); time.sleep(1000)  # {tmp_path}"
+    code = f"{deaf}\nimport subprocess, sys\nsubprocess.run([sys.executable, '-u', '-c', {child!r}])"
+    assert run(python(code, seconds=2))["outcome"] == "failed: not done after 2 s"
+    assert not processes(tmp_path)
+
+
+def test_what_cannot_run_says_why(run):
+    done = run(Step("memcheck", "there is no compute-sanitizer", 0))
+    assert done["outcome"] == "skipped: there is no compute-sanitizer" and done["seconds"] == 0
+    assert run(python("1"), time.monotonic())["outcome"] == "failed: no time, 0 s left"
+    optional = python("1", seconds=60, optional=True)
+    assert run(optional, time.monotonic() + 30)["outcome"].startswith("skipped: ")
+
+
+def test_steps_side_by_side_do_not_wait_but_for_whom_they_name(tmp_path):
+    flag, after = tmp_path / "flag", tmp_path / "after"
+    waits = f"import pathlib, time\nwhile not pathlib.Path({str(flag)!r}).exists(): time.sleep(0.1)"
+    beside = [
+        python(f"assert not open({str(after)!r}, 'x').close()", name="comes after", after="waits"),
+        python(f"{waits}\nassert not pathlib.Path({str(after)!r}).exists()", name="waits"),
+        Step("cannot run", "not here", 0),
+        python(f"open({str(flag)!r}, 'w')", name="is waited for", after="fails"),
+        python(
+            "import os; raise SystemExit(os.environ['ONE'] + os.environ['TWO'])", name="fails", environment={"ONE": "1"}
+        ),
+        python("1", name="names one that is not beside it", after="build"),
+    ]
+    saved = []
+    runner = Runner(
+        tmp_path, tmp_path, time.monotonic() + 1000, {"TWO": "2"}, lambda results: saved.append(len(results))
+    )
+    done = {result["step"]: result["outcome"] for result in runner.run(beside)}
+    assert done == {
+        "comes after": "passed",
+        "waits": "passed",
+        "cannot run": "skipped: not here",
+        "is waited for": "passed",
+        "fails": "failed: exit status 1",
+        "names one that is not beside it": "passed",
+    }
+    order = list(done)
+    assert order.index("waits") < order.index("comes after") and order.index("fails") < order.index("is waited for")
+    assert saved[-1] == len(done)
+    assert (tmp_path / "fails.log").read_text() == "12\n"
+
+
+def test_no_more_steps_at_a_time_than_processors(tmp_path):
+    code = f"import os, time; os.mkdir({str(tmp_path / 'one')!r}); time.sleep(0.2); os.rmdir({str(tmp_path / 'one')!r})"
+    runner = Runner(tmp_path, tmp_path, time.monotonic() + 1000, {}, lambda results: None, most=1)
+    assert all(result["outcome"] == "passed" for result in runner.run([python(code, name=str(i)) for i in range(3)]))
+
+
+def test_a_share_of_the_time_leaves_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "GRACE", 0)
+    runner = Runner(tmp_path, tmp_path, time.monotonic() + 100, {}, lambda results: None)
+    (result,) = runner.run([python("1", seconds=60, optional=True)], share=0.5)
+    assert result["outcome"].startswith("skipped: ")
+    (result,) = runner.run([python("1", seconds=60, optional=True)])
+    assert result["outcome"] == "passed"
+
+
+def test_an_archive_is_whole_or_the_one_before_and_lacks_what_is_gone(tmp_path, monkeypatch):
+    target, here = tmp_path / "results.tgz", tmp_path / "here"
+    here.write_text("1")
+    steps.archive(target, tmp_path, [here, tmp_path / "gone"])
+    with tarfile.open(target) as tar:
+        assert tar.getnames() == ["here"]
+    before = target.read_bytes()
+    monkeypatch.setattr(tarfile.TarFile, "add", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        steps.archive(target, tmp_path, [here])
+    assert target.read_bytes() == before
