@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, (kVector > 1 ? kWarps<K> : kUnaligne
       }
       if (conv.activation == Activation::gelu) {
 #pragma unroll
-        for (float& s : result.value) s = gelu(s);
+        for (float& s : result.value) s = gelu_to<T>(s);
       }
       if (conv.gate.data) {
 #pragma unroll
