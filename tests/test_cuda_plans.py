@@ -9,7 +9,7 @@ import torch
 from test_cuda_host import STRIPS, WALKS, available, walk
 from torch import Tensor
 
-from seemore_fast import ops
+from seemore_fast import backends, ops
 
 # What a multiprocessor holds at once, rows that a strip needs on either side, columns shared by two strips.
 KINDS = {"K = 11": (12, 5, 0), "K = 3": (16, 1, 0), "gate": (20, 1, 0), "row, K = 11": (12, 5, 8)}
@@ -99,20 +99,23 @@ def in_rows_of(tensor: Tensor, stride: int) -> Tensor:
     return room[..., : tensor.shape[-1]]
 
 
+def tensors_of(name: str, taps: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[str], dict]:
+    """Return an operator's tensors, the names of those that are images, and its options."""
+    shapes, options = kit.striped_shapes(2, taps), {"activation": "gelu"}
+    images = ["x", "gate"] if name == "striped_conv" else ["x"]
+    if name == "depthwise_gate":
+        images, shapes, options = ["u", "g"], {"weight": (2, 1, 3, 3), "bias": (2,)}, {}
+    elif name == "calibrate":
+        images, shapes, options = ["k"], kit.calibrate_shapes(2), {"recursive": 2}
+    tensors = kit.random_parameters({image: (1, 2, 37, 72) for image in images} | shapes, "cpu")
+    return kit.cast(tensors, dtype), images, options
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name, taps", [*WALKS, ("calibrate", 0)])
 def test_results_do_not_depend_on_the_length_of_vectors(name, taps, dtype):
     """Rows of the same image at multiples of 4, 2 and 1 elements, bit for bit."""
-    shape = (1, 2, 37, 72)
-    images = {"depthwise_gate": ["u", "g"], "calibrate": ["k"]}.get(
-        name, ["x", "gate"] if name == "striped_conv" else ["x"]
-    )
-    shapes, options = kit.striped_shapes(2, taps) if taps else kit.calibrate_shapes(2), {}
-    if name == "depthwise_gate":
-        shapes = {"weight": (2, 1, 3, 3), "bias": (2,)}
-    else:
-        options = {"recursive": 2} if name == "calibrate" else {"activation": "gelu"}
-    tensors = kit.cast(kit.random_parameters({image: shape for image in images} | shapes, "cpu"), dtype)
+    tensors, images, options = tensors_of(name, taps, dtype)
     results = []
     with kit.chosen("cuda_host", "cpu"):
         for stride in (72, 74, 73):
@@ -132,3 +135,37 @@ def test_results_do_not_depend_on_the_gpu(monkeypatch, name, taps):
             results.append(walk(name, STRIPS["some, of quads"], taps, torch.bfloat16))
     for what, first in results[0].items():
         assert all(torch.equal(first, other[what]) for other in results[1:]), what
+
+
+@pytest.mark.parametrize("name, taps", [*WALKS, ("calibrate", 0)])
+def test_kernels_are_given_rows(monkeypatch, name, taps):
+    """Of channels_last images copies, and results are as for the same images in rows, where they belong."""
+    tensors, images, options = tensors_of(name, taps, torch.float32)
+    laid = {n: t.to(memory_format=torch.channels_last) if n in images else t for n, t in tensors.items()}
+    given = []
+    functions = backends._functions
+
+    class Watched:
+        def __init__(self, backend, operator):
+            self.library = functions(backend, operator)
+
+        def __getattr__(self, part):
+            operator = getattr(self.library, part)
+
+            def watched(*arguments):
+                given.extend(
+                    a.stride(-1) for a in arguments if isinstance(a, Tensor) and a.dim() == 4 and a.shape[3] > 1
+                )
+                return operator(*arguments)
+
+            watched.default = operator.default
+            return watched
+
+    with kit.chosen("cuda_host", "cpu"):
+        expected = kit.value_and_gradients(getattr(ops, name), tensors, **options)
+        monkeypatch.setattr(backends, "_functions", Watched)
+        found = kit.value_and_gradients(getattr(ops, name), laid, **options)
+    assert given
+    assert set(given) == {1}
+    for what, value in expected.items():
+        assert torch.equal(found[what], value), what
