@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import native, preferences
+from . import native, preferences, row_major
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ALL = (torch.float64, *FLOATS)
@@ -220,7 +220,9 @@ def kernel_for(operator: str, x: Tensor, size: int = 1, part: str = "") -> Calla
     """
     serving = _by_preference(operator, x, [kernel.backend for kernel in _serving(operator, x, size)])
     backend = _chosen if _chosen in serving else serving[0]
-    return getattr(_functions(backend, operator), operator + part)
+    function = getattr(_functions(backend, operator), operator + part)
+    is_strided = backend.startswith("cuda") and operator in row_major.OPERATORS and not row_major.in_rows(x)
+    return row_major.by_rows(function) if is_strided else function
 
 
 def _functions(backend: str, operator: str):

@@ -24,16 +24,17 @@ FIGURES = {
 }
 WITHOUT = {"shared"}  # not printed where it is 0
 
-# How many warps of these a multiprocessor is to hold at least, of two in a block: what hides the time of reading.
+# How many warps of these a multiprocessor is to hold at least, of two in a block: what hides the time of reading. The
+# last number of their names says how many neighbours they read at once.
 WARPS = {
-    r"striped_conv_walk_forward.*Li11ELb1": 12,
-    r"striped_conv_walk_forward.*Li3ELb1": 16,
-    r"striped_conv_walk_backward_\w+Li(3|7|11)ELb1": 12,
-    r"striped_conv_walk_backward_row.*Li3ELb1": 16,
-    r"striped_conv_walk_\w+Lb0": 8,
-    r"depthwise_gate_forward\w+Lb1": 20,
-    r"depthwise_gate_\w+Lb1": 12,
-    r"depthwise_gate_\w+Lb0": 8,
+    r"striped_conv_walk_forward.*Li11ELi[24]E": 12,
+    r"striped_conv_walk_forward.*Li3ELi[24]E": 16,
+    r"striped_conv_walk_backward_\w+Li(3|7|11)ELi[24]E": 12,
+    r"striped_conv_walk_backward_row.*Li3ELi[24]E": 16,
+    r"striped_conv_walk_\w+ELi1EE": 8,
+    r"depthwise_gate_forward\w+Li[24]E": 20,
+    r"depthwise_gate_\w+Li[24]E": 12,
+    r"depthwise_gate_\w+Li1E": 8,
 }
 BLOCK_WARPS = 2
 SHARED = {75: 64, 80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # KB of a multiprocessor
@@ -42,15 +43,20 @@ BLOCKS = {75: 16, 80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}  # on a mult
 
 def resources(source: Path, architecture: int, *flags: str) -> dict[str, dict[str, int]]:
     """Compile with nvcc and return what ptxas tells of each kernel."""
+    return figures(compile_with_nvcc(source, architecture, os.devnull, *flags), architecture)
+
+
+def compile_with_nvcc(source: Path, architecture: int, cubin: str | Path, *flags: str) -> str:
+    """Return what ptxas tells."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     nvcc = shutil.which("nvcc", path=os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ["PATH"]]))
     if nvcc is None:
         pytest.skip("no nvcc on PATH or in CUDA_HOME")
     command = [nvcc, "-cubin", f"-arch=sm_{architecture}", "-std=c++17", "-O3", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
-    command += ["-Xptxas", "-v", "-Werror", "all-warnings", *flags, "-o", os.devnull, str(source)]
+    command += ["-Xptxas", "-v", "-Werror", "all-warnings", *flags, "-o", str(cubin), str(source)]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    return figures(finished.stderr, architecture)
+    return finished.stderr
 
 
 compiled = functools.cache(resources)

@@ -311,7 +311,12 @@ def test_striped_conv_under_address_sanitizer(short):
 
 # The operators that walk over images (csrc/cuda/walk.h). Values and gradients: their own tests, backend cuda_host.
 
-STRIPS = {"one, of pixels": (2, 2, 5, 7), "some, of quads": (1, 1, 45, 132), "some, of pixels": (1, 1, 45, 70)}
+STRIPS = {
+    "one, of pixels": (2, 2, 5, 7),
+    "some, of quads": (1, 1, 45, 132),
+    "some, of pairs": (1, 1, 45, 70),
+    "some, of pixels": (1, 1, 45, 69),
+}
 
 
 def walk(name: str, shape: tuple[int, ...], taps: int, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -26,8 +26,9 @@ namespace {
 
 using namespace calibrating;
 
-template <typename T, int kLevels, bool kPacked, typename A = Accumulation<T>>
-__global__ void __launch_bounds__(Items::kMost)
+// Blocks on a multiprocessor are given so that ptxas has registers for all loads at once.
+template <typename T, int kLevels, int kVector, typename A = Accumulation<T>>
+__global__ void __launch_bounds__(Items::kMost, 5)
     calibrate_aggregate(Calibrate inputs, Items items, Map<A> one, Map<A> two, A* activated) {
   const Plane plane(blockIdx.x / items.blocks, inputs.size.channels);
   const int item = blockIdx.x % items.blocks * items.threads + threadIdx.x;
@@ -43,12 +44,12 @@ __global__ void __launch_bounds__(Items::kMost)
     const T* const k = plane.of<const T>(inputs.k) + strip * 16 * inputs.k.row + column * 4 * inputs.k.column;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      if (kLevels == 1 && strip * 4 + r >= one.height) continue;
+      const int there = kLevels == 2 || strip * 4 + r < one.height ? 4 : 0;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const auto seen = load<kPacked, 4>(k + (4 * r + i) * inputs.k.row, inputs.k.column, 4);
+        const auto seen = widen(load<kVector, 4>(k + (4 * r + i) * inputs.k.row, inputs.k.column, there));
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sums[r] += weight[4 * i + j] * widen(seen.value[j]);
+        for (int j = 0; j < 4; ++j) sums[r] += weight[4 * i + j] * seen.value[j];
       }
       sums[r] += bias;
     }
@@ -142,7 +143,6 @@ __device__ void stretch(A (&stretched)[V], const A* row, const Axis<A>& columns,
 template <typename T, int V, typename A = Accumulation<T>>
 __global__ void __launch_bounds__(Items::kMost)
     calibrate_add_stretched(Calibrate inputs, Items items, Map<const A> map, Axis<A> rows, Axis<A> columns, Image y) {
-  constexpr bool kPacked = V > 1;
   const Plane plane(blockIdx.x / items.blocks, inputs.size.channels);
   const int item = blockIdx.x % items.blocks * items.threads + threadIdx.x;
   const int first = item / items.across * kStretchedRows, column = item % items.across * V;
@@ -150,10 +150,10 @@ __global__ void __launch_bounds__(Items::kMost)
   const int there = columns.pixels - column;
   const T* const from = plane.of<const T>(inputs.k) + first * inputs.k.row + column * inputs.k.column;
   T* const to = plane.of<T>(y) + first * y.row + column * y.column;
-  Pack<T, V> seen[kStretchedRows];
+  Words<T, V> seen[kStretchedRows];
 #pragma unroll
   for (int i = 0; i < kStretchedRows; ++i) {
-    seen[i] = load<kPacked, V>(from + i * inputs.k.row, inputs.k.column, first + i < rows.pixels ? there : 0);
+    seen[i] = load<V, V>(from + i * inputs.k.row, inputs.k.column, first + i < rows.pixels ? there : 0);
   }
   const A* const small = map.of(plane);
   int above = rows.before(rows.position(first));
@@ -168,16 +168,17 @@ __global__ void __launch_bounds__(Items::kMost)
     const A position = rows.position(first + i);
     const int now = rows.before(position);
     const A share = position - static_cast<A>(now);
+    Pack<A, V> result = widen(seen[i]);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       if (now != above) {
         top[v] = bottom[v];
         bottom[v] = next[v];
       }
-      seen[i].value[v] = narrow<T>(widen(seen[i].value[v]) + ((1 - share) * top[v] + share * bottom[v]));
+      result.value[v] += (1 - share) * top[v] + share * bottom[v];
     }
     above = now;
-    store<kPacked>(to + i * y.row, y.column, there, seen[i]);
+    store<V>(to + i * y.row, y.column, there, narrow<T>(result));
   }
 }
 
@@ -191,13 +192,12 @@ void forward(const Calibrate& inputs, const Image& y, void* maps, void* small, v
   const auto one = level_of<A>(inputs, maps, 1), two = level_of<A>(inputs, maps, std::min<int64_t>(recursive, 2));
   const auto activated = level_of<A>(inputs, maps, recursive + 1);
   const Items strips(one.width, ceil_div(one.height, 4), 1);
-  with_packs(are_packed<T>({inputs.k}, 4), [&](auto packed) {
-    constexpr bool kPacked = decltype(packed)::value;
+  with_vector(vector_of({inputs.k}, 4, sizeof(T)), [&](auto vector) {
     if (recursive == 1) {
-      LAUNCH((calibrate_aggregate<T, 1, kPacked>), grid(strips), strips.threads, 0, stream, inputs, strips, one, two,
+      LAUNCH((calibrate_aggregate<T, 1, vector>), grid(strips), strips.threads, 0, stream, inputs, strips, one, two,
              activated.data);
     } else {
-      LAUNCH((calibrate_aggregate<T, 2, kPacked>), grid(strips), strips.threads, 0, stream, inputs, strips, one, two,
+      LAUNCH((calibrate_aggregate<T, 2, vector>), grid(strips), strips.threads, 0, stream, inputs, strips, one, two,
              recursive == 2 ? activated.data : nullptr);
     }
   });
@@ -215,8 +215,9 @@ void forward(const Calibrate& inputs, const Image& y, void* maps, void* small, v
 
   const Map<const A> mixed{static_cast<const A*>(small), last.batch, last.height, last.width};
   const Axis<A> rows(size.height, mixed.height), columns(size.width, mixed.width);
-  with_packs(are_packed<T>({inputs.k, y}, kStretchedColumns<T>), [&](auto packed) {
-    constexpr int V = decltype(packed)::value ? kStretchedColumns<T> : 1;
+  constexpr int kMost = kStretchedColumns<T>;
+  with_vector<kMost>(vector_of({inputs.k, y}, size.width, sizeof(T), kMost), [&](auto vector) {
+    constexpr int V = vector;
     const Items pieces(ceil_div(size.width, V), ceil_div(size.height, kStretchedRows), 1);
     LAUNCH((calibrate_add_stretched<T, V>), grid(pieces), pieces.threads, 0, stream, inputs, pieces, mixed, rows,
            columns, y);

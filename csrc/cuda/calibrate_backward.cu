@@ -63,10 +63,15 @@ __device__ A sum_between(const A* values, int first, int last, int from, int to)
   return sum;
 }
 
+// Rows that a thread asks for before it works on as many.
+template <typename T>
+constexpr int kGatheredRows = sizeof(T) == 8 ? 2 : 4;
+
+// Blocks on a multiprocessor are given so that ptxas has registers for a round of loads beside the one before.
 template <typename T, int V, typename A = Accumulation<T>>
-__global__ void __launch_bounds__(Bands::kMost) calibrate_gather(Calibrate inputs, Bands bands, Image dy, Axis<A> rows,
-                                                                 Axis<A> columns, Map<A> below, Map<A> above) {
-  constexpr bool kPacked = V > 1;
+__global__ void __launch_bounds__(Bands::kMost, 2)
+    calibrate_gather(Calibrate inputs, Bands bands, Image dy, Axis<A> rows, Axis<A> columns, Map<A> below,
+                     Map<A> above) {
   DYNAMIC_SHARED(A, shared);  // for each band its columns' sums: below, for the left and right pixel; above, likewise
   const int pitch = bands.pitch(V), width = bands.across * V;
   int* const starts = reinterpret_cast<int*>(shared + 4 * bands.down * pitch);  // from the column before the first on
@@ -85,15 +90,31 @@ __global__ void __launch_bounds__(Bands::kMost) calibrate_gather(Calibrate input
   for (int from = starts[0] / V * V; from < starts[count + 1]; from += width) {
     const int column = from + threadIdx.x * V;
     A lower[V] = {}, upper[V] = {};
-    const T* const seen = plane.of<const T>(dy) + column * dy.column;
-#pragma unroll 4
-    for (int row = first_row; row < last_row; ++row) {
-      const A share = rows.position(row) - static_cast<A>(band);
-      const auto gradient = load<kPacked, V>(seen + row * dy.row, dy.column, columns.pixels - column);
+    const T* seen = plane.of<const T>(dy) + first_row * dy.row + column * dy.column;
+    Words<T, V> next[kGatheredRows<T>];
+    const auto take = [&](int row) {
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        lower[v] += (1 - share) * widen(gradient.value[v]);
-        upper[v] += share * widen(gradient.value[v]);
+      for (int i = 0; i < kGatheredRows<T>; ++i) {
+        next[i] = load<V, V>(seen, dy.column, row + i < last_row ? columns.pixels - column : 0);
+        seen += dy.row;
+      }
+    };
+    take(first_row);
+#pragma unroll 1
+    for (int row = first_row; row < last_row; row += kGatheredRows<T>) {
+      Words<T, V> now[kGatheredRows<T>];
+#pragma unroll
+      for (int i = 0; i < kGatheredRows<T>; ++i) now[i] = next[i];
+      take(row + kGatheredRows<T>);
+#pragma unroll
+      for (int i = 0; i < kGatheredRows<T>; ++i) {
+        const A share = rows.position(row + i) - static_cast<A>(band);
+        const auto gradient = widen(now[i]);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          lower[v] += (1 - share) * gradient.value[v];
+          upper[v] += share * gradient.value[v];
+        }
       }
     }
     A* const mine = shared + 4 * threadIdx.y * pitch;
@@ -257,8 +278,8 @@ void backward(const Calibrate& inputs, const CalibrateGradients& gradients, void
 
   const Axis<A> rows(size.height, last.height), columns(size.width, last.width);
   constexpr int kMost = 16 / sizeof(T);
-  with_packs(are_packed<T>({gradients.dy}, kMost), [&](auto packed) {
-    constexpr int V = decltype(packed)::value ? kMost : 1;
+  with_vector<kMost>(vector_of({gradients.dy}, size.width, sizeof(T), kMost), [&](auto vector) {
+    constexpr int V = vector;
     const Bands bands(size.width, last.height, last.width, V);
     const auto grid = grid_of(size.batch * size.channels * bands.blocks, "calibrate_backward");
     LAUNCH((calibrate_gather<T, V>), grid, dim3(bands.across, bands.down), bands.shared_bytes(V, sizeof(A)), stream,

@@ -3,58 +3,14 @@
 #pragma once
 
 #include <algorithm>
-#include <initializer_list>
 
+#include "access.h"
 #include "calibrate.h"
-#include "types.h"
 
 namespace calibrating {
 
 using seemore::Calibrate;
 using seemore::Image;
-
-// Neighbours in memory, loaded and stored at once if they are aligned.
-template <typename T, int V>
-struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Pack {
-  T value[V];
-};
-
-// Of V pixels of a row those that are `there`; the others are 0.
-template <bool kPacked, int V, typename T>
-__device__ Pack<T, V> load(const T* from, int64_t step, int there) {
-  if (kPacked && there >= V) return *reinterpret_cast<const Pack<T, V>*>(from);
-  Pack<T, V> pack;
-#pragma unroll
-  for (int v = 0; v < V; ++v) pack.value[v] = v < there ? from[v * step] : narrow<T>(0);
-  return pack;
-}
-
-template <bool kPacked, int V, typename T>
-__device__ void store(T* to, int64_t step, int there, const Pack<T, V>& pack) {
-  if (kPacked && there >= V) {
-    *reinterpret_cast<Pack<T, V>*>(to) = pack;
-    return;
-  }
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    if (v < there) to[v * step] = pack.value[v];
-  }
-}
-
-// Whether packs of `count` pixels, from each multiple of `count` on, are aligned in all of the images.
-template <typename T>
-bool are_packed(std::initializer_list<Image> images, int count) {
-  return std::all_of(images.begin(), images.end(), [count](const Image& image) {
-    return image.column == 1 && (image.batch | image.channel | image.row) % count == 0 &&
-           reinterpret_cast<uintptr_t>(image.data) % std::min<size_t>(count * sizeof(T), 16) == 0;
-  });
-}
-
-// function(a bool_constant): kPacked
-template <typename Function>
-void with_packs(bool are_packed, Function function) {
-  are_packed ? function(std::true_type()) : function(std::false_type());
-}
 
 // One of the `planes` of images and channels.
 struct Plane {

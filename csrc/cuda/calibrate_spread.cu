@@ -13,7 +13,7 @@ namespace {
 using namespace calibrating;
 using seemore::CalibrateGradients;
 
-constexpr int kPatchRows = 4, kMostEach = 8;
+constexpr int kPatchRows = 4, kMostEach = 16;
 
 // Adds up a block's sums for weight_agg's 16 taps, of which lanes l and l + 16 have number l's, and for bias_agg.
 template <typename A>
@@ -69,50 +69,53 @@ __global__ void __launch_bounds__(kPatchRows* kWarp)
 }
 
 // What a thread of spread works on: 4 x 4 pixels that an element of the first aggregation sees, or would see.
-template <typename T, bool kPacked>
+template <typename T, int kVector>
 struct Patch {
   int row, column;  // of the first aggregation
   bool is_seen;     // is there that element?
-  Pack<T, 4> dy[4], k[4];
+  Words<T, 4> dy[4], k[4];
 
   // What is not in the image, and k that is not seen, are 0.
   __device__ Patch(const Calibrate& inputs, const Items& items, const Image& dy_image, const Plane& plane, int item,
                    int height, int width)
       : row(item / items.across * 4 + threadIdx.y), column(item % items.across) {
     is_seen = row < height && column < width;
+    const T *const dy_from = from<const T>(dy_image, plane), *const k_from = from<const T>(inputs.k, plane);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      dy[i] = load<kPacked, 4>(at<const T>(dy_image, plane, i), dy_image.column, there(inputs, i));
-      k[i] = load<kPacked, 4>(at<const T>(inputs.k, plane, i), inputs.k.column, is_seen ? 4 : 0);
+      dy[i] = load<kVector, 4>(dy_from + i * dy_image.row, dy_image.column, there(inputs, i));
+      k[i] = load<kVector, 4>(k_from + i * inputs.k.row, inputs.k.column, is_seen ? 4 : 0);
     }
   }
 
+  // Where the image has the patch's first pixel.
   template <typename Element>
-  __device__ Element* at(const Image& image, const Plane& plane, int i) const {
-    return plane.of<Element>(image) + (row * int64_t(4) + i) * image.row + column * int64_t(4) * image.column;
+  __device__ Element* from(const Image& image, const Plane& plane) const {
+    return plane.of<Element>(image) + row * int64_t(4) * image.row + column * int64_t(4) * image.column;
   }
 
+  // Pixels from the patch's first column on.
   __device__ int there(const Calibrate& inputs, int i) const {
     return row * int64_t(4) + i < inputs.size.height ? static_cast<int>(inputs.size.width) - column * 4 : 0;
   }
 };
 
 // Blocks of spread on a multiprocessor, at least: as many as no kernel spills for.
-template <typename T, bool kPacked>
+template <typename T, int kVector>
 constexpr int kBlocks = sizeof(T) == 8 ? 2
-                        : kPacked      ? 4
+                        : kVector > 1  ? 4
                                        : 3;
 
 // A warp is one of the 4 rows of the first aggregation that an element of the second sees: a thread is one of its taps.
-template <typename T, int kLevels, bool kPacked, typename A = Accumulation<T>>
-__global__ void __launch_bounds__(kPatchRows* kWarp, kBlocks<T, kPacked>)
+template <typename T, int kLevels, int kVector, typename A = Accumulation<T>>
+__global__ void __launch_bounds__(kPatchRows* kWarp, kBlocks<T, kVector>)
     calibrate_spread(Calibrate inputs, Items items, Map<const A> one, Level<A> level, Image dy, Image dk, A* partial) {
   __shared__ A seconds[kMostEach * kWarp / 4];  // the second aggregation's gradient
   const Plane plane(blockIdx.x / items.blocks, inputs.size.channels);
   const int block = static_cast<int>(blockIdx.x % items.blocks), first = block * items.each * kWarp;
   const int thread = threadIdx.y * kWarp + threadIdx.x;
   const auto patch_of = [&](int n) {
-    return Patch<T, kPacked>(inputs, items, dy, plane, first + n * kWarp + threadIdx.x, one.height, one.width);
+    return Patch<T, kVector>(inputs, items, dy, plane, first + n * kWarp + threadIdx.x, one.height, one.width);
   };
   constexpr bool kAhead = sizeof(T) < 8;  // of float64 there are registers for one patch only
   auto next = patch_of(0);
@@ -134,7 +137,7 @@ __global__ void __launch_bounds__(kPatchRows* kWarp, kBlocks<T, kPacked>)
   }
 #pragma unroll 1
   for (int n = 0; n < items.each; ++n) {
-    auto patch = next;
+    const auto patch = next;
     if (kAhead && n + 1 < items.each) next = patch_of(n + 1);
     A gradient = 0;
     if (patch.is_seen && kLevels == 1) gradient = level.template at<T>(inputs, plane, patch.row, patch.column);
@@ -145,14 +148,17 @@ __global__ void __launch_bounds__(kPatchRows* kWarp, kBlocks<T, kPacked>)
       second_sum += second * gelu(s);
     }
     bias_sum += gradient;
+    T* const dk_to = patch.template from<T>(dk, plane);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      const auto k = widen(patch.k[i]);
+      auto result = widen(patch.dy[i]);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        sums[4 * i + j] += gradient * widen(patch.k[i].value[j]);
-        patch.dy[i].value[j] = narrow<T>(widen(patch.dy[i].value[j]) + weight[4 * i + j] * gradient);
+        sums[4 * i + j] += gradient * k.value[j];
+        result.value[j] += weight[4 * i + j] * gradient;
       }
-      store<kPacked>(patch.template at<T>(dk, plane, i), dk.column, patch.there(inputs, i), patch.dy[i]);
+      store<kVector>(dk_to + i * dk.row, dk.column, patch.there(inputs, i), narrow<T>(result));
     }
     if (!kAhead && n + 1 < items.each) next = patch_of(n + 1);
   }
@@ -167,10 +173,18 @@ __global__ void __launch_bounds__(kPatchRows* kWarp, kBlocks<T, kPacked>)
 
 constexpr int64_t kAtOnce = 132 * 4;  // blocks that an H200 runs at once
 
+// As many patches for a thread as take the least time, counted in patches: blocks take turns, and each of them has some
+// work besides its patches. It depends on the size alone, so that sums do not depend on the GPU.
 Items patches_of(const Calibrate& inputs) {
+  constexpr int64_t kBesides = 2;
   const int64_t across = ceil_div(inputs.size.width, 16) * 4, down = ceil_div(inputs.size.height, 16);
-  const int64_t warps = ceil_div(across * down, kWarp) * inputs.size.batch * inputs.size.channels;
-  return {across, down, static_cast<int>(std::clamp<int64_t>(warps / kAtOnce, 1, kMostEach)), kWarp};
+  const int64_t warps = ceil_div(across * down, kWarp), planes = inputs.size.batch * inputs.size.channels;
+  const auto time = [&](int64_t each) { return ceil_div(ceil_div(warps, each) * planes, kAtOnce) * (each + kBesides); };
+  int64_t best = 1;
+  for (int64_t each = 2; each <= std::min<int64_t>(warps, kMostEach); ++each) {
+    if (time(each) < time(best)) best = each;
+  }
+  return {across, down, static_cast<int>(best), kWarp};
 }
 
 template <typename T>
@@ -195,13 +209,13 @@ void backward(const Calibrate& inputs, const CalibrateGradients& gradients, cons
   }
 
   const auto grid = grid_of(planes * items.blocks, "calibrate_backward");
-  with_packs(are_packed<T>({inputs.k, gradients.dy, gradients.dk}, 4), [&](auto packed) {
-    constexpr bool kPacked = decltype(packed)::value;
+  const int vector_size = vector_of({inputs.k, gradients.dy, gradients.dk}, inputs.size.width, sizeof(T));
+  with_vector(vector_size, [&](auto vector) {
     if (recursive == 1) {
-      LAUNCH((calibrate_spread<T, 1, kPacked>), grid, block, 0, stream, inputs, items, level(1), from, gradients.dy,
+      LAUNCH((calibrate_spread<T, 1, vector>), grid, block, 0, stream, inputs, items, level(1), from, gradients.dy,
              gradients.dk, partial);
     } else {
-      LAUNCH((calibrate_spread<T, 2, kPacked>), grid, block, 0, stream, inputs, items, level(1), from, gradients.dy,
+      LAUNCH((calibrate_spread<T, 2, vector>), grid, block, 0, stream, inputs, items, level(1), from, gradients.dy,
              gradients.dk, partial);
     }
   });

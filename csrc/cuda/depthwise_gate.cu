@@ -79,8 +79,8 @@ __device__ Quad<float> next_row_transposed(float (&partial)[2][kQuad], const Ste
   return dg;
 }
 
-template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kThreads, (kAligned ? kForwardWarps : kUnalignedForwardWarps) / kBlockWarps)
+template <typename T, int kVector>
+__global__ void __launch_bounds__(kThreads, (kVector > 1 ? kForwardWarps : kUnalignedForwardWarps) / kBlockWarps)
     depthwise_gate_forward(DepthwiseGate inputs, Image y_image, Walk walk) {
   constexpr int kRows = 4;
   __shared__ Stage<kRows, 1> stages[kBlockWarps];
@@ -89,9 +89,9 @@ __global__ void __launch_bounds__(kThreads, (kAligned ? kForwardWarps : kUnalign
   const int place = Stage<kRows, 1>::place(strip, walk.lanes);
   const Stencil<T> stencil(inputs, strip.channel);
   const int first = strip.row - walk.lead, steps = walk.lead + walk.rows + 1;
-  Feed<T, kAligned, kRows, 1> g(inputs.g, strip, walk, first, 1);
-  Cursor<const T, kAligned> u(inputs.u, strip, first - 1);
-  Cursor<T, kAligned> y(y_image, strip, first - 1);
+  Feed<T, kVector, kRows, 1> g(inputs.g, strip, walk, first, 1);
+  Cursor<const T, kVector> u(inputs.u, strip, first - 1);
+  Cursor<T, kVector> y(y_image, strip, first - 1);
   float partial[2][kQuad];
   start(partial, stencil);
   g.take();
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, (kAligned ? kForwardWarps : kUnalign
     g.put(stage, half);
     __syncwarp();
     g.take();
-    Quad<T> us[kRows];
+    Words<T, kQuad> us[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) us[r] = u.take(strip.has(first + step + r - 1));
 #pragma unroll
@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(kThreads, (kAligned ? kForwardWarps : kUnalign
   }
 }
 
-template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kThreads, (kAligned ? kBackwardWarps : kUnalignedBackwardWarps) / kBlockWarps)
+template <typename T, int kVector>
+__global__ void __launch_bounds__(kThreads, (kVector > 1 ? kBackwardWarps : kUnalignedBackwardWarps) / kBlockWarps)
     depthwise_gate_backward(DepthwiseGate inputs, DepthwiseGateGradients gradients, Walk walk) {
   constexpr int kRows = 2;
   __shared__ Stage<kRows, 1> g_stages[kBlockWarps], dc_stages[kBlockWarps];
@@ -120,9 +120,9 @@ __global__ void __launch_bounds__(kThreads, (kAligned ? kBackwardWarps : kUnalig
   const int place = Stage<kRows, 1>::place(strip, walk.lanes);
   const Stencil<T> stencil(inputs, strip.channel);
   const int first = strip.row - walk.lead, steps = walk.lead + walk.rows + 1;
-  Feed<T, kAligned, kRows, 1> g(inputs.g, strip, walk, first, 1), u(inputs.u, strip, walk, first, 1);
-  Feed<T, kAligned, kRows, 1> dy(gradients.dy, strip, walk, first, 1);
-  Cursor<T, kAligned> du(gradients.du, strip, first - 1), dg(gradients.dg, strip, first - 1);
+  Feed<T, kVector, kRows, 1> g(inputs.g, strip, walk, first, 1), u(inputs.u, strip, walk, first, 1);
+  Feed<T, kVector, kRows, 1> dy(gradients.dy, strip, walk, first, 1);
+  Cursor<T, kVector> du(gradients.du, strip, first - 1), dg(gradients.dg, strip, first - 1);
   float s_partial[2][kQuad], dg_partial[2][kQuad] = {}, sums[3][3] = {}, bias_sum = 0;
   start(s_partial, stencil);
   Quad<float> last_dy = {}, last_dc = {};  // of the row above
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, (kAligned ? kBackwardWarps : kUnalig
     g.put(g_stage, half);
     dy.put_product(u, dc_stage, half);
     __syncwarp();
-    Quad<T> dys[kRows];
+    Words<T, kQuad> dys[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) dys[r] = dy.rows[r];
     g.take(), u.take(), dy.take();
@@ -174,12 +174,12 @@ __global__ void __launch_bounds__(kThreads, (kAligned ? kBackwardWarps : kUnalig
 namespace seemore {
 
 void depthwise_gate(const DepthwiseGate& inputs, const Image& y, void* stream) {
-  const Walk walk = walk_over(inputs.size, kForwardWarps, 1);
+  const Walk walk = walk_over(inputs.size, kForwardWarps, 1, 0, multiprocessors());
   if (walk.strips == 0) return;
   with_narrow_type(inputs.dtype, [&](auto zero) {
     using T = decltype(zero);
-    with_alignment(are_aligned({inputs.u, inputs.g, y}, inputs.size.width, sizeof(T)), [&](auto aligned) {
-      LAUNCH((depthwise_gate_forward<T, aligned>), walk.grid("depthwise_gate"), kBlock, 0, stream, inputs, y, walk);
+    with_vector(vector_of({inputs.u, inputs.g, y}, inputs.size.width, sizeof(T)), [&](auto vector) {
+      LAUNCH((depthwise_gate_forward<T, vector>), walk.grid("depthwise_gate"), kBlock, 0, stream, inputs, y, walk);
     });
   });
 }
@@ -194,8 +194,8 @@ void depthwise_gate_backward(const DepthwiseGate& inputs, const DepthwiseGateGra
   const auto images = {inputs.u, inputs.g, gradients.dy, gradients.du, gradients.dg};
   with_narrow_type(inputs.dtype, [&](auto zero) {
     using T = decltype(zero);
-    with_alignment(are_aligned(images, inputs.size.width, sizeof(T)), [&](auto aligned) {
-      LAUNCH((::depthwise_gate_backward<T, aligned>), walk.grid("depthwise_gate_backward"), kBlock, 0, stream, inputs,
+    with_vector(vector_of(images, inputs.size.width, sizeof(T)), [&](auto vector) {
+      LAUNCH((::depthwise_gate_backward<T, vector>), walk.grid("depthwise_gate_backward"), kBlock, 0, stream, inputs,
              gradients, walk);
     });
   });

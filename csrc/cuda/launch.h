@@ -2,6 +2,7 @@
 // a host compiler finds its own LAUNCH and DYNAMIC_SHARED, threads, barriers and shuffles in tests/cuda_host.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -14,6 +15,21 @@
 inline void check_launch(const char* kernel) {
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
+}
+
+// Of the current device, which is asked once. Legal during a capture.
+inline int multiprocessors() {
+  constexpr int kMostDevices = 64;
+  static std::atomic<int> known[kMostDevices];
+  int device = 0, count = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess && device < kMostDevices) count = known[device];
+  if (error == cudaSuccess && count == 0) {
+    error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess && device < kMostDevices) known[device] = count;
+  }
+  if (error != cudaSuccess) throw std::runtime_error(std::string("multiprocessors: ") + cudaGetErrorString(error));
+  return count;
 }
 
 // A kernel with commas in its name goes in parentheses.

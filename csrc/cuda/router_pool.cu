@@ -7,9 +7,8 @@
 #include <algorithm>
 #include <numeric>
 
-#include "launch.h"
+#include "access.h"
 #include "router.h"
-#include "types.h"
 
 namespace {
 
@@ -26,11 +25,6 @@ constexpr int64_t kPlaneBlocks = 132 * kBlocks, kImageBlocks = 132 * 3;
 
 template <typename T>
 constexpr int kLanes = 16 / sizeof(T);
-
-template <typename T>
-struct alignas(16) Vector {
-  T lane[kLanes<T>];
-};
 
 // How blocks share images out. A run's elements are in lines of equal length.
 struct Runs {
@@ -138,17 +132,16 @@ __global__ void __launch_bounds__(kThreads, kWhole ? kBlocks : 3) pool_kernel(Ru
   const int64_t step = runs.threads;
 #pragma unroll 1
   for (int64_t vector = part.first; vector < part.whole; vector += kAtATime * step) {
-    const auto* const from = reinterpret_cast<const uint4*>(part.data) + vector;
-    uint4 loaded[kAtATime];
+    Words<T, kCount> loaded[kAtATime] = {};  // zeros change no sum
 #pragma unroll
     for (int n = 0; n < kAtATime; ++n) {
-      loaded[n] = vector + n * step < part.whole ? from[n * step] : uint4{};  // zeros change no sum
+      if (vector + n * step < part.whole) loaded[n] = load_words<kCount>(part.data + (vector + n * step) * kCount);
     }
 #pragma unroll
     for (int n = 0; n < kAtATime; ++n) {
-      const auto& values = reinterpret_cast<const Vector<T>&>(loaded[n]);
+      const auto values = widen(loaded[n]);
 #pragma unroll
-      for (int lane = 0; lane < kCount; ++lane) sum[lane] += widen(values.lane[lane]);
+      for (int lane = 0; lane < kCount; ++lane) sum[lane] += values.value[lane];
     }
   }
   part.one_by_one([&](int lane, T value) { sum[lane] += widen(value); });
@@ -184,16 +177,16 @@ __global__ void __launch_bounds__(kThreads, 3) spread_kernel(Runs runs, Pooled d
   const Part<T, kWhole> part(runs, da);
   const A* const from = static_cast<const A*>(dmean) + part.image * da.size.channels + part.channel;
   const A pixels = static_cast<A>(da.size.height * da.size.width);
-  Vector<T> value;
+  Pack<T, kCount> value;
 #pragma unroll
   for (int lane = 0; lane < kCount; ++lane) {
     const unsigned channel = (threadIdx.x * kCount + lane) % static_cast<unsigned>(runs.channels);
-    value.lane[lane] = narrow<T>(from[channel] / pixels);
+    value.value[lane] = narrow<T>(from[channel] / pixels);
   }
   for (int64_t vector = part.first; vector < part.whole; vector += runs.threads) {
-    reinterpret_cast<uint4*>(part.data)[vector] = reinterpret_cast<const uint4&>(value);
+    store_words(part.data + vector * kCount, Words<T, kCount>(value));
   }
-  part.one_by_one([&](int lane, T& element) { element = value.lane[lane]; });
+  part.one_by_one([&](int lane, T& element) { element = value.value[lane]; });
 }
 
 }  // namespace

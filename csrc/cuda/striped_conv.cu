@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks) striped_conv_forward(St
   for_each(kTileHeight, kTileWidth, [&](int i, int j) {
     if (!tile.has(i, j)) return;
     const A s = weighted(shared + taps, taps, r + i * kTileWidth + j, kTileWidth) + bias;
-    const A activated = activate(s, conv.activation);
+    const A activated = activate<T>(s, conv.activation);
     y.at(i, j) = static_cast<T>(conv.gate.data ? activated * gate(i, j) : activated);
   });
 }
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks)
       const A s = weighted(shared + taps, taps, r + i * kTileWidth + j, kTileWidth) + bias;
       gradient = dy(i, j);
       if (conv.gate.data) {
-        dgate.at(i, j) = static_cast<T>(gradient * activate(s, conv.activation));
+        dgate.at(i, j) = static_cast<T>(gradient * activate<T>(s, conv.activation));
         gradient *= gate(i, j);
       }
       gradient *= activation_slope(s, conv.activation);

@@ -46,16 +46,12 @@ __device__ void store_sums(const Parts& parts, float (&sums)[K + 1], const Strip
 }
 
 template <int K>
-constexpr int kColumnWarps = K == 3   ? 16
-                             : K == 7 ? 12
-                                      : 11;
-template <int K>
-constexpr int kRowWarps = K == 3   ? 20
-                          : K == 7 ? 14
-                                   : 12;
+constexpr int kColumnWarps = K == 3 ? 16 : 12;
+template <int K, int kVector = kQuad>
+constexpr int kRowWarps = K == 3 ? (kVector == kQuad ? 20 : 16) : (K == 7 ? 14 : 12);
 
-template <typename T, int K, bool kAligned>
-__global__ void __launch_bounds__(kThreads, (kAligned ? kColumnWarps<K> : kUnalignedWarps<K>) / kBlockWarps)
+template <typename T, int K, int kVector>
+__global__ void __launch_bounds__(kThreads, (kVector > 1 ? kColumnWarps<K> : kUnalignedWarps<K>) / kBlockWarps)
     striped_conv_walk_backward_column(StripedConv conv, StripedConvGradients gradients, Image ds_image, Parts parts,
                                       Walk walk) {
   constexpr int kRows = 2, kHalf = K / 2, kHalo = kHaloQuads<K>;
@@ -67,10 +63,10 @@ __global__ void __launch_bounds__(kThreads, (kAligned ? kColumnWarps<K> : kUnali
   const Taps<T, K> col(conv.weight_col, conv.bias_col, strip.channel);
   const int first = strip.row - walk.lead, steps = walk.lead + walk.rows + kHalf;
   const bool needs_s = conv.gate.data != nullptr || conv.activation != Activation::none;
-  Feed<T, kAligned, kRows, kHalo> x(conv.x, strip, walk, first, kHalf);
-  Cursor<const T, kAligned> gate(conv.gate, strip, first - kHalf), dy(gradients.dy, strip, first - kHalf);
-  Cursor<T, kAligned> dgate(gradients.dgate, strip, first - kHalf);
-  Cursor<float, kAligned> ds(ds_image, strip, first - kHalf);
+  Feed<T, kVector, kRows, kHalo> x(conv.x, strip, walk, first, kHalf);
+  Cursor<const T, kVector> gate(conv.gate, strip, first - kHalf), dy(gradients.dy, strip, first - kHalf);
+  Cursor<T, kVector> dgate(gradients.dgate, strip, first - kHalf);
+  Cursor<float, kVector> ds(ds_image, strip, first - kHalf);
   float window[K - 1 + kRows][kQuad] = {};  // rows of r
   float sums[K + 1] = {};
   x.take();
@@ -78,12 +74,12 @@ __global__ void __launch_bounds__(kThreads, (kAligned ? kColumnWarps<K> : kUnali
     x.put(stage, half);
     __syncwarp();
     x.take();
-    Quad<T> dys[kRows], gates[kRows];
+    Words<T, kQuad> dys[kRows], gates[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const bool is_mine = strip.has(first + step + r - kHalf);
       dys[r] = dy.take(is_mine);
-      if (conv.gate.data) gates[r] = gate.take(is_mine);
+      gates[r] = gate.take(is_mine && conv.gate.data);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -123,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, (kAligned ? kColumnWarps<K> : kUnali
         }
 #pragma unroll
         for (int v = 0; v < kQuad; ++v) gradient.value[v] *= slope.value[v];
-        ds.put(gradient, is_mine);
+        ds.put(narrow<float>(gradient), is_mine);
       }
 #pragma unroll
       for (int v = 0; v < kQuad; ++v) {
@@ -152,8 +148,8 @@ __device__ float sum_of_taps(const Taps<T, K>& taps, int i, int height) {
 }
 
 // S: the type of ds.
-template <typename S, typename T, int K, bool kAligned>
-__global__ void __launch_bounds__(kThreads, (kAligned ? kRowWarps<K> : kUnalignedWarps<K>) / kBlockWarps)
+template <typename S, typename T, int K, int kVector>
+__global__ void __launch_bounds__(kThreads, (kVector > 1 ? kRowWarps<K, kVector> : kUnalignedWarps<K>) / kBlockWarps)
     striped_conv_walk_backward_row(StripedConv conv, StripedConvGradients gradients, Image ds_image, Parts parts,
                                    Walk walk) {
   constexpr int kRows = 4, kHalf = K / 2, kHalo = kHaloQuads<K>;
@@ -165,15 +161,15 @@ __global__ void __launch_bounds__(kThreads, (kAligned ? kRowWarps<K> : kUnaligne
   const Taps<T, K> col(conv.weight_col, conv.bias_col, strip.channel);
   const int first = strip.row - walk.lead, steps = walk.lead + walk.rows + kHalf;
   const int end = min(strip.end + kHalf, strip.height);
-  Cursor<const S, kAligned> ds(ds_image, strip, first);
-  Cursor<const T, kAligned> x(conv.x, strip, first - kHalf);
-  Cursor<T, kAligned> dx(gradients.dx, strip, first - kHalf);
+  Cursor<const S, kVector> ds(ds_image, strip, first);
+  Cursor<const T, kVector> x(conv.x, strip, first - kHalf);
+  Cursor<T, kVector> dx(gradients.dx, strip, first - kHalf);
   const float all_taps = sum_of_taps(col, kHalf, K);
   float partial[K - 1][kQuad] = {};  // of the rows of dr, as in forward of those of s
   float sums[K + 1] = {};
   for (int i = threadIdx.x; i < 2 * kRows * stage.kPitch; i += kWarp) stage.quads[i] = {};  // beside strips
   __syncwarp();
-  Quad<S> next[kRows];
+  Words<S, kQuad> next[kRows];
   const auto take = [&](int step) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -183,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, (kAligned ? kRowWarps<K> : kUnaligne
   };
   take(0);
   for (int step = 0, half = 0; step < steps; step += kRows, half ^= 1) {
-    Quad<T> xs[kRows];
+    Words<T, kQuad> xs[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       xs[r] = x.take(strip.writes && strip.has(first + step + r - kHalf));
@@ -261,20 +257,20 @@ void walk_striped_conv_backward(const StripedConv& conv, const StripedConvGradie
   const int64_t plane = size.height * size.width;
   const Image stored{gradients.scratch, size.channels * plane, plane, size.width, 1};
   const Image ds = walks.stores_ds ? stored : gradients.dy;
-  const bool is_aligned =
-      are_aligned({conv.x, conv.gate, gradients.dy, gradients.dx, gradients.dgate}, size.width, bytes_of(conv.dtype)) &&
-      (!walks.stores_ds || are_aligned({stored}, size.width, sizeof(float)));
+  const auto images = {conv.x, conv.gate, gradients.dy, gradients.dx, gradients.dgate};
+  int vector_size = vector_of(images, size.width, bytes_of(conv.dtype));
+  if (walks.stores_ds) vector_size = vector_of({stored}, size.width, sizeof(float), vector_size);
   const int taps = static_cast<int>(conv.taps);
   const Parts column{gradients.partial, 0, taps + 1}, row{gradients.partial, walks.column.parts(size), 0};
   with_taps(conv, [&](auto zero, auto K) {
     using T = decltype(zero);
-    with_alignment(is_aligned, [&](auto aligned) {
+    with_vector(vector_size, [&](auto vector) {
       const auto walk_rows = [&](auto ds_zero) {
         using S = decltype(ds_zero);
-        LAUNCH((striped_conv_walk_backward_row<S, T, K, aligned>), walks.row.grid("striped_conv_backward"), kBlock, 0,
+        LAUNCH((striped_conv_walk_backward_row<S, T, K, vector>), walks.row.grid("striped_conv_backward"), kBlock, 0,
                stream, conv, gradients, ds, row, walks.row);
       };
-      LAUNCH((striped_conv_walk_backward_column<T, K, aligned>), walks.column.grid("striped_conv_backward"), kBlock, 0,
+      LAUNCH((striped_conv_walk_backward_column<T, K, vector>), walks.column.grid("striped_conv_backward"), kBlock, 0,
              stream, conv, gradients, ds, column, walks.column);
       walks.stores_ds ? walk_rows(float()) : walk_rows(zero);
     });

@@ -22,8 +22,8 @@ using seemore::StripedConv;
 template <int K>
 constexpr int kWarps = K == 3 ? 16 : 12;
 
-template <typename T, int K, bool kAligned>
-__global__ void __launch_bounds__(kThreads, (kAligned ? kWarps<K> : kUnalignedWarps<K>) / kBlockWarps)
+template <typename T, int K, int kVector>
+__global__ void __launch_bounds__(kThreads, (kVector > 1 ? kWarps<K> : kUnalignedWarps<K>) / kBlockWarps)
     striped_conv_walk_forward(StripedConv conv, Image y_image, float* sums, Walk walk) {
   constexpr int kRows = 4, kHalf = K / 2, kHalo = kHaloQuads<K>;
   __shared__ Stage<kRows, kHalo> stages[kBlockWarps];
@@ -33,9 +33,9 @@ __global__ void __launch_bounds__(kThreads, (kAligned ? kWarps<K> : kUnalignedWa
   const Taps<T, K> row(conv.weight_row, conv.bias_row, strip.channel);
   const Taps<T, K> col(conv.weight_col, conv.bias_col, strip.channel);
   const int first = strip.row - walk.lead, steps = walk.lead + walk.rows + kHalf;
-  Feed<T, kAligned, kRows, kHalo> x(conv.x, strip, walk, first, kHalf);
-  Cursor<const T, kAligned> gate(conv.gate, strip, first - kHalf);
-  Cursor<T, kAligned> y(y_image, strip, first - kHalf);
+  Feed<T, kVector, kRows, kHalo> x(conv.x, strip, walk, first, kHalf);
+  Cursor<const T, kVector> gate(conv.gate, strip, first - kHalf);
+  Cursor<T, kVector> y(y_image, strip, first - kHalf);
   float partial[K - 1][kQuad];  // partial[m] of the row m further down than the next one of s
 #pragma unroll
   for (auto& quad : partial) {
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, (kAligned ? kWarps<K> : kUnalignedWa
     x.put(stage, half);
     __syncwarp();
     x.take();
-    Quad<T> gates[kRows];
+    Words<T, kQuad> gates[kRows];
     if (conv.gate.data) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) gates[r] = gate.take(strip.has(first + step + r - kHalf));
@@ -69,13 +69,13 @@ __global__ void __launch_bounds__(kThreads, (kAligned ? kWarps<K> : kUnalignedWa
       }
       if (conv.activation == Activation::gelu) {
 #pragma unroll
-        for (float& s : result.value) s = gelu(s);
+        for (float& s : result.value) s = gelu_to<T>(s);
       }
       if (conv.gate.data) {
 #pragma unroll
         for (int v = 0; v < kQuad; ++v) result.value[v] *= widen(gates[r]).value[v];
       }
-      const Quad<T> rounded = narrow<T>(result);
+      const auto rounded = narrow<T>(result);
       y.put(rounded, strip.has(i - kHalf));
       if (sums && strip.has(i - kHalf)) sum += sum_of_quad(strip.real(widen(rounded)));
     }
@@ -95,10 +95,10 @@ namespace seemore {
 void walk_striped_conv(const StripedConv& conv, const Image& y, float* sums, void* stream) {
   with_taps(conv, [&](auto zero, auto K) {
     using T = decltype(zero);
-    const Walk walk = walk_over(conv.size, kWarps<K>, K / 2);
+    const Walk walk = walk_over(conv.size, kWarps<K>, K / 2, 0, sums ? kUsualMultiprocessors : multiprocessors());
     if (walk.strips == 0) return;
-    with_alignment(are_aligned({conv.x, conv.gate, y}, conv.size.width, sizeof(T)), [&](auto aligned) {
-      LAUNCH((striped_conv_walk_forward<T, K, aligned>), walk.grid("striped_conv"), kBlock, 0, stream, conv, y, sums,
+    with_vector(vector_of({conv.x, conv.gate, y}, conv.size.width, sizeof(T)), [&](auto vector) {
+      LAUNCH((striped_conv_walk_forward<T, K, vector>), walk.grid("striped_conv"), kBlock, 0, stream, conv, y, sums,
              walk);
     });
   });

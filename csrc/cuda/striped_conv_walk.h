@@ -21,7 +21,7 @@ void walk_striped_conv_backward(const StripedConv& conv, const StripedConvGradie
 
 // Warps on a multiprocessor, at least: what the registers suffice for, 168 each if 12. Going pixel by pixel takes more.
 template <int K>
-constexpr int kUnalignedWarps = K == 11 ? 8 : 12;
+constexpr int kUnalignedWarps = K == 3 ? 12 : 8;
 
 template <int K>
 constexpr int kHaloQuads = ceil_div(K / 2, kQuad);

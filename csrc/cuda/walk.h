@@ -7,18 +7,15 @@
 #pragma once
 
 #include <algorithm>
-#include <initializer_list>
 
-#include "types.h"
+#include "access.h"
 
 constexpr int kQuad = 4;
 constexpr int kBlockWarps = 2, kThreads = kBlockWarps * kWarp;
 constexpr dim3 kBlock(kWarp, kBlockWarps);
 
 template <typename T>
-struct alignas(kQuad * sizeof(T)) Quad {
-  T value[kQuad];
-};
+using Quad = Pack<T, kQuad>;
 
 __device__ inline Quad<float> product(const Quad<float>& a, const Quad<float>& b) {
   Quad<float> result;
@@ -29,39 +26,6 @@ __device__ inline Quad<float> product(const Quad<float>& a, const Quad<float>& b
 
 __device__ inline float sum_of_quad(const Quad<float>& quad) {
   return (quad.value[0] + quad.value[1]) + (quad.value[2] + quad.value[3]);
-}
-
-// As memory has it: 16-bit elements of a Quad that is not all read would travel one by one.
-template <typename T>
-struct alignas(sizeof(Quad<T>)) Words {
-  uint32_t value[sizeof(Quad<T>) / 4];
-};
-
-template <typename T>
-__device__ Quad<float> widen(const Quad<T>& quad) {
-  Quad<float> wide;
-#pragma unroll
-  for (int v = 0; v < kQuad; ++v) wide.value[v] = widen(quad.value[v]);
-  return wide;
-}
-
-// A bfloat16 is the upper half of a float.
-__device__ inline Quad<float> widen(const Quad<__nv_bfloat16>& quad) {
-  uint32_t pairs[kQuad / 2], bits[kQuad];
-  memcpy(pairs, &quad, sizeof(quad));
-#pragma unroll
-  for (int v = 0; v < kQuad; ++v) bits[v] = v % 2 ? pairs[v / 2] & 0xffff0000 : pairs[v / 2] << 16;
-  Quad<float> wide;
-  memcpy(&wide, bits, sizeof(wide));
-  return wide;
-}
-
-template <typename T>
-__device__ Quad<T> narrow(const Quad<float>& quad) {
-  Quad<T> result;
-#pragma unroll
-  for (int v = 0; v < kQuad; ++v) result.value[v] = narrow<T>(quad.value[v]);
-  return result;
 }
 
 // function(T of the dtype), for the types that the walks are made for: all but float64
@@ -86,27 +50,15 @@ struct Walk {
   unsigned grid(const char* kernel) const { return grid_of(ceil_div(strips * lanes, kThreads), kernel); }
 };
 
-// Whether quads of these images are neighbours in memory, at multiples of their size.
-inline bool are_aligned(std::initializer_list<seemore::Image> images, int64_t width, size_t bytes) {
-  return std::all_of(images.begin(), images.end(), [&](const seemore::Image& image) {
-    return image.data == nullptr ||
-           (image.column == 1 && (image.batch | image.channel | image.row | width) % kQuad == 0 &&
-            reinterpret_cast<uintptr_t>(image.data) % (kQuad * bytes) == 0);
-  });
-}
-
-// function(a bool_constant): kAligned
-template <typename Function>
-void with_alignment(bool is_aligned, Function function) {
-  is_aligned ? function(std::true_type()) : function(std::false_type());
-}
-
 inline int strip_step(int lanes, int overlap) { return kQuad * lanes - 2 * overlap; }
 
-// Strips for a stencil that looks `reach` rows up and down, enough for as many warps as a GPU runs at once. Their
-// number depends on the size alone.
-inline Walk walk_over(const seemore::Size& size, int warps_per_multiprocessor, int reach, int overlap = 0) {
-  constexpr int64_t kMultiprocessors = 132;  // of an H200
+constexpr int kUsualMultiprocessors = 132;  // of an H200
+
+// Strips for a stencil that looks `reach` rows up and down: as many as take the least time on so many multiprocessors,
+// each of which holds `warps` at once. Their sums' order depends on `multiprocessors`, so where there are sums that is
+// kUsualMultiprocessors on every GPU; pixels are the same whatever the strips.
+inline Walk walk_over(const seemore::Size& size, int warps, int reach, int overlap = 0,
+                      int multiprocessors = kUsualMultiprocessors) {
   if (std::max(size.height, size.width) > INT32_MAX / 2) {
     throw std::runtime_error("an image of " + std::to_string(size.height) + " x " + std::to_string(size.width) +
                              ", expected sides below 2^30");
@@ -116,22 +68,31 @@ inline Walk walk_over(const seemore::Size& size, int warps_per_multiprocessor, i
     return ceil_div(size.width - 2 * overlap, strip_step(lanes, overlap));
   };
   const int lanes = across(16) * 16 < across(32) * 32 ? 16 : 32;
-  const int64_t planes = size.batch * size.channels;
-  const int64_t warps = std::max<int64_t>(1, ceil_div(planes * across(lanes) * lanes, kWarp));
-  const int64_t most = std::max<int64_t>(1, size.height / std::max(8, 4 * reach));  // else it is all neighbourhood
-  int64_t down = std::clamp<int64_t>(kMultiprocessors * warps_per_multiprocessor / warps, 1, most);
-  int64_t rows = ceil_div(size.height, down);
-  if (down > 1) rows += (kQuad - (rows + 2 * reach) % kQuad) % kQuad;  // a multiple of what is done at a time
-  down = ceil_div(size.height, rows);
-  const int64_t strips = planes * across(lanes) * down;
-  grid_of(strips, "strips");  // which kernels count in 32 bits
-  return {lanes,
-          static_cast<int>(across(lanes)),
-          static_cast<int>(down),
-          static_cast<int>(rows),
-          down > 1 ? reach : 0,
-          overlap,
-          strips};
+  const int64_t strips = size.height * size.width > 0 ? size.batch * size.channels * across(lanes) : 0;
+  Walk best{lanes, static_cast<int>(across(lanes)), 1, static_cast<int>(size.height), 0, overlap, strips};
+  if (strips == 0) return best;
+  // Rows that a multiprocessor goes through, for each of the blocks it holds at once; fewer than two thirds of them
+  // take as long, for they wait for memory.
+  const auto time = [&](const Walk& walk) {
+    const int64_t held = warps / kBlockWarps;
+    const int64_t blocks = ceil_div(ceil_div(walk.strips * lanes, kThreads), multiprocessors);
+    const int64_t rest = blocks % held, shared = rest == 0 ? 0 : std::max(rest, ceil_div(2 * held, 3));
+    return (blocks - rest + shared) * (walk.rows + walk.lead + reach);
+  };
+  const int64_t at_once = ceil_div(int64_t(multiprocessors) * warps * kWarp, strips * lanes);
+  const int64_t sensible = size.height / std::max(8, 4 * reach);  // else it is all neighbourhood
+  for (int64_t down = 2; down <= std::min(sensible, 4 * at_once); ++down) {
+    int64_t rows = ceil_div(size.height, down);
+    rows += (kQuad - (rows + 2 * reach) % kQuad) % kQuad;  // a multiple of what is done at a time
+    Walk walk = best;
+    walk.down = static_cast<int>(ceil_div(size.height, rows));
+    walk.rows = static_cast<int>(rows);
+    walk.lead = walk.down > 1 ? reach : 0;
+    walk.strips = strips * walk.down;
+    if (time(walk) < time(best)) best = walk;
+  }
+  grid_of(best.strips, "strips");  // which kernels count in 32 bits
+  return best;
 }
 
 // The lane's place: its strip and its columns.
@@ -178,8 +139,8 @@ struct Strip {
   __device__ bool has(int i) const { return static_cast<unsigned>(i - row) < static_cast<unsigned>(end - row); }
 };
 
-// Goes down a column of quads of one plane. kAligned: quads are read and written at once; see are_aligned.
-template <typename T, bool kAligned>
+// Goes down a column of quads of one plane. kVector elements of a quad are read and written at once.
+template <typename T, int kVector>
 class Cursor {
   using Value = std::remove_const_t<T>;
 
@@ -195,31 +156,14 @@ class Cursor {
       : Cursor(image, strip, row, strip.column) {}
 
   // The quad here, or zeros, also in columns beyond the image; and goes on by `rows`.
-  __device__ Quad<Value> take(bool is_inside, int rows = 1) {
-    Quad<Value> quad;
-    if constexpr (kAligned) {
-      Words<Value> words = {};
-      if (is_inside && count_ > 0) words = *reinterpret_cast<const Words<Value>*>(here_);
-      memcpy(&quad, &words, sizeof(quad));
-    } else {
-#pragma unroll
-      for (int v = 0; v < kQuad; ++v) quad.value[v] = is_inside && v < count_ ? here_[v * column_] : Value(0.f);
-    }
+  __device__ Words<Value, kQuad> take(bool is_inside, int rows = 1) {
+    const auto words = load<kVector, kQuad>(here_, column_, is_inside ? count_ : 0);
     here_ += rows * row_;
-    return quad;
+    return words;
   }
 
-  __device__ void put(const Quad<T>& quad, bool is_inside) {
-    if (is_inside && count_ > 0) {
-      if constexpr (kAligned) {
-        *reinterpret_cast<Quad<T>*>(here_) = quad;
-      } else {
-#pragma unroll
-        for (int v = 0; v < kQuad; ++v) {
-          if (v < count_) here_[v * column_] = quad.value[v];
-        }
-      }
-    }
+  __device__ void put(const Words<T, kQuad>& quad, bool is_inside) {
+    store<kVector>(here_, column_, is_inside ? count_ : 0, quad);
     here_ += row_;
   }
 
@@ -262,7 +206,7 @@ struct Window {
 };
 
 // The rows of an image with what lies beside the strip, kRows at a time: taken from memory, later put on a stage.
-template <typename T, bool kAligned, int kRows, int kHalo>
+template <typename T, int kVector, int kRows, int kHalo>
 class Feed {
  public:
   __device__ Feed(const seemore::Image& image, const Strip& strip, const Walk& walk, int row, int reach)
@@ -296,7 +240,7 @@ class Feed {
     if (edge_row_ < kRows) stage.row(half, edge_row_)[edge_place_] = product(widen(edge), widen(other.edge));
   }
 
-  Quad<T> rows[kRows], edge;
+  Words<T, kQuad> rows[kRows], edge;
 
  private:
   // Of the quads beside the strip, which are fewer than its lanes, each lane has one or none.
@@ -311,7 +255,7 @@ class Feed {
 
   static_assert(2 * kHalo * kRows <= 16, "a lane each");
 
-  Cursor<const T, kAligned> own_, edge_;
+  Cursor<const T, kVector> own_, edge_;
   int row_, end_, edge_row_;
   int place_, edge_place_;
 };

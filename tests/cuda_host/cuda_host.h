@@ -281,6 +281,11 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()
   return cuda_host::shuffle(mask, value, [lanes](size_t lane) { return lane ^ lanes; }, line);
 }
 
+inline int multiprocessors() {
+  const char* const variable = std::getenv("CUDA_HOST_MULTIPROCESSORS");
+  return variable ? std::atoi(variable) : 132;
+}
+
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (static_cast<void>(stream), cuda_host::launch(#kernel, (grid), (block), (shared_bytes), (kernel), ##__VA_ARGS__))
 

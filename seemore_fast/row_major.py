@@ -1,0 +1,35 @@
+"""Images for the CUDA kernels that go through rows: the pixels of a row side by side in memory.
+
+Of other images, channels_last among them, such a kernel would fetch a sector of 32 bytes for each pixel; a copy there
+and one back read and write less.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+OPERATORS = ("striped_conv", "striped_conv_router", "depthwise_gate", "calibrate")
+
+
+def in_rows(image: Tensor) -> bool:
+    return image.shape[-1] <= 1 or image.stride(-1) == 1
+
+
+def by_rows(operator: torch._ops.OpOverloadPacket) -> Callable:
+    """Return a function that calls a library's operator with copies of those images that are not in rows."""
+
+    def run(*arguments):
+        schema = operator.default._schema.arguments
+        copies = list(arguments)
+        for number, (argument, declared) in enumerate(zip(arguments, schema, strict=True)):
+            if isinstance(argument, Tensor) and argument.dim() == 4 and not in_rows(argument):
+                is_result = declared.alias_info is not None and declared.alias_info.is_write
+                copies[number] = argument.new_empty(argument.shape) if is_result else argument.contiguous()
+        found = operator(*copies)
+        for argument, copy, declared in zip(arguments, copies, schema, strict=True):
+            if copy is not argument and declared.alias_info is not None and declared.alias_info.is_write:
+                argument.copy_(copy)
+        return found
+
+    return run
