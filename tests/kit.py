@@ -14,10 +14,12 @@ from kit_backends import (
     Backend,
     at_large_offsets,
     chosen,
+    cut_off_by_tensor_cores,
     each_backend,
     each_kernel,
     guarded_results,
     uninitialised_is_nan,
+    uses_tensor_cores,
 )
 from torch import Tensor
 
@@ -241,8 +243,9 @@ def assert_within_yardstick(
     """In `dtype`, y and gradients err at most twice as much as torch's eager operators, plus a little.
 
     Eager is the reference in `dtype` and the same layout; the little is half an eps of the largest value, in float32
-    1e-6 of it (another order of summation). Eager's error is capped, at 16 eps for y and 64 for gradients, some of
-    which nearly cancel: else a reference without float32 statistics would excuse itself and every kernel.
+    1e-6 of it (another order of summation) or what tensor cores cut off, if that is more. Eager's error is capped, at
+    16 eps for y and 64 for gradients, some of which nearly cancel: else a reference without float32 statistics would
+    excuse itself and every kernel.
     """
     narrow = cast(tensors, dtype)
     truth = value_and_gradients(naive, cast(narrow, torch.float64), **options)
@@ -255,11 +258,23 @@ def assert_within_yardstick(
         assert value.dtype == (dtype if what == "y" else narrow[what.removeprefix("gradient of ")].dtype), what
         eps, largest = torch.finfo(dtype).eps, largest_of(exact)
         eager_error = min(largest_difference(eager[what], exact), (16 if what == "y" else 64) * eps * largest)
-        allowed = 2 * eager_error + max(eps / 2, 1e-6) * largest
+        little = max(eps / 2, 1e-6)
+        if dtype == torch.float32 and uses_tensor_cores(backend, value.device):
+            little = max(little, cut_off_by_tensor_cores(terms_of(what, narrow)))
+        allowed = 2 * eager_error + little * largest
         error = largest_difference(value, exact)
         if not error <= allowed:  # NaN fails, too
             failures[found] = f"error {error:.3g}, allowed {allowed:.3g}, largest value {largest:.3g}"
     assert not failures, f"{operator.__name__} in {dtype}: {failures}"
+
+
+def terms_of(what: str, tensors: dict[str, Tensor]) -> int:
+    """Return of how many products sums are: a parameter's gradient's of pixels, others' of channels and taps."""
+    image = next(iter(tensors.values()))
+    if "weight" in what or "bias" in what:
+        return image.numel() // image.shape[1]
+    layers = [t for name, t in tensors.items() if name.startswith("weight") and t.shape[1] > 1]
+    return max((max(t[0].numel(), t[:, 0].numel()) for t in layers), default=1)
 
 
 def largest_of(x: Tensor) -> float:

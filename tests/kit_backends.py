@@ -13,6 +13,7 @@ of it (`assert_computed`, which conftest.py calls after each test).
 import contextlib
 import functools
 import importlib
+import math
 import shutil
 from unittest import mock
 
@@ -212,6 +213,25 @@ def assert_computed(backend: Backend, fallback: pytest.Mark | None):
     else:
         assert kernel, f"named after {backend}, whose kernel of {backend.operator} never ran; what ran: {calls}"
         assert not fallbacks, f"named after {backend}, but the reference computed {fallbacks}, too"
+
+
+# Arithmetic
+
+
+def uses_tensor_cores(backend: Backend, device: torch.device) -> bool:
+    """Tell whether a backend's kernel of its operator multiplies matrices, and by tensor cores."""
+    own = [kernel for kernel in backends.KERNELS.get(backend.operator, ()) if kernel.backend == backend]
+    return device.type == "cuda" and any(kernel.capability >= backends.MATRIX["capability"] for kernel in own)
+
+
+def cut_off_by_tensor_cores(terms: int) -> float:
+    """Return the share of a sum of so many float32 products that tensor cores may lose.
+
+    They add products of TF32, 8 at a time, to a sum whose bits beyond float32's are cut off, not rounded: up to 2^-23
+    of it each time. (Fasi, Higham, Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science
+    7:e330, 2021.)
+    """
+    return math.ceil(terms / 8) * 2**-23
 
 
 # Memory

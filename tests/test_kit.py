@@ -93,7 +93,7 @@ def test_a_kernel_that_was_looked_up_before_is_noted(name, device):
     with kit.chosen(name, device):
         kept = backends.kernel_for("norm_pointwise", x)
         calls.clear()
-        kept(torch.empty_like(x), x, None, None, torch.ones(3, 3, 1, 1), torch.ones(3), None, 1e-6, None)
+        kept(torch.empty_like(x), x, None, None, x.new_ones(3, 3, 1, 1), x.new_ones(3), None, 1e-6, None)
     assert calls == {(name, "norm_pointwise")}
 
 
@@ -109,3 +109,50 @@ def test_the_interpreter_takes_each_value_in_turn(counts):
     for i, count in enumerate(counts):
         assert {chosen[i] for chosen in taken} == set(range(count))
     assert len(taken) == torch.tensor(counts).prod() // (sorted(counts)[-2] if len(counts) > 1 else 1)
+
+
+# Tensor cores
+
+
+def rounded_to_tf32(x: torch.Tensor) -> torch.Tensor:
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def cut_to_float32(x: torch.Tensor) -> torch.Tensor:
+    rounded = x.float()
+    return torch.where(rounded.double().abs() > x.abs(), torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
+
+
+def multiplied_by_tensor_cores(a: torch.Tensor, b: torch.Tensor, products: int) -> torch.Tensor:
+    """Return a @ b in one product of TF32 or in three, each of whose sums takes 8 terms at a time and is cut off."""
+    large = rounded_to_tf32(a), rounded_to_tf32(b)
+    small = rounded_to_tf32(a - large[0]), rounded_to_tf32(b - large[1])
+    y = torch.zeros(len(a), b.shape[1])
+    for left, right in [(small[0], large[1]), (large[0], small[1]), large][-products:]:
+        for k in range(0, a.shape[1], 8):
+            y = cut_to_float32(y.double() + left[:, k : k + 8].double() @ right[k : k + 8].double())
+    return y
+
+
+@pytest.mark.parametrize("terms", [36, 324, 646])
+def test_tensor_cores_lose_no_more_than_they_may(terms):
+    """Of long sums more than the 1e-6 of another order of summation; one product instead of three loses much more."""
+    a, b = torch.randn(400, terms), torch.randn(terms, 32)
+    exact = a.double() @ b.double()
+    three, one = (
+        kit.largest_difference(multiplied_by_tensor_cores(a, b, products), exact) / kit.largest_of(exact)
+        for products in (3, 1)
+    )
+    allowed = max(1e-6, kit_backends.cut_off_by_tensor_cores(terms))
+    assert three < allowed < one / 20
+    assert terms < 600 or three > 1e-6
+
+
+def test_the_terms_of_a_sum(device):
+    tensors = tensors_of(device, (2, 3, 6, 7), out=5)
+    assert [kit.terms_of(what, tensors) for what in ("y", "gradient of x", "gradient of norm_bias")] == [5, 5, 84]
+    uses_tensor_cores, gpu = kit_backends.uses_tensor_cores, torch.device("cuda")
+    assert uses_tensor_cores(Backend("triton", "norm_pointwise"), gpu)
+    assert not uses_tensor_cores(Backend("triton", "norm_pointwise"), torch.device("cpu"))
+    assert not uses_tensor_cores(Backend("triton", "striped_conv"), gpu)
+    assert not uses_tensor_cores(Backend("reference", "norm_pointwise"), gpu)
