@@ -19,10 +19,10 @@ test: $(VENV)/.tests
 	$(MAKE) --no-print-directory --jobs 2 --output-sync test-triton test-others
 
 test-triton: $(VENV)/.tests
-	$(BIN)/python -m pytest -q -k triton
+	$(BIN)/python -m pytest -q -m "triton and not slow"
 
 test-others: $(VENV)/.tests
-	$(BIN)/python -m pytest -q -k "not triton"
+	$(BIN)/python -m pytest -q -m "not triton and not slow"
 
 test-all: $(VENV)/.tests $(INTEGRATIONS)/.tests $(NEWEST)/.tests $(HEADERS)/.complete
 	$(BIN)/python -m pytest -q -m "slow or not slow"

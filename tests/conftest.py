@@ -1,9 +1,11 @@
 """What all tests share: the device they run on, the oracle, and where the image data is."""
 
 import importlib.util
+import operator
 import os
 from pathlib import Path
 
+import kit_backends
 import numpy as np
 import pytest
 import torch
@@ -53,13 +55,66 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--device").startswith("cuda"):
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU: --device cuda"))
-            arguments = item.callspec.params if hasattr(item, "callspec") else {}
-            if arguments.get("backend") == "triton" and arguments.get("dtype") == torch.float16:
-                item.add_marker(pytest.mark.slow)  # the interpreter's seconds: bfloat16's test is the same code
+    on_gpu = config.getoption("--device").startswith("cuda")
+    without_kernel = [item for item in items if not has_kernel(arguments_of(item))]
+    config.hook.pytest_deselected(items=without_kernel)
+    items[:] = [item for item in items if item not in set(without_kernel)]
+    for item in items:
+        arguments = arguments_of(item)
+        if arguments.get("backend") == "triton" or item.path.name.startswith("test_triton"):
+            item.add_marker("triton")
+        if on_gpu:
+            continue
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: --device cuda"))
+        if arguments.get("backend") == "triton" and is_too_much_to_interpret(item):
+            item.add_marker("slow")
+
+
+def arguments_of(item) -> dict:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def has_kernel(arguments: dict) -> bool:
+    """Tell whether the backend of a test, if it has one, has kernels for its dtype: else there is nothing to test."""
+    backend, dtype = arguments.get("backend"), arguments.get("dtype")
+    if not isinstance(backend, kit_backends.Backend) or not isinstance(dtype, torch.dtype):
+        return True
+    return not dtype.is_floating_point or dtype in backend.dtypes
+
+
+def is_too_much_to_interpret(item) -> bool:
+    """Tell whether a test, which takes seconds in Triton's interpreter, adds little to those with other arguments.
+
+    Float16 adds little to bfloat16. Where parametrisations are multiplied, each value of each is taken in turn with
+    those of the others: of 8 shapes and 3 options 8 pairs, of three times 2 options 4 combinations.
+    """
+    marks = [mark for mark in item.iter_markers("parametrize") if mark.args[0] not in ("backend", "dtype")]
+    counts = sorted(len(mark.args[1]) for mark in marks)
+    turn = sum(position(mark, item.callspec.params) for mark in marks)
+    return (len(counts) > 1 and turn % counts[-2] != 0) or item.callspec.params.get("dtype") == torch.float16
+
+
+def position(mark: pytest.Mark, arguments: dict) -> int:
+    """Return which of the values of a parametrisation a test has."""
+    names, values = mark.args
+    given = [arguments[name.strip()] for name in names.split(",")]
+    for i, value in enumerate(values):
+        own = value.values if isinstance(value, type(pytest.param())) else value if "," in names else [value]
+        if all(map(operator.is_, own, given)):
+            return i
+    raise LookupError(f"{given} are none of the values of {names}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Fail a test that passes but is named after a backend that did not compute it."""
+    kit_backends.calls.clear()
+    result = yield
+    backend = arguments_of(pyfuncitem).get("backend")
+    if isinstance(backend, kit_backends.Backend):
+        kit_backends.assert_computed(backend, pyfuncitem.get_closest_marker("falls_back"))
+    return result
 
 
 @pytest.fixture(scope="session")

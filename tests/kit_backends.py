@@ -5,10 +5,15 @@ cpu avx2, ...   the CPU library in each instruction set that this processor runs
 cuda, triton    on a GPU, with --device cuda
 triton          without a GPU, in Triton's interpreter
 cuda_host       without a GPU, the very same CUDA sources compiled for the host (tests/cuda_host)
+
+A test with such a parameter fails unless the kernel of that backend computed the operator, and the reference nothing
+of it (`assert_computed`, which conftest.py calls after each test).
 """
 
 import contextlib
 import functools
+import importlib
+import math
 import shutil
 from unittest import mock
 
@@ -16,7 +21,34 @@ import cuda_host
 import pytest
 import torch
 
-from seemore_fast import backends, native, use_backend
+from seemore_fast import backends, native, reference, use_backend
+
+calls: set[tuple[str, str]] = set()  # (backend, operator) of all kernels, and fallbacks, that ran in this test
+
+
+class Backend(str):
+    """The name of a backend, for tests of one operator, and the dtypes that it has kernels of that operator for."""
+
+    operator: str
+    dtypes: tuple[torch.dtype, ...]
+
+    def __new__(cls, name: str, operator: str, dtypes: tuple[torch.dtype, ...] = backends.ALL):
+        backend = super().__new__(cls, name)
+        backend.operator, backend.dtypes = operator, dtypes
+        return backend
+
+    @property
+    def family(self) -> str:
+        """The backend's name for users: "cpu" for "cpu avx2", "cuda" for "cuda_host"."""
+        return family(self)
+
+    @property
+    def widest(self) -> torch.dtype:
+        return max(self.dtypes, key=lambda dtype: torch.finfo(dtype).bits)
+
+
+def family(name: str) -> str:
+    return name.split()[0].split("_")[0]
 
 
 @functools.cache
@@ -38,28 +70,34 @@ def usable() -> dict[str, str | None]:
     return {"reference": None, **reasons}
 
 
-def each_backend(operator: str, interpreted: bool = True):
-    """Parametrise `backend` over the backends that have `operator` and can be tested here.
+def each_backend(operator: str, interpreted: bool = True, dtype: torch.dtype | None = None):
+    """Parametrise `backend` over the backends that have `operator`, in `dtype` if given, and can be tested here.
 
-    With `interpreted` false, Triton's interpreter is left out, which takes minutes for some tests.
+    With `interpreted` false, Triton's interpreter is left out, which takes minutes for some tests. Where a test has a
+    parameter `dtype` as well, conftest.py leaves out the pairs that have no kernel.
     """
-    return pytest.mark.parametrize("backend", ["reference", *kernels_of(operator, interpreted)])
+    return pytest.mark.parametrize(
+        "backend", [Backend("reference", operator), *kernels_of(operator, interpreted, dtype)]
+    )
 
 
-def each_kernel(operator: str, interpreted: bool = True):
+def each_kernel(operator: str, interpreted: bool = True, dtype: torch.dtype | None = None):
     """The same without the reference, which promises less: no determinism, no operator of torch's dispatcher."""
-    return pytest.mark.parametrize("backend", kernels_of(operator, interpreted))
+    return pytest.mark.parametrize("backend", kernels_of(operator, interpreted, dtype))
 
 
-def kernels_of(operator: str, interpreted: bool) -> list[str]:
-    have = {kernel.backend for kernel in backends.KERNELS.get(operator, ())}
+def kernels_of(operator: str, interpreted: bool = True, dtype: torch.dtype | None = None) -> list[Backend]:
+    have = {kernel.backend: kernel.dtypes for kernel in backends.KERNELS.get(operator, ())}
     if backends.interpreted() and not interpreted:
-        have.discard("triton")
-    return [name for name, reason in usable().items() if reason is None and name.split()[0].split("_")[0] in have]
+        have.pop("triton", None)
+    names = [name for name, reason in usable().items() if reason is None and family(name) in have]
+    found = [Backend(name, operator, have[family(name)]) for name in names]
+    return [backend for backend in found if dtype is None or dtype in backend.dtypes]
 
 
+@contextlib.contextmanager
 def chosen(backend: str, device: str | torch.device):
-    """Return the context in which operators run by `backend`; skip the test where that cannot serve `device`."""
+    """Run operators by `backend` in a context, and note `calls`; skip the test where it cannot serve `device`."""
     devices = {
         "cuda": {"cuda"},
         "triton": {"cpu"} if backends.interpreted() else {"cuda"},
@@ -67,11 +105,18 @@ def chosen(backend: str, device: str | torch.device):
     }
     if torch.device(device).type not in devices.get(backend, {"cpu"}):
         pytest.skip(f"{backend} does not serve {device}")
-    if backend == "cuda_host":
-        return _on_the_host()
-    if backend.startswith("cpu "):
-        return _with_instruction_set(backend.removeprefix("cpu "))
-    return use_backend(backend)
+    if backend == "reference":
+        context = use_backend("reference")
+    elif backend == "cuda_host":
+        context = _on_the_host()
+    elif backend.startswith("cpu "):
+        context = _with_instruction_set(backend.removeprefix("cpu "))
+    else:
+        context = use_backend(backend)
+    for name in ("cpu", "cuda", "triton"):
+        note_kernels(name)
+    with context, contextlib.nullcontext() if backend == "reference" else noted_fallbacks():
+        yield
 
 
 @contextlib.contextmanager
@@ -99,7 +144,97 @@ def _on_the_host():
     }
     usable = mock.patch.object(backends, "why_not", lambda *_: None)
     with mock.patch.dict(backends.KERNELS, hosted), usable, use_backend("auto"):
+        note_kernels("cuda_host")
         yield
+
+
+# Which backend computed
+
+
+class Noted:
+    """A function of a kernel that notes each of its calls, however it was looked up and wherever it is kept."""
+
+    def __init__(self, function, backend: str, operator: str):
+        self._function, self._backend, self._operator = function, backend, operator
+
+    def __call__(self, *arguments, **options):
+        cpu = self._backend == "cpu"
+        calls.add((f"cpu {native.instruction_set()}" if cpu else self._backend, self._operator))
+        return self._function(*arguments, **options)
+
+    def __getattr__(self, name: str):
+        return getattr(self._function, name)
+
+
+@functools.cache
+def note_kernels(backend: str):
+    """Make all functions of a backend's kernels note their calls from now on, if the backend can be used."""
+    if backends.why_not(backend):
+        return
+    for operator in [op for op, kernels in backends.KERNELS.items() if backend in {k.backend for k in kernels}]:
+        functions = backends._functions(backend, operator)
+        for part in ("", "_backward", "_from_sums", "_from_sums_backward"):
+            if function := getattr(functions, operator + part, None):
+                setattr(functions, operator + part, Noted(function, backend, operator))
+
+
+@contextlib.contextmanager
+def noted_fallbacks():
+    """Make operators that have kernels note, outside of compiled graphs, that they call the reference instead."""
+
+    def noted(name: str, function):
+        @functools.wraps(function)
+        def fallback(*arguments, **options):
+            if not torch.compiler.is_compiling():
+                calls.add(("reference", name))
+            return function(*arguments, **options)
+
+        return fallback
+
+    names = [name for name in (*backends.KERNELS, "pointwise") if hasattr(reference, name)]
+    router = importlib.import_module("seemore_fast.ops.router")  # the attribute of that name is the operator
+    with (
+        mock.patch.multiple(reference, **{name: noted(name, getattr(reference, name)) for name in names}),
+        mock.patch.object(router, "reference_route", noted("route", router.reference_route)),
+    ):
+        yield
+
+
+def assert_computed(backend: Backend, fallback: pytest.Mark | None):
+    """Fail unless `calls` are what a test with this backend is named after.
+
+    These are the kernel of its operator and no fallback, or, if the mark `falls_back` names the backend, the contrary.
+    """
+    kernel, fallbacks = (backend, backend.operator) in calls, {name for by, name in calls if by == "reference"}
+    if backend == "reference":
+        assert not calls, f"named after the reference, but kernels ran: {calls}"
+    elif fallback and backend.family in fallback.args:
+        assert fallbacks and not kernel, f"expected {backend} to leave it to the reference; what ran: {calls}"
+    else:
+        assert kernel, f"named after {backend}, whose kernel of {backend.operator} never ran; what ran: {calls}"
+        assert not fallbacks, f"named after {backend}, but the reference computed {fallbacks}, too"
+
+
+# Arithmetic
+
+
+def uses_tensor_cores(backend: Backend, device: torch.device) -> bool:
+    """Tell whether a backend's kernel of its operator multiplies matrices, and by tensor cores."""
+    own = [kernel for kernel in backends.KERNELS.get(backend.operator, ()) if kernel.backend == backend]
+    return device.type == "cuda" and any(kernel.capability >= backends.MATRIX["capability"] for kernel in own)
+
+
+def cut_off_by_tensor_cores(terms: int) -> float:
+    """Return the share of a sum of so many float32 products that tensor cores may lose.
+
+    They add products of TF32, 8 at a time, to a sum whose bits beyond float32's are cut off, not rounded: up to 2^-23
+    of it each time. (Fasi, Higham, Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science
+    7:e330, 2021.)
+    """
+    return math.ceil(terms / 8) * 2**-23
+
+
+# Memory
 
 
 @contextlib.contextmanager

@@ -43,29 +43,29 @@ def test_layouts(backend, device, layout):
 
 
 @kit.each_backend("conv3x3_shuffle")
-@kit.each_narrow_dtype
-def test_result_is_wide(backend, device, dtype):
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_result_is_wide(backend, device, given):
     """Nothing is rounded to a narrow dtype, of x or of the parameters, autocast or not; gradients are as their own."""
-    tensors = kit.cast(tensors_of(device, (1, 12, 5, 6), 3, 2), dtype)
+    tensors = kit.cast(tensors_of(device, (1, 12, 5, 6), 3, 2), given)
     exact = naive_conv3x3_shuffle(**kit.cast(tensors, torch.float64), scale=2)
     mixed = tensors | {"x": tensors["x"].float(), "bias": tensors["bias"].double()}
     with kit.chosen(backend, device):
-        found = [kit.value_and_gradients(conv3x3_shuffle, given, scale=2) for given in (tensors, mixed)]
+        found = [kit.value_and_gradients(conv3x3_shuffle, inputs, scale=2) for inputs in (tensors, mixed)]
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             found.append(kit.value_and_gradients(conv3x3_shuffle, tensors, scale=2))
-    for values, given in zip(found, (tensors, mixed, tensors), strict=True):
+    for values, inputs in zip(found, (tensors, mixed, tensors), strict=True):
         assert values["y"].dtype == torch.float32
         assert kit.largest_difference(values["y"], exact) < 4e-6 * exact.abs().max()
-        assert all(values[f"gradient of {name}"].dtype == tensor.dtype for name, tensor in given.items())
+        assert all(values[f"gradient of {name}"].dtype == tensor.dtype for name, tensor in inputs.items())
 
 
-@kit.each_backend("conv3x3_shuffle")
+@kit.each_backend("conv3x3_shuffle", dtype=torch.float64)
 def test_gradcheck(backend, device):
     with kit.chosen(backend, device):
         kit.assert_gradcheck(conv3x3_shuffle, tensors_of(device, (2, 2, 3, 2), 1), scale=2, img_range=3.0)
 
 
-@kit.each_backend("conv3x3_shuffle")
+@kit.each_backend("conv3x3_shuffle", dtype=torch.float64)
 def test_compiles(backend, device):
     with kit.chosen(backend, device):
         kit.assert_compiles(conv3x3_shuffle, tensors_of(device), tensors_of(device, (3, 3, 9, 5)), scale=2)
@@ -115,15 +115,7 @@ def test_sizes(backend, device, shape, picture, scale):
 
 
 @kit.each_kernel("conv3x3_shuffle")
-@kit.each_layout
-def test_strides(backend, device, layout):
-    tensors = tensors_of(device, (2, 5, 6, 7))
-    kit.assert_within_yardstick(
-        backend, conv3x3_shuffle, naive_conv3x3_shuffle, tensors, torch.float32, layout, scale=2
-    )
-
-
-@kit.each_kernel("conv3x3_shuffle")
+@pytest.mark.falls_back("triton", reason="up to 64 channels, of the result, too")
 def test_wide_models_are_left_to_the_reference(backend, device):
     tensors = float_tensors(device, (1, 3, 2, 3), 3, 5)
     with kit.chosen(backend, device):

@@ -6,6 +6,7 @@ import torch
 
 from seemore_fast.reference import layer_norm
 
+REFERENCE = kit.Backend("reference", "layer_norm")
 each_memory_format = pytest.mark.parametrize("layout", [None, "channels_last"])
 
 
@@ -19,12 +20,12 @@ def tensors_of(device, shape=(2, 8, 6, 7)):
 def test_values(device, shape, eps, layout):
     """The two layouts take different paths."""
     tensors = tensors_of(device, shape)
-    kit.assert_close_to_naive("reference", layer_norm, kit.naive_layer_norm, tensors, layout, eps=eps)
+    kit.assert_close_to_naive(REFERENCE, layer_norm, kit.naive_layer_norm, tensors, layout, eps=eps)
 
 
 @kit.each_layout
 def test_layouts(device, layout):
-    kit.assert_close_to_naive("reference", layer_norm, kit.naive_layer_norm, tensors_of(device), layout)
+    kit.assert_close_to_naive(REFERENCE, layer_norm, kit.naive_layer_norm, tensors_of(device), layout)
 
 
 @kit.each_narrow_dtype

@@ -44,7 +44,7 @@ def test_values(backend, device, shape, ranks, top_k):
     kit.assert_close_to_naive(backend, low_rank_experts, naive_low_rank_experts, tensors, ranks=ranks)
 
 
-@kit.each_backend("low_rank_experts")
+@kit.each_backend("low_rank_experts", dtype=torch.float64)
 @pytest.mark.parametrize("chosen", [0, 1, 2])
 def test_experts_not_chosen_get_zero_gradients(backend, device, chosen):
     """Zeros, not None: Adam and DDP see the difference. And the chosen one gets some."""
@@ -59,7 +59,7 @@ def test_experts_not_chosen_get_zero_gradients(backend, device, chosen):
             assert torch.all(mine != 0 if e == chosen else mine == 0), f"{name} of expert {e}"
 
 
-@kit.each_backend("low_rank_experts")
+@kit.each_backend("low_rank_experts", dtype=torch.float64)
 def test_values_of_experts_not_chosen_do_not_matter(backend, device):
     """Not even NaN: an expert that is not chosen is not multiplied by zero but left out."""
     tensors = tensors_of(device, ranks=(2, 4, 8), top_k=1)
@@ -91,7 +91,7 @@ def test_narrow_dtypes(backend, device, dtype, layout, top_k):
     )
 
 
-@kit.each_backend("low_rank_experts")
+@kit.each_backend("low_rank_experts", dtype=torch.float64)
 @pytest.mark.parametrize("ranks, top_k", [((2,), 1), ((1, 2, 3), 1), ((1, 2, 3), 2), ((2, 1), 2)], ids=str)
 def test_gradcheck(backend, device, ranks, top_k):
     tensors = tensors_of(device, (2, 2, 2, 3), ranks, top_k)
@@ -99,7 +99,7 @@ def test_gradcheck(backend, device, ranks, top_k):
         kit.assert_gradcheck(low_rank_experts, tensors, ranks=ranks)
 
 
-@kit.each_backend("low_rank_experts")
+@kit.each_backend("low_rank_experts", dtype=torch.float64)
 def test_compiles(backend, device):
     """With other experts chosen in the second call, too: the choice is data."""
     with kit.chosen(backend, device):
@@ -252,6 +252,7 @@ def test_operator(backend, device):
 
 
 @kit.each_kernel("low_rank_experts")
+@pytest.mark.falls_back("triton", reason="ranks up to 64")
 def test_higher_ranks_are_left_to_the_reference(backend, device):
     tensors = tensors_of(device, (1, 5, 3, 4), (65,), 1)
     kit.assert_within_yardstick(backend, low_rank_experts, naive_low_rank_experts, tensors, torch.float32, ranks=(65,))

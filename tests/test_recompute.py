@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import SMALL
+from kit_backends import chosen, kernels_of
 from torch import nn
 
 from seemore_fast import SeemoRe, backends, use_backend
@@ -53,10 +54,11 @@ def test_results_are_equal_and_blocks_keep_least(model, device):
     assert kept < 0.5 * most
 
 
-def test_triton_makes_sees_inside_again(model, device):
+@pytest.mark.parametrize("backend", [name for name in kernels_of("norm_pointwise") if name == "triton"])
+def test_triton_makes_sees_inside_again(backend, model, device):
     """On Triton's kernels, "auto" keeps q, v and their product no more; backward may come under another choice."""
     x = torch.rand(1, 3, 16, 16, device=device)
-    with use_backend("triton"):
+    with chosen(backend, device):
         expected, most = step(model, x, "none")
         found, kept = step(model, x, "auto")
         assert_equal(found, expected)

@@ -138,7 +138,7 @@ def test_narrow_dtypes(backend, device, dtype, layout, spread):
     kit.assert_within_yardstick(backend, rme_block, naive_rme_block, tensors, dtype, layout, **options)
 
 
-@kit.each_backend("rme_block")
+@kit.each_backend("rme_block", dtype=torch.float64)
 @each_shuffle
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_gradcheck(backend, device, use_shuffle, top_k):

@@ -175,7 +175,7 @@ def test_gradients(backend, device, shape, top_k):
     kit.assert_close_to_naive(backend, expert_weight, naive_expert_weight, tensors | {"expert_index": index})
 
 
-@kit.each_backend("router", interpreted=False)
+@kit.each_backend("router", interpreted=False, dtype=torch.float64)
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_gradcheck(backend, device, top_k):
     tensors = tensors_of(device, (2, 2, 3, 4), experts=3, sharpness=1)

@@ -67,7 +67,7 @@ def test_narrow_dtypes(backend, device, dtype, layout, spread):
     kit.assert_within_yardstick(backend, sme_block, naive_sme_block, tensors, dtype, layout)
 
 
-@kit.each_backend("sme_block")
+@kit.each_backend("sme_block", dtype=torch.float64)
 def test_gradcheck(backend, device):
     with kit.chosen(backend, device):
         kit.assert_gradcheck(sme_block, tensors_of(device, (2, 2, 3, 3), taps=3))

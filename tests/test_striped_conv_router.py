@@ -35,12 +35,7 @@ def naive(x, weight_row, bias_row, weight_col, bias_col, weight_router, top_k, a
     return y, index, naive_expert_weight(y, weight_router, index)
 
 
-CASES = [((2, 3, 6, 7), 3), ((2, 5, 41, 130), 3), ((1, 2, 90, 260), 11), ((3, 4, 23, 64), 7), ((1, 3, 5, 4), 5)]
-
-
-@kit.each_backend("striped_conv_router", interpreted=False)
-@pytest.mark.parametrize("shape, taps", CASES, ids=str)
-def test_values_and_gradients(backend, device, shape, taps):
+def assert_close_to_naive(backend, device, shape, taps):
     tensors = kit.cast(tensors_of(device, shape, taps), torch.float32)
     wide = kit.cast(tensors, torch.float64)
     expected = kit.value_and_gradients(joined(naive), wide)
@@ -53,6 +48,19 @@ def test_values_and_gradients(backend, device, shape, taps):
         torch.testing.assert_close(
             actual[what].double(), value, rtol=1e-4, atol=2e-5 * largest, msg=lambda t, what=what: f"{what}: {t}"
         )
+
+
+@kit.each_backend("striped_conv_router", interpreted=False)
+@pytest.mark.parametrize(
+    "shape, taps", [((2, 3, 6, 7), 3), ((2, 5, 41, 130), 3), ((1, 2, 90, 260), 11), ((3, 4, 23, 64), 7)], ids=str
+)
+def test_values_and_gradients(backend, device, shape, taps):
+    assert_close_to_naive(backend, device, shape, taps)
+
+
+@kit.each_kernel("striped_conv")
+def test_other_taps_are_left_to_the_kernels_of_the_parts(backend, device):
+    assert_close_to_naive(backend, device, (1, 3, 5, 4), 5)
 
 
 @kit.each_kernel("striped_conv_router")
@@ -131,8 +139,9 @@ def test_tiles_of_the_cpu(backend, device, shape, layout):
     torch.testing.assert_close(weight, expected[1])
 
 
-@kit.each_backend("striped_conv_router")
+@kit.each_backend("striped_conv")
 def test_no_images(backend, device):
+    """They are left to the kernels of the parts."""
     with kit.chosen(backend, device):
         results = striped_conv_router(**kit.cast(tensors_of(device, (0, 3, 4, 5)), torch.float32), top_k=2)
     assert [tuple(result.shape) for result in results] == [(0, 3, 4, 5), (0, 2), (0, 2)]
