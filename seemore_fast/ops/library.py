@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("seemore_fast", "DEF")
+IMPLEMENTATIONS: dict[str, Callable] = {}  # what runs, by the operator's qualified name
 
 
 def define(name: str, schema: str, implementation: Callable, fake: Callable):
     """Register ``seemore_fast::<name><schema>``: what runs, and what gives shapes and strides to compilers."""
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    IMPLEMENTATIONS[f"seemore_fast::{name}"] = implementation
     torch.library.register_fake(f"seemore_fast::{name}", fake, lib=LIBRARY)
 
 
