@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .activation import activate, activate_with_slope
 from .images import Tiles, index_type, locate_tile, over_planes, pixels_of, store, strided, tiles_of, wide
+from .integers import cdiv
 from .interpolation import gathering, stretching
 from .launch import Launch, run
 from .sums import add_parts, new_partial
@@ -138,7 +139,7 @@ def patches_of(one: Tensor) -> Tiles:
 
 def spread_patches(x: Tensor) -> Tiles:
     """Return the same for the level behind x, as if it had every last pixel of x, too."""
-    return tiles_of(*(triton.cdiv(side, 4) for side in x.shape[2:]), most=512, each=2, widest=32, least=4)
+    return tiles_of(*(cdiv(side, 4) for side in x.shape[2:]), most=512, each=2, widest=32, least=4)
 
 
 def new_between(level: Tensor, k: Tensor) -> Tensor:
@@ -149,10 +150,10 @@ def new_between(level: Tensor, k: Tensor) -> Tensor:
 def over_pixels(kernel, level: Tensor, arguments: dict) -> Launch:
     """Describe a launch that mixes channels of some pixels at a time."""
     batch, channels, height, width = level.shape
-    pixels, chunks = batch * height * width, triton.cdiv(channels, CHUNK)
+    pixels, chunks = batch * height * width, cdiv(channels, CHUNK)
     sizes = dict(channels=channels, height=height, width=width, pixels=pixels)
     options = dict(CHUNK=CHUNK, PIXELS=PIXELS, INDEX=index_type(pixels + PIXELS))
-    programs = triton.cdiv(pixels, PIXELS) * chunks
+    programs = cdiv(pixels, PIXELS) * chunks
     if "partial" in arguments:
         parts = mix_parts(level)
         options, programs = options | dict(parts=parts), parts * chunks**2
@@ -160,7 +161,7 @@ def over_pixels(kernel, level: Tensor, arguments: dict) -> Launch:
 
 
 def mix_parts(level: Tensor) -> int:
-    return min(MOST_PARTS, triton.cdiv(level.numel() // level.shape[1], PIXELS)) if level.numel() else 0
+    return min(MOST_PARTS, cdiv(level.numel() // level.shape[1], PIXELS)) if level.numel() else 0
 
 
 # Kernels

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .images import Tiles, locate_tile, over_planes, pixels_of, store, strided, tiles_of
+from .integers import cdiv, next_power_of_2
 from .launch import Launch, run
 from .sums import add_parts, new_partial
 
@@ -77,8 +78,8 @@ def walk(kernel, x: Tensor, images: dict[str, Tensor], parameters: dict[str, Ten
 def strips_of(x: Tensor) -> tuple[int, Tiles]:
     """Return how many rows a strip has, and tiles of strips x columns."""
     height, width = x.shape[2:]
-    rows = min(ROWS, triton.next_power_of_2(height))
-    return rows, tiles_of(triton.cdiv(height, rows), width, STRIPS, EACH)
+    rows = min(ROWS, next_power_of_2(height))
+    return rows, tiles_of(cdiv(height, rows), width, STRIPS, EACH)
 
 
 # Kernels

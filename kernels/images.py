@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .integers import cdiv, next_power_of_2
 from .launch import Launch
 from .rounding import narrow
 
@@ -52,10 +53,10 @@ def tiles_of(lines: int, columns: int, most: int, each: int, widest: int = WIDES
 
     Sides are powers of two, at least `least`.
     """
-    across = min(widest, max(16, triton.next_power_of_2(columns)))
-    down = max(least, min(most // across, triton.next_power_of_2(lines)))
+    across = min(widest, max(16, next_power_of_2(columns)))
+    down = max(least, min(most // across, next_power_of_2(lines)))
     warps = max(1, min(8, across * down // (32 * each)))
-    return Tiles(down, across, triton.cdiv(lines, down) * triton.cdiv(columns, across), warps)
+    return Tiles(down, across, cdiv(lines, down) * cdiv(columns, across), warps)
 
 
 def over_planes(kernel, x: Tensor, tiles: Tiles, arguments: dict) -> Launch:

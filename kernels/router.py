@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .images import locate_tile, over_planes, pixels_of, store, strided, tiles_of
+from .integers import cdiv, next_power_of_2
 from .launch import Launch, run
 
 TILE, EACH = 4096, 16  # pixels of a program that pools or spreads, and of a thread of it
@@ -114,7 +115,7 @@ def route_backward(dmean, dweight, dexpert_weight, expert_index, mean, probabili
     tensors = dict(dmean=dmean, dweight=dweight, mean=mean, probability=probability, weight=weight)
     choice = dict(expert_index=expert_index, dexpert_weight=dexpert_weight, strides=dexpert_weight.stride())
     sizes = dict(batch=batch, top_k=top_k) | matrix(weight)
-    yield Launch(choose_backward, triton.cdiv(weight.shape[1], sizes["COLUMNS"]), tensors | choice | sizes)
+    yield Launch(choose_backward, cdiv(weight.shape[1], sizes["COLUMNS"]), tensors | choice | sizes)
 
 
 def tiles(a: Tensor):
@@ -124,8 +125,8 @@ def tiles(a: Tensor):
 def matrix(weight: Tensor) -> dict:
     """Return the sizes of the experts' matrix: all experts with as many channels as fit."""
     experts, channels = weight.shape
-    rows = triton.next_power_of_2(experts)
-    columns = min(triton.next_power_of_2(channels), max(1, NUMBERS // rows), 64)
+    rows = next_power_of_2(experts)
+    columns = min(next_power_of_2(channels), max(1, NUMBERS // rows), 64)
     return dict(experts=experts, channels=channels, EXPERTS=rows, COLUMNS=columns)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .activation import activate, activate_with_slope
 from .images import index_type, new_workspace, plane_of, store, strided
+from .integers import cdiv, next_power_of_2
 from .launch import Launch, run
 from .sums import add_parts, new_partial
 
@@ -112,17 +113,17 @@ def convolution(
 def over_tiles(kernel, x: Tensor, arguments: dict) -> Launch:
     """Describe a launch with one program per tile of images like x."""
     batch, channels, height, width = x.shape
-    columns = min(WIDEST, max(16, triton.next_power_of_2(width)))
+    columns = min(WIDEST, max(16, next_power_of_2(width)))
     sizes = dict(lines=batch * channels * height, channels=channels, height=height, width=width)
     tile = dict(LINES=TILE // columns, COLUMNS=columns, INDEX=index_type(sizes["lines"] + TILE))
-    programs = triton.cdiv(sizes["lines"], tile["LINES"]) * triton.cdiv(width, columns)
+    programs = cdiv(sizes["lines"], tile["LINES"]) * cdiv(width, columns)
     return Launch(kernel, programs, arguments | sizes | tile, WARPS)
 
 
 def tap_gradient(partial: Tensor, dy: Tensor, x: Tensor, *, vertical: bool) -> Launch:
     batch, channels, height, width = x.shape
     pixels, taps = batch * height * width, partial.shape[1] // channels // 2 - 1
-    rows, part = triton.next_power_of_2(taps + 1), part_size(x)
+    rows, part = next_power_of_2(taps + 1), part_size(x)
     sizes = dict(channels=channels, height=height, width=width, pixels=pixels)
     at_a_time = min(part, max(16, PRODUCTS // rows))  # powers of 2, so it divides the part
     tile = dict(ROWS=rows, PIXELS=at_a_time, PART=part, INDEX=index_type(pixels + part))
@@ -133,12 +134,12 @@ def tap_gradient(partial: Tensor, dy: Tensor, x: Tensor, *, vertical: bool) -> L
 
 def part_size(x: Tensor) -> int:
     """Return how many pixels of a channel (batch, row, column) one program adds up."""
-    return min(PART, max(16, triton.next_power_of_2(x.numel() // x.shape[1])))
+    return min(PART, max(16, next_power_of_2(x.numel() // x.shape[1])))
 
 
 def parts_of(x: Tensor) -> int:
     """Return into how many parts the pixels of a channel are cut."""
-    return triton.cdiv(x.numel() // x.shape[1], part_size(x)) if x.numel() else 0
+    return cdiv(x.numel() // x.shape[1], part_size(x)) if x.numel() else 0
 
 
 # Kernels

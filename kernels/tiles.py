@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .configurations import configuration
 from .images import index_type
+from .integers import cdiv, next_power_of_2
 from .launch import Launch
 from .rounding import INTERPRETED, narrow
 
@@ -23,13 +24,13 @@ from .rounding import INTERPRETED, narrow
 
 def cut(channels: int, width: int = 0) -> tuple[int, ...]:
     """Return equal powers of two that cover the channels, of `width` if given: 36 -> (16, 16, 16), 64 -> (32, 32)."""
-    width = width or (32 if triton.cdiv(channels, 32) * 2 == triton.cdiv(channels, 16) else 16)
-    return (width,) * triton.cdiv(channels, width)
+    width = width or (32 if cdiv(channels, 32) * 2 == cdiv(channels, 16) else 16)
+    return (width,) * cdiv(channels, width)
 
 
 def powers(channels: int, least: int = 16) -> tuple[int, ...]:
     """Return powers of two that cover the channels: 36 -> (32, 16), 64 -> (64,)."""
-    above = max(least, triton.next_power_of_2(channels))
+    above = max(least, next_power_of_2(channels))
     if channels > 3 * above // 4 or above == least:
         return (above,)
     return (above // 2, *powers(channels - above // 2, least))
@@ -60,7 +61,7 @@ def over_tiles(kernel, name: str, images: list[Tensor], arguments: dict) -> Laun
     pixels, *how = configuration(name, images[-1])
     places = pixels_of(*images)
     index = index_type(places["pixels"] + pixels)
-    programs = len(images[0]) * triton.cdiv(places["pixels"], pixels)
+    programs = len(images[0]) * cdiv(places["pixels"], pixels)
     return launch(kernel, programs, arguments | places | dict(PIXELS=pixels, INDEX=index), *how)
 
 
@@ -71,7 +72,7 @@ def launch(kernel, programs: int, arguments: dict, warps: int, stages: int) -> L
 def workspace(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """Return room for images like x, channels innermost; pixels start at multiples of 16 elements, for wide loads."""
     batch, _, height, width = x.shape
-    rows = x.new_empty((batch, height, width, 16 * triton.cdiv(channels, 16)), dtype=dtype)
+    rows = x.new_empty((batch, height, width, 16 * cdiv(channels, 16)), dtype=dtype)
     return rows.permute(0, 3, 1, 2)[:, :channels]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .configurations import configuration
 from .images import index_type, strided
+from .integers import cdiv
 from .launch import Launch
 from .products import steps_of
 from .tiles import (
@@ -77,8 +78,8 @@ def turns_of(width: int, size: int) -> tuple[tuple[int, ...], int]:
     More would not fit the registers: those of float32 hold the parts of each factor that TF32 multiplies.
     """
     choices = []
-    for turns in range(1, triton.cdiv(width, 16) + 1):
-        some = 16 * triton.cdiv(width, 16 * turns)
+    for turns in range(1, cdiv(width, 16) + 1):
+        some = 16 * cdiv(width, 16 * turns)
         choices.append((tuple(tile for tile in (128, 64, 32, 16) if some & tile), turns))
     most = 112 if size == 2 else 16
     return min((c for c in choices if sum(c[0]) <= most), key=lambda choice: sum(choice[0]) * choice[1])
@@ -86,18 +87,18 @@ def turns_of(width: int, size: int) -> tuple[tuple[int, ...], int]:
 
 def chunk_of(channels: int) -> int:
     """Return how many of the 9 * channels that three windows have a program of `window_products` takes."""
-    return min((128, 64), key=lambda width: width * triton.cdiv(9 * channels, width))
+    return min((128, 64), key=lambda width: width * cdiv(9 * channels, width))
 
 
 def steps_of_windows(n: Tensor) -> int:
     """Return how many tiles of pixels a program goes over: more, because several share each part of the pixels."""
-    return triton.cdiv(9 * n.shape[1], chunk_of(n.shape[1])) * steps_of(n, "norm_conv3x3 products")
+    return cdiv(9 * n.shape[1], chunk_of(n.shape[1])) * steps_of(n, "norm_conv3x3 products")
 
 
 def window_parts(n: Tensor) -> int:
     """Return how many parts of the pixels `window_products` sums over, each with a row of partial sums."""
     tile = configuration("norm_conv3x3 products", n).pixels
-    return len(n) * triton.cdiv(n.shape[2] * n.shape[3], tile * steps_of_windows(n))
+    return len(n) * cdiv(n.shape[2] * n.shape[3], tile * steps_of_windows(n))
 
 
 def window_products(partial: Tensor, ds: Tensor, n: Tensor) -> Launch:
@@ -108,7 +109,7 @@ def window_products(partial: Tensor, ds: Tensor, n: Tensor) -> Launch:
     sizes = dict(pixels=height * width, lines=height, line=width, steps=steps_of_windows(n))
     tiles = dict(CHANNELS=channels, CHUNK=chunk_of(channels), OUT_CHANNELS=ds.shape[1], MADE=powers(ds.shape[1]))
     options = dict(PIXELS=pixels, INDEX=index_type(height * width + 2**16), PRECISION=precision(n.dtype))
-    programs = len(partial) * triton.cdiv(9 * channels, tiles["CHUNK"])
+    programs = len(partial) * cdiv(9 * channels, tiles["CHUNK"])
     return launch(add_window_products, programs, images | sizes | tiles | options, *how)
 
 
