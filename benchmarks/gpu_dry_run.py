@@ -35,18 +35,11 @@ if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)  # read at imports; interpreted kernels have no binder
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURE = 90
 SIZES, SEED = 40, 0
 WARM_UPS, REPEATS = 5, 60
-# Operators of torch that launch nothing: views, allocations and questions.
-FREE = {
-    "alias", "as_strided", "chunk", "detach", "empty", "empty_like", "empty_strided", "expand", "is_same_size",
-    "new_empty", "new_empty_strided", "permute", "promote_types", "select", "slice", "split", "split_with_sizes",
-    "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view", "_reshape_alias", "_unsafe_view",
-}  # fmt: skip
 
 
 class Variant(NamedTuple):
@@ -154,31 +147,20 @@ def launches() -> Iterator[list[Launched]]:
         Stub.launched = None
 
 
-class TorchKernels(TorchDispatchMode):
-    """Counts the operators of torch that launch kernels, those inside of this package's operators among them."""
+def torch_kernels(run: Callable[[], Any]) -> Counter:
+    """Return how often a call runs operators of torch that launch kernels, inside of this package's, too, by name."""
+    from seemore_fast import replay
 
-    def __init__(self):
-        super().__init__()
-        self.count = Counter()
+    class Count(replay.InsideOperators):
+        def see(self, function, arguments, options):
+            if replay.computes(function):
+                count[replay.name_of(function)] += 1
+            return function(*arguments, **options)
 
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        from seemore_fast.ops.library import IMPLEMENTATIONS
-
-        options = options or {}
-        if function.namespace == "seemore_fast":
-            with self:
-                return IMPLEMENTATIONS[function._schema.name](*arguments, **options)
-        if (decomposed := self._decompose(function, arguments, options)) is not NotImplemented:
-            return decomposed
-        name = function._schema.name.removeprefix("aten::")
-        if name not in FREE:
-            self.count[name] += 1
-        return function(*arguments, **options)
-
-    def _decompose(self, function, arguments, options):
-        """Run what is made of other operators, which inference mode leaves whole, by them."""
-        with self:
-            return function.decompose(*arguments, **options)
+    count = Counter()
+    with Count():
+        run()
+    return count
 
 
 class Case(NamedTuple):
@@ -225,14 +207,13 @@ def measure(case: Case, compiled: dict) -> tuple[dict, Counter]:
     x = case.image(*case.size)
     with launches() as found:
         case.run(x)
-    with TorchKernels() as of_torch:
-        case.run(x)
+    of_torch = torch_kernels(lambda: case.run(x))
     one_size = len(compiled)
     for size in case.sizes():
         case.run(case.image(*size))
-    figures = dict(launches=len(found), torch_kernels=of_torch.count.total(), variants=one_size)
+    figures = dict(launches=len(found), torch_kernels=of_torch.total(), variants=one_size)
     launched = Counter(f"{launch.variant.name}, grid {launch.grid}" for launch in found)
-    launched.update({f"torch {name}": count for name, count in of_torch.count.items()})
+    launched.update({f"torch {name}": count for name, count in of_torch.items()})
     return figures | dict(variants_40_sizes=len(compiled), host_ms=host_ms(case)), launched
 
 

@@ -85,7 +85,7 @@ def strips_of(x: Tensor) -> tuple[int, Tiles]:
 # Kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height"])
 def gate(
     y, y_strides, u, u_strides, g, g_strides, weight, bias, channels, height, width,
     ROWS: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
@@ -113,7 +113,7 @@ def gate(
             u_at += u_strides[2]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height"])
 def gate_backward(
     du, du_strides, dg, dg_strides, dy, dy_strides, u, u_strides, g, g_strides, weight, bias, partial,
     channels, height, width,

@@ -82,7 +82,7 @@ def of_expert(channels, rows):
     return rows * (3 * channels + 2) + channels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "steps"])
 def add_products(
     sums, count, ranked, ranked_strides, dy, dy_strides, a, a_strides, k, k_strides, expert_index, expert_weight, top_k,
     weight_out, bias_out, weight_proj, pixels, width, steps,
@@ -170,7 +170,7 @@ def store_matrix(pointer, values, row, row_stride, HEIGHT: tl.constexpr, column,
     tl.store(pointer + row[:, None] * row_stride + column[None, :] * column_stride, values, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "parts"])
 def add_up(
     dexpert_weight, dweight_a, dbias_a, dweight_k, dbias_k, dweight_out, dbias_out, dweight_proj, dbias_proj,
     sums, expert_index, slots, parts, count,

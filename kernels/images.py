@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..planes import new_image
 from .integers import cdiv, next_power_of_2
 from .launch import Launch
 from .rounding import narrow
@@ -32,7 +33,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def new_workspace(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape, dtype=wide(x.dtype))
+    return new_image(x, x.shape[1], wide(x.dtype))
 
 
 def index_type(largest: int) -> tl.dtype:
@@ -77,6 +78,13 @@ def locate_tile(channels, lines, columns, LINES: tl.constexpr, COLUMNS: tl.const
     plane, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     batch = plane // channels
     return batch, plane % channels, batch * tiles + tile, tile // across * LINES, tile % across * COLUMNS
+
+
+@triton.jit
+def level_strides(batch, height, width):
+    """Return the strides of small images that lie as (C, B, height, width) and are seen as (B, C, height, width)."""
+    plane = height.to(tl.int64) * width
+    return plane, plane * batch, width, 1
 
 
 @triton.jit

@@ -58,7 +58,7 @@ def products(partial: Tensor, ds: Tensor, x: Tensor, weight=None, gain=None, shi
     return launch(add_products, len(partial), arguments, *how)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "steps"])
 def add_products(
     partial, ds, ds_strides, x, x_strides, weight, gain, shift, eps, pixels, width, steps,
     CHANNELS: tl.constexpr, SUMMED: tl.constexpr, OUT_CHANNELS: tl.constexpr, MADE: tl.constexpr,

@@ -133,7 +133,7 @@ def matrix(weight: Tensor) -> dict:
 # Kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "height"])
 def sum_tiles(a, a_strides, partial, channels, height, width, LINES: tl.constexpr, COLUMNS: tl.constexpr):
     """partial[tile, batch, channel] = sum over a tile of a's plane."""
     batch, channel, number, line, column = locate_tile(channels, height, width, LINES, COLUMNS)
@@ -146,7 +146,7 @@ def sum_tiles(a, a_strides, partial, channels, height, width, LINES: tl.constexp
     tl.store(to, tl.sum(seen.to(partial.dtype.element_ty)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "height"])
 def fill_tiles(da, da_strides, dmean, channels, height, width, LINES: tl.constexpr, COLUMNS: tl.constexpr):
     """da = dmean / (height * width), a tile of a plane."""
     batch, channel, _, line, column = locate_tile(channels, height, width, LINES, COLUMNS)
@@ -157,7 +157,7 @@ def fill_tiles(da, da_strides, dmean, channels, height, width, LINES: tl.constex
     store(pixels_of(da, da_strides, batch, channel, row, column), values, (row < height) & (column < width))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "batch", "pixels"])
 def choose(
     expert_index, expert_weight, mean, probability, partial, weight, parts, batch, pixels, top_k, experts, channels,
     EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -193,7 +193,7 @@ def choose(
         key = tl.where(expert == first, -1, key)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def choose_backward(
     dmean, dweight, mean, probability, weight, expert_index, dexpert_weight, strides, batch, top_k, experts, channels,
     EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -31,7 +31,7 @@ def add_parts(gradients: list[Tensor], partial: Tensor) -> Launch:
     return Launch(add_up, cdiv(sums, COLUMNS), arguments | tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def add_up(
     gradients, partial, parts, sums,
     ENDS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..planes import UNIT, has_room, new_packed
 from .configurations import configuration
 from .images import index_type
-from .integers import cdiv, next_power_of_2
+from .integers import cdiv, next_power_of_2, round_up
 from .launch import Launch
 from .rounding import INTERPRETED, narrow
 
@@ -62,7 +63,18 @@ def over_tiles(kernel, name: str, images: list[Tensor], arguments: dict) -> Laun
     places = pixels_of(*images)
     index = index_type(places["pixels"] + pixels)
     programs = len(images[0]) * cdiv(places["pixels"], pixels)
-    return launch(kernel, programs, arguments | places | dict(PIXELS=pixels, INDEX=index), *how)
+    if places["width"] is None:
+        arguments = without_rows(arguments, images)
+    # Up to a multiple of ROOM, pixels behind a plane may be read and written: so no mask depends on the size, and loads
+    # are 16 bytes wide whatever it is.
+    room = UNIT if all(map(has_room, images)) else 1
+    return launch(kernel, programs, arguments | places | dict(PIXELS=pixels, ROOM=room, INDEX=index), *how)
+
+
+def without_rows(arguments: dict, images: list[Tensor]) -> dict:
+    """Return the arguments without the strides of rows that follow each other: not read, they would be specialised."""
+    strides = {f"{name}_strides" for name, value in arguments.items() if any(value is image for image in images)}
+    return {name: (*value[:2], 0, value[3]) if name in strides else value for name, value in arguments.items()}
 
 
 def launch(kernel, programs: int, arguments: dict, warps: int, stages: int) -> Launch:
@@ -71,12 +83,16 @@ def launch(kernel, programs: int, arguments: dict, warps: int, stages: int) -> L
 
 def workspace(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """Return room for images like x, channels innermost; pixels start at multiples of 16 elements, for wide loads."""
-    batch, _, height, width = x.shape
-    rows = x.new_empty((batch, height, width, 16 * cdiv(channels, 16)), dtype=dtype)
-    return rows.permute(0, 3, 1, 2)[:, :channels]
+    return new_packed(x, channels, dtype, round_up(channels, UNIT))
 
 
 # In kernels: where
+
+
+@triton.jit
+def end_of(pixels, ROOM: tl.constexpr):
+    """Return the first pixel that is neither read nor written (`over_tiles`)."""
+    return (pixels + ROOM - 1) // ROOM * ROOM
 
 
 @triton.constexpr_function

@@ -6,7 +6,6 @@ WINDOW[j]) whose widths are powers of two: 108 are 64 + 32 + 16, so that the mat
 is zero.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,6 +21,7 @@ from .tiles import (
     channels_of,
     cut,
     dot,
+    end_of,
     launch,
     load_pixels,
     normalise,
@@ -39,12 +39,6 @@ from .tiles import (
 # On the host
 
 
-def packed(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """Return room for a packed image of the batch and size of x."""
-    batch, _, height, width = x.shape
-    return x.new_empty((batch, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
-
-
 def is_packed(x: Tensor) -> bool:
     _, channels, height, width = x.shape
     of_three = zip((channels, height, width), x.stride()[1:], (1, width * channels, channels), strict=True)
@@ -54,7 +48,7 @@ def is_packed(x: Tensor) -> bool:
 def pack(n: Tensor, x: Tensor, gain: Tensor | None = None, shift: Tensor | None = None, eps: float = 0.0) -> Launch:
     """Describe the launch that writes n, packed: LN(x), or x where there is no norm."""
     sizes = dict(gain=gain, shift=shift, eps=eps, CHANNELS=x.shape[1], TILES=cut(x.shape[1]))
-    return over_tiles(pack_pixels, "norm_conv3x3 pack", [x], strided(n=n, x=x) | sizes)
+    return over_tiles(pack_pixels, "norm_conv3x3 pack", [x], dict(n=n, n_stride=n.stride(0)) | strided(x=x) | sizes)
 
 
 def columns_of(weight: Tensor) -> Tensor:
@@ -116,23 +110,23 @@ def window_products(partial: Tensor, ds: Tensor, n: Tensor) -> Launch:
 # Kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "width"])
 def pack_pixels(
-    n, n_strides, x, x_strides, gain, shift, eps, pixels, width,
-    CHANNELS: tl.constexpr, TILES: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr,
+    n, n_stride, x, x_strides, gain, shift, eps, pixels, width,
+    CHANNELS: tl.constexpr, TILES: tl.constexpr, PIXELS: tl.constexpr, ROOM: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """n = LN(x), or x, packed; PIXELS pixels of an image."""
     image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
     pixel = first + tl.arange(0, PIXELS)
-    inside = pixel < pixels
+    inside = pixel < end_of(pixels, ROOM)
     seen = load_pixels(at(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
     if gain is not None:
         seen, _ = normalise(seen, eps, CHANNELS, TILES)
     seen = affine(seen, gain, shift, n.dtype.element_ty, CHANNELS, TILES)
-    store_packed(image_of(n, n_strides[0], image), pixel, inside, seen, CHANNELS, TILES)
+    store_packed(image_of(n, n_stride, image), pixel, inside, seen, CHANNELS, TILES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines", "line", "steps"])
 def add_window_products(
     partial, ds, ds_stride, n, n_stride, pixels, lines, line, steps,
     CHANNELS: tl.constexpr, CHUNK: tl.constexpr, OUT_CHANNELS: tl.constexpr, MADE: tl.constexpr,
