@@ -89,7 +89,11 @@ def repetition() -> dict:
 
 
 def unlike_jit() -> list[str]:
-    """Return the kernels that `Launch.compile_for` would compile with other options than Triton does at a launch."""
+    """Return the kernels that `Launch.compile_for` would compile with other options than Triton does at a launch.
+
+    TRITON_DEBUG is on: Triton adds it, and others, to what it is given.
+    """
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
 
@@ -102,6 +106,7 @@ def unlike_jit() -> list[str]:
         if parse(launch.jit_options) != theirs:
             unlike.append(f"{launch.kernel.__name__}: {launch.jit_options}, expected {theirs}")
 
+    triton.knobs.runtime.debug = True
     with gpu_dry_run.dry_run(), observed(compare):
         case = gpu_dry_run.cases()["inference T x4 480x640 bf16"]
         case.run(case.image(1, 32, 32))
