@@ -18,8 +18,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..planes import new_image
 from .activation import activate, activate_with_slope
-from .images import Tiles, index_type, locate_tile, over_planes, pixels_of, store, strided, tiles_of, wide
+from .images import (
+    Tiles,
+    index_type,
+    level_strides,
+    locate_tile,
+    over_planes,
+    pixels_of,
+    store,
+    strided,
+    tiles_of,
+    wide,
+)
+from .integers import cdiv
 from .interpolation import gathering, stretching
 from .launch import Launch, run
 from .sums import add_parts, new_partial
@@ -75,14 +88,16 @@ def forward(y, maps, k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bia
     *levels, activated = levels_of(maps, k, recursive)
     for level in range(0, recursive, 2):
         one, two = levels[level + 1], levels[level + 2] if level + 2 <= recursive else None
-        images = dict(x=levels[level], one=one, two=two, activated=activated if level + 2 >= recursive else None)
-        options = dict(weight=weight_agg, bias=bias_agg, height=one.shape[2], width=one.shape[3], OF_A_LEVEL=level > 0)
-        yield over_planes(aggregate, one, patches_of(one), strided(**images) | options)
+        images = dict(one=one, two=two, activated=activated if level + 2 >= recursive else None)
+        options = dict(weight=weight_agg, bias=bias_agg, batch=len(k), height=one.shape[2], width=one.shape[3])
+        options |= dict(OF_A_LEVEL=level > 0, OF_SIDES=4 ** (recursive - level - 1))
+        images |= strided(x=levels[level]) if level == 0 else dict(x=levels[level], x_strides=None)
+        yield over_planes(aggregate, one, patches_of(one), images | options)
     mixed = new_level(activated)
     parameters = dict(weight_dw=weight_dw, bias_dw=bias_dw, weight_pw=weight_pw, bias_pw=bias_pw)
     yield over_pixels(mix, activated, dict(mixed=mixed, x=activated) | parameters)
     between = new_between(activated, k)
-    yield stretching(between, mixed, vertical=False)
+    yield stretching(between, mixed, is_level=True, vertical=False)
     yield stretching(y, between, k, vertical=True)
 
 
@@ -98,7 +113,7 @@ def backward(
         between = new_between(activated, k)
         dmixed, gradient = new_level(activated), new_level(activated)
         yield gathering(between, dy, vertical=True)
-        yield gathering(dmixed, between, vertical=False)
+        yield gathering(dmixed, between, is_level=True, vertical=False)
         images = dict(dunmixed=gradient, dmixed=dmixed, x=activated)
         parameters = dict(weight_dw=weight_dw, bias_dw=bias_dw, weight_pw=weight_pw)
         yield over_pixels(mix_backward, activated, images | parameters | dict(partial=partial_mix))
@@ -132,27 +147,30 @@ def new_level(like: Tensor) -> Tensor:
 
 
 def patches_of(one: Tensor) -> Tiles:
-    """Return tiles of a level, of whole 4x4 patches that the next one sees; a thread reads 8 pixels of 4 rows."""
-    return tiles_of(*one.shape[2:], most=512, each=2, widest=32, least=4)
+    """Return tiles of a level, whatever its size: whole 4x4 patches that the next one sees.
+
+    A thread reads 8 pixels of 4 rows.
+    """
+    return tiles_of(*one.shape[2:], most=256, each=2, widest=16, least=16)
 
 
 def spread_patches(x: Tensor) -> Tiles:
-    """Return the same for the level behind x, as if it had every last pixel of x, too."""
-    return tiles_of(*(triton.cdiv(side, 4) for side in x.shape[2:]), most=512, each=2, widest=32, least=4)
+    """Return tiles of the level behind x, as if it had every last pixel of x, too."""
+    return tiles_of(*(cdiv(side, 4) for side in x.shape[2:]), most=512, each=2, widest=32, least=4)
 
 
 def new_between(level: Tensor, k: Tensor) -> Tensor:
     """Return room for what has as many rows as a level, and as many columns as k."""
-    return level.new_empty((*k.shape[:2], level.shape[2], k.shape[3]))
+    return new_image(k[:, :, : level.shape[2]], k.shape[1], level.dtype)
 
 
 def over_pixels(kernel, level: Tensor, arguments: dict) -> Launch:
     """Describe a launch that mixes channels of some pixels at a time."""
     batch, channels, height, width = level.shape
-    pixels, chunks = batch * height * width, triton.cdiv(channels, CHUNK)
+    pixels, chunks = batch * height * width, cdiv(channels, CHUNK)
     sizes = dict(channels=channels, height=height, width=width, pixels=pixels)
     options = dict(CHUNK=CHUNK, PIXELS=PIXELS, INDEX=index_type(pixels + PIXELS))
-    programs = triton.cdiv(pixels, PIXELS) * chunks
+    programs = cdiv(pixels, PIXELS) * chunks
     if "partial" in arguments:
         parts = mix_parts(level)
         options, programs = options | dict(parts=parts), parts * chunks**2
@@ -160,27 +178,32 @@ def over_pixels(kernel, level: Tensor, arguments: dict) -> Launch:
 
 
 def mix_parts(level: Tensor) -> int:
-    return min(MOST_PARTS, triton.cdiv(level.numel() // level.shape[1], PIXELS)) if level.numel() else 0
+    return min(MOST_PARTS, cdiv(level.numel() // level.shape[1], PIXELS)) if level.numel() else 0
 
 
 # Kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "batch", "height", "width"])
 def aggregate(
-    x, x_strides, one, one_strides, two, two_strides, activated, activated_strides, weight, bias,
-    channels, height, width, OF_A_LEVEL: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
+    x, x_strides, one, two, activated, weight, bias, channels, batch, height, width,
+    OF_A_LEVEL: tl.constexpr, OF_SIDES: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write level one (height, width), level two unless it is None, and the last of them after GELU, likewise.
 
-    x is k, or a level, which GELU comes behind.
+    x is k, or a level, which GELU comes behind. OF_SIDES is a divisor of level one's height and width.
     """
     WIDE: tl.constexpr = one.dtype.element_ty
-    batch, channel, _, line, column = locate_tile(channels, height, width, LINES, COLUMNS)
+    height, width = height // OF_SIDES * OF_SIDES, width // OF_SIDES * OF_SIDES  # so that the compiler knows it
+    one_strides, two_strides = level_strides(batch, height, width), level_strides(batch, height // 4, width // 4)
+    activated_strides = one_strides if two is None else two_strides
+    if OF_A_LEVEL:
+        x_strides = level_strides(batch, height * 4, width * 4)
+    image, channel, _, line, column = locate_tile(channels, height, width, LINES, COLUMNS)
     row = line + tl.arange(0, LINES)[:, None]
     seen_column = column * 4 + tl.arange(0, COLUMNS * 4)[None, :]
     inside = (row < height) & (seen_column < width * 4)
-    x_at = pixels_of(x, x_strides, batch, channel, row * 4, seen_column)
+    x_at = pixels_of(x, x_strides, image, channel, row * 4, seen_column)
     taps = weight + channel * 16
     total = tl.zeros((LINES, COLUMNS * 4), WIDE)
     for i in tl.static_range(4):
@@ -192,20 +215,20 @@ def aggregate(
     s = tl.sum(tl.reshape(total, (LINES, COLUMNS, 4)), axis=2) + shift
     column_one = column + tl.arange(0, COLUMNS)[None, :]
     inside = (row < height) & (column_one < width)
-    tl.store(pixels_of(one, one_strides, batch, channel, row, column_one), s, mask=inside)
+    tl.store(pixels_of(one, one_strides, image, channel, row, column_one), s, mask=inside)
     if two is not None:
         total = activate(s, "gelu") * tl.load(taps + (row % 4 * 4 + column_one % 4)).to(WIDE)
         s = tl.sum(tl.sum(tl.reshape(total, (LINES // 4, 4, COLUMNS // 4, 4)), axis=3), axis=1) + shift
         row = line // 4 + tl.arange(0, LINES // 4)[:, None]
         column_one = column // 4 + tl.arange(0, COLUMNS // 4)[None, :]
         inside = (row < height // 4) & (column_one < width // 4)
-        tl.store(pixels_of(two, two_strides, batch, channel, row, column_one), s, mask=inside)
+        tl.store(pixels_of(two, two_strides, image, channel, row, column_one), s, mask=inside)
     if activated is not None:
-        to = pixels_of(activated, activated_strides, batch, channel, row, column_one)
+        to = pixels_of(activated, activated_strides, image, channel, row, column_one)
         tl.store(to, activate(s, "gelu"), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "pixels"])
 def mix(
     mixed, x, weight_dw, bias_dw, weight_pw, bias_pw, channels, height, width, pixels,
     CHUNK: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr,
@@ -227,7 +250,7 @@ def mix(
     tl.store(mixed + out.to(tl.int64)[:, None] * pixels + pixel[None, :], total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "parts"])
 def mix_backward(
     dunmixed, dmixed, x, weight_dw, bias_dw, weight_pw, partial, channels, height, width, pixels, parts,
     CHUNK: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr,

@@ -16,9 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import norm_conv3x3
-from .images import store, strided
+from .configurations import configuration
+from .images import index_type, store
+from .integers import cdiv
 from .launch import Launch, run
-from .tiles import channels_of, load_row, over_tiles, tile_of
+from .tiles import channels_of, launch, load_row, tile_of
 from .windows import columns_of, convolution, convolve, image_of
 
 # Public functions: the caller has checked all arguments and allocated the results; parameters are contiguous
@@ -27,7 +29,7 @@ from .windows import columns_of, convolution, convolve, image_of
 def conv3x3_shuffle(
     y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, scale: int, img_range: float
 ) -> None:
-    """Write y (B, I, scale * H, scale * W)."""
+    """Write y (B, I, scale * H, scale * W), which is contiguous."""
     run(forward(y, x, weight, bias, mean, scale, img_range), x.device)
 
 
@@ -47,10 +49,9 @@ def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
         made = 3 * scale**2
         y, mean = x.new_empty(batch, 3, scale * height, scale * width), x.new_empty(1, 3, 1, 1)
         weight, bias = x.new_empty(made, channels, 3, 3), x.new_empty(made)
-        for launch in forward(y, x, weight, bias, mean, scale, 1.0):
-            yield f"forward x{scale}", launch
-        for number, launch in enumerate(backward(x, weight, bias, y, x, weight, bias, scale, 1.0)):
-            yield f"backward {number} x{scale}", launch
+        yield from ((f"forward x{scale}", found) for found in forward(y, x, weight, bias, mean, scale, 1.0))
+        for number, found in enumerate(backward(x, weight, bias, y, x, weight, bias, scale, 1.0)):
+            yield f"backward {number} x{scale}", found
 
 
 # What is launched
@@ -60,9 +61,10 @@ def forward(y, x, weight, bias, mean, scale, img_range) -> Iterator[Launch]:
     if x.numel() == 0:
         return
     n = yield from norm_conv3x3.normalised(x, None, None, weight.dtype, 0.0)
-    arguments = convolution(n, columns_of(weight)) | strided(y=y)
-    arguments |= dict(bias=bias, mean=mean, img_range=img_range, SCALE=scale)
-    yield over_tiles(conv3x3_shuffle_forward, "conv3x3_shuffle forward", [n], arguments)
+    pixels, *how = configuration("conv3x3_shuffle forward", n)
+    arguments = convolution(n, columns_of(weight)) | dict(y=y, bias=bias, mean=mean, img_range=img_range, SCALE=scale)
+    arguments |= dict(PIXELS=pixels, INDEX=index_type(n.shape[2] * n.shape[3] + pixels))
+    yield launch(conv3x3_shuffle_forward, len(n) * cdiv(n.shape[2] * n.shape[3], pixels), arguments, *how)
 
 
 def backward(dx, dweight, dbias, dy, x, weight, bias, scale, img_range) -> Iterator[Launch]:
@@ -75,24 +77,27 @@ def backward(dx, dweight, dbias, dy, x, weight, bias, scale, img_range) -> Itera
 # Kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines", "line"])
 def conv3x3_shuffle_forward(
-    y, y_strides, n, n_stride, columns, bias, mean, img_range, lines, line, pixels, width,
+    y, n, n_stride, columns, bias, mean, img_range, lines, line,
     CHANNELS: tl.constexpr, WINDOW: tl.constexpr, TURNS: tl.constexpr, OUT_CHANNELS: tl.constexpr, MADE: tl.constexpr,
     SCALE: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y = pixel_shuffle(conv(n) + bias) / img_range + mean, for PIXELS pixels of an image."""
+    """y = pixel_shuffle(conv(n) + bias) / img_range + mean, contiguous, for PIXELS pixels of an image."""
+    pixels = lines.to(INDEX) * line
     image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
     pixel = first + tl.arange(0, PIXELS)
     inside = pixel < pixels
     seen = image_of(n, n_stride, image)
     sums = convolve(seen, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)
+    row_stride = tl.full((), SCALE, tl.int64) * line
+    channel_stride = row_stride * SCALE * lines
     row, column = (pixel // line * SCALE).to(tl.int64), (pixel % line * SCALE).to(tl.int64)
-    y_at = image_of(y, y_strides[0], image) + row * y_strides[2] + column * y_strides[3]
+    y_at = image_of(y, channel_stride * (OUT_CHANNELS // (SCALE * SCALE)), image) + row * row_stride + column
     for i in tl.static_range(len(MADE)):
         made = channels_of(MADE, i)
         channel, down, right = made // (SCALE * SCALE), made // SCALE % SCALE, made % SCALE
-        offset = channel.to(tl.int64) * y_strides[1] + down.to(tl.int64) * y_strides[2] + right * y_strides[3]
+        offset = channel.to(tl.int64) * channel_stride + down.to(tl.int64) * row_stride + right
         exists = made < OUT_CHANNELS
         s = sums[i] + load_row(bias, made, OUT_CHANNELS)
         out = s / img_range + tl.load(mean + channel, mask=exists, other=0)[None, :]

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .images import Tiles, locate_tile, over_planes, pixels_of, store, strided, tiles_of
+from .integers import cdiv, next_power_of_2
 from .launch import Launch, run
 from .sums import add_parts, new_partial
 
@@ -77,14 +78,14 @@ def walk(kernel, x: Tensor, images: dict[str, Tensor], parameters: dict[str, Ten
 def strips_of(x: Tensor) -> tuple[int, Tiles]:
     """Return how many rows a strip has, and tiles of strips x columns."""
     height, width = x.shape[2:]
-    rows = min(ROWS, triton.next_power_of_2(height))
-    return rows, tiles_of(triton.cdiv(height, rows), width, STRIPS, EACH)
+    rows = min(ROWS, next_power_of_2(height))
+    return rows, tiles_of(cdiv(height, rows), width, STRIPS, EACH)
 
 
 # Kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height"])
 def gate(
     y, y_strides, u, u_strides, g, g_strides, weight, bias, channels, height, width,
     ROWS: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
@@ -112,7 +113,7 @@ def gate(
             u_at += u_strides[2]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height"])
 def gate_backward(
     du, du_strides, dg, dg_strides, dy, dy_strides, u, u_strides, g, g_strides, weight, bias, partial,
     channels, height, width,

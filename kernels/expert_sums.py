@@ -21,6 +21,7 @@ from torch import Tensor
 from .configurations import configuration
 from .experts import RANKS, load_bias_out, load_some, locate, rows_of
 from .images import index_type, strided
+from .integers import cdiv, next_power_of_2
 from .launch import Launch
 from .products import steps_of
 from .rounding import narrow
@@ -39,9 +40,9 @@ def new_sums(a: Tensor, experts: dict, projected: bool) -> Tensor:
     """Return room for rows of sums (B, top_k, blocks, parts, sums), which start at multiples of 16."""
     batch, channels, height, width = a.shape
     of_a_part = configuration(KERNEL, a).pixels * steps_of(a, KERNEL) if batch else 1
-    parts = triton.cdiv(height * width, of_a_part) if batch else 0
+    parts = cdiv(height * width, of_a_part) if batch else 0
     count = of_expert(channels, kept_ranks(experts)) + 1 + projected * channels * (channels + 1)
-    shape = batch, experts["top_k"], experts["BLOCKS"], parts, 16 * triton.cdiv(count, 16)
+    shape = batch, experts["top_k"], experts["BLOCKS"], parts, 16 * cdiv(count, 16)
     return a.new_empty(shape, dtype=torch.float32)
 
 
@@ -54,7 +55,7 @@ def sum_products(sums: Tensor, ranked: Tensor, dy, a, k, experts: dict, weight_p
     taken += ("EXPERTS", "BLOCKS", "TOTAL", "PRECISION")
     parameters = {name: experts[name] for name in taken} | dict(weight_proj=weight_proj)
     steps = steps_of(a, KERNEL)
-    sizes = dict(CHANNELS=channels, TILE=max(16, triton.next_power_of_2(channels)), ROWS=kept_ranks(experts))
+    sizes = dict(CHANNELS=channels, TILE=max(16, next_power_of_2(channels)), ROWS=kept_ranks(experts))
     options = dict(PIXELS=pixels, INDEX=index_type(places["pixels"] + pixels * steps))
     arguments = dict(sums=sums, count=sums.shape[4], steps=steps) | images | places | parameters | sizes | options
     return launch(add_products, sums.shape[:4].numel(), arguments, *how)
@@ -66,9 +67,9 @@ def add_sums(gradients: dict[str, Tensor | None], sums: Tensor, a: Tensor, exper
     channels, rows = a.shape[1], kept_ranks(experts)
     known = dict(sums=sums, expert_index=experts["expert_index"], slots=batch * top_k, parts=parts, count=count)
     sizes = {name: experts[name] for name in ("EXPERTS", "BLOCKS", "TOTAL")} | dict(ROWS=rows, CHANNELS=channels)
-    programs = len(experts["EXPERTS"]) * blocks * triton.cdiv(of_expert(channels, rows), COLUMNS) + batch * top_k
+    programs = len(experts["EXPERTS"]) * blocks * cdiv(of_expert(channels, rows), COLUMNS) + batch * top_k
     if gradients["dweight_proj"] is not None:
-        programs += triton.cdiv(channels * (channels + 1), COLUMNS)
+        programs += cdiv(channels * (channels + 1), COLUMNS)
     return Launch(add_up, programs, gradients | known | sizes | dict(COLUMNS=COLUMNS, PARTS=PARTS))
 
 
@@ -81,7 +82,7 @@ def of_expert(channels, rows):
     return rows * (3 * channels + 2) + channels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "steps"])
 def add_products(
     sums, count, ranked, ranked_strides, dy, dy_strides, a, a_strides, k, k_strides, expert_index, expert_weight, top_k,
     weight_out, bias_out, weight_proj, pixels, width, steps,
@@ -169,7 +170,7 @@ def store_matrix(pointer, values, row, row_stride, HEIGHT: tl.constexpr, column,
     tl.store(pointer + row[:, None] * row_stride + column[None, :] * column_stride, values, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "parts"])
 def add_up(
     dexpert_weight, dweight_a, dbias_a, dweight_k, dbias_k, dweight_out, dbias_out, dweight_proj, dbias_proj,
     sums, expert_index, slots, parts, count,

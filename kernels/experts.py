@@ -9,13 +9,14 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
+from .integers import cdiv
 from .tiles import channels_of, start
 
 RANKS = tl.constexpr(16)  # of a block: what tl.dot sums over at least
 
 
 def blocks_of(ranks: Sequence[int]) -> int:
-    return triton.cdiv(max(ranks), RANKS.value)
+    return cdiv(max(ranks), RANKS.value)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..planes import new_image
 from . import depthwise_gate, norm_pointwise
 from .activation import activate, slope
 from .images import strided
@@ -29,6 +30,7 @@ from .tiles import (
     at,
     channels_of,
     cut,
+    end_of,
     load_columns,
     load_pixels,
     load_row,
@@ -102,10 +104,9 @@ def backward(
 ) -> Iterator[Launch]:
     channels = x.shape[1]
     # u, g and dh are float32: their rounding would show in all sums over the image, twice as much as torch's does.
-    ug = x.new_empty((len(x), 2 * channels, *x.shape[2:]), dtype=torch.float32)
-    dug = torch.empty_like(ug, dtype=weight_1.dtype)
+    ug, dug = new_image(x, 2 * channels, torch.float32), new_image(x, 2 * channels, weight_1.dtype)
     (u, g), (du, dg) = ug.split(channels, dim=1), dug.split(channels, dim=1)
-    dh, h, dz = torch.empty_like(u), *(workspace(x, channels, weight_1.dtype) for _ in range(2))
+    dh, h, dz = new_image(x, channels, torch.float32), *(workspace(x, channels, weight_1.dtype) for _ in range(2))
     if x.numel():
         layer = x, norm_weight, norm_bias, weight_1, bias_1, "gelu", eps
         yield from norm_pointwise.forward(ug, *layer)
@@ -113,7 +114,7 @@ def backward(
         parameters = end(x, weight_gate, bias_gate, weight_2, bias_2)
         yield over_tiles(gated_ffn_backward_gate, "gated_ffn backward", [dy], images | parameters)
     *first, dweight_gate, dbias_gate, dweight_2, dbias_2 = gradients
-    partial = new_partial(parts_of(x, "products") if x.numel() else 0, [dweight_2, dbias_2])
+    partial = new_partial(parts_of(h, "products") if x.numel() else 0, [dweight_2, dbias_2])
     if x.numel():
         yield products(partial, dz, h)
     yield add_parts([dweight_2, dbias_2], partial)
@@ -134,17 +135,17 @@ def end(x: Tensor, weight_gate: Tensor, bias_gate: Tensor, weight_2: Tensor, bia
 # Kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "width", "rows", "columns"])
 def gated_ffn_forward(
     y, y_strides, x, x_strides, g, g_strides, norm_weight, norm_bias, weight_1, bias_1, eps,
     taps, bias_gate, weight_2, bias_2, pixels, width, rows, columns,
     CHANNELS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,
-    INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    ROOM: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = x + GELU((u * gate) @ weight_2 + bias_2), PIXELS pixels of an image."""
     image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
     pixel = first + tl.arange(0, PIXELS)
-    inside = pixel < pixels
+    inside = pixel < end_of(pixels, ROOM)
     seen = load_pixels(at(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
     n, _ = normalise(seen, eps, CHANNELS, TILES)
     n = affine(n, norm_weight, norm_bias, weight_1.dtype.element_ty, CHANNELS, TILES)
@@ -163,44 +164,44 @@ def gated_ffn_forward(
     store_pixels(at(y, y_strides, image, pixel, width), y_strides, inside, out, CHANNELS, TILES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "width", "rows", "columns"])
 def gated_ffn_backward_gate(
     dh, dh_strides, h, h_strides, dz, dz_strides, dy, dy_strides, u, u_strides, g, g_strides,
     taps, bias_gate, weight_2, bias_2, pixels, width, rows, columns,
     CHANNELS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,
-    INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    ROOM: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """h = u * gate, dz = dy * GELU'(h @ weight_2 + bias_2) and dh = dz @ transposed weight_2."""
     image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
     pixel = first + tl.arange(0, PIXELS)
-    inside = pixel < pixels
+    inside = pixel < end_of(pixels, ROOM)
     dtype: tl.constexpr = weight_2.dtype.element_ty
     z = zeros(PIXELS, TILES)
     for start in tl.range(0, CHANNELS, BLOCK, disable_licm=True):
         block = start + tl.arange(0, BLOCK)
         factor = gate(g, g_strides, taps, bias_gate, image, pixel, inside, block, rows, columns, CHANNELS)
-        gated = load_tile(at(u, u_strides, image, pixel, columns), u_strides, inside, block, CHANNELS)
+        gated = load_tile(at(u, u_strides, image, pixel, None), u_strides, inside, block, CHANNELS)
         gated = narrow(gated.to(tl.float32) * factor, dtype)
-        store_tile(at(h, h_strides, image, pixel, columns), h_strides, inside, gated, block, CHANNELS)
+        store_tile(at(h, h_strides, image, pixel, None), h_strides, inside, gated, block, CHANNELS)
         z = multiply_block(gated, load_lines(weight_2, block, CHANNELS, TILES), z, PRECISION)
     upstream = load_pixels(at(dy, dy_strides, image, pixel, width), dy_strides, inside, CHANNELS, TILES)
     gradient = ()
     for i in tl.static_range(len(TILES)):
         s = z[i] + load_row(bias_2, channels_of(TILES, i), CHANNELS)
         gradient += (narrow(upstream[i].to(tl.float32) * slope(s, "gelu"), dtype),)
-    store_pixels(at(dz, dz_strides, image, pixel, columns), dz_strides, inside, gradient, CHANNELS, TILES)
+    store_pixels(at(dz, dz_strides, image, pixel, None), dz_strides, inside, gradient, CHANNELS, TILES)
     for start in tl.range(0, CHANNELS, BLOCK, disable_licm=True):
         block = start + tl.arange(0, BLOCK)
         matrix = load_columns(weight_2, CHANNELS, 1, block, CHANNELS, TILES, CHANNELS)
         back = multiply(gradient, matrix, tl.zeros((1, BLOCK), tl.float32), PRECISION)
-        store_tile(at(dh, dh_strides, image, pixel, columns), dh_strides, inside, back, block, CHANNELS)
+        store_tile(at(dh, dh_strides, image, pixel, None), dh_strides, inside, back, block, CHANNELS)
 
 
 @triton.jit
 def gate(g, g_strides, taps, bias, image, pixel, inside, block, rows, columns, CHANNELS: tl.constexpr):
     """Return bias + depthwise3x3(g), a block of channels (PIXELS, BLOCK) in float32."""
     row, column = pixel // columns, pixel % columns
-    centre = at(g, g_strides, image, pixel, columns)
+    centre = at(g, g_strides, image, pixel, None)
     total = tl.broadcast_to(load_row(bias, block, CHANNELS), (pixel.shape[0], block.shape[0]))
     for line in tl.range(0, 3, disable_licm=True):  # not all nine at once: registers
         there = inside & (row + line >= 1) & (row + line <= rows)

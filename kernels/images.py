@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..planes import new_image
+from .integers import cdiv, next_power_of_2
 from .launch import Launch
 from .rounding import narrow
 
@@ -31,7 +33,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def new_workspace(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape, dtype=wide(x.dtype))
+    return new_image(x, x.shape[1], wide(x.dtype))
 
 
 def index_type(largest: int) -> tl.dtype:
@@ -52,10 +54,10 @@ def tiles_of(lines: int, columns: int, most: int, each: int, widest: int = WIDES
 
     Sides are powers of two, at least `least`.
     """
-    across = min(widest, max(16, triton.next_power_of_2(columns)))
-    down = max(least, min(most // across, triton.next_power_of_2(lines)))
+    across = min(widest, max(16, next_power_of_2(columns)))
+    down = max(least, min(most // across, next_power_of_2(lines)))
     warps = max(1, min(8, across * down // (32 * each)))
-    return Tiles(down, across, triton.cdiv(lines, down) * triton.cdiv(columns, across), warps)
+    return Tiles(down, across, cdiv(lines, down) * cdiv(columns, across), warps)
 
 
 def over_planes(kernel, x: Tensor, tiles: Tiles, arguments: dict) -> Launch:
@@ -76,6 +78,13 @@ def locate_tile(channels, lines, columns, LINES: tl.constexpr, COLUMNS: tl.const
     plane, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     batch = plane // channels
     return batch, plane % channels, batch * tiles + tile, tile // across * LINES, tile % across * COLUMNS
+
+
+@triton.jit
+def level_strides(batch, height, width):
+    """Return the strides of small images that lie as (C, B, height, width) and are seen as (B, C, height, width)."""
+    plane = height.to(tl.int64) * width
+    return plane, plane * batch, width, 1
 
 
 @triton.jit

@@ -10,28 +10,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .images import locate_tile, over_planes, pixels_of, store, strided, tiles_of
+from .images import level_strides, locate_tile, over_planes, pixels_of, store, strided, tiles_of
 from .launch import Launch
 
 # What is launched
 
 
-def stretching(large: Tensor, small: Tensor, k: Tensor | None = None, *, vertical: bool) -> Launch:
-    """Describe large = k + small, stretched along one axis."""
-    images = strided(large=large, small=small, k=k)
-    return along(stretch, large, images | sizes_of(large, small, vertical), most=4096, each=16)
+def stretching(
+    large: Tensor, small: Tensor, k: Tensor | None = None, *, is_level: bool = False, vertical: bool
+) -> Launch:
+    """Describe large = k + small, stretched along one axis; small may be a level (`images.level_strides`)."""
+    images = strided(large=large, k=k) | small_of(small, is_level)
+    # Few rows are stretched to all columns before they are to all rows: tiles of fixed sizes fit both.
+    tile = dict(most=4096) if vertical else dict(most=1024, least=16)
+    return along(stretch, large, images | sizes_of(large, small, vertical), each=16, **tile)
 
 
-def gathering(small: Tensor, large: Tensor, *, vertical: bool) -> Launch:
+def gathering(small: Tensor, large: Tensor, *, is_level: bool = False, vertical: bool) -> Launch:
     """Describe the transpose: small = sums over large."""
     sizes = sizes_of(large, small, vertical)
     shrinks = sizes["size"] / sizes["smaller"]
     # Pixels that look at pixel m are fewer than so many before m * shrinks, rounded down, and in all
     before = math.ceil(shrinks / 2) + 1
     count = before + math.ceil(1.5 * shrinks) + 1
-    arguments = strided(small=small, large=large) | sizes | dict(before=before, count=count)
+    arguments = strided(large=large) | small_of(small, is_level) | sizes | dict(before=before, count=count)
     # Rows are read by 8 pixels; where they are shrunk, one here and one there, but there is little left of them
-    return along(gather, small, arguments, *((2048, 8) if vertical else (256, 1)))
+    tile = dict(most=2048, each=8) if vertical else dict(most=256, each=1)
+    return along(gather, small, arguments, **tile)
+
+
+def small_of(small: Tensor, is_level: bool) -> dict:
+    """Return the smaller image as the kernels' arguments; they know the strides of a level."""
+    return dict(small=small, small_strides=None if is_level else small.stride(), batch=len(small))
 
 
 def sizes_of(large: Tensor, small: Tensor, vertical: bool) -> dict:
@@ -39,23 +49,25 @@ def sizes_of(large: Tensor, small: Tensor, vertical: bool) -> dict:
     return dict(size=large.shape[axis], smaller=small.shape[axis], VERTICAL=vertical)
 
 
-def along(kernel, y: Tensor, arguments: dict, most: int, each: int) -> Launch:
+def along(kernel, y: Tensor, arguments: dict, **tile: int) -> Launch:
     height, width = y.shape[2:]
-    tiles = tiles_of(height, width, most, each)
+    tiles = tiles_of(height, width, **tile)
     return over_planes(kernel, y, tiles, arguments | dict(height=height, width=width))
 
 
 # Kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "batch", "height", "size", "smaller"])
 def stretch(
-    large, large_strides, small, small_strides, k, k_strides, channels, height, width, size, smaller,
+    large, large_strides, small, small_strides, k, k_strides, channels, batch, height, width, size, smaller,
     VERTICAL: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """large (height, width) = k + small interpolated along one axis: from `smaller` pixels to `size`."""
     WIDE: tl.constexpr = small.dtype.element_ty
-    batch, channel, _, line, column = locate_tile(channels, height, width, LINES, COLUMNS)
+    if small_strides is None:
+        small_strides = level_strides(batch, smaller if VERTICAL else height, width if VERTICAL else smaller)
+    image, channel, _, line, column = locate_tile(channels, height, width, LINES, COLUMNS)
     row, column = line + tl.arange(0, LINES)[:, None], column + tl.arange(0, COLUMNS)[None, :]
     inside = (row < height) & (column < width)
     looks = position(row if VERTICAL else column, size, smaller, WIDE)
@@ -63,33 +75,35 @@ def stretch(
     behind = tl.minimum(before + 1, smaller - 1)
     share = looks - before.to(WIDE)
     if VERTICAL:
-        first_at = pixels_of(small, small_strides, batch, channel, before, column)
-        second_at = pixels_of(small, small_strides, batch, channel, behind, column)
+        first_at = pixels_of(small, small_strides, image, channel, before, column)
+        second_at = pixels_of(small, small_strides, image, channel, behind, column)
     else:
-        first_at = pixels_of(small, small_strides, batch, channel, row, before)
-        second_at = pixels_of(small, small_strides, batch, channel, row, behind)
+        first_at = pixels_of(small, small_strides, image, channel, row, before)
+        second_at = pixels_of(small, small_strides, image, channel, row, behind)
     total = (1 - share) * tl.load(first_at, mask=inside, other=0) + share * tl.load(second_at, mask=inside, other=0)
     if k is not None:
-        total += tl.load(pixels_of(k, k_strides, batch, channel, row, column), mask=inside, other=0).to(WIDE)
-    store(pixels_of(large, large_strides, batch, channel, row, column), total, inside)
+        total += tl.load(pixels_of(k, k_strides, image, channel, row, column), mask=inside, other=0).to(WIDE)
+    store(pixels_of(large, large_strides, image, channel, row, column), total, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "batch", "height", "size", "smaller", "before", "count"])
 def gather(
-    small, small_strides, large, large_strides, channels, height, width, size, smaller, before, count,
+    small, small_strides, large, large_strides, channels, batch, height, width, size, smaller, before, count,
     VERTICAL: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """small (height, width) = stretch transposed: the sums over what looks at its pixels."""
     WIDE: tl.constexpr = small.dtype.element_ty
-    batch, channel, _, line, column = locate_tile(channels, height, width, LINES, COLUMNS)
+    if small_strides is None:
+        small_strides = level_strides(batch, height, width)
+    image, channel, _, line, column = locate_tile(channels, height, width, LINES, COLUMNS)
     row, column = line + tl.arange(0, LINES)[:, None], column + tl.arange(0, COLUMNS)[None, :]
     inside = (row < height) & (column < width)
     here = row if VERTICAL else column
     start = (here.to(tl.int64) * size // smaller).to(tl.int32) - before
     if VERTICAL:
-        large_at = pixels_of(large, large_strides, batch, channel, start, column)
+        large_at = pixels_of(large, large_strides, image, channel, start, column)
     else:
-        large_at = pixels_of(large, large_strides, batch, channel, row, start)
+        large_at = pixels_of(large, large_strides, image, channel, row, start)
     total = tl.zeros((LINES, COLUMNS), WIDE)
     for n in tl.range(0, count, loop_unroll_factor=4):
         looks = tl.minimum(position(start + n, size, smaller, WIDE), smaller - 1)
@@ -97,7 +111,7 @@ def gather(
         exists = inside & (share > 0) & (start + n >= 0) & (start + n < size)
         total += share * tl.load(large_at, mask=exists, other=0).to(WIDE)
         large_at += large_strides[2 if VERTICAL else 3]
-    tl.store(pixels_of(small, small_strides, batch, channel, row, column), total, mask=inside)
+    tl.store(pixels_of(small, small_strides, image, channel, row, column), total, mask=inside)
 
 
 @triton.jit

@@ -14,7 +14,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,8 +69,19 @@ class Launch:
         # enable_fp_fusion is stated because its default differs among versions of Triton
         return dict(num_warps=self.num_warps, enable_fp_fusion=True) | self.more_options
 
+    @property
+    def jit_options(self) -> dict[str, Any]:
+        """The options with those that Triton's JIT adds, so that what it has compiled is found in its cache."""
+        debug = bool(self.kernel.debug or triton.knobs.runtime.debug)
+        return self.options | dict(debug=debug, instrumentation_mode=triton.knobs.compilation.instrumentation_mode)
+
     def run(self):
-        self.kernel[(self.programs,)](**self.arguments, **self.options)
+        observer = getattr(_observers, "of_thread", None)
+        self.start() if observer is None else observer(self)
+
+    def start(self):
+        """Run it and return the compiled kernel; None in the interpreter."""
+        return self.kernel[(self.programs,)](**self.arguments, **self.options)
 
     def specialization(self) -> dict[str, dict]:
         """Return signature, constexprs and attrs of the kernel that Triton compiles at this launch."""
@@ -78,6 +90,8 @@ class Launch:
             value = self.arguments[parameter.name]
             if parameter.is_constexpr:
                 signature[parameter.name], constexprs[(position,)] = "constexpr", value
+            elif parameter.do_not_specialize and isinstance(value, int):
+                signature[parameter.name] = integer_type(value)
             else:
                 signature[parameter.name] = specialize(value, (position,), constexprs, attrs)
         return dict(signature=signature, constexprs=constexprs, attrs=attrs)
@@ -88,8 +102,64 @@ class Launch:
             raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled")
         source = triton.compiler.ASTSource(self.kernel, **self.specialization())
         target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-        compiled = triton.compile(source, target=target, options=self.options)
+        compiled = triton.compile(source, target=target, options=self.jit_options)
         return Compiled(compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared)
+
+
+_observers = threading.local()
+
+
+@contextlib.contextmanager
+def observed(observer: Callable[[Launch], None]):
+    """Let `observer` start the launches of this thread within."""
+    _observers.of_thread = observer
+    try:
+        yield
+    finally:
+        _observers.of_thread = None
+
+
+class Start:
+    """A launch to be repeated with other pointers: the compiled kernel and its arguments (`seemore_fast.replay`)."""
+
+    def __init__(self, launch: Launch, compiled, place_of: Callable):
+        """`place_of` returns where an argument lies: a memory and an offset in it, or what is constant."""
+        self._compiled, self._grid = compiled, (launch.programs, 1, 1)
+        self._arguments = [place_of(launch.arguments[parameter.name]) for parameter in launch.kernel.params]
+        if any(isinstance(item, Tensor) for value in self._arguments if isinstance(value, tuple) for item in value):
+            raise RuntimeError(f"{launch.kernel.__name__} has a tuple of tensors, whose places are not known")
+        self._places, self._constants = [], []
+        for position, value in enumerate(self._arguments):
+            if isinstance(value, Tensor):
+                self._constants.append(value)  # whose address stays as long as it does
+                self._arguments[position] = value.data_ptr()
+            elif hasattr(value, "memory"):
+                self._places.append((position, value.memory, value.offset))
+
+    def run(self, bases, now: "Now"):
+        arguments, addresses = self._arguments.copy(), bases.addresses
+        for position, memory, offset in self._places:
+            arguments[position] = addresses[memory] + offset
+        compiled, hooks = self._compiled, now.hooks
+        metadata = compiled.launch_metadata(self._grid, now.stream, *arguments) if any(hooks) else None
+        compiled.run(*self._grid, now.stream, compiled.function, compiled.packed_metadata, metadata, *hooks, *arguments)
+
+
+class Now(NamedTuple):
+    """What launches take from the state of the thread: the device's current stream, and a profiler's hooks."""
+
+    stream: int
+    hooks: tuple = (None, None)
+
+
+def now() -> Now | None:
+    """Return that for the current device; None in the interpreter."""
+    if triton.knobs.runtime.interpret:
+        return None
+    driver, runtime = triton.runtime.driver.active, triton.knobs.runtime
+    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+    in_use = hooks if any(hook.calls for hook in hooks) else (None, None)
+    return Now(driver.get_current_stream(driver.get_current_device()), in_use)
 
 
 def run(launches: Iterable[Launch], device: torch.device):
@@ -111,10 +181,14 @@ def specialize(value: Any, path: tuple[int, ...], constexprs: dict, attrs: dict)
     if isinstance(value, Tensor):  # memory itself is aligned; meta tensors have no address to ask for
         offset, kind = value.storage_offset() * value.element_size(), POINTERS[value.dtype]
     else:
-        offset, kind = value, "i32" if -(2**31) <= value < 2**31 else "i64"
+        offset, kind = value, integer_type(value)
     if offset % 16 == 0:
         attrs[path] = ALIGNED
     return kind
+
+
+def integer_type(value: int) -> str:
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def cuobjdump() -> str:

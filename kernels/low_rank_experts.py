@@ -27,6 +27,7 @@ from .tiles import (
     at,
     channels_of,
     cut,
+    end_of,
     load_columns,
     load_pixels,
     load_row,
@@ -135,17 +136,17 @@ def sizes(a: Tensor) -> dict:
 # Kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "width"])
 def low_rank_experts_forward(
     y, y_strides, a, a_strides, k, k_strides, residual, residual_strides, expert_index, expert_weight, top_k,
     weight_a, bias_a, weight_k, bias_k, weight_out, bias_out, weight_proj, bias_proj, pixels, width,
     EXPERTS: tl.constexpr, BLOCKS: tl.constexpr, TOTAL: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr,
-    PIXELS: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    PIXELS: tl.constexpr, ROOM: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of PIXELS pixels of an image."""
     image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
     pixel = first + tl.arange(0, PIXELS)
-    inside = pixel < pixels
+    inside = pixel < end_of(pixels, ROOM)
     dtype: tl.constexpr = weight_a.dtype.element_ty
     seen = load_pixels(at(a, a_strides, image, pixel, width), a_strides, inside, CHANNELS, TILES)
     of_k = load_pixels(at(k, k_strides, image, pixel, width), k_strides, inside, CHANNELS, TILES)
@@ -182,13 +183,13 @@ def add_bias_out(tiles, p, bias_out, expert, begins, CHANNELS: tl.constexpr, TIL
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "width"])
 def low_rank_experts_backward_input(
     da, da_strides, dk, dk_strides, ranked, ranked_strides, dy, dy_strides, a, a_strides, k, k_strides,
     expert_index, expert_weight, top_k, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out, weight_proj,
     pixels, width, channels,
     EXPERTS: tl.constexpr, BLOCKS: tl.constexpr, TOTAL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
-    TILES: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    TILES: tl.constexpr, PIXELS: tl.constexpr, ROOM: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """da and dk of PIXELS pixels of an image, and for `sum_products` 3 * ROWS channels of each unit.
 
@@ -197,7 +198,7 @@ def low_rank_experts_backward_input(
     """
     image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
     pixel = first + tl.arange(0, PIXELS)
-    inside = pixel < pixels
+    inside = pixel < end_of(pixels, ROOM)
     dtype: tl.constexpr = weight_a.dtype.element_ty
     a_at, k_at = at(a, a_strides, image, pixel, width), at(k, k_strides, image, pixel, width)
     dy_at, ranked_at = at(dy, dy_strides, image, pixel, width), at(ranked, ranked_strides, image, pixel, width)

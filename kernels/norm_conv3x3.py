@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..planes import new_packed
 from .activation import activate, activation_of, slope
 from .configurations import configuration
 from .images import index_type, strided
@@ -27,9 +28,11 @@ from .launch import Launch, run
 from .products import parts_of, products, steps_of
 from .sums import add_parts, new_partial
 from .tiles import (
+    add,
     at,
     channels_of,
     cut,
+    end_of,
     launch,
     load_columns,
     load_pixels,
@@ -58,7 +61,6 @@ from .windows import (
     image_of,
     is_packed,
     pack,
-    packed,
     store_packed,
     window_parts,
     window_products,
@@ -73,6 +75,14 @@ def norm_conv3x3(
 ) -> None:  # fmt: skip
     """Write y (B, P or D, H, W)."""
     run(forward(y, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation_of(gelu), eps), x.device)
+
+
+def norm_conv3x3_into(
+    y: Tensor, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, bias: Tensor,
+    eps: float, add: bool,
+) -> None:  # fmt: skip
+    """Write y (B, D, H, W), of any floating dtype, or add to it."""
+    run(forward(y, x, norm_weight, norm_bias, weight, bias, None, None, None, eps, add), x.device)
 
 
 def norm_conv3x3_backward(
@@ -107,8 +117,10 @@ def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
     wide = dict(dtype=torch.promote_types(x.dtype, torch.float32))
     y, image = torch.empty_like(x, **wide), x.new_empty(len(x), 3, *x.shape[2:], **wide)
     first, vector = x.new_empty(channels, 3, 3, 3, **wide), x.new_empty(channels, **wide)
-    forwards = forward(y, image, None, None, first, vector, None, None, None, 0.0)
-    yield from ((f"forward {number} of 3 channels", launch) for number, launch in enumerate(forwards))
+    for adds in (False, True):
+        forwards = forward(y, image, None, None, first, vector, None, None, None, 0.0, adds)
+        name = "of 3 channels, added" if adds else "of 3 channels"
+        yield from ((f"forward {number} {name}", launch) for number, launch in enumerate(forwards))
     gradients = [None, None], [first, vector], [None, None]
     backwards = backward(image, *gradients, y, image, None, None, first, vector, None, None, 0.0)
     yield from ((f"backward {number} of 3 channels", launch) for number, launch in enumerate(backwards))
@@ -117,12 +129,15 @@ def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
 # What is launched
 
 
-def forward(y, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation, eps) -> Iterator[Launch]:
+def forward(
+    y, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation, eps, add=False
+) -> Iterator[Launch]:
     if x.numel() == 0:
         return
     n = yield from normalised(x, norm_weight, norm_bias, weight.dtype, eps)
     arguments = convolution(n, columns_of(weight)) | strided(y=y) | end(bias, weight_pw, y, activation)
-    yield over_tiles(norm_conv3x3_forward, "norm_conv3x3 forward", [y, n], arguments | dict(bias_pw=bias_pw))
+    arguments |= dict(bias_pw=bias_pw, ADD=add)
+    yield over_tiles(norm_conv3x3_forward, "norm_conv3x3 forward", [y, n], arguments)
 
 
 def backward(
@@ -137,7 +152,7 @@ def backward(
     if activation is None and weight_pw is None:
         ds = yield from normalised(dy, None, None, weight.dtype, eps)
     else:
-        ds = packed(x, len(weight), weight.dtype)
+        ds = new_packed(x, len(weight), weight.dtype)
         acted = None if weight_pw is None else workspace(x, len(weight), weight.dtype)
         arguments = convolution(n, columns_of(weight)) | end(bias, weight_pw, dy, activation)
         arguments |= strided(ds=ds, acted=acted, dy=dy)
@@ -158,7 +173,7 @@ def normalised(x, norm_weight, norm_bias, dtype, eps):
     """Return LN(x), or x without a norm, packed; yield the launch that this takes."""
     if norm_weight is None and x.dtype == dtype and is_packed(x):
         return x
-    n = packed(x, x.shape[1], dtype)
+    n = new_packed(x, x.shape[1], dtype)
     yield pack(n, x, norm_weight, norm_bias, eps)
     return n
 
@@ -186,22 +201,24 @@ def backward_input(dx, dnorm, ds, x, norm_weight, weight, eps) -> Iterator[Launc
 # Kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines", "line", "pixels", "width"])
 def norm_conv3x3_forward(
     y, y_strides, n, n_stride, columns, bias, weight_pw, bias_pw, lines, line, pixels, width,
     CHANNELS: tl.constexpr, WINDOW: tl.constexpr, TURNS: tl.constexpr, OUT_CHANNELS: tl.constexpr, MADE: tl.constexpr,
-    RESULTS: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,
-    ACTIVATION: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    RESULTS: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr, ROOM: tl.constexpr,
+    ACTIVATION: tl.constexpr, ADD: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y = activation(conv(n) + bias), or weight_pw @ of it + bias_pw, PIXELS pixels of an image."""
+    """y = activation(conv(n) + bias), or weight_pw @ of it + bias_pw, PIXELS pixels of an image; to ADD, y += that."""
     image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
     pixel = first + tl.arange(0, PIXELS)
-    inside = pixel < pixels
+    inside = pixel < end_of(pixels, ROOM)
     seen = image_of(n, n_stride, image)
     sums = convolve(seen, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)
     acted = activate_all(sums, bias, ACTIVATION, OUT_CHANNELS, MADE)
     y_at = at(y, y_strides, image, pixel, width)
     if weight_pw is None:
+        if ADD:
+            acted = add(acted, load_pixels(y_at, y_strides, inside, OUT_CHANNELS, MADE))
         store_pixels(y_at, y_strides, inside, acted, OUT_CHANNELS, MADE)
     else:
         acted = narrow_all(acted, weight_pw.dtype.element_ty)
@@ -212,18 +229,18 @@ def norm_conv3x3_forward(
             store_tile(y_at, y_strides, inside, out, made, RESULTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines", "line", "pixels", "width"])
 def norm_conv3x3_backward_middle(
     ds, ds_strides, acted, acted_strides, dy, dy_strides, n, n_stride, columns, bias, weight_pw, lines, line,
     pixels, width,
     CHANNELS: tl.constexpr, WINDOW: tl.constexpr, TURNS: tl.constexpr, OUT_CHANNELS: tl.constexpr, MADE: tl.constexpr,
-    RESULTS: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,
+    RESULTS: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr, ROOM: tl.constexpr,
     ACTIVATION: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ds, packed, and with a pointwise what it multiplied: of the same PIXELS pixels of an image."""
     image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
     pixel = first + tl.arange(0, PIXELS)
-    inside = pixel < pixels
+    inside = pixel < end_of(pixels, ROOM)
     dtype: tl.constexpr = ds.dtype.element_ty
     seen = image_of(n, n_stride, image)
     s = convolve(seen, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)
@@ -231,7 +248,7 @@ def norm_conv3x3_backward_middle(
     if weight_pw is None:
         dacted = load_pixels(dy_at, dy_strides, inside, OUT_CHANNELS, MADE)
     else:
-        acted_at = at(acted, acted_strides, image, pixel, line)
+        acted_at = at(acted, acted_strides, image, pixel, None)
         store_pixels(
             acted_at, acted_strides, inside, activate_all(s, bias, ACTIVATION, OUT_CHANNELS, MADE), OUT_CHANNELS, MADE
         )
@@ -248,7 +265,7 @@ def norm_conv3x3_backward_middle(
     store_packed(image_of(ds, ds_strides[0], image), pixel, inside, narrow_all(gradients, dtype), OUT_CHANNELS, MADE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines", "line", "width", "steps"])
 def norm_conv3x3_backward_input(
     partial, dx, dx_strides, n, n_stride, columns, x, x_strides, gain, eps, lines, line, pixels, width, steps,
     CHANNELS: tl.constexpr, WINDOW: tl.constexpr, TURNS: tl.constexpr, OUT_CHANNELS: tl.constexpr, MADE: tl.constexpr,

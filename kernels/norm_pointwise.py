@@ -27,6 +27,7 @@ from .tiles import (
     affine,
     at,
     cut,
+    end_of,
     load_columns,
     load_pixels,
     load_row,
@@ -122,16 +123,16 @@ def layer(x: Tensor, norm_weight, norm_bias, weight: Tensor, bias, activation, e
 # Kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "width"])
 def norm_pointwise_forward(
     y, y_strides, x, x_strides, residual, residual_strides, norm_weight, norm_bias, weight, bias, eps, pixels, width,
     CHANNELS: tl.constexpr, TILES: tl.constexpr, OUT_CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
-    PIXELS: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    PIXELS: tl.constexpr, ROOM: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = residual + activation(LN(x) @ weight + bias), PIXELS pixels of an image."""
     image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
     pixel = first + tl.arange(0, PIXELS)
-    inside = pixel < pixels
+    inside = pixel < end_of(pixels, ROOM)
     seen = load_pixels(at(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
     if norm_weight is not None:
         seen, _ = normalise(seen, eps, CHANNELS, TILES)
@@ -148,18 +149,18 @@ def norm_pointwise_forward(
         store_tile(y_at, y_strides, inside, out, made, OUT_CHANNELS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "width"])
 def norm_pointwise_backward_input(
     dx, dx_strides, ds, ds_strides, dy, dy_strides, x, x_strides, residual, residual_strides,
     norm_weight, norm_bias, weight, bias, eps,
     pixels, width,
     CHANNELS: tl.constexpr, TILES: tl.constexpr, OUT_CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
-    PIXELS: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    PIXELS: tl.constexpr, ROOM: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx (to which `residual` is added) and, with an activation, ds: of the same PIXELS pixels of an image."""
     image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
     pixel = first + tl.arange(0, PIXELS)
-    inside = pixel < pixels
+    inside = pixel < end_of(pixels, ROOM)
     seen = load_pixels(at(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
     if norm_weight is not None:
         seen, scale = normalise(seen, eps, CHANNELS, TILES)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .configurations import configuration
 from .images import index_type
+from .integers import cdiv
 from .launch import Launch
 from .rounding import narrow
 from .tiles import (
@@ -36,13 +37,13 @@ PARTS = 512  # programs, about: some for each multiprocessor, and few sums to ad
 
 def steps_of(x: Tensor, kernel: str) -> int:
     """Return how many tiles a program goes over."""
-    tiles = triton.cdiv(x.shape[2] * x.shape[3], configuration(kernel, x).pixels)
-    return triton.cdiv(tiles, max(1, PARTS // len(x)))
+    tiles = cdiv(x.shape[2] * x.shape[3], configuration(kernel, x).pixels)
+    return cdiv(tiles, max(1, PARTS // len(x)))
 
 
 def parts_of(x: Tensor, kernel: str) -> int:
     """Return how many programs there are, each with a row of partial sums; `kernel` says whose tiles they go over."""
-    return len(x) * triton.cdiv(x.shape[2] * x.shape[3], configuration(kernel, x).pixels * steps_of(x, kernel))
+    return len(x) * cdiv(x.shape[2] * x.shape[3], configuration(kernel, x).pixels * steps_of(x, kernel))
 
 
 def products(partial: Tensor, ds: Tensor, x: Tensor, weight=None, gain=None, shift=None, eps=0.0) -> Launch:
@@ -57,7 +58,7 @@ def products(partial: Tensor, ds: Tensor, x: Tensor, weight=None, gain=None, shi
     return launch(add_products, len(partial), arguments, *how)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "steps"])
 def add_products(
     partial, ds, ds_strides, x, x_strides, weight, gain, shift, eps, pixels, width, steps,
     CHANNELS: tl.constexpr, SUMMED: tl.constexpr, OUT_CHANNELS: tl.constexpr, MADE: tl.constexpr,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .images import locate_tile, over_planes, pixels_of, store, strided, tiles_of
+from .integers import cdiv, next_power_of_2
 from .launch import Launch, run
 
 TILE, EACH = 4096, 16  # pixels of a program that pools or spreads, and of a thread of it
@@ -114,7 +115,7 @@ def route_backward(dmean, dweight, dexpert_weight, expert_index, mean, probabili
     tensors = dict(dmean=dmean, dweight=dweight, mean=mean, probability=probability, weight=weight)
     choice = dict(expert_index=expert_index, dexpert_weight=dexpert_weight, strides=dexpert_weight.stride())
     sizes = dict(batch=batch, top_k=top_k) | matrix(weight)
-    yield Launch(choose_backward, triton.cdiv(weight.shape[1], sizes["COLUMNS"]), tensors | choice | sizes)
+    yield Launch(choose_backward, cdiv(weight.shape[1], sizes["COLUMNS"]), tensors | choice | sizes)
 
 
 def tiles(a: Tensor):
@@ -124,15 +125,15 @@ def tiles(a: Tensor):
 def matrix(weight: Tensor) -> dict:
     """Return the sizes of the experts' matrix: all experts with as many channels as fit."""
     experts, channels = weight.shape
-    rows = triton.next_power_of_2(experts)
-    columns = min(triton.next_power_of_2(channels), max(1, NUMBERS // rows), 64)
+    rows = next_power_of_2(experts)
+    columns = min(next_power_of_2(channels), max(1, NUMBERS // rows), 64)
     return dict(experts=experts, channels=channels, EXPERTS=rows, COLUMNS=columns)
 
 
 # Kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "height"])
 def sum_tiles(a, a_strides, partial, channels, height, width, LINES: tl.constexpr, COLUMNS: tl.constexpr):
     """partial[tile, batch, channel] = sum over a tile of a's plane."""
     batch, channel, number, line, column = locate_tile(channels, height, width, LINES, COLUMNS)
@@ -145,7 +146,7 @@ def sum_tiles(a, a_strides, partial, channels, height, width, LINES: tl.constexp
     tl.store(to, tl.sum(seen.to(partial.dtype.element_ty)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "height"])
 def fill_tiles(da, da_strides, dmean, channels, height, width, LINES: tl.constexpr, COLUMNS: tl.constexpr):
     """da = dmean / (height * width), a tile of a plane."""
     batch, channel, _, line, column = locate_tile(channels, height, width, LINES, COLUMNS)
@@ -156,7 +157,7 @@ def fill_tiles(da, da_strides, dmean, channels, height, width, LINES: tl.constex
     store(pixels_of(da, da_strides, batch, channel, row, column), values, (row < height) & (column < width))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "batch", "pixels"])
 def choose(
     expert_index, expert_weight, mean, probability, partial, weight, parts, batch, pixels, top_k, experts, channels,
     EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -192,7 +193,7 @@ def choose(
         key = tl.where(expert == first, -1, key)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def choose_backward(
     dmean, dweight, mean, probability, weight, expert_index, dexpert_weight, strides, batch, top_k, experts, channels,
     EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -5,7 +5,8 @@
               dr = transposed column(ds)              dx = transposed row(dr)
 
 Each line's left and right side are a launch, except that y comes out of the column step and dgate with ds. What
-passes between launches is a workspace of the accumulation dtype: float32, or float64 for float64. Images have any
+passes between launches is a workspace of x's dtype in forward and of the accumulation dtype in backward: float32, or
+float64 for float64. Images have any
 strides. A program works on a tile of lines x columns; a line is one (batch, channel, row), so that small images fill a
 tile, too. Offsets are 64-bit. Lines are counted in 64 bits only where they must be, because counts are divided.
 """
@@ -17,8 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..planes import new_image
 from .activation import activate, activate_with_slope, activation_of
 from .images import index_type, new_workspace, plane_of, store, strided
+from .integers import cdiv, next_power_of_2
 from .launch import Launch, run
 from .sums import add_parts, new_partial
 
@@ -73,7 +76,7 @@ def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
 def forward(y, x, weight_row, bias_row, weight_col, bias_col, activation, gate) -> Iterator[Launch]:
     if x.numel() == 0:
         return
-    r = new_workspace(x)
+    r = new_image(x, x.shape[1], x.dtype)  # as torch rounds it, too, and half of the memory for 16 bits
     yield convolution(r, x, weight_row, bias_row, vertical=False)
     yield convolution(y, r, weight_col, bias_col, vertical=True, activation=activation, gate=gate)
 
@@ -112,17 +115,17 @@ def convolution(
 def over_tiles(kernel, x: Tensor, arguments: dict) -> Launch:
     """Describe a launch with one program per tile of images like x."""
     batch, channels, height, width = x.shape
-    columns = min(WIDEST, max(16, triton.next_power_of_2(width)))
+    columns = min(WIDEST, max(16, next_power_of_2(width)))
     sizes = dict(lines=batch * channels * height, channels=channels, height=height, width=width)
     tile = dict(LINES=TILE // columns, COLUMNS=columns, INDEX=index_type(sizes["lines"] + TILE))
-    programs = triton.cdiv(sizes["lines"], tile["LINES"]) * triton.cdiv(width, columns)
+    programs = cdiv(sizes["lines"], tile["LINES"]) * cdiv(width, columns)
     return Launch(kernel, programs, arguments | sizes | tile, WARPS)
 
 
 def tap_gradient(partial: Tensor, dy: Tensor, x: Tensor, *, vertical: bool) -> Launch:
     batch, channels, height, width = x.shape
     pixels, taps = batch * height * width, partial.shape[1] // channels // 2 - 1
-    rows, part = triton.next_power_of_2(taps + 1), part_size(x)
+    rows, part = next_power_of_2(taps + 1), part_size(x)
     sizes = dict(channels=channels, height=height, width=width, pixels=pixels)
     at_a_time = min(part, max(16, PRODUCTS // rows))  # powers of 2, so it divides the part
     tile = dict(ROWS=rows, PIXELS=at_a_time, PART=part, INDEX=index_type(pixels + part))
@@ -133,18 +136,18 @@ def tap_gradient(partial: Tensor, dy: Tensor, x: Tensor, *, vertical: bool) -> L
 
 def part_size(x: Tensor) -> int:
     """Return how many pixels of a channel (batch, row, column) one program adds up."""
-    return min(PART, max(16, triton.next_power_of_2(x.numel() // x.shape[1])))
+    return min(PART, max(16, next_power_of_2(x.numel() // x.shape[1])))
 
 
 def parts_of(x: Tensor) -> int:
     """Return into how many parts the pixels of a channel are cut."""
-    return triton.cdiv(x.numel() // x.shape[1], part_size(x)) if x.numel() else 0
+    return cdiv(x.numel() // x.shape[1], part_size(x)) if x.numel() else 0
 
 
 # Kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines", "channels", "height"])
 def convolve(
     y, y_strides, x, x_strides, gate, gate_strides, weight, bias, lines, channels, height, width,
     TAPS: tl.constexpr, VERTICAL: tl.constexpr, TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -174,7 +177,7 @@ def convolve(
     store(at(y, y_strides, batch, channel, row, column), total, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines", "channels", "height"])
 def activation_backward(
     s, s_strides, dgate, dgate_strides, dy, dy_strides, gate, gate_strides, lines, channels, height, width,
     ACTIVATION: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr, INDEX: tl.constexpr,
@@ -192,7 +195,7 @@ def activation_backward(
     tl.store(s_pointer, gradient * slope, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "height"])
 def convolve_taps(
     partial, dy, dy_strides, x, x_strides, channels, height, width, pixels,
     TAPS: tl.constexpr, VERTICAL: tl.constexpr,

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .integers import cdiv
 from .launch import Launch
 from .rounding import narrow
 
@@ -27,10 +28,10 @@ def add_parts(gradients: list[Tensor], partial: Tensor) -> Launch:
         ends.append(end)
     arguments = dict(gradients=tuple(gradients), partial=partial, parts=parts, sums=sums)
     tile = dict(ENDS=tuple(ends), COLUMNS=COLUMNS, PARTS=PARTS)
-    return Launch(add_up, triton.cdiv(sums, COLUMNS), arguments | tile)
+    return Launch(add_up, cdiv(sums, COLUMNS), arguments | tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def add_up(
     gradients, partial, parts, sums,
     ENDS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,

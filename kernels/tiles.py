@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..planes import UNIT, has_room, new_packed
 from .configurations import configuration
 from .images import index_type
+from .integers import cdiv, next_power_of_2, round_up
 from .launch import Launch
 from .rounding import INTERPRETED, narrow
 
@@ -23,13 +25,13 @@ from .rounding import INTERPRETED, narrow
 
 def cut(channels: int, width: int = 0) -> tuple[int, ...]:
     """Return equal powers of two that cover the channels, of `width` if given: 36 -> (16, 16, 16), 64 -> (32, 32)."""
-    width = width or (32 if triton.cdiv(channels, 32) * 2 == triton.cdiv(channels, 16) else 16)
-    return (width,) * triton.cdiv(channels, width)
+    width = width or (32 if cdiv(channels, 32) * 2 == cdiv(channels, 16) else 16)
+    return (width,) * cdiv(channels, width)
 
 
 def powers(channels: int, least: int = 16) -> tuple[int, ...]:
     """Return powers of two that cover the channels: 36 -> (32, 16), 64 -> (64,)."""
-    above = max(least, triton.next_power_of_2(channels))
+    above = max(least, next_power_of_2(channels))
     if channels > 3 * above // 4 or above == least:
         return (above,)
     return (above // 2, *powers(channels - above // 2, least))
@@ -60,8 +62,19 @@ def over_tiles(kernel, name: str, images: list[Tensor], arguments: dict) -> Laun
     pixels, *how = configuration(name, images[-1])
     places = pixels_of(*images)
     index = index_type(places["pixels"] + pixels)
-    programs = len(images[0]) * triton.cdiv(places["pixels"], pixels)
-    return launch(kernel, programs, arguments | places | dict(PIXELS=pixels, INDEX=index), *how)
+    programs = len(images[0]) * cdiv(places["pixels"], pixels)
+    if places["width"] is None:
+        arguments = without_rows(arguments, images)
+    # Up to a multiple of ROOM, pixels behind a plane may be read and written: so no mask depends on the size, and loads
+    # are 16 bytes wide whatever it is.
+    room = UNIT if all(map(has_room, images)) else 1
+    return launch(kernel, programs, arguments | places | dict(PIXELS=pixels, ROOM=room, INDEX=index), *how)
+
+
+def without_rows(arguments: dict, images: list[Tensor]) -> dict:
+    """Return the arguments without the strides of rows that follow each other: not read, they would be specialised."""
+    strides = {f"{name}_strides" for name, value in arguments.items() if any(value is image for image in images)}
+    return {name: (*value[:2], 0, value[3]) if name in strides else value for name, value in arguments.items()}
 
 
 def launch(kernel, programs: int, arguments: dict, warps: int, stages: int) -> Launch:
@@ -70,12 +83,16 @@ def launch(kernel, programs: int, arguments: dict, warps: int, stages: int) -> L
 
 def workspace(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """Return room for images like x, channels innermost; pixels start at multiples of 16 elements, for wide loads."""
-    batch, _, height, width = x.shape
-    rows = x.new_empty((batch, height, width, 16 * triton.cdiv(channels, 16)), dtype=dtype)
-    return rows.permute(0, 3, 1, 2)[:, :channels]
+    return new_packed(x, channels, dtype, round_up(channels, UNIT))
 
 
 # In kernels: where
+
+
+@triton.jit
+def end_of(pixels, ROOM: tl.constexpr):
+    """Return the first pixel that is neither read nor written (`over_tiles`)."""
+    return (pixels + ROOM - 1) // ROOM * ROOM
 
 
 @triton.constexpr_function

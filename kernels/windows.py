@@ -6,13 +6,13 @@ WINDOW[j]) whose widths are powers of two: 108 are 64 + 32 + 16, so that the mat
 is zero.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .configurations import configuration
 from .images import index_type, strided
+from .integers import cdiv
 from .launch import Launch
 from .products import steps_of
 from .tiles import (
@@ -21,6 +21,7 @@ from .tiles import (
     channels_of,
     cut,
     dot,
+    end_of,
     launch,
     load_pixels,
     normalise,
@@ -38,12 +39,6 @@ from .tiles import (
 # On the host
 
 
-def packed(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """Return room for a packed image of the batch and size of x."""
-    batch, _, height, width = x.shape
-    return x.new_empty((batch, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
-
-
 def is_packed(x: Tensor) -> bool:
     _, channels, height, width = x.shape
     of_three = zip((channels, height, width), x.stride()[1:], (1, width * channels, channels), strict=True)
@@ -53,7 +48,7 @@ def is_packed(x: Tensor) -> bool:
 def pack(n: Tensor, x: Tensor, gain: Tensor | None = None, shift: Tensor | None = None, eps: float = 0.0) -> Launch:
     """Describe the launch that writes n, packed: LN(x), or x where there is no norm."""
     sizes = dict(gain=gain, shift=shift, eps=eps, CHANNELS=x.shape[1], TILES=cut(x.shape[1]))
-    return over_tiles(pack_pixels, "norm_conv3x3 pack", [x], strided(n=n, x=x) | sizes)
+    return over_tiles(pack_pixels, "norm_conv3x3 pack", [x], dict(n=n, n_stride=n.stride(0)) | strided(x=x) | sizes)
 
 
 def columns_of(weight: Tensor) -> Tensor:
@@ -77,8 +72,8 @@ def turns_of(width: int, size: int) -> tuple[tuple[int, ...], int]:
     More would not fit the registers: those of float32 hold the parts of each factor that TF32 multiplies.
     """
     choices = []
-    for turns in range(1, triton.cdiv(width, 16) + 1):
-        some = 16 * triton.cdiv(width, 16 * turns)
+    for turns in range(1, cdiv(width, 16) + 1):
+        some = 16 * cdiv(width, 16 * turns)
         choices.append((tuple(tile for tile in (128, 64, 32, 16) if some & tile), turns))
     most = 112 if size == 2 else 16
     return min((c for c in choices if sum(c[0]) <= most), key=lambda choice: sum(choice[0]) * choice[1])
@@ -86,18 +81,18 @@ def turns_of(width: int, size: int) -> tuple[tuple[int, ...], int]:
 
 def chunk_of(channels: int) -> int:
     """Return how many of the 9 * channels that three windows have a program of `window_products` takes."""
-    return min((128, 64), key=lambda width: width * triton.cdiv(9 * channels, width))
+    return min((128, 64), key=lambda width: width * cdiv(9 * channels, width))
 
 
 def steps_of_windows(n: Tensor) -> int:
     """Return how many tiles of pixels a program goes over: more, because several share each part of the pixels."""
-    return triton.cdiv(9 * n.shape[1], chunk_of(n.shape[1])) * steps_of(n, "norm_conv3x3 products")
+    return cdiv(9 * n.shape[1], chunk_of(n.shape[1])) * steps_of(n, "norm_conv3x3 products")
 
 
 def window_parts(n: Tensor) -> int:
     """Return how many parts of the pixels `window_products` sums over, each with a row of partial sums."""
     tile = configuration("norm_conv3x3 products", n).pixels
-    return len(n) * triton.cdiv(n.shape[2] * n.shape[3], tile * steps_of_windows(n))
+    return len(n) * cdiv(n.shape[2] * n.shape[3], tile * steps_of_windows(n))
 
 
 def window_products(partial: Tensor, ds: Tensor, n: Tensor) -> Launch:
@@ -108,30 +103,30 @@ def window_products(partial: Tensor, ds: Tensor, n: Tensor) -> Launch:
     sizes = dict(pixels=height * width, lines=height, line=width, steps=steps_of_windows(n))
     tiles = dict(CHANNELS=channels, CHUNK=chunk_of(channels), OUT_CHANNELS=ds.shape[1], MADE=powers(ds.shape[1]))
     options = dict(PIXELS=pixels, INDEX=index_type(height * width + 2**16), PRECISION=precision(n.dtype))
-    programs = len(partial) * triton.cdiv(9 * channels, tiles["CHUNK"])
+    programs = len(partial) * cdiv(9 * channels, tiles["CHUNK"])
     return launch(add_window_products, programs, images | sizes | tiles | options, *how)
 
 
 # Kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "width"])
 def pack_pixels(
-    n, n_strides, x, x_strides, gain, shift, eps, pixels, width,
-    CHANNELS: tl.constexpr, TILES: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr,
+    n, n_stride, x, x_strides, gain, shift, eps, pixels, width,
+    CHANNELS: tl.constexpr, TILES: tl.constexpr, PIXELS: tl.constexpr, ROOM: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """n = LN(x), or x, packed; PIXELS pixels of an image."""
     image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
     pixel = first + tl.arange(0, PIXELS)
-    inside = pixel < pixels
+    inside = pixel < end_of(pixels, ROOM)
     seen = load_pixels(at(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
     if gain is not None:
         seen, _ = normalise(seen, eps, CHANNELS, TILES)
     seen = affine(seen, gain, shift, n.dtype.element_ty, CHANNELS, TILES)
-    store_packed(image_of(n, n_strides[0], image), pixel, inside, seen, CHANNELS, TILES)
+    store_packed(image_of(n, n_stride, image), pixel, inside, seen, CHANNELS, TILES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines", "line", "steps"])
 def add_window_products(
     partial, ds, ds_stride, n, n_stride, pixels, lines, line, steps,
     CHANNELS: tl.constexpr, CHUNK: tl.constexpr, OUT_CHANNELS: tl.constexpr, MADE: tl.constexpr,

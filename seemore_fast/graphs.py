@@ -1,4 +1,4 @@
-"""CUDA graphs of a function of one tensor: one for each size that comes again, and no more than a few."""
+"""CUDA graphs, or recordings, of a function of one tensor: for each size that comes again, and no more than a few."""
 
 import threading
 import warnings
@@ -42,15 +42,21 @@ class Captured:
 
 
 class Graphs:
-    """Calls `function` of an image: the first time of a size as it is, then in a graph that is captured for that size.
+    """Calls `function` of an image: the first time of a size as it is, then what `capture` makes of it for that size.
 
     So images of many sizes, each of which comes once, pay for no graphs. A size is shape, dtype, device, and all that
     chooses other kernels: autocast, backend, TF32. The graph that was not used for longest makes room for a new one.
     Where capturing fails, for want of memory say, calls go on without, and a warning says why.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], most: int = MOST, capture: Callable = Captured):
-        self._function, self._most, self._capture = function, most, capture
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        most: int = MOST,
+        capture: Callable = Captured,
+        what: str = "CUDA graph",
+    ):
+        self._function, self._most, self._capture, self._what = function, most, capture, what
         self._known = OrderedDict()  # size: what is called, or EAGER, or why it cannot be captured; the latest last
         self._lock = threading.Lock()
 
@@ -75,7 +81,7 @@ class Graphs:
         try:
             return self._capture(self._function, x)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            reason = f"no CUDA graph for x of shape {tuple(x.shape)}, calls go on without: {first_line(error)}"
+            reason = f"no {self._what} for x of shape {tuple(x.shape)}, calls go on without: {first_line(error)}"
             warnings.warn(reason, stacklevel=3)
             return reason
 

@@ -3,13 +3,20 @@
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, engine, ops
 from .graphs import Graphs
 from .memory import or_explain
-from .recompute import again_in_backward, check_recompute
+from .ops.library import laid_out, takes_planes
+from .ops.norm_conv3x3 import norm_conv3x3_into
+from .planes import new_image, new_packed
+from .recompute import again_in_backward, check_recompute, is_transformed
 from .reference import model as plain
 from .reference.rme_block import channel_shuffle
+from .replay import Recorded
+
+MOST_REPLAYS = 64  # sizes whose calls are recorded: each takes some 100 KB of the host's memory
 
 
 def _affine(*modules: nn.Module) -> list[Tensor]:
@@ -78,7 +85,12 @@ class FusedBlock(Fused):
     def freeze(self):
         """Keep a packed copy of the parameters, for calls without gradients, until something unfreezes it."""
         with torch.inference_mode(False), torch.no_grad():
-            self._frozen = {"arguments": [(t.detach().clone(), is_wide) for t, is_wide in self._arguments()]}
+            kept = [(frozen(weight, self.stencils()), is_wide) for weight, is_wide in self._arguments()]
+            self._frozen = {"arguments": kept}
+
+    def stencils(self) -> list[Tensor]:
+        """Return the weights of 3x3 layers that kernels of layers read."""
+        return [self.ffn.gate.weight]
 
     def arguments_now(self) -> list[Tensor]:
         """Return the tensors that the operator takes after x: frozen, or as they are now."""
@@ -92,6 +104,12 @@ class FusedBlock(Fused):
         if not torch.compiler.is_compiling():
             self._frozen[dtype] = cast
         return cast
+
+
+def frozen(weight: Tensor, stencils: list[Tensor], is_wide: bool = False) -> Tensor:
+    """Return a copy of a weight as kernels read it: in float32 at least, if it is wide, and 3x3 layers laid out."""
+    copy = weight.detach().to(torch.promote_types(weight.dtype, torch.float32) if is_wide else weight.dtype, copy=True)
+    return laid_out(copy) if takes_planes(weight) and any(weight is one for one in stencils) else copy
 
 
 def _wide(*modules: nn.Module) -> list[tuple[Tensor, bool]]:
@@ -108,6 +126,9 @@ class RME(FusedBlock, plain.RME):
     def __init__(self, channels: int, **moe_options):
         super().__init__(channels, **moe_options)
         self._remember()
+
+    def stencils(self) -> list[Tensor]:
+        return [self.block.conv_1[0].weight, *super().stencils()]
 
     def _arguments(self) -> list[tuple[Tensor, bool]]:
         """Return what `ops.rme_block` takes after x, and of which of it autocast leaves the dtype alone."""
@@ -202,7 +223,8 @@ class SeemoRe(Fused, plain.SeemoRe):
         """Freeze a packed copy of the weights for inference, and return the model.
 
         Later changes of the parameters are not seen until train(), load_state_dict() or to() (any conversion) unfreeze
-        it. A copy or a pickle of the model is not frozen.
+        it. A copy or a pickle of the model is not frozen. By Triton's kernels, calls for images of a size that comes
+        again are recorded and repeated without their Python (`seemore_fast.replay`).
 
         graph: on a CUDA device, replay a CUDA graph for images of a size that comes again (`seemore_fast.graphs`). Each
         graph keeps the memory that a call takes.
@@ -211,10 +233,11 @@ class SeemoRe(Fused, plain.SeemoRe):
         """
         if self.training:
             raise RuntimeError("the model is in training mode, expected inference: model.eval().prepare()")
+        stencils = [self.conv_1.weight, self.conv_2.weight, self.upsampler[0].weight]
         with torch.inference_mode(False), torch.no_grad():
             self._frozen = {
                 "parameters": [weight.detach().clone() for weight in self.built_weights()],
-                "ends": [weight.detach().clone() for weight in self._ends()],
+                "ends": [frozen(weight, stencils, is_wide) for weight, is_wide in self._ends()],
             }
             for group in self.body:
                 for block in group.children():
@@ -222,6 +245,8 @@ class SeemoRe(Fused, plain.SeemoRe):
                         block.freeze()
             if engine.why_not(self, self.mean) is None:
                 self.weights_now(engine.config_of(self))
+        ends = self._frozen["ends"]
+        self._frozen["replays"] = Graphs(lambda x: self._launch(x, ends), MOST_REPLAYS, Recorded, "recording")
         if graph:
             self._frozen["graphs"] = Graphs(super().forward)
         return self
@@ -273,7 +298,8 @@ class SeemoRe(Fused, plain.SeemoRe):
         return self.is_untouched() and not self.wants_gradients(x) and x.numel() > 0
 
     def _forward(self, x: Tensor) -> Tensor:
-        has_kernels = backends.choose("norm_conv3x3", x, self.conv_1.out_channels) != "reference"
+        kernels = backends.choose("norm_conv3x3", x, self.conv_1.out_channels)
+        has_kernels = kernels != "reference"
         if has_kernels:  # which take lines
             x = x.contiguous()
         elif x.device.type == "cpu":  # faster there (benchmarks/bench_model.py); on GPUs it is the other way round
@@ -283,7 +309,9 @@ class SeemoRe(Fused, plain.SeemoRe):
         if not self.is_untouched():
             return super()._forward(x)
         keeps = self.wants_gradients(x)
-        weights = self._frozen["ends"] if self._frozen and not keeps else self._ends()
+        weights = self._frozen["ends"] if self._frozen and not keeps else [weight for weight, _ in self._ends()]
+        if kernels == "triton" and not keeps and not is_transformed() and forward_ad._current_level < 0:
+            return self._forward_in_place(x, weights)
         x = (x.to(torch.promote_types(x.dtype, torch.float32)) - self.mean) * self.img_range
         f = self._first(x, *weights[:2])
         y = f.to(plain.body_dtype(self.conv_1.weight))
@@ -299,12 +327,46 @@ class SeemoRe(Fused, plain.SeemoRe):
             x = x.contiguous(memory_format=torch.channels_last)  # so that f is as the last convolution reads it
             f = self._first(x, *weights[:2])
         y = f.add_(y) if again else f + y
-        return ops.conv3x3_shuffle(y, *weights[6:], self.mean, scale=self.scale, img_range=self.img_range)
+        return ops.conv3x3_shuffle(y, *weights[6:], scale=self.scale, img_range=self.img_range)
+
+    def _forward_in_place(self, x: Tensor, weights: list[Tensor]) -> Tensor:
+        """Return the same by Triton's kernels, without gradients: images lie as kernels read and write them best."""
+        x = self._shifted(x)
+        is_observed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        if "replays" in self._frozen and not is_observed and x.numel() > 0:
+            return self._frozen["replays"](x)
+        return self._launch(x, weights)
+
+    def _launch(self, x: Tensor, weights: list[Tensor]) -> Tensor:
+        """Return the network's result for x, shifted, by kernels alone.
+
+        The first convolution writes the body's dtype, and what is added to f is added where it is made.
+        """
+        y = new_image(x, self.conv_1.out_channels, plain.body_dtype(self.conv_1.weight))
+        with plain.without_autocast(x.device.type):
+            norm_conv3x3_into(y, x, None, None, *(weight.to(x.dtype) for weight in weights[:2]))
+        for group in self.body:
+            y = group.local_block(y)
+            y = group.global_block(y)
+        f = self._first(x, *weights[:2])  # as x with channels innermost, as the last convolution reads it
+        norm_conv3x3_into(f, y, *weights[2:6], add=True)
+        del y
+        return ops.conv3x3_shuffle(f, *weights[6:], scale=self.scale, img_range=self.img_range)
+
+    def _shifted(self, x: Tensor) -> Tensor:
+        """Return (x - mean) * img_range with channels innermost, for Triton's kernels."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        room = new_packed(x, self.in_chans)
+        if torch.compiler.is_compiling():  # which takes no `out` that is not contiguous
+            return room.copy_((x - self.mean) * self.img_range)
+        torch.sub(x, self.mean, out=room)
+        return room if self.img_range == 1 else room.mul_(self.img_range)
 
     def _first(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         with plain.without_autocast(x.device.type):
             return ops.norm_conv3x3(x, None, None, weight.to(x.dtype), bias.to(x.dtype))
 
-    def _ends(self) -> list[Tensor]:
-        """Return the weights of all that is no block."""
-        return _affine(self.conv_1, self.norm, self.conv_2, self.upsampler[0])
+    def _ends(self) -> list[tuple[Tensor, bool]]:
+        """Return the weights of all that is no block and the mean, and which of them are used in float32 at least."""
+        first, last = _wide(self.conv_1), _wide(self.upsampler[0])
+        return [*first, *_narrow(self.norm, self.conv_2), *last, (self.mean, True)]

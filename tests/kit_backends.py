@@ -15,6 +15,7 @@ import functools
 import importlib
 import math
 import shutil
+from functools import partial
 from unittest import mock
 
 import cuda_host
@@ -22,6 +23,7 @@ import pytest
 import torch
 
 from seemore_fast import backends, native, reference, use_backend
+from seemore_fast.ops import library
 
 calls: set[tuple[str, str]] = set()  # (backend, operator) of all kernels, and fallbacks, that ran in this test
 
@@ -173,7 +175,7 @@ def note_kernels(backend: str):
         return
     for operator in [op for op, kernels in backends.KERNELS.items() if backend in {k.backend for k in kernels}]:
         functions = backends._functions(backend, operator)
-        for part in ("", "_backward", "_from_sums", "_from_sums_backward"):
+        for part in ("", "_backward", "_into", "_from_sums", "_from_sums_backward"):
             if function := getattr(functions, operator + part, None):
                 setattr(functions, operator + part, Noted(function, backend, operator))
 
@@ -239,21 +241,27 @@ def cut_off_by_tensor_cores(terms: int) -> float:
 
 @contextlib.contextmanager
 def guarded_results():
-    """Make `torch.empty_like` return NaN inside a margin of NaN; at the end all inside is written, nothing outside."""
-    margin, made, empty_like = 64, [], torch.empty_like
+    """Make operators allocate NaN inside a margin of NaN; at the end all of the results is written, nothing outside.
 
-    def guarded(x: torch.Tensor, **options) -> torch.Tensor:
-        dense = empty_like(x, device="meta", **options)
-        storage = torch.full((dense.numel() + 2 * margin,), torch.nan, dtype=dense.dtype, device=x.device)
-        made.append((storage, dense.numel()))
-        return storage.as_strided(dense.shape, dense.stride(), margin)
+    Between the planes of an image for kernels on a GPU there is room that they may write to.
+    """
+    margin, made = 64, []
 
-    with mock.patch.object(torch, "empty_like", guarded):
+    def guarded(allocate, x: torch.Tensor, *arguments, **options) -> torch.Tensor:
+        like = allocate(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"), *arguments, **options)
+        count = like.untyped_storage().nbytes() // like.element_size()
+        storage = torch.full((count + 2 * margin,), torch.nan, dtype=like.dtype, device=x.device)
+        made.append((storage, storage.as_strided(like.shape, like.stride(), margin)))
+        return made[-1][1]
+
+    with contextlib.ExitStack() as patches:
+        for module, name in ((torch, "empty_like"), (library, "new_image"), (library, "new_packed")):
+            patches.enter_context(mock.patch.object(module, name, partial(guarded, getattr(module, name))))
         yield
     assert made, "the operator allocated no result"
-    for storage, count in made:
-        assert storage[:margin].isnan().all() and storage[margin + count :].isnan().all(), "written outside"
-        assert not storage[margin : margin + count].isnan().any(), "not all was written"
+    for storage, result in made:
+        assert storage[:margin].isnan().all() and storage[-margin:].isnan().all(), "written outside"
+        assert not result.isnan().any(), "not all was written"
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import choose, kernel_for
 from .checks import check_at_least, check_tensors
-from .library import define, differentiate
+from .library import define, differentiate, empty_like
 
 
 def calibrate(
@@ -77,7 +77,7 @@ def _empty_maps(k: Tensor, recursive: int) -> Tensor:
 
 
 def forward(k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, recursive):
-    y, maps = torch.empty_like(k), _empty_maps(k, recursive)
+    y, maps = empty_like(k), _empty_maps(k, recursive)
     parameters = (p.contiguous() for p in (weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw))
     kernel_for("calibrate", k)(y, maps, k, *parameters, recursive)
     return y, maps
@@ -85,12 +85,12 @@ def forward(k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, rec
 
 def _forward_fake(k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, recursive):
     torch._check(weight_agg.shape[0] == k.shape[1], lambda: "calibrate: weight_agg and k differ in channels")
-    return torch.empty_like(k), _empty_maps(k, recursive)
+    return empty_like(k), _empty_maps(k, recursive)
 
 
 def backward(dy, maps, k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, recursive, dk=None):
     if dk is None:
-        dk = torch.empty_like(k)
+        dk = empty_like(k)
     parameters = [p.contiguous() for p in (weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw)]
     gradients = [torch.empty_like(p) for p in parameters]
     kernel_for("calibrate", k, part="_backward")(dk, *gradients, dy, maps, k, *parameters, recursive)
@@ -99,7 +99,7 @@ def backward(dy, maps, k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, b
 
 def _backward_fake(dy, maps, k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, recursive):
     parameters = (weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw)
-    return torch.empty_like(k), *(p.new_empty(p.shape) for p in parameters)
+    return empty_like(k), *(p.new_empty(p.shape) for p in parameters)
 
 
 def _save(ctx, inputs, output):

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import choose, kernel_for
+from ..reference.router import without_autocast
 from .checks import check_at_least, check_tensors
-from .library import contiguous, define, differentiate
+from .library import contiguous, define, differentiate, empty_like, stencil
 
 
 def conv3x3_shuffle(
@@ -35,8 +36,9 @@ def conv3x3_shuffle(
             f"channels: {scale}^2 for each of the {sizes['I']} that mean has"
         )
     widest = max(sizes["C"], sizes["D"])
-    if choose("conv3x3_shuffle", x, widest) != "reference":
-        return torch.ops.seemore_fast.conv3x3_shuffle(x, weight, bias, mean, scale, float(img_range))
+    with without_autocast(x.device.type):  # for which a kernel would have to have its dtype, too
+        if choose("conv3x3_shuffle", x, widest) != "reference":
+            return torch.ops.seemore_fast.conv3x3_shuffle(x, weight, bias, mean, scale, float(img_range))
     if choose("norm_conv3x3", x, widest) == "reference":
         return reference.conv3x3_shuffle(x, weight, bias, mean, scale=scale, img_range=img_range)
     y = torch.ops.seemore_fast.norm_conv3x3(x, None, None, weight, bias, None, None, None, 0.0)
@@ -60,7 +62,7 @@ def _result(x, mean, scale):
 def _forward(x, weight, bias, mean, scale, img_range):
     y = _result(x, mean, scale)
     run = kernel_for("conv3x3_shuffle", x, max(weight.shape[:2]))
-    run(y, x, *contiguous(weight, bias, mean), scale, img_range)
+    run(y, x, stencil(weight, x), *contiguous(bias, mean), scale, img_range)
     return y
 
 
@@ -71,14 +73,14 @@ def _forward_fake(x, weight, bias, mean, scale, img_range):
 
 def _backward(dy, x, weight, bias, scale, img_range):
     weight, bias = contiguous(weight, bias)
-    gradients = [torch.empty_like(tensor) for tensor in (x, weight, bias)]
+    gradients = [empty_like(x), torch.empty_like(weight), torch.empty_like(bias)]
     run = kernel_for("conv3x3_shuffle", x, max(weight.shape[:2]), "_backward")
     run(*gradients, dy, x, weight, bias, scale, img_range)
     return tuple(gradients)
 
 
 def _backward_fake(dy, x, weight, bias, scale, img_range):
-    return torch.empty_like(x), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    return empty_like(x), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
 def _save(ctx, inputs, output):

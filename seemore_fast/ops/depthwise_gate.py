@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import choose, kernel_for
 from .checks import check_tensors
-from .library import cast_for_autocast, define, differentiate
+from .library import cast_for_autocast, define, differentiate, empty_like
 
 
 def depthwise_gate(u: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -29,25 +29,25 @@ def depthwise_gate(u: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor
 
 
 def _forward(u, g, weight, bias):
-    y = torch.empty_like(u)
+    y = empty_like(u)
     kernel_for("depthwise_gate", u)(y, u, g, weight.contiguous(), bias.contiguous())
     return y
 
 
 def _forward_fake(u, g, weight, bias):
     torch._check(u.shape == g.shape, lambda: "depthwise_gate: u and g differ in shape")
-    return torch.empty_like(u)
+    return empty_like(u)
 
 
 def _backward(dy, u, g, weight, bias):
     weight, bias = weight.contiguous(), bias.contiguous()
-    gradients = [torch.empty_like(tensor) for tensor in (u, g, weight, bias)]
+    gradients = [empty_like(u), empty_like(g), torch.empty_like(weight), torch.empty_like(bias)]
     kernel_for("depthwise_gate", u, part="_backward")(*gradients, dy, u, g, weight, bias)
     return tuple(gradients)
 
 
 def _backward_fake(dy, u, g, weight, bias):
-    return torch.empty_like(u), torch.empty_like(g), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    return empty_like(u), empty_like(g), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
 def _save(ctx, inputs, output):

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import choose, kernel_for
 from .checks import check_tensors
-from .library import cast_for_autocast, contiguous, define, differentiate
+from .library import cast_for_autocast, contiguous, define, differentiate, empty_like, stencil
 
 
 def gated_ffn(
@@ -47,13 +47,14 @@ def gated_ffn(
 
 
 def _result(x, weight_2):
-    return torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight_2.dtype))
+    return empty_like(x, torch.promote_types(x.dtype, weight_2.dtype))
 
 
 def forward(x, norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2, eps):
     y = _result(x, weight_2)
-    parameters = contiguous(norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2)
-    kernel_for("gated_ffn", x, x.shape[1])(y, x, *parameters, eps)
+    first = contiguous(norm_weight, norm_bias, weight_1, bias_1)
+    second = contiguous(bias_gate, weight_2, bias_2)
+    kernel_for("gated_ffn", x, x.shape[1])(y, x, *first, stencil(weight_gate, x), *second, eps)
     return y
 
 
@@ -64,14 +65,14 @@ def _forward_fake(x, norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias
 
 def backward(dy, x, norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2, eps):
     parameters = contiguous(norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2)
-    gradients = [torch.empty_like(tensor) for tensor in (x, *parameters)]
+    gradients = [empty_like(x), *(torch.empty_like(p) for p in parameters)]
     kernel_for("gated_ffn", x, x.shape[1], "_backward")(*gradients, dy, x, *parameters, eps)
     return tuple(gradients)
 
 
 def _backward_fake(dy, x, norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2, eps):
     parameters = (norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2)
-    return torch.empty_like(x), *(p.new_empty(p.shape) for p in parameters)
+    return empty_like(x), *(p.new_empty(p.shape) for p in parameters)
 
 
 def _save(ctx, inputs, output):

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import choose, kernel_for
 from .checks import check_device, check_is_tensor, check_tensors, check_together
-from .library import cast_for_autocast, contiguous, define, differentiate, empty_image
+from .library import cast_for_autocast, contiguous, define, differentiate, empty_image, empty_like
 
 
 def low_rank_experts(
@@ -128,7 +128,8 @@ def backward(
         expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out
     )
     projection = contiguous(weight_proj, bias_proj)
-    gradients = [None if t is None else torch.empty_like(t) for t in (a, k, *parameters, *projection)]
+    gradients = [None if p is None else torch.empty_like(p) for p in (*parameters, *projection)]
+    gradients = [empty_like(a), empty_like(k), *gradients]
     kernel = kernel_for("low_rank_experts", a, _size(a, ranks), "_backward")
     kernel(*gradients, dy, a, k, expert_index, *parameters, ranks, projection[0])
     return tuple(a.new_empty(0) if gradient is None else gradient for gradient in gradients)
@@ -140,7 +141,7 @@ def _backward_fake(
 ):  # fmt: skip
     parameters = (expert_weight, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out, weight_proj, bias_proj)
     gradients = (a.new_empty(0) if p is None else p.new_empty(p.shape) for p in parameters)
-    return torch.empty_like(a), torch.empty_like(k), *gradients
+    return empty_like(a), empty_like(k), *gradients
 
 
 def _save(ctx, inputs, output):

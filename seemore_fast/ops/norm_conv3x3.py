@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import choose, kernel_for
 from .checks import check_choice, check_tensors, check_together
-from .library import cast_for_autocast, contiguous, define, differentiate, empty_image
+from .library import cast_for_autocast, contiguous, define, differentiate, empty_image, empty_like, stencil
 
 
 def norm_conv3x3(
@@ -58,9 +58,39 @@ def _result(x, weight, weight_pw):
 
 def forward(x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation, eps):
     y = _result(x, weight, weight_pw)
-    parameters = contiguous(norm_weight, norm_bias, weight, bias, weight_pw, bias_pw)
+    norm_weight, norm_bias, bias, weight_pw, bias_pw = contiguous(norm_weight, norm_bias, bias, weight_pw, bias_pw)
+    parameters = norm_weight, norm_bias, stencil(weight, x), bias, weight_pw, bias_pw
     kernel_for("norm_conv3x3", x, widest(weight, weight_pw))(y, x, *parameters, activation == "gelu", eps)
     return y
+
+
+def norm_conv3x3_into(
+    y: Tensor,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = 1e-6,
+    add: bool = False,
+):
+    """Write to y, of any floating dtype, or add to it, what `norm_conv3x3` returns; by Triton, without gradients.
+
+    Nothing is checked: it is a part of the network.
+    """
+    weight, bias = cast_for_autocast(weight, bias)
+    torch.ops.seemore_fast.norm_conv3x3_into(y, x, norm_weight, norm_bias, weight, bias, eps, add)
+
+
+def _into(y, x, norm_weight, norm_bias, weight, bias, eps, add):
+    norm_weight, norm_bias, bias = contiguous(norm_weight, norm_bias, bias)
+    run = kernel_for("norm_conv3x3", x, widest(weight, None), "_into")
+    run(y, x, norm_weight, norm_bias, stencil(weight, x), bias, eps, add)
+
+
+def _into_fake(y, x, norm_weight, norm_bias, weight, bias, eps, add):
+    torch._check(weight.shape[1] == x.shape[1], lambda: "norm_conv3x3: weight and x differ in channels")
 
 
 def _forward_fake(x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation, eps):
@@ -70,7 +100,7 @@ def _forward_fake(x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, a
 
 def backward(dy, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation, eps):
     parameters = contiguous(norm_weight, norm_bias, weight, bias, weight_pw, bias_pw)
-    dx, gradients = torch.empty_like(x), [None if p is None else torch.empty_like(p) for p in parameters]
+    dx, gradients = empty_like(x), [None if p is None else torch.empty_like(p) for p in parameters]
     run = kernel_for("norm_conv3x3", x, widest(weight, weight_pw), "_backward")
     run(dx, *gradients, dy, x, *parameters, activation == "gelu", eps)
     return dx, *(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
@@ -78,7 +108,7 @@ def backward(dy, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, ac
 
 def _backward_fake(dy, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation, eps):
     parameters = (norm_weight, norm_bias, weight, bias, weight_pw, bias_pw)
-    return torch.empty_like(x), *(x.new_empty(0) if p is None else p.new_empty(p.shape) for p in parameters)
+    return empty_like(x), *(x.new_empty(0) if p is None else p.new_empty(p.shape) for p in parameters)
 
 
 def _save(ctx, inputs, output):
@@ -101,3 +131,10 @@ define("norm_conv3x3", f"({_INPUTS}) -> Tensor", forward, _forward_fake)
 # dx and those of the parameters, empty where there is none
 define("norm_conv3x3_backward", f"(Tensor dy, {_INPUTS}) -> ({', '.join(['Tensor'] * 7)})", backward, _backward_fake)
 differentiate("norm_conv3x3", _save, _gradients)
+define(
+    "norm_conv3x3_into",
+    "(Tensor(a!) y, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor bias, float eps, bool add) "
+    "-> ()",
+    _into,
+    _into_fake,
+)

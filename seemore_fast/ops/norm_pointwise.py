@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import choose, kernel_for
 from .checks import check_choice, check_tensors
-from .library import cast_for_autocast, contiguous, define, differentiate, empty_image
+from .library import cast_for_autocast, contiguous, define, differentiate, empty_image, empty_like
 
 
 def norm_pointwise(
@@ -64,7 +64,7 @@ def _dtype(weight, residual):
 
 def backward(dy, x, norm_weight, norm_bias, weight, bias, activation, eps):
     parameters = contiguous(norm_weight, norm_bias, weight, bias)
-    dx, gradients = torch.empty_like(x), [None if p is None else torch.empty_like(p) for p in parameters]
+    dx, gradients = empty_like(x), [None if p is None else torch.empty_like(p) for p in parameters]
     run = kernel_for("norm_pointwise", x, widest(x, weight), "_backward")
     run(dx, *gradients, dy, x, *parameters, activation == "gelu", eps)
     return dx, *(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
@@ -72,7 +72,7 @@ def backward(dy, x, norm_weight, norm_bias, weight, bias, activation, eps):
 
 def _backward_fake(dy, x, norm_weight, norm_bias, weight, bias, activation, eps):
     parameters = (norm_weight, norm_bias, weight, bias)
-    return torch.empty_like(x), *(x.new_empty(0) if p is None else p.new_empty(p.shape) for p in parameters)
+    return empty_like(x), *(x.new_empty(0) if p is None else p.new_empty(p.shape) for p in parameters)
 
 
 def _save(ctx, inputs, output):

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import choose, kernel_for
 from .checks import check_choice, check_odd, check_tensors
-from .library import cast_for_autocast, define, differentiate
+from .library import cast_for_autocast, define, differentiate, empty_like
 
 
 def striped_conv(
@@ -44,7 +44,7 @@ def striped_conv(
 
 
 def forward(x, weight_row, bias_row, weight_col, bias_col, activation, gate):
-    y = torch.empty_like(x)
+    y = empty_like(x)
     parameters = (p.contiguous() for p in (weight_row, bias_row, weight_col, bias_col))
     kernel_for("striped_conv", x, weight_row.shape[3])(y, x, *parameters, activation == "gelu", gate)
     return y
@@ -53,14 +53,14 @@ def forward(x, weight_row, bias_row, weight_col, bias_col, activation, gate):
 def _forward_fake(x, weight_row, bias_row, weight_col, bias_col, activation, gate):
     torch._check(weight_row.shape[0] == x.shape[1], lambda: "striped_conv: weight_row and x differ in channels")
     torch._check(weight_row.shape[3] == weight_col.shape[2], lambda: "striped_conv: the two weights differ in taps")
-    return torch.empty_like(x)
+    return empty_like(x)
 
 
 def backward(dy, x, weight_row, bias_row, weight_col, bias_col, activation, gate, dx=None, dgate=None):
     if dx is None:
-        dx = torch.empty_like(x)
+        dx = empty_like(x)
     if dgate is None:
-        dgate = x.new_empty(0) if gate is None else torch.empty_like(gate)
+        dgate = x.new_empty(0) if gate is None else empty_like(gate)
     parameters = [p.contiguous() for p in (weight_row, bias_row, weight_col, bias_col)]
     gradients = [torch.empty_like(p) for p in parameters]
     run = kernel_for("striped_conv", x, weight_row.shape[3], "_backward")
@@ -70,7 +70,7 @@ def backward(dy, x, weight_row, bias_row, weight_col, bias_col, activation, gate
 
 def _backward_fake(dy, x, weight_row, bias_row, weight_col, bias_col, activation, gate):
     parameters = (p.new_empty(p.shape) for p in (weight_row, bias_row, weight_col, bias_col))
-    return torch.empty_like(x), *parameters, x.new_empty(0) if gate is None else torch.empty_like(gate)
+    return empty_like(x), *parameters, x.new_empty(0) if gate is None else empty_like(gate)
 
 
 def _save(ctx, inputs, output):

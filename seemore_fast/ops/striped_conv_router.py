@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..backends import choose, kernel_for
 from .checks import check_choice, check_odd, check_tensors
-from .library import LIBRARY, cast_for_autocast, define
+from .library import LIBRARY, cast_for_autocast, define, empty_like
 from .router import MOST_EXPERTS, check_top_k, router
 from .striped_conv import striped_conv
 
@@ -65,7 +65,7 @@ def _forward_fake(x, weight_row, bias_row, weight_col, bias_col, weight_router, 
     torch._check(weight_row.shape[0] == x.shape[1], lambda: "striped_conv_router: weight_row and x differ in channels")
     batch, wide = x.shape[0], dict(dtype=torch.float32)
     return (
-        torch.empty_like(x),
+        empty_like(x),
         x.new_empty((batch, top_k), dtype=torch.int64),
         x.new_empty((batch, top_k), **wide),
         x.new_empty(x.shape[:2], **wide),

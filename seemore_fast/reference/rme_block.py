@@ -98,4 +98,5 @@ def rme_block(
     x = parts.low_rank_experts(
         a, k, expert_index, expert_weight, *experts, weight_proj=weight_proj, bias_proj=bias_proj, residual=x
     )
+    del a, k  # and with them their memory
     return parts.gated_ffn(x, norm_2_weight, norm_2_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2)

@@ -1,0 +1,221 @@
+"""Calls that are recorded once and repeated without their Python: kernels of Triton and operators of torch.
+
+A recording notes every kernel that a function launches, every operator of torch that computes something, and which
+memory they read and write, from when to when. A repetition allocates and frees the same memory and starts the same
+kernels with new pointers, on the stream that is current then. Unlike a CUDA graph it holds no memory of the device in
+between. What was there before the recording, weights, is constant.
+"""
+
+import contextlib
+import functools
+import importlib
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .ops.library import IMPLEMENTATIONS
+
+VECTOR = 16  # bytes, to which kernels were compiled to find pointers aligned
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+FREE = {"_unsafe_view", "is_same_size", "promote_types", "result_type"}
+
+
+@functools.cache
+def name_of(function: torch._ops.OpOverload) -> str:
+    return function._schema.name.removeprefix("aten::")
+
+
+@functools.cache
+def computes(function: torch._ops.OpOverload) -> bool:
+    """Tell whether an operator does more than to allocate, return views or answer what needs no device."""
+    returned = [result.alias_info for result in function._schema.returns]
+    is_view = bool(returned) and all(alias is not None and not alias.is_write for alias in returned)
+    return not is_view and name_of(function) not in FREE | ALLOCATIONS
+
+
+class InsideOperators(TorchDispatchMode):
+    """Passes all operators of torch to `see`, those inside of this package's operators, too."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        with self:
+            if function.namespace == "seemore_fast":
+                return IMPLEMENTATIONS[function._schema.name](*arguments, **options)
+            result = function.decompose(*arguments, **options)  # inference mode leaves whole what is made of others
+        return self.see(function, arguments, options) if result is NotImplemented else result
+
+    def see(self, function: torch._ops.OpOverload, arguments: tuple, options: dict):
+        """Run an operator and return its result."""
+        raise NotImplementedError
+
+
+class Memory:
+    """Memory that is allocated before step `first`, unless it is given or a result of an operator, and freed before
+    step `last`."""
+
+    def __init__(self, nbytes: int = 0, first: int | None = None):
+        self.nbytes, self.first, self.last = nbytes, first, None
+
+
+class Place(NamedTuple):
+    """Where a tensor lies: in the memory of a number, `offset` bytes behind its beginning."""
+
+    memory: int
+    offset: int
+    dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+
+class Bases:
+    """The memory of a repetition: by number a tensor that owns it, where it begins in that, and the address of that."""
+
+    def __init__(self, count: int):
+        self.tensors, self.offsets, self.addresses = [None] * count, [0] * count, [0] * count
+
+    def put(self, memory: int, tensor: Tensor, offset: int = 0):
+        """Use the storage of a tensor; `offset` bytes in it are where recorded offsets begin."""
+        self.tensors[memory], self.offsets[memory] = tensor, offset
+        self.addresses[memory] = tensor.data_ptr() - tensor.storage_offset() * tensor.element_size() + offset
+
+    def tensor(self, place: Place) -> Tensor:
+        storage = self.tensors[place.memory].untyped_storage()
+        offset = (self.offsets[place.memory] + place.offset) // place.dtype.itemsize
+        return torch.empty(0, dtype=place.dtype, device=storage.device).set_(
+            storage, offset, place.shape, place.strides
+        )
+
+
+class Operator(NamedTuple):
+    """A step: a function of tensors, and the memories that its results bring along."""
+
+    function: Callable
+    arguments: Any
+    options: Any
+    results: list[int | None]
+
+    def run(self, bases: Bases, now):
+        arguments, options = tree_map(
+            lambda leaf: bases.tensor(leaf) if isinstance(leaf, Place) else leaf,
+            (self.arguments, self.options),
+            is_leaf=lambda leaf: isinstance(leaf, Place),
+        )
+        results = self.function(*arguments, **options)
+        for memory, tensor in zip(self.results, tensors_of(results), strict=True) if self.results else ():
+            if memory is not None:
+                bases.put(memory, tensor)
+
+
+class Recording(InsideOperators):
+    """What runs within, as steps. `given` are the tensors that each repetition gets anew."""
+
+    def __init__(self, *given: Tensor):
+        super().__init__()
+        self.steps, self.memories = [], []
+        self._live: dict[int, int] = {}  # the number of a memory by its storage
+        for tensor in given:
+            self._enter(tensor, Memory())
+
+    def run(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Return function(x), which is recorded."""
+        with self, launching().observed(self._launch):
+            return function(x)
+
+    def see(self, function, arguments, options):
+        result = function(*arguments, **options)
+        if not computes(function):
+            for tensor in tensors_of(result) if name_of(function) in ALLOCATIONS else ():
+                self._enter(tensor, Memory(tensor.untyped_storage().nbytes(), len(self.steps)))
+            return result
+        if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+            raise RuntimeError(f"{function} answers what is on the device: that cannot be recorded")
+        places = tree_map(lambda leaf: self.place_of(leaf) if isinstance(leaf, Tensor) else leaf, (arguments, options))
+        results = [
+            None if self._number(tensor) is not None else self._enter(tensor, Memory()) for tensor in tensors_of(result)
+        ]
+        self.steps.append(Operator(function, *places, results))
+        return result
+
+    def _launch(self, launch):
+        with _disable_current_modes():  # the interpreter uses operators of torch
+            compiled = launch.start()
+        if compiled is None:  # interpreted
+            arguments = {name: self._argument(value) for name, value in launch.arguments.items()}
+            self.steps.append(Operator(launch.kernel[(launch.programs,)], (), arguments | launch.options, []))
+        else:
+            self.steps.append(launching().Start(launch, compiled, self._argument))
+
+    def _argument(self, value):
+        return self.place_of(value) if isinstance(value, Tensor) else value
+
+    def place_of(self, tensor: Tensor) -> Place | Tensor:
+        """Return where a tensor lies, or the tensor itself, which is constant."""
+        memory = self._number(tensor)
+        if memory is None:
+            return tensor
+        offset = tensor.storage_offset() * tensor.element_size()
+        return Place(memory, offset, tensor.dtype, tensor.shape, tensor.stride())
+
+    def _number(self, tensor: Tensor) -> int | None:
+        return self._live.get(tensor.untyped_storage()._cdata)
+
+    def _enter(self, tensor: Tensor, memory: Memory) -> int:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() % VECTOR:
+            raise RuntimeError(f"memory begins at {storage.data_ptr():#x}, expected a multiple of {VECTOR} bytes")
+        self.memories.append(memory)
+        self._live[storage._cdata] = len(self.memories) - 1
+        weakref.finalize(storage, self._leave, storage._cdata)
+        return len(self.memories) - 1
+
+    def _leave(self, storage: int):
+        self.memories[self._live.pop(storage)].last = len(self.steps)
+
+
+class Recorded:
+    """function(x) as it ran for one x, for tensors of the same size, strides and device."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor):
+        recording = Recording(x)
+        y = recording.run(function, x)
+        self._function, self._strides, self._offset = function, x.stride(), x.storage_offset()
+        self._y, self._count = recording.place_of(y), len(recording.memories)
+        if not isinstance(self._y, Place) or recording.memories[self._y.memory].first is None:
+            raise RuntimeError("the result was not allocated by the function")
+        self._steps = [(step, [], []) for step in recording.steps]  # with what is allocated before and freed behind it
+        for number, memory in enumerate(recording.memories):
+            last = len(self._steps) if memory.last is None or number == self._y.memory else memory.last
+            if memory.first is not None and memory.first < last:
+                self._steps[memory.first][1].append((number, memory.nbytes))
+            if 0 < last < len(self._steps):
+                self._steps[last - 1][2].append(number)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.stride() != self._strides or x.data_ptr() % VECTOR:
+            return self._function(x)
+        bases = Bases(self._count)
+        bases.put(0, x, (x.storage_offset() - self._offset) * x.element_size())
+        with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
+            now = launching().now()
+            for step, allocated, freed in self._steps:
+                for memory, nbytes in allocated:
+                    bases.put(memory, torch.empty(nbytes, dtype=torch.uint8, device=x.device))
+                step.run(bases, now)
+                for memory in freed:
+                    bases.tensors[memory] = None
+        return bases.tensor(self._y)
+
+
+@functools.cache
+def launching():
+    """Return the module that launches Triton's kernels; Triton may be missing where it is not asked for."""
+    return importlib.import_module("seemore_fast.kernels.launch")
+
+
+def tensors_of(result) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
