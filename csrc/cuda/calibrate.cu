@@ -16,9 +16,9 @@
 // | k again from L2         | 11 us                        | 5 us              | 15 us              |
 // | predicted               | 22 us                        | 10 us             | 33 us              |
 //
-// Operations: some 6 for each element of k to aggregate and 10 to interpolate. A launch takes 2 to 3 us by itself.
-// aggregate: 40 to 62 registers (72 in float64), add_stretched: 32 to 64, mix: 64 (78) and
-// 17 KiB (33) of shared memory.
+// Instructions, as sm_90's code has them: 8 for each element of k to aggregate and 37 to interpolate, addresses
+// included. A launch takes 2 to 3 us by itself. aggregate: 64 to 96 registers, enough for all 16 loads of a thread at
+// once, add_stretched: 32 to 72, mix: 64 (76 in float64) and 17 KiB (33) of shared memory.
 
 #include "calibrate_maps.h"
 

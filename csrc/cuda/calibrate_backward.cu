@@ -16,9 +16,10 @@
 // | dy again from L2              | 16 us                        | 7 us              | 23 us              |
 // | predicted                     | 36 us                        | 18 us             | 50 us              |
 //
-// Operations: some 7 for each element of dy to gather, 10 to spread. Five launches of 2 to 3 us by themselves.
-// gather: 32 to 63 registers (76 in float64), up to 35 KiB of shared memory, 11 for 640 columns; mix_backward: 96
-// (147), 23 KiB (47); spread: 98 to 128 (200), so 4 blocks of 128 threads on a multiprocessor; descend: 40 (48).
+// Instructions, as sm_90's code has them: 6 for each element of dy to gather, besides a thread's last sums, and 22 to
+// spread. Five launches of 2 to 3 us by themselves. gather: 64 to 128 registers, up to 35 KiB of shared memory, 11 for
+// 640 columns; mix_backward: 96 (147 in float64), 23 KiB (47); spread: 95 to 128 (200), so 4 blocks of 128 threads on a
+// multiprocessor, which ask for 32 KiB at once, and 161 element by element; descend: 40 (48).
 
 #include "calibrate_maps.h"
 

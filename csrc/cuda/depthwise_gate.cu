@@ -7,9 +7,9 @@
 // Predicted for an H200, images (1, 36, 480, 640), not yet run on a GPU; see striped_conv_forward.cu:
 //
 //                        bytes    floor    instructions   to issue   predicted   registers   shared per block
-//   forward float32      133 MB   30.9 us  19 a pixel     6.6 us     34 us        96         9,216 bytes
-//   forward bfloat16      66 MB   15.4 us  22             7.6 us     17 us        87         9,216
-//   backward float32     221 MB   51.4 us  51             18 us      57 us       158         9,216
+//   forward float32      133 MB   30.9 us  19 a pixel     6.6 us     34 us        95         9,216 bytes
+//   forward bfloat16      66 MB   15.4 us  22             7.6 us     17 us        80         9,216
+//   backward float32     221 MB   51.4 us  51             18 us      57 us       156         9,216
 //   backward bfloat16    111 MB   25.7 us  54             19 us      29 us       147         9,216
 
 #include "depthwise_gate.h"

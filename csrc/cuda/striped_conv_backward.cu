@@ -9,9 +9,9 @@
 // striped_conv_forward.cu. The floor is that of one walk, which would not have the registers.
 //
 //                     bytes    floor    instructions   to issue   predicted   registers   shared per block
-//   float32           221 MB   30.9 us  38 + 47        28 us      60 us       168, 168    5,120 and 10,240 bytes
-//   bfloat16          110 MB   15.4 us  41 + 47        29 us      40 us       168, 160
-//   bfloat16 gate     221 MB   25.7 us  61 + 47        35 us      60 us       168, 168
+//   float32           221 MB   30.9 us  38 + 47        28 us      60 us       168, 166    5,120 and 10,240 bytes
+//   bfloat16          110 MB   15.4 us  41 + 47        29 us      40 us       167, 167
+//   bfloat16 gate     221 MB   25.7 us  61 + 47        35 us      60 us       167, 167
 
 #include "striped_conv_walk.h"
 
