@@ -13,7 +13,7 @@ from kit_backends import calls, kernels_of
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from seemore_fast import SeemoRe, reference, use_backend
+from seemore_fast import SeemoRe, ops, reference, use_backend
 from seemore_fast.kernels.launch import Launch
 from seemore_fast.memory import gpu_memory_needed
 from seemore_fast.replay import ALLOCATIONS, InsideOperators, computes, launching, name_of
@@ -82,6 +82,19 @@ def test_launches_of_a_group(backend, device, monkeypatch):
             model(torch.rand(1, 3, 16, 16, device=device))
         counts.append(launched.copy())
     assert (counts[1] - counts[0]).total() == 19
+
+
+@kit.each_kernel("conv3x3_shuffle")
+def test_the_last_convolution_is_fused_under_autocast(backend, device):
+    """It is float32 there, too: one kernel, and the result to the bit."""
+    x, weight, bias, mean = torch.rand(1, 4, 5, 6), torch.rand(12, 4, 3, 3), torch.rand(12), torch.rand(1, 3, 1, 1)
+    tensors = [t.to(device) for t in (x, weight, bias, mean)]
+    with torch.no_grad(), kit.chosen(backend, device):
+        expected = ops.conv3x3_shuffle(*tensors, scale=2)
+        calls.clear()
+        with torch.autocast(device, torch.bfloat16):
+            assert torch.equal(ops.conv3x3_shuffle(*tensors, scale=2), expected)
+    assert (backend, "conv3x3_shuffle") in calls
 
 
 @each_backend
