@@ -113,7 +113,7 @@ def backward(
         parameters = end(x, weight_gate, bias_gate, weight_2, bias_2)
         yield over_tiles(gated_ffn_backward_gate, "gated_ffn backward", [dy], images | parameters)
     *first, dweight_gate, dbias_gate, dweight_2, dbias_2 = gradients
-    partial = new_partial(parts_of(x, "products") if x.numel() else 0, [dweight_2, dbias_2])
+    partial = new_partial(parts_of(h, "products") if x.numel() else 0, [dweight_2, dbias_2])
     if x.numel():
         yield products(partial, dz, h)
     yield add_parts([dweight_2, dbias_2], partial)
