@@ -4,7 +4,7 @@
     python benchmarks/tune_triton.py --architectures 80 90      anywhere: the first that fits the registers, by what the
                                                                 compiler says; nothing is timed
 
-What `fits` prefers is an estimate until a GPU has timed it: tiles as large as registers allow, four warps each.
+What `fits` prefers is an estimate until a GPU has timed it: tiles as large as registers allow, two warps each.
 """
 
 import argparse
@@ -21,7 +21,9 @@ from seemore_fast.kernels import configurations
 from seemore_fast.kernels.configurations import Configuration
 from seemore_fast.kernels.launch import Launch
 
-PREFERRED = [Configuration(*c) for c in [(64, 4), (64, 8), (32, 4), (32, 8), (16, 4), (16, 8), (32, 4, 2), (16, 4, 2)]]
+PREFERRED = [
+    Configuration(*c) for c in [(128, 2), (64, 2), (32, 2), (32, 2, 1, 255), (16, 2), (32, 4), (16, 4), (32, 8)]
+]
 TIMED = [
     Configuration(pixels, warps, stages)
     for pixels in (16, 32, 64, 128)
@@ -67,9 +69,11 @@ def launches_of(name: str, chosen: Configuration, x: torch.Tensor) -> list[Launc
 
 
 def fits(launch: Launch, architecture: int) -> bool:
-    """Tell whether a kernel neither spills nor wants more shared memory than there is."""
-    takes = launch.compile_for(architecture).resources()
-    return takes.local == 0 and takes.shared <= SHARED
+    """Return whether a kernel does not spill, has the shared memory that it takes, and multiplies by mma.sync alone."""
+    code = launch.compile_for(architecture)
+    takes = code.resources()
+    of_warp_groups = "wgmma" in code.ptx or "tcgen05" in code.ptx
+    return takes.local == 0 and takes.shared <= SHARED and not of_warp_groups
 
 
 def first_that_fits(name: str, x: torch.Tensor, architecture: int) -> Configuration | None:
