@@ -209,7 +209,7 @@ def aggregate(
     for i in tl.static_range(4):
         seen = tl.load(x_at + i * x_strides[2], mask=inside, other=0).to(WIDE)
         if OF_A_LEVEL:
-            seen = activate(seen, "gelu")
+            seen = activate(seen, "gelu", WIDE)
         total += seen * tl.load(taps + (4 * i + seen_column % 4)).to(WIDE)
     shift = tl.load(bias + channel).to(WIDE)
     s = tl.sum(tl.reshape(total, (LINES, COLUMNS, 4)), axis=2) + shift
@@ -217,7 +217,7 @@ def aggregate(
     inside = (row < height) & (column_one < width)
     tl.store(pixels_of(one, one_strides, image, channel, row, column_one), s, mask=inside)
     if two is not None:
-        total = activate(s, "gelu") * tl.load(taps + (row % 4 * 4 + column_one % 4)).to(WIDE)
+        total = activate(s, "gelu", WIDE) * tl.load(taps + (row % 4 * 4 + column_one % 4)).to(WIDE)
         s = tl.sum(tl.sum(tl.reshape(total, (LINES // 4, 4, COLUMNS // 4, 4)), axis=3), axis=1) + shift
         row = line // 4 + tl.arange(0, LINES // 4)[:, None]
         column_one = column // 4 + tl.arange(0, COLUMNS // 4)[None, :]
@@ -225,7 +225,7 @@ def aggregate(
         tl.store(pixels_of(two, two_strides, image, channel, row, column_one), s, mask=inside)
     if activated is not None:
         to = pixels_of(activated, activated_strides, image, channel, row, column_one)
-        tl.store(to, activate(s, "gelu"), mask=inside)
+        tl.store(to, activate(s, "gelu", WIDE), mask=inside)
 
 
 @triton.jit(do_not_specialize=["height", "width", "pixels"])
@@ -332,7 +332,7 @@ def spread(
         two = tl.broadcast_to(two[:, None, :, None], (LINES // 4, 4, COLUMNS // 4, 4))
         one_at = pixels_of(one, one_strides, batch, channel, row, column_one)
         s_one = tl.load(one_at, mask=(row < one_height) & (column_one < one_width), other=0)
-        activated, slope = activate_with_slope(s_one, "gelu")
+        activated, slope = activate_with_slope(s_one, "gelu", WIDE)
         second_sums += tl.sum(tl.sum(two * tl.reshape(activated, two.shape), axis=2), axis=0)
         weight_one = tl.load(taps + (row % 4 * 4 + column_one % 4)).to(WIDE)
         found = weight_one * slope * tl.reshape(two, (LINES, COLUMNS))
@@ -349,7 +349,7 @@ def spread(
         seen = tl.load(x_at + i * x_strides[2], mask=is_seen, other=0).to(WIDE)
         change = found * tl.load(taps + (4 * i + column % 4)).to(WIDE)
         if dy is None:
-            seen, slope = activate_with_slope(seen, "gelu")
+            seen, slope = activate_with_slope(seen, "gelu", WIDE)
             change *= slope
         else:
             dy_at = pixels_of(dy, dy_strides, batch, channel, row * 4 + i, column)
@@ -400,5 +400,5 @@ def gradient_of(images, weight_dw, batch, channel, row, column, height, width):
             factor = tl.load(weight_dw + channel * 9 + (8 - n)).to(total.dtype)
             total += factor * load_tap(here, n // 3 - 1, n % 3 - 1, inside, row, column, height, width)
         s_at = pixels_of(s, s_strides, batch, channel, row, column)
-        _, slope = activate_with_slope(tl.load(s_at, mask=inside, other=0), "gelu")
+        _, slope = activate_with_slope(tl.load(s_at, mask=inside, other=0), "gelu", total.dtype)
         return total * slope

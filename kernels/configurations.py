@@ -1,7 +1,9 @@
 """How large the tiles of each kernel are, and how many warps work on one: a small table per architecture.
 
 Nothing is tried out at a first call. `python benchmarks/tune_triton.py` measures and writes the table for the GPU at
-hand.
+hand. An architecture that is not in the table takes the entries of the next older one. Those of sm_80 have the fewest
+instructions for an image among those that do not spill, as far as the compiler tells. With two warps, or less than 64
+rows, Triton multiplies by mma.sync on every architecture: products this small gain nothing by wgmma or tcgen05.
 """
 
 import functools
@@ -20,6 +22,7 @@ class Configuration(NamedTuple):
     pixels: int  # of a tile
     warps: int
     stages: int = 1  # loads of so many turns of a loop at a time
+    registers: int = 0  # of a thread at most; 0 leaves it to ptxas, which may spill for more warps at a time
 
 
 def configuration(kernel: str, x: Tensor) -> Configuration:
@@ -32,10 +35,16 @@ def configuration(kernel: str, x: Tensor) -> Configuration:
 
 
 def choose(kernel: str, architecture: int, size: int, channels: int) -> Configuration:
-    """Return the configuration of the newest architecture in the table that is not newer than the one asked for."""
+    """Return the configuration of the newest architecture in the table that is not newer than the one asked for.
+
+    ValueError for one that is older than all of them: before sm_80 Triton has no matrix units, and kernels spill.
+    """
     known = table()
-    architectures = [int(name) for name in known]
-    found = max((a for a in architectures if a <= architecture), default=min(architectures))
+    architectures = sorted(int(name) for name in known)
+    if architecture < architectures[0]:
+        expected = f'expected sm_{architectures[0]} or newer; use_backend("reference") runs on all'
+        raise ValueError(f"{kernel}: no configuration for sm_{architecture}, {expected}")
+    found = max(a for a in architectures if a <= architecture)
     return Configuration(*known[str(found)][kernel][f"{size} bytes{', many channels' if channels > 48 else ''}"])
 
 

@@ -21,11 +21,25 @@ from torch import Tensor
 from .configurations import configuration
 from .experts import RANKS, load_bias_out, load_some, locate, rows_of
 from .images import index_type, strided
-from .integers import cdiv, next_power_of_2
+from .integers import cdiv
 from .launch import Launch
 from .products import steps_of
 from .rounding import narrow
-from .tiles import at, dot, launch, load_columns, load_tile, narrow_all, pixels_of, tile_of, zeros
+from .tiles import (
+    at,
+    channels_of,
+    dot,
+    launch,
+    load_columns,
+    load_pixels,
+    load_tile,
+    narrow_all,
+    pixels_of,
+    powers,
+    tile_of,
+    zero_tile,
+    zeros,
+)
 
 KERNEL = "low_rank_experts products"  # in the table of configurations
 COLUMNS, PARTS = 32, 128  # sums that a program of the last launch adds up, and of how many rows at a time
@@ -55,7 +69,7 @@ def sum_products(sums: Tensor, ranked: Tensor, dy, a, k, experts: dict, weight_p
     taken += ("EXPERTS", "BLOCKS", "TOTAL", "PRECISION")
     parameters = {name: experts[name] for name in taken} | dict(weight_proj=weight_proj)
     steps = steps_of(a, KERNEL)
-    sizes = dict(CHANNELS=channels, TILE=max(16, next_power_of_2(channels)), ROWS=kept_ranks(experts))
+    sizes = dict(CHANNELS=channels, TILES=powers(channels), ROWS=kept_ranks(experts))
     options = dict(PIXELS=pixels, INDEX=index_type(places["pixels"] + pixels * steps))
     arguments = dict(sums=sums, count=sums.shape[4], steps=steps) | images | places | parameters | sizes | options
     return launch(add_products, sums.shape[:4].numel(), arguments, *how)
@@ -87,7 +101,7 @@ def add_products(
     sums, count, ranked, ranked_strides, dy, dy_strides, a, a_strides, k, k_strides, expert_index, expert_weight, top_k,
     weight_out, bias_out, weight_proj, pixels, width, steps,
     EXPERTS: tl.constexpr, BLOCKS: tl.constexpr, TOTAL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
-    TILE: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    TILES: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A row of sums: of (ROWS, CHANNELS) each dweight_a, dweight_k and transposed dweight_out, dbias_a and dbias_k
     (ROWS,), dbias_out (CHANNELS,), dp; dweight_proj (CHANNELS, CHANNELS) and dbias_proj."""
@@ -95,65 +109,109 @@ def add_products(
     unit = image % (top_k * BLOCKS)
     image = image // (top_k * BLOCKS)
     dtype: tl.constexpr = weight_out.dtype.element_ty
-    channel, rank = tl.arange(0, TILE), tl.arange(0, RANKS)
-    of_a, of_k, of_q = zeros(TILE, (RANKS, RANKS, RANKS))
-    sum_a, sum_k = zeros(RANKS, (RANKS, RANKS))  # in each column, as in that of dy: ones are another factor
-    sum_dy, dproj = zeros(TILE, (RANKS, TILE))
-    ones = tl.full((PIXELS, RANKS), 1, dtype)
+    rank = tl.arange(0, RANKS)
+    sums += tl.program_id(0).to(tl.int64) * count
+    ones = tl.full((PIXELS, RANKS), 1, dtype)  # a factor that gives sums over the pixels, in each column
+
+    # In two loops, because the registers do not suffice for all sums at a time.
+    of_a, of_k = columns(TILES), columns(TILES)
+    sum_a, sum_k = zeros(RANKS, (RANKS, RANKS))
     for step in tl.range(0, steps, disable_licm=True):
         pixel = first + step * PIXELS + tl.arange(0, PIXELS)
         inside = pixel < pixels
-        seen_a = load_tile(at(a, a_strides, image, pixel, width), a_strides, inside, channel, CHANNELS)
-        seen_k = load_tile(at(k, k_strides, image, pixel, width), k_strides, inside, channel, CHANNELS)
-        upstream = load_tile(at(dy, dy_strides, image, pixel, width), dy_strides, inside, channel, CHANNELS)
-        seen_a, seen_k, upstream = narrow_all((seen_a, seen_k, upstream), dtype)
         ranked_at = at(ranked, ranked_strides, image, pixel, width) + unit * (3 * ROWS)
-        q = load_tile(ranked_at, ranked_strides, inside, rank, ROWS)
         drank_a = load_tile(ranked_at + ROWS, ranked_strides, inside, rank, ROWS)
         drank_k = load_tile(ranked_at + 2 * ROWS, ranked_strides, inside, rank, ROWS)
-        of_a = dot(tl.trans(seen_a), drank_a, of_a, PRECISION)
-        of_k = dot(tl.trans(seen_k), drank_k, of_k, PRECISION)
-        of_q = dot(tl.trans(upstream), q, of_q, PRECISION)
+        seen_a = load_pixels(at(a, a_strides, image, pixel, width), a_strides, inside, CHANNELS, TILES)
+        of_a = add_product(narrow_all(seen_a, dtype), drank_a, of_a, PRECISION)
+        seen_k = load_pixels(at(k, k_strides, image, pixel, width), k_strides, inside, CHANNELS, TILES)
+        of_k = add_product(narrow_all(seen_k, dtype), drank_k, of_k, PRECISION)
         sum_a = dot(tl.trans(drank_a), ones, sum_a, PRECISION)
         sum_k = dot(tl.trans(drank_k), ones, sum_k, PRECISION)
-        sum_dy = dot(tl.trans(upstream), ones, sum_dy, PRECISION)
-        if weight_proj is not None:
-            dproj = dot(tl.trans(upstream), seen_a, dproj, PRECISION)
-
-    sums += tl.program_id(0).to(tl.int64) * count
-    store_matrix(sums, of_a, channel, 1, CHANNELS, rank, CHANNELS, ROWS)
-    store_matrix(sums + ROWS * CHANNELS, of_k, channel, 1, CHANNELS, rank, CHANNELS, ROWS)
+    for i in tl.static_range(len(TILES)):
+        channel = channels_of(TILES, i)
+        store_matrix(sums, of_a[i], channel, 1, CHANNELS, rank, CHANNELS, ROWS)
+        store_matrix(sums + ROWS * CHANNELS, of_k[i], channel, 1, CHANNELS, rank, CHANNELS, ROWS)
     store_matrix(sums + 3 * ROWS * CHANNELS, sum_a, rank, 1, ROWS, rank, 0, 1)
     store_matrix(sums + (3 * CHANNELS + 1) * ROWS, sum_k, rank, 1, ROWS, rank, 0, 1)
+
+    of_q, sum_dy, dproj = columns(TILES), columns(TILES), ()
+    for i in tl.static_range(len(TILES)):
+        dproj += zeros(TILES[i], TILES)
+    for step in tl.range(0, steps, disable_licm=True):
+        pixel = first + step * PIXELS + tl.arange(0, PIXELS)
+        inside = pixel < pixels
+        upstream = load_pixels(at(dy, dy_strides, image, pixel, width), dy_strides, inside, CHANNELS, TILES)
+        upstream = narrow_all(upstream, dtype)
+        ranked_at = at(ranked, ranked_strides, image, pixel, width) + unit * (3 * ROWS)
+        q = load_tile(ranked_at, ranked_strides, inside, rank, ROWS)
+        of_q = add_product(upstream, q, of_q, PRECISION)
+        sum_dy = add_product(upstream, ones, sum_dy, PRECISION)
+        if weight_proj is not None:
+            seen_a = load_pixels(at(a, a_strides, image, pixel, width), a_strides, inside, CHANNELS, TILES)
+            seen_a = narrow_all(seen_a, dtype)
+            before, dproj = dproj, ()
+            for i in tl.static_range(len(TILES)):
+                for j in tl.static_range(len(TILES)):
+                    dproj += (dot(tl.trans(upstream[i]), seen_a[j], before[i * len(TILES) + j], PRECISION),)
+
     OF_EXPERT: tl.constexpr = of_expert(CHANNELS, ROWS)
     slot, block = image * top_k + unit // BLOCKS, unit % BLOCKS
     expert, p, begins, row, own = locate(expert_index, expert_weight, slot, block, EXPERTS)
-    total = tl.sum(sum_dy, axis=1, keep_dims=True) * (1 / RANKS)
+    out, bias, total = (), (), ()
+    for i in tl.static_range(len(TILES)):
+        channel = channels_of(TILES, i)
+        out += (load_some(weight_out, row, own, 1, TOTAL, channel, CHANNELS).to(tl.float32),)
+        bias += (load_bias_out(bias_out, expert, begins, channel, CHANNELS),)
+        total += (tl.sum(sum_dy[i], axis=1, keep_dims=True) * (1 / RANKS),)
+    dp = tl.full((), 0, tl.float32)
     if weight_proj is None:
-        out = load_some(weight_out, row, own, 1, TOTAL, channel, CHANNELS).to(tl.float32)
-        bias = load_bias_out(bias_out, expert, begins, channel, CHANNELS)
-        store_out(sums, p, begins, of_q, total, channel, rank, ROWS, CHANNELS)
-        dp = tl.sum(out * of_q) + tl.sum(tl.trans(bias) * total)
+        for i in tl.static_range(len(TILES)):
+            store_out(sums, p, begins, of_q[i], total[i], channels_of(TILES, i), rank, ROWS, CHANNELS)
+            dp += tl.sum(out[i] * of_q[i]) + tl.sum(tl.trans(bias[i]) * total[i])
     else:
         proj_at = sums + OF_EXPERT + 1
         of_first = tl.where(unit == 0, 1.0, 0.0)
-        store_matrix(proj_at + CHANNELS * CHANNELS, of_first * total, channel, 1, CHANNELS, tl.arange(0, 1), 0, 1)
-        out = load_some(weight_out, row, own, 1, TOTAL, channel, CHANNELS).to(tl.float32)
-        bias = load_bias_out(bias_out, expert, begins, channel, CHANNELS)
-        dproj = dot(p * of_q, tl.trans(out), of_first * dproj + p * total * bias, PRECISION)
-        store_matrix(proj_at, dproj, channel, CHANNELS, CHANNELS, channel, 1, CHANNELS)
-        dp = tl.full((), 0, tl.float32)
+        for i in tl.static_range(len(TILES)):
+            channel = channels_of(TILES, i)
+            store_matrix(
+                proj_at + CHANNELS * CHANNELS, of_first * total[i], channel, 1, CHANNELS, tl.arange(0, 1), 0, 1
+            )
+            for j in tl.static_range(len(TILES)):
+                before = of_first * dproj[i * len(TILES) + j] + p * total[i] * bias[j]
+                dweight = dot(p * of_q[i], tl.trans(out[j]), before, PRECISION)
+                store_matrix(proj_at, dweight, channel, CHANNELS, CHANNELS, channels_of(TILES, j), 1, CHANNELS)
         for start in tl.range(0, CHANNELS, RANKS, disable_licm=True):
             made = start + tl.arange(0, RANKS)
-            (proj,) = load_columns(weight_proj, CHANNELS, 1, made, CHANNELS, (TILE,), CHANNELS)
-            proj = proj.to(tl.float32)
-            dout = dot(tl.trans(proj), of_q, tl.zeros((RANKS, RANKS), tl.float32), PRECISION)
-            dbias = tl.trans(tl.sum(proj * total, axis=0, keep_dims=True))
+            proj = load_columns(weight_proj, CHANNELS, 1, made, CHANNELS, TILES, CHANNELS)
+            dout, dbias = tl.zeros((RANKS, RANKS), tl.float32), tl.zeros((1, RANKS), tl.float32)
+            for i in tl.static_range(len(TILES)):
+                dout = dot(tl.trans(proj[i].to(tl.float32)), of_q[i], dout, PRECISION)
+                dbias += tl.sum(proj[i].to(tl.float32) * total[i], axis=0, keep_dims=True)
+            dbias = tl.trans(dbias)
             store_out(sums, p, begins, dout, dbias, made, rank, ROWS, CHANNELS)
             out_block = load_some(weight_out, row, own, 1, TOTAL, made, CHANNELS).to(tl.float32)
             bias_block = load_bias_out(bias_out, expert, begins, made, CHANNELS)
             dp += tl.sum(out_block * dout) + tl.sum(tl.trans(bias_block) * dbias)
     tl.store(sums + OF_EXPERT, dp)
+
+
+@triton.jit
+def columns(TILES: tl.constexpr):
+    """Return float32 tiles (TILES[i], RANKS) of zeros."""
+    out = ()
+    for i in tl.static_range(len(TILES)):
+        out += (zero_tile(TILES[i], RANKS),)
+    return out
+
+
+@triton.jit
+def add_product(x, y, sums, PRECISION: tl.constexpr):
+    """Return the tiles sums + transposed x @ y."""
+    out = ()
+    for i in tl.static_range(len(x)):
+        out += (dot(tl.trans(x[i]), y, sums[i], PRECISION),)
+    return out
 
 
 @triton.jit

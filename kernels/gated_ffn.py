@@ -146,21 +146,22 @@ def gated_ffn_forward(
     image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
     pixel = first + tl.arange(0, PIXELS)
     inside = pixel < end_of(pixels, ROOM)
+    dtype: tl.constexpr = weight_1.dtype.element_ty
     seen = load_pixels(at(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
     n, _ = normalise(seen, eps, CHANNELS, TILES)
-    n = affine(n, norm_weight, norm_bias, weight_1.dtype.element_ty, CHANNELS, TILES)
+    n = affine(n, norm_weight, norm_bias, dtype, CHANNELS, TILES)
     z = zeros(PIXELS, TILES)
     for start in tl.range(0, CHANNELS, BLOCK, disable_licm=True):
         block = start + tl.arange(0, BLOCK)
         matrix = load_columns(weight_1, 1, CHANNELS, block, CHANNELS, TILES, CHANNELS)
-        u = activate(multiply(n, matrix, load_row(bias_1, block, CHANNELS), PRECISION), "gelu")
+        u = activate(multiply(n, matrix, load_row(bias_1, block, CHANNELS), PRECISION), "gelu", dtype)
         factor = gate(g, g_strides, taps, bias_gate, image, pixel, inside, block, rows, columns, CHANNELS)
-        h = narrow(u * factor, weight_2.dtype.element_ty)
+        h = narrow(u * factor, dtype)
         z = multiply_block(h, load_lines(weight_2, block, CHANNELS, TILES), z, PRECISION)
     out = ()
     for i in tl.static_range(len(TILES)):
         s = z[i] + load_row(bias_2, channels_of(TILES, i), CHANNELS)
-        out += (seen[i].to(tl.float32) + activate(s, "gelu"),)
+        out += (seen[i].to(tl.float32) + activate(s, "gelu", y.dtype.element_ty),)
     store_pixels(at(y, y_strides, image, pixel, width), y_strides, inside, out, CHANNELS, TILES)
 
 
@@ -188,7 +189,7 @@ def gated_ffn_backward_gate(
     gradient = ()
     for i in tl.static_range(len(TILES)):
         s = z[i] + load_row(bias_2, channels_of(TILES, i), CHANNELS)
-        gradient += (narrow(upstream[i].to(tl.float32) * slope(s, "gelu"), dtype),)
+        gradient += (narrow(upstream[i].to(tl.float32) * slope(s, "gelu", dtype), dtype),)
     store_pixels(at(dz, dz_strides, image, pixel, None), dz_strides, inside, gradient, CHANNELS, TILES)
     for start in tl.range(0, CHANNELS, BLOCK, disable_licm=True):
         block = start + tl.arange(0, BLOCK)

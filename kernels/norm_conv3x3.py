@@ -214,14 +214,15 @@ def norm_conv3x3_forward(
     inside = pixel < end_of(pixels, ROOM)
     seen = image_of(n, n_stride, image)
     sums = convolve(seen, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)
-    acted = activate_all(sums, bias, ACTIVATION, OUT_CHANNELS, MADE)
+    dtype: tl.constexpr = y.dtype.element_ty if weight_pw is None else weight_pw.dtype.element_ty
+    acted = activate_all(sums, bias, ACTIVATION, dtype, OUT_CHANNELS, MADE)
     y_at = at(y, y_strides, image, pixel, width)
     if weight_pw is None:
         if ADD:
             acted = add(acted, load_pixels(y_at, y_strides, inside, OUT_CHANNELS, MADE))
         store_pixels(y_at, y_strides, inside, acted, OUT_CHANNELS, MADE)
     else:
-        acted = narrow_all(acted, weight_pw.dtype.element_ty)
+        acted = narrow_all(acted, dtype)
         for start in tl.range(0, RESULTS, BLOCK, disable_licm=True):
             made = start + tl.arange(0, BLOCK)
             matrix = load_columns(weight_pw, 1, OUT_CHANNELS, made, OUT_CHANNELS, MADE, RESULTS)
@@ -249,9 +250,8 @@ def norm_conv3x3_backward_middle(
         dacted = load_pixels(dy_at, dy_strides, inside, OUT_CHANNELS, MADE)
     else:
         acted_at = at(acted, acted_strides, image, pixel, None)
-        store_pixels(
-            acted_at, acted_strides, inside, activate_all(s, bias, ACTIVATION, OUT_CHANNELS, MADE), OUT_CHANNELS, MADE
-        )
+        multiplied = activate_all(s, bias, ACTIVATION, dtype, OUT_CHANNELS, MADE)
+        store_pixels(acted_at, acted_strides, inside, multiplied, OUT_CHANNELS, MADE)
         dacted = zeros(PIXELS, MADE)
         for start in tl.range(0, RESULTS, BLOCK, disable_licm=True):
             made = start + tl.arange(0, BLOCK)
@@ -261,7 +261,7 @@ def norm_conv3x3_backward_middle(
     gradients = ()
     for i in tl.static_range(len(MADE)):
         row = load_row(bias, channels_of(MADE, i), OUT_CHANNELS)
-        gradients += (dacted[i].to(tl.float32) * slope(s[i] + row, ACTIVATION),)
+        gradients += (dacted[i].to(tl.float32) * slope(s[i] + row, ACTIVATION, dtype),)
     store_packed(image_of(ds, ds_strides[0], image), pixel, inside, narrow_all(gradients, dtype), OUT_CHANNELS, MADE)
 
 
@@ -301,9 +301,12 @@ def norm_conv3x3_backward_input(
 
 
 @triton.jit
-def activate_all(sums, bias, ACTIVATION: tl.constexpr, OUT_CHANNELS: tl.constexpr, MADE: tl.constexpr):
-    """Return activation(sums + bias), as float32 tiles."""
+def activate_all(
+    sums, bias, ACTIVATION: tl.constexpr, dtype: tl.constexpr, OUT_CHANNELS: tl.constexpr, MADE: tl.constexpr
+):
+    """Return activation(sums + bias), as float32 tiles, which are rounded to dtype later on."""
     out = ()
     for i in tl.static_range(len(MADE)):
-        out += (activate(sums[i] + load_row(bias, channels_of(MADE, i), OUT_CHANNELS), ACTIVATION),)
+        s = sums[i] + load_row(bias, channels_of(MADE, i), OUT_CHANNELS)
+        out += (activate(s, ACTIVATION, dtype),)
     return out

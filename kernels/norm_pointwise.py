@@ -143,7 +143,8 @@ def norm_pointwise_forward(
     for start in tl.range(0, OUT_CHANNELS, BLOCK, disable_licm=True):
         made = start + tl.arange(0, BLOCK)
         matrix = load_columns(weight, 1, CHANNELS, made, CHANNELS, TILES, OUT_CHANNELS)
-        out = activate(multiply(n, matrix, load_row(bias, made, OUT_CHANNELS), PRECISION), ACTIVATION)
+        s = multiply(n, matrix, load_row(bias, made, OUT_CHANNELS), PRECISION)
+        out = activate(s, ACTIVATION, y.dtype.element_ty)
         if residual is not None:
             out += load_tile(residual_at, residual_strides, inside, made, OUT_CHANNELS).to(tl.float32)
         store_tile(y_at, y_strides, inside, out, made, OUT_CHANNELS)
@@ -176,7 +177,7 @@ def norm_pointwise_backward_input(
         gradient = load_tile(dy_at, dy_strides, inside, made, OUT_CHANNELS)
         if ACTIVATION is not None:
             s = multiply(n, matrix, load_row(bias, made, OUT_CHANNELS), PRECISION)
-            gradient = gradient.to(tl.float32) * slope(s, ACTIVATION)
+            gradient = gradient.to(tl.float32) * slope(s, ACTIVATION, ds.dtype.element_ty)
             store_tile(ds_at, ds_strides, inside, gradient, made, OUT_CHANNELS)
             gradient = narrow(gradient, weight.dtype.element_ty)
         dn = multiply_block(gradient, transposed(matrix), dn, PRECISION)

@@ -48,6 +48,7 @@ def parts_of(x: Tensor, kernel: str) -> int:
 
 def products(partial: Tensor, ds: Tensor, x: Tensor, weight=None, gain=None, shift=None, eps=0.0) -> Launch:
     """Describe the launch that writes partial; with a norm weight, gain, shift and eps are those of forward."""
+    assert len(partial) == parts_of(x, "products"), f"partial has {len(partial)} rows: not made for x, {x.dtype}"
     pixels, *how = configuration("products", x)
     images = dict(partial=partial, ds=ds, ds_strides=ds.stride(), x=x, x_strides=x.stride())
     norm = dict(weight=weight, gain=gain, shift=shift, eps=eps)

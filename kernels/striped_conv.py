@@ -170,7 +170,7 @@ def convolve(
         exists = inside & (there >= 0) & (there < size)
         seen = tl.load(centre + shift * step, mask=exists, other=0).to(ACCUMULATION)
         total += tl.load(taps + (TAPS - 1 - k if TRANSPOSED else k)).to(ACCUMULATION) * seen
-    total = activate(total, ACTIVATION)
+    total = activate(total, ACTIVATION, y.dtype.element_ty)
     if gate is not None:
         factor = tl.load(at(gate, gate_strides, batch, channel, row, column), mask=inside, other=0)
         total *= factor.to(ACCUMULATION)
@@ -187,7 +187,7 @@ def activation_backward(
     s_pointer = at(s, s_strides, batch, channel, row, column)
     value = tl.load(s_pointer, mask=inside, other=0)
     gradient = tl.load(at(dy, dy_strides, batch, channel, row, column), mask=inside, other=0).to(value.dtype)
-    activated, slope = activate_with_slope(value, ACTIVATION)
+    activated, slope = activate_with_slope(value, ACTIVATION, s.dtype.element_ty)
     if gate is not None:
         store(at(dgate, dgate_strides, batch, channel, row, column), gradient * activated, inside)
         factor = tl.load(at(gate, gate_strides, batch, channel, row, column), mask=inside, other=0)

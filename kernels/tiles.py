@@ -16,7 +16,7 @@ from torch import Tensor
 from ..planes import UNIT, has_room, new_packed
 from .configurations import configuration
 from .images import index_type
-from .integers import cdiv, next_power_of_2, round_up
+from .integers import cdiv, round_up
 from .launch import Launch
 from .rounding import INTERPRETED, narrow
 
@@ -29,12 +29,13 @@ def cut(channels: int, width: int = 0) -> tuple[int, ...]:
     return (width,) * cdiv(channels, width)
 
 
-def powers(channels: int, least: int = 16) -> tuple[int, ...]:
-    """Return powers of two that cover the channels: 36 -> (32, 16), 64 -> (64,)."""
-    above = max(least, next_power_of_2(channels))
-    if channels > 3 * above // 4 or above == least:
-        return (above,)
-    return (above // 2, *powers(channels - above // 2, least))
+def powers(channels: int) -> tuple[int, ...]:
+    """Return powers of two that cover the channels: 36 -> (32, 16), 64 -> (32, 32), 72 -> (32, 32, 16).
+
+    They are the rows of sums over pixels, 32 at most: Triton multiplies 64 rows by the matrix units of warp groups.
+    """
+    whole, rest = divmod(channels, 32)
+    return (32,) * whole + ((16,) if 0 < rest <= 16 else (32,) * (rest > 16))
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -77,8 +78,10 @@ def without_rows(arguments: dict, images: list[Tensor]) -> dict:
     return {name: (*value[:2], 0, value[3]) if name in strides else value for name, value in arguments.items()}
 
 
-def launch(kernel, programs: int, arguments: dict, warps: int, stages: int) -> Launch:
-    return Launch(kernel, programs, arguments, warps, {"num_stages": stages})
+def launch(kernel, programs: int, arguments: dict, warps: int, stages: int, registers: int) -> Launch:
+    """Describe a launch with the configuration of a kernel, all but its pixels."""
+    options = {"num_stages": stages} | ({"maxnreg": registers} if registers else {})
+    return Launch(kernel, programs, arguments, warps, options)
 
 
 def workspace(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:

@@ -97,6 +97,7 @@ def window_parts(n: Tensor) -> int:
 
 def window_products(partial: Tensor, ds: Tensor, n: Tensor) -> Launch:
     """Describe the launch that writes partial, rows of sums of dweight (D, 9C) and dbias (D,); images are packed."""
+    assert len(partial) == window_parts(n), f"partial has {len(partial)} rows: not made for n, {n.dtype}"
     pixels, *how = configuration("norm_conv3x3 products", n)
     _, channels, height, width = n.shape
     images = dict(partial=partial, ds=ds, ds_stride=ds.stride(0), n=n, n_stride=n.stride(0))

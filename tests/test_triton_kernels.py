@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -32,16 +33,28 @@ IMAGES = {  # (B, C, H, W) and memory format
     "odd": ((1, 5, 45, 77), torch.contiguous_format),
     "channels_last": ((2, 36, 64, 64), torch.channels_last),
     "one pixel": ((1, 1, 1, 1), torch.contiguous_format),  # sizes and strides of 1 are constants to the compiler
+    "many channels": ((2, 64, 64, 64), torch.contiguous_format),
     "wide index": ((2**16, 2, 2**15, 2), torch.contiguous_format),  # more than 2**31 lines; on the meta device
 }
 TARGETS = [(80, "float32"), (90, "bfloat16"), (100, "bfloat16"), (120, "float32")]
 QUICK = [*[("compile_all", *target, "aligned") for target in TARGETS], ("compile_with_few_registers",), ("unlike_jit",)]
-ALL = [(capability, dtype) for capability in (80, 90, 100, 120) for dtype in ("float32", "bfloat16", "float16")]
+ALL = [(capability, dtype) for capability in (80, 86, 89, 90, 100, 120) for dtype in ("float32", "bfloat16", "float16")]
 SLOW = [
     *[(*target, "aligned") for target in ALL if target not in TARGETS],
+    *[(capability, "float32", "aligned", "ieee") for capability in (80, 90, 120)],  # three products of TF32 for each
+    *[(90, dtype, "many channels") for dtype in ("float32", "bfloat16")],
     *[(90, "float64", image) for image in IMAGES],
     *[(80, "bfloat16", image) for image in IMAGES if image != "aligned"],
 ]
+INSTRUCTIONS = {  # whose number in a kernel is tested
+    "mma.sync": r"\bmma\.sync",
+    "of warp groups": r"\b(?:wgmma|tcgen05)\.",  # matrix units of sm_90 and sm_100 that four warps share
+    "ex2": r"\bex2\.approx\.ftz\.f32",
+    "rcp": r"\brcp\.approx\.ftz\.f32",
+}
+SPILLS = {  # bytes, of three products of TF32 for each of float32 and several experts; outside of the innermost loops
+    f"low_rank_experts backward 0 top 2{proj}: low_rank_experts_backward_input": 64 for proj in ("", " proj")
+}
 each_target = pytest.mark.parametrize("target", TARGETS, ids=lambda target: "sm_{}-{}".format(*target))
 
 CUOBJDUMP = """
@@ -87,8 +100,12 @@ def operators(dtype: str) -> list[str]:
 # In a process of its own
 
 
-def launches(dtype: str, image: str) -> dict[str, Launch]:
-    """Return the launches of all operators' kernels by name, each specialization once."""
+def launches(dtype: str, image: str, precision: str = "tf32") -> dict[str, Launch]:
+    """Return the launches of all operators' kernels by name, each specialization once.
+
+    `precision` is torch's of float32 in convolutions: "tf32", its default, or "ieee".
+    """
+    torch.backends.cudnn.conv.fp32_precision = precision
     size, memory_format = IMAGES[image]
     x = torch.empty(size, dtype=getattr(torch, dtype), device="meta", memory_format=memory_format)
     found = {}
@@ -99,16 +116,16 @@ def launches(dtype: str, image: str) -> dict[str, Launch]:
     return dict(found.values())
 
 
-def compile_all(capability: int, dtype: str, image: str) -> dict[str, dict]:
+def compile_all(capability: int, dtype: str, image: str, precision: str = "tf32") -> dict[str, dict]:
     configurations.MEANT = capability
-    return {name: compiled(launch, capability) for name, launch in launches(dtype, image).items()}
+    return {name: compiled(launch, capability) for name, launch in launches(dtype, image, precision).items()}
 
 
 def compiled(launch: Launch, capability: int) -> dict:
     code = launch.compile_for(capability)
-    products = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", code.ptx))
     widths = {"load": widest("ld", code.ptx), "store": widest("st", code.ptx)}
-    return code.resources()._asdict() | widths | {"products": products}
+    counts = {name: len(re.findall(pattern, code.ptx)) for name, pattern in INSTRUCTIONS.items()}
+    return code.resources()._asdict() | widths | counts
 
 
 def widest(instruction: str, ptx: str) -> int:
@@ -168,12 +185,14 @@ def quick() -> dict[tuple, dict | list]:
     return {call: result for of_process in results for call, result in of_process.items()}
 
 
-def assert_fits(kernels: dict[str, dict], dtype: str):
+def assert_fits(kernels: dict[str, dict], dtype: str, spills: dict[str, int] = MappingProxyType({})):
     assert {name.split()[0] for name in kernels} == set(operators(dtype))
     for name, takes in kernels.items():
         assert 0 < takes["registers"] <= 255, name
-        assert takes["local"] == 0, f"{name} spills: {takes}"
+        assert takes["local"] <= spills.get(name, 0), f"{name} spills: {takes}"
         assert takes["shared"] <= SHARED, f"{name}: {takes}"
+        # For products this small they are no faster, and versions of Triton and ptxas are known that get them wrong.
+        assert takes["of warp groups"] == 0, f"{name}: {takes}"
     # Sums over all threads of a program go through shared memory: it is seen if it is there.
     assert any(takes["shared"] > 0 for takes in kernels.values())
 
@@ -184,10 +203,10 @@ def test_kernels_compile_and_fit(quick, target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", SLOW, ids=lambda target: "sm_{}-{}-{}".format(*target))
+@pytest.mark.parametrize("target", SLOW, ids=lambda target: "sm_" + "-".join(map(str, target)))
 def test_more_kernels_compile_and_fit(target):
     call = ("compile_all", *target)
-    assert_fits(without_interpreter(call)[call], target[1])
+    assert_fits(without_interpreter(call)[call], target[1], SPILLS if target[-1] == "ieee" else {})
 
 
 @each_target
@@ -214,7 +233,17 @@ def test_matrices_are_multiplied_by_matrix_units(quick, target):
     found = layers(quick[("compile_all", *target, "aligned")])
     assert {name.split()[0] for name in found} == set(MATRICES)
     for name, kernel in found.items():
-        assert kernel["products"] > 0, name
+        assert kernel["mma.sync"] > 0, name
+
+
+@each_target
+def test_gelu_takes_no_more_than_its_result_keeps(quick, target):
+    """For 16 bits a power of two and a reciprocal for each number, in float32 a quotient; `test_triton_activation`."""
+    takes = quick[("compile_all", *target, "aligned")]
+    gelu, none = (takes[f"norm_pointwise forward 72 {name} norm: norm_pointwise_forward"] for name in ("gelu", None))
+    is_narrow = getattr(torch, target[1]).itemsize == 2
+    assert gelu["rcp"] > none["rcp"] == 0 and none["ex2"] == 0
+    assert gelu["ex2"] == (gelu["rcp"] if is_narrow else 0)
 
 
 @each_target

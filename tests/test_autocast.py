@@ -1,0 +1,58 @@
+"""Operators under autocast whose images are float32, as they are in a training loop that calls one of them by itself.
+
+What each operator casts, and to what, is tested beside it.
+"""
+
+import kit
+import pytest
+import test_calibrate
+import test_depthwise_gate
+import test_gated_ffn
+import test_low_rank_experts
+import test_norm_conv3x3
+import test_norm_pointwise
+import test_rme_block
+import test_sme_block
+import test_striped_conv
+import torch
+from kit_backends import kernels_of
+
+from seemore_fast import ops, reference
+
+IMAGE = (2, 8, 6, 7)  # 42 pixels: of kernels' tiles, one of 16-bit pixels, two of float32
+CASES = {
+    "calibrate": (test_calibrate, {"recursive": 1}),
+    "depthwise_gate": (test_depthwise_gate, {}),
+    "gated_ffn": (test_gated_ffn, {}),
+    "low_rank_experts": (test_low_rank_experts, {"ranks": (2, 4, 8)}),
+    "norm_conv3x3": (test_norm_conv3x3, None),  # they go with its tensors
+    "norm_pointwise": (test_norm_pointwise, {"activation": "gelu"}),
+    "rme_block": (test_rme_block, test_rme_block.OPTIONS),
+    "sme_block": (test_sme_block, {}),
+    "striped_conv": (test_striped_conv, {"activation": "gelu"}),
+}
+each_case = pytest.mark.parametrize(
+    "operator, backend",
+    [(operator, backend) for operator in CASES for backend in kernels_of(operator, interpreted=True)],
+)
+
+
+@each_case
+def test_gradients(operator, backend, device):
+    """y and every gradient err at most twice as much as the reference's under autocast, plus half an eps."""
+    module, options = CASES[operator]
+    if options is None:
+        tensors, options = module.case_of(device, IMAGE)
+    else:
+        tensors = module.tensors_of(device, IMAGE)
+    tensors = kit.cast(tensors, torch.float32)
+    naive = getattr(module, f"naive_{operator}")
+    truth = kit.value_and_gradients(naive, kit.cast(tensors, torch.float64), **options)
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        eager = kit.value_and_gradients(getattr(reference, operator), tensors, **options)
+        with kit.chosen(backend, device):
+            found = kit.value_and_gradients(getattr(ops, operator), tensors, **options)
+    for what, exact in truth.items():
+        allowed = 2 * kit.largest_difference(eager[what], exact) + 2**-8 * exact.abs().max()
+        assert kit.largest_difference(found[what], exact) <= allowed <= 2**-3 * exact.abs().max(), what
+        assert what == "y" or found[what].dtype == torch.float32, what
