@@ -1,11 +1,10 @@
-"""What the operator tests share: seeded tensors, layouts, naive float64 building blocks, comparisons, bad input.
+"""What the operator tests share: seeded tensors, layouts, naive float64 building blocks, comparisons.
 
 A test of an operator hands `backend` (see `each_backend`) to the helpers; a new backend is tested as soon as
 `seemore_fast.backends.KERNELS` lists it. The naive functions never call seemore_fast, and no convolution of torch.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 
 import pytest
@@ -21,11 +20,22 @@ from kit_backends import (
     uninitialised_is_nan,
     uses_tensor_cores,
 )
+from kit_faults import BATCH_AND_PIXELS, FAULTS, assert_refused, assert_sizes_refused, each_fault
 from torch import Tensor
 
 from seemore_fast import reference
 
-__all__ = ["Backend", "chosen", "each_backend", "each_kernel"]
+__all__ = [
+    "BATCH_AND_PIXELS",
+    "FAULTS",
+    "Backend",
+    "assert_refused",
+    "assert_sizes_refused",
+    "chosen",
+    "each_backend",
+    "each_fault",
+    "each_kernel",
+]
 each_narrow_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 # (batch, channels, height, width): one pixel, one line, no image at all, odd, wider than a vector or a warp
@@ -385,45 +395,3 @@ def assert_operator(operator: Callable, tensors: dict[str, Tensor], defaults: di
     assert_writes_its_results_only(operator, tensors, **options)
     assert_deterministic(operator, tensors, **options)
     assert_refuses_double_backward(operator, tensors, **options)
-
-
-# Bad input
-
-# what is wrong: (how a good tensor becomes bad, the exception, what its message says about the tensor)
-FAULTS: dict[str, tuple[Callable[[Tensor], object], type[Exception], str]] = {
-    "rank": (lambda x: x[None], ValueError, r"has shape \(1, "),
-    "integer": (lambda x: x.to(torch.int32), TypeError, "has dtype torch.int32"),
-    "dtype": (lambda x: x.to(torch.float16), TypeError, "has dtype torch.float(16|64)"),
-    "list": (lambda x: x.tolist(), TypeError, "is a list"),
-    "none": (lambda x: None, TypeError, "is (None|a NoneType)"),
-}
-BATCH_AND_PIXELS = [("x", 0), ("x", 2), ("x", 3)]  # of any size, where no second image goes with x
-each_fault = pytest.mark.parametrize(
-    "fault",
-    list(FAULTS),
-)
-
-
-def assert_refused(fault: str, operator: Callable, tensors: dict[str, Tensor], exempt: Iterable[str] = (), **options):
-    """Each tensor in turn is made bad; the operator raises an error that names itself and that tensor."""
-    spoil, error, says = FAULTS[fault]
-    for position, name in enumerate(tensors):
-        if name in exempt:
-            continue
-        # The first tensor sets the dtype: when it is the odd one, the second is blamed.
-        blamed = r"\w+" if fault == "dtype" and position == 0 else name
-        with pytest.raises(error, match=f"^{operator.__name__}: {blamed} {says}"):
-            operator(**tensors | {name: spoil(tensors[name])}, **options)
-
-
-def assert_sizes_refused(
-    operator: Callable, tensors: dict[str, Tensor], free: Iterable[tuple[str, int]] = (), **options
-):
-    """Each dimension of each tensor, but those that are `free`, is made one longer; the operator names a culprit."""
-    culprit = re.compile(rf"^{operator.__name__}: (({'|'.join(tensors)}) has shape|ranks are) .*expected")
-    for name, tensor in tensors.items():
-        for dim in range(tensor.dim()):
-            if (name, dim) not in free:
-                longer = torch.cat([tensor, tensor.narrow(dim, 0, 1)], dim)
-                with pytest.raises(ValueError, match=culprit):
-                    operator(**tensors | {name: longer}, **options)
