@@ -48,7 +48,7 @@ def until_needed(code: list[Instruction], start: int) -> list[Instruction]:
     number = start + 1
     while not code[number].registers & wanted:
         between.append(code[number])
-        target = re.search(r"0x([0-9a-f]+)", code[number].operands) if code[number].name == "BRA" else None
+        target = re.search(r"0x([0-9a-f]+)", code[number].operands) if code[number].name.startswith("BRA") else None
         if target and int(target[1], 16) <= load.address < code[number].address and number not in jumped:
             jumped.add(number)
             number = next(i for i, other in enumerate(code) if other.address == int(target[1], 16))
@@ -95,12 +95,12 @@ ACCESSES = [
     Access("calibrate", r"aggregateI{type}Li[12]ELi4E", 4, 5, 15, 0),
     Access("calibrate", r"add_stretchedI{type}Li4E", 4, 4, 40, 4),
     Access("calibrate_backward", r"gatherI{type}Li{bytes16}E", 0, 4, 30, 0),
-    Access("calibrate_spread", r"calibrate_spreadI{type}Li[12]ELi4E", 4, 8, 30, 4),
+    Access("calibrate_spread", r"calibrate_spreadI{type}Li[12]ELi4E", 4, 8, 25, 4),
     Access("calibrate_spread", r"calibrate_spreadI{type}Li2ELi4E", 4, 8, 100, 4),
     Access("depthwise_gate", r"depthwise_gate_forwardI{type}Li4E", 4, 4, 30, 4),
     Access("depthwise_gate", r"depthwise_gate_backwardI{type}Li4E", 4, 8, 60, 4),
-    Access("striped_conv_forward", r"striped_conv_walk_forwardI{type}Li(3|11)ELi4E", 4, 5, 60, 4),
-    Access("striped_conv_backward", r"backward_columnI{type}Li(3|11)ELi4E", 4, 4, 45, 0),
+    Access("striped_conv_forward", r"striped_conv_walk_forwardI{type}Li(3|11)ELi4E", 4, 5, 40, 4),
+    Access("striped_conv_backward", r"backward_columnI{type}Li(3|11)ELi4E", 4, 4, 35, 0),
     Access("striped_conv_backward", r"backward_rowI{type}(?:{type}|S\w_)Li(3|11)ELi4E", 4, 4, 45, 4),
 ]
 TYPES = {"f": 32, "6__half": 16, "13__nv_bfloat16": 16}
