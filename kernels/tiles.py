@@ -266,9 +266,17 @@ def add(a, b):
 
 @triton.jit
 def product(a, b):
+    """Return the products of tiles, which are to be summed over the channels.
+
+    One tile's are rounded by themselves: fused with the first sum over lanes, they would differ from lane to lane.
+    """
     out = ()
     for i in tl.static_range(len(a)):
-        out += (a[i] * b[i],)
+        if INTERPRETED or len(a) > 1:
+            out += (a[i] * b[i],)
+        else:
+            asm: tl.constexpr = "mul.rn.f32 $0, $1, $2;"
+            out += (tl.inline_asm_elementwise(asm, "=f,f,f", [a[i], b[i]], dtype=tl.float32, is_pure=True, pack=1),)
     return out
 
 

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from seemore_fast import kernels
 from seemore_fast.backends import KERNELS
-from seemore_fast.kernels import configurations, striped_conv
+from seemore_fast.kernels import configurations, norm_pointwise, striped_conv
 from seemore_fast.kernels.launch import Launch, Resources, parse_resources
 
 SHARED = 99 * 1024  # bytes that a block can have on every architecture
@@ -37,7 +37,8 @@ IMAGES = {  # (B, C, H, W) and memory format
     "wide index": ((2**16, 2, 2**15, 2), torch.contiguous_format),  # more than 2**31 lines; on the meta device
 }
 TARGETS = [(80, "float32"), (90, "bfloat16"), (100, "bfloat16"), (120, "float32")]
-QUICK = [*[("compile_all", *target, "aligned") for target in TARGETS], ("compile_with_few_registers",), ("unlike_jit",)]
+QUICK = [("compile_all", *target, "aligned") for target in TARGETS]
+QUICK += [("compile_with_few_registers",), ("unlike_jit",), ("sums_that_differ_among_lanes",)]
 ALL = [(capability, dtype) for capability in (80, 86, 89, 90, 100, 120) for dtype in ("float32", "bfloat16", "float16")]
 SLOW = [
     *[(*target, "aligned") for target in ALL if target not in TARGETS],
@@ -137,6 +138,25 @@ def widest(instruction: str, ptx: str) -> int:
 def compile_with_few_registers() -> dict:
     launch = launches("float32", "aligned")["striped_conv forward 1 gelu gated: convolve"]
     return compiled(dataclasses.replace(launch, more_options={"maxnreg": 24}), 90)
+
+
+def sums_that_differ_among_lanes() -> list[int]:
+    """Return for each kernel with a norm of few channels how many products it fuses with a sum from another lane.
+
+    Each lane then rounds the other's product, not its own, and the lanes' sums differ in the last bit.
+    """
+    configurations.MEANT = 90
+    x = torch.empty(1, 3, 64, 64, dtype=torch.bfloat16, device="meta")
+    launches = dict(norm_pointwise.specializations(x))
+    found = []
+    for name in ("forward 6 gelu norm", "backward 0 6 gelu norm"):
+        ptx = launches[name].compile_for(90).ptx
+        shuffled = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", ptx))
+        assert shuffled
+        shuffled |= {to for to, moved in re.findall(r"mov\.b32\s+(%\w+), (%\w+)", ptx) if moved in shuffled}
+        added = re.findall(r"fma\.rn\.f32\s+%\w+, %\w+, %\w+, (%\w+)", ptx)
+        found.append(sum(addend in shuffled for addend in added))
+    return found
 
 
 def unlike_jit() -> list[str]:
@@ -256,6 +276,10 @@ def test_layers_read_16_bytes_at_a_time(quick, target):
         if " forward" in name and "3 channels" not in name:
             assert kernel["load"] >= (8 if name.startswith("norm_conv3x3") else 16), name
             assert kernel["store"] >= 8, name
+
+
+def test_all_lanes_have_the_same_sums(quick):
+    assert quick[("sums_that_differ_among_lanes",)] == [0, 0]
 
 
 def test_spills_are_seen(quick):
