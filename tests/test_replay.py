@@ -1,5 +1,7 @@
 """Calls that are recorded and repeated: equal to the bit, in as much memory."""
 
+import copy
+
 import kit
 import pytest
 import torch
@@ -80,25 +82,18 @@ class Watched:
         self._step.run(bases, now)
 
 
-@pytest.fixture
-def prepared(device):
-    torch.manual_seed(0)
-    return SeemoRe(**{**SMALL, "num_layers": 1}).to(device, torch.bfloat16).eval().prepare()
-
-
-def image(device, batch=1):
-    return torch.rand(batch, 3, 17, 19, device=device)
-
-
 @on_triton
-def test_a_prepared_network_is_repeated(backend, device, prepared, monkeypatch):
+def test_a_prepared_network_is_repeated(backend, device, monkeypatch):
     """From the second call for a size on; results are those of an unprepared one to the bit."""
     made, call = [], Recorded.__call__
     monkeypatch.setattr(replay.Recorded, "__call__", lambda self, x: made.append(self) or call(self, x))
-    unprepared = SeemoRe(**prepared.config).to(device, torch.bfloat16).eval()
-    unprepared.load_state_dict(prepared.state_dict())
-    for number, x in enumerate([image(device), image(device), image(device)]):
-        with torch.inference_mode(number == 2), torch.no_grad(), kit.chosen(backend, device):
-            assert torch.equal(prepared(x), unprepared(x))
-        assert len(made) == number
+    unprepared = SeemoRe(**{**SMALL, "num_layers": 1}).to(device, torch.bfloat16).eval()
+    prepared = copy.deepcopy(unprepared)
+    with torch.no_grad(), kit.chosen(backend, device):
+        prepared.prepare()
+        for number in range(3):
+            x = torch.rand(1, 3, 17, 19, device=device)
+            with torch.inference_mode(number == 2), torch.no_grad():
+                assert torch.equal(prepared(x), unprepared(x))
+            assert len(made) == number
     assert made[0] is made[1]
