@@ -218,8 +218,7 @@ def benchmarks() -> list[Step]:
             f"benchmark bench_{stem}, torch.compile",
         )
         steps.append(script(f"bench_{stem}", *options, seconds=60, title=title, optional=True))
-    if (ROOT / "benchmarks" / "gpu_dry_run.py").exists():
-        steps.append(script("gpu_dry_run", "--json", seconds=60, optional=True))
+    steps.append(script("gpu_dry_run", "--json", seconds=60, optional=True))
     configurations = ["--seconds", "100", "--output", str(LOGS / "configurations.json")]
     steps.append(script("tune_triton", *configurations, seconds=120, title="benchmark tune_triton", optional=True))
     return steps
@@ -248,6 +247,8 @@ def build():
         raise SystemExit(f"there is no CUDA library, Triton's kernels do its work: {error}") from None
     for name in names:
         shutil.copy2(built[name], PACKAGE / f"{name}.so")
+    info = native().facts(toolchain, cuda) | {"left_out": {"libseemore_cpu": "gpu-check builds for the GPU alone"}}
+    (PACKAGE / "build_info.json").write_text(json.dumps(info, indent=2) + "\n")
     question = "import torch; from seemore_fast import backends"
     question += "; raise SystemExit(backends.why_not('cuda', torch.device('cuda', 0)))"
     if subprocess.run([sys.executable, "-c", question]).returncode:

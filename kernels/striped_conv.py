@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..planes import new_image
 from .activation import activate, activate_with_slope, activation_of
 from .images import index_type, new_workspace, plane_of, store, strided
 from .integers import cdiv, next_power_of_2
@@ -76,7 +75,7 @@ def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
 def forward(y, x, weight_row, bias_row, weight_col, bias_col, activation, gate) -> Iterator[Launch]:
     if x.numel() == 0:
         return
-    r = new_image(x, x.shape[1], x.dtype)  # as torch rounds it, too, and half of the memory for 16 bits
+    r = new_workspace(x)
     yield convolution(r, x, weight_row, bias_row, vertical=False)
     yield convolution(y, r, weight_col, bias_col, vertical=True, activation=activation, gate=gate)
 

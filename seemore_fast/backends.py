@@ -172,7 +172,7 @@ def choose(operator: str, x: Tensor, size: int = 1) -> str:
     """Return the backend that computes `operator` (its stem) for `x`, with so many taps or channels, now."""
     if is_plain():
         return "reference"
-    serving = _serving(operator, x, size)
+    serving = _serving(operator, x, size, _dtypes_now(x))
     if _chosen != "auto":
         return next((kernel.backend for kernel in serving if kernel.backend == _chosen), "reference")
     # A compiled graph may be for all sizes.
@@ -187,11 +187,15 @@ def _by_preference(operator: str, x: Tensor, backends: list[str]) -> list[str]:
     return sorted(backends, key=lambda name: measured.index(name) if name in measured else len(measured))
 
 
-def _serving(operator: str, x: Tensor, size: int) -> list[Kernel]:
-    """Return the kernels that can compute `operator` for `x`, Triton's in the interpreter among them."""
-    dtypes = {x.dtype}
+def _dtypes_now(x: Tensor) -> set[torch.dtype]:
+    """Return the dtypes of x and, as autocast is now, of the weights."""
     if x.dtype != torch.float64 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        dtypes.add(torch.get_autocast_dtype(x.device.type))  # that of the weights, then
+        return {x.dtype, torch.get_autocast_dtype(x.device.type)}
+    return {x.dtype}
+
+
+def _serving(operator: str, x: Tensor, size: int, dtypes: set[torch.dtype]) -> list[Kernel]:
+    """Return the kernels that can compute `operator` for `x`, Triton's in the interpreter among them."""
     return [
         kernel
         for kernel in KERNELS.get(operator, ())
@@ -216,9 +220,9 @@ def chosen_backend(device: str | torch.device = "cpu") -> str:
 def kernel_for(operator: str, x: Tensor, size: int = 1, part: str = "") -> Callable:
     """Return the function of the kernel that computes `operator` for `x`; `part` is, say, ``"_backward"``.
 
-    A backward whose forward a kernel computed runs on a kernel, whatever is chosen by then.
+    A backward whose forward a kernel computed runs on a kernel, whatever is chosen by then, and whatever autocast is.
     """
-    serving = _by_preference(operator, x, [kernel.backend for kernel in _serving(operator, x, size)])
+    serving = _by_preference(operator, x, [kernel.backend for kernel in _serving(operator, x, size, {x.dtype})])
     backend = _chosen if _chosen in serving else serving[0]
     function = getattr(_functions(backend, operator), operator + part)
     is_strided = backend.startswith("cuda") and operator in row_major.OPERATORS and not row_major.in_rows(x)

@@ -151,8 +151,8 @@ def _map_memory(address: int, count: int):
 def gpu_memory_needed(model, shape: torch.Size, training: bool = False) -> int:
     """Return about how many bytes a call of SeemoRe takes on a GPU for images of `shape` (B, C, H, W).
 
-    Of inference, the most is five images of features in a block and the small maps of `calibrate`, float32 for 35 of
-    256 pixels, or f in float32 and the picture at the end. Training keeps 11 images of features of each group besides,
+    Of inference, the most is four images of features in a block, one in float32 between its stripes and the small maps
+    of `calibrate`, float32 for 35 of 256 pixels, or f in float32 and the picture at the end. Training keeps 11 images of features of each group besides,
     8 without SEE's inside, 2 for blocks alone.
     """
     batch, colours, height, width = shape
@@ -161,7 +161,7 @@ def gpu_memory_needed(model, shape: torch.Size, training: bool = False) -> int:
     if torch.is_autocast_enabled("cuda"):
         itemsize = min(itemsize, torch.get_autocast_dtype("cuda").itemsize)
     kept = {"none": 11, "auto": 8, "block": 2}[model.recompute] * model.config["num_layers"] if training else 0
-    inside, end = channels * (5 * itemsize + 4 * 35 / 256), 4 * channels + 4 * colours * model.scale**2
+    inside, end = channels * (4 * itemsize + 4 + 4 * 35 / 256), 4 * channels + 4 * colours * model.scale**2
     return round(batch * height * width * (max(inside, end) + kept * channels * itemsize + 4 * colours))
 
 

@@ -56,3 +56,24 @@ def test_gradients(operator, backend, device):
         allowed = 2 * kit.largest_difference(eager[what], exact) + 2**-8 * exact.abs().max()
         assert kit.largest_difference(found[what], exact) <= allowed <= 2**-3 * exact.abs().max(), what
         assert what == "y" or found[what].dtype == torch.float32, what
+
+
+def test_gradients_do_not_go_by_the_autocast_of_their_moment(device):
+    """Nothing has kernels for float16 on a CPU; a gradient that is taken under such an autocast is of its forward."""
+    tensors = test_norm_pointwise.tensors_of(device, (1, 4, 3, 5))
+    tensors = kit.cast(tensors, torch.float32)
+    expected = kit.value_and_gradients(ops.norm_pointwise, tensors)
+
+    def operator(**tensors):
+        y = ops.norm_pointwise(**tensors)
+        y.register_hook(lambda _: torch.set_autocast_enabled(y.device.type, True))
+        return y
+
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_dtype(device, torch.float16)
+    try:
+        actual = kit.value_and_gradients(operator, tensors)
+    finally:
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)

@@ -58,6 +58,7 @@ STUBS = {
             if "nvcc" in os.environ["STUB_LACKS"]: raise Missing("there is no nvcc")
             return {}
         def products(toolchain, cuda): return ["_C", "libseemore_cpu", "libseemore_cuda"]
+        def facts(toolchain, cuda): return {"nvcc": "13.0"}
         def build(folder, toolchain, cuda, names):
             assert os.environ["TORCH_CUDA_ARCH_LIST"] == "9.0" and "-lineinfo" in os.environ["NVCC_APPEND_FLAGS"]
             folder.mkdir(exist_ok=True)
