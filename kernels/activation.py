@@ -57,7 +57,7 @@ def normal_cdf(x, dtype: tl.constexpr):
         q = q * square + 0.250550091
         p = p * square + 0.797884464
         q = q * square + 1
-        return 0.5 * tl.clamp(x * (p * reciprocal(q)), -1.0, 1.0) + 0.5
+        return 0.5 * tl.clamp(x * (p / q), -1.0, 1.0) + 0.5
 
 
 def activation_of(gelu: bool) -> str | None:

@@ -260,14 +260,17 @@ def test_matrices_are_multiplied_by_matrix_units(quick, target):
 
 @each_target
 def test_gelu_takes_no_more_than_its_result_keeps(quick, target):
-    """For 16 bits a power of two and a reciprocal for each number, in float32 a quotient; `test_triton_activation`."""
+    """For 16 bits a power of two and its reciprocal for each number, in float32 a quotient: `test_triton_activation`.
+
+    A product with the reciprocal instead took gradients beyond twice the error of eager PyTorch.
+    """
     takes = quick[("compile_all", *target, "aligned")]
     gelu, none = (
         takes[f"norm_pointwise forward {name} norm: norm_pointwise_forward"] for name in ("36 gelu", "72 None")
     )
     is_narrow = getattr(torch, target[1]).itemsize == 2
-    assert gelu["rcp"] > none["rcp"] == 0 and none["ex2"] == 0
-    assert gelu["ex2"] == (gelu["rcp"] if is_narrow else 0)
+    assert none["rcp"] == none["ex2"] == 0
+    assert gelu["ex2"] == gelu["rcp"] and (gelu["rcp"] > 0) == is_narrow
 
 
 @each_target
