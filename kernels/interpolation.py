@@ -5,6 +5,7 @@ shorter one, or, where that is before its first or behind its last pixel, at tha
 """
 
 import math
+from dataclasses import replace
 
 import triton
 import triton.language as tl
@@ -36,7 +37,8 @@ def gathering(small: Tensor, large: Tensor, *, is_level: bool = False, vertical:
     arguments = strided(large=large) | small_of(small, is_level) | sizes | dict(before=before, count=count)
     # Rows are read by 8 pixels; where they are shrunk, one here and one there, but there is little left of them
     tile = dict(most=2048, each=8) if vertical else dict(most=256, each=1)
-    return along(gather, small, arguments, **tile)
+    # Left to itself, ptxas spills some registers for more warps at a time (sm_86, sm_89).
+    return replace(along(gather, small, arguments, **tile), more_options={"maxnreg": 255})
 
 
 def small_of(small: Tensor, is_level: bool) -> dict:
