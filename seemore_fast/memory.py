@@ -4,16 +4,13 @@ import contextlib
 import ctypes
 import mmap
 import os
-import platform
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-TRIM_SECONDS = 10  # a trim costs some 10 ms, and pages that the next step asks for again
 SMALL = 2**28  # bytes below which nobody asks
 OWN_CGROUPS = Path("/proc/self/cgroup")
 CGROUPS = {  # by version: where they are; a limit, the use, and what of that are pages of files, which make room
@@ -24,22 +21,6 @@ CGROUPS = {  # by version: where they are; a limit, the use, and what of that ar
 KINDS_IN_MEMORY = ("tmpfs", "ramfs")
 MAP_FIXED = 0x10  # of Linux and macOS
 CAN_KEEP = hasattr(mmap, "MAP_ANONYMOUS")  # whether `in_a_file` can keep a part of what it returns in memory
-_last_trim = time.monotonic()
-
-
-def trim_heap():
-    """Give the free pages of glibc's heap back to the system, unless that was done within TRIM_SECONDS.
-
-    An aligned allocation, as torch's are, does not fit into the hole that the same one left (glibc's bug 14581).
-    Without this the resident memory of a training, whose blocks keep and free large images among small gradients,
-    grows by half a megabyte and more at every step.
-    """
-    global _last_trim
-    if time.monotonic() - _last_trim < TRIM_SECONDS:
-        return
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-    _last_trim = time.monotonic()
 
 
 def available_memory() -> int | None:
@@ -152,8 +133,8 @@ def gpu_memory_needed(model, shape: torch.Size, training: bool = False) -> int:
     """Return about how many bytes a call of SeemoRe takes on a GPU for images of `shape` (B, C, H, W).
 
     Of inference, the most is four images of features in a block, one in float32 between its stripes and the small maps
-    of `calibrate`, float32 for 35 of 256 pixels, or f in float32 and the picture at the end. Training keeps 11 images of features of each group besides,
-    8 without SEE's inside, 2 for blocks alone.
+    of `calibrate`, float32 for 35 of 256 pixels, or f in float32 and the picture at the end. Training keeps 11 images
+    of features of each group besides, 8 without SEE's inside, 2 for blocks alone.
     """
     batch, colours, height, width = shape
     channels = model.config["embedding_dim"]

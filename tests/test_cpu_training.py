@@ -1,7 +1,6 @@
 """Training on the CPU's kernels: what users do to a model and its input, beside the plain reference."""
 
 import copy
-import platform
 import subprocess
 import sys
 
@@ -160,41 +159,33 @@ def test_a_run_follows_the_reference():
 
 
 LONG_TRAINING = """
-import ctypes, sys
 import torch
-from seemore_fast import SeemoRe, memory
+from seemore_fast import SeemoRe
 
-memory.TRIM_SECONDS = float(sys.argv[1])
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = SeemoRe(scale=2, num_layers=2, embedding_dim=36, num_experts=3, topk=1, lr_space="exp", use_shuffle=True)
 model.recompute = "none"
 x = torch.rand(2, 3, 48, 48)
-for _ in range(300):
-    model.zero_grad()
-    model(x).mean().backward()
-names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-Told = type("Told", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in names.split()]})
-mallinfo2 = ctypes.CDLL(None).mallinfo2
-mallinfo2.restype = Told
-resident = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
-print(resident / 1e3, mallinfo2().uordblks / 1e6)
+
+
+def resident(steps):
+    for _ in range(steps):
+        model.zero_grad()
+        model(x).mean().backward()
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+
+first = resident(50)
+print((resident(150) - first) / 1e3)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's heap")
-def test_a_long_training_gives_back_what_the_heap_cannot_use_again():
-    """Resident memory stays near what is in use, which is the same in both; without trims it grows with the steps."""
-
-    def run(seconds):
-        done = subprocess.run(
-            [sys.executable, "-c", LONG_TRAINING, str(seconds)], capture_output=True, text=True, check=True
-        )
-        return map(float, done.stdout.split())
-
-    (never, in_use), (often, same_use) = run(1e6), run(0.2)
-    assert abs(in_use - same_use) < 30
-    assert often < never - 10
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_long_training_takes_no_more_memory_with_its_steps():
+    """Megabytes of 150 steps: 48 lost bytes a call would keep the freed images beside them apart, 0.5 MB a step."""
+    done = subprocess.run([sys.executable, "-c", LONG_TRAINING], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 20
 
 
 def test_no_kernels_by_choice():

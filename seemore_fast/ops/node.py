@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..backends import choose, is_plain
-from ..memory import trim_heap
 from ..recompute import is_transformed
 from .library import refuse_second_derivative
 
@@ -39,7 +38,6 @@ def differentiable_once(backward: Callable) -> Callable:
     def without_gradient(ctx, dy):
         with torch.no_grad():
             gradients = backward(ctx, dy)
-        trim_heap()  # as often as it is due: every training on a CPU comes by here
         return Refusal.apply(dy, *gradients) if torch.is_grad_enabled() else gradients
 
     return without_gradient
