@@ -174,7 +174,8 @@ def over_pixels(kernel, level: Tensor, arguments: dict) -> Launch:
     if "partial" in arguments:
         parts = mix_parts(level)
         options, programs = options | dict(parts=parts), parts * chunks**2
-    return Launch(kernel, programs, arguments | sizes | options, num_warps=4)
+    # Left to itself, ptxas spills some registers for more warps at a time (64 channels, sm_80).
+    return Launch(kernel, programs, arguments | sizes | options, num_warps=4, more_options={"maxnreg": 255})
 
 
 def mix_parts(level: Tensor) -> int:
