@@ -46,7 +46,7 @@ class Pieces:
             raise ValueError("the model is in training mode, or was changed inside: its parts cannot be streamed")
         self.model = model
         self.groups = [self._group(group) for group in model.body]
-        self.ends = model._ends()
+        self.ends = [weight for weight, _ in model._ends()]
         self.around = 4 + model.config["global_kernel_size"] // 2  # lines that a group looks around
         self.dtype = body_dtype(model.conv_1.weight)
 
@@ -90,8 +90,7 @@ class Pieces:
     def last(self, y: Tensor, f: Tensor) -> Tensor:
         """The image of the last features and of conv_1's. Looks two pixels around."""
         y = ops.norm_conv3x3(y, *self.ends[2:6]) + f
-        model = self.model
-        return ops.conv3x3_shuffle(y, *self.ends[6:], model.mean, scale=model.scale, img_range=model.img_range)
+        return ops.conv3x3_shuffle(y, *self.ends[6:], scale=self.model.scale, img_range=self.model.img_range)
 
 
 def spread(small: Tensor, size: tuple[int, int], top: int, bottom: int) -> Tensor:
