@@ -355,8 +355,12 @@ def run_ninja(ninja: Path, folder: Path, targets: list[str]):
     """Make the targets; print what ninja does, and raise Missing with the first error."""
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     command = [ninja, "-C", folder, *jobs, *targets]
+    # `make -j` above offers ninja a jobserver by descriptors that do not reach it: ninja would end with an error
+    environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
     error = None
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as running:
         for line in running.stdout:
             print(line, end="", flush=True)
             if error is None and re.search(r"\berror(\s*| #\w+):|\bfatal\b|cannot find -l|undefined reference", line):

@@ -321,7 +321,8 @@ def test_paths_with_special_characters(tools, tree):
     assert info["left_out"] == {"cuda_architectures": "nvcc 13.0 or the kernels do not have 7.5 8.6 8.9 10.0"}
 
 
-def test_cuda_kernels_that_do_not_compile_cost_only_their_library(tools, tree):
+def test_cuda_kernels_that_do_not_compile_cost_only_their_library(tools, tree, monkeypatch):
+    monkeypatch.setenv("MAKEFLAGS", "-j2 --jobserver-auth=3,4")  # as under `make -j`, whose descriptors are not there
     tools("g++", COMPILER)
     fails = "case $* in */sums.cu*) echo 'sums.cu(3): error: no such thing' >&2; exit 1;; esac"
     tools("nvcc", NVCC.replace("esac", f"*) {fails}\n{COMPILER};;\nesac"))
