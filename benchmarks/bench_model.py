@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import seemore_fast
 from seemore_fast.benchmarks import command, harness, operators
-from seemore_fast.presets import PRESETS
+from seemore_fast.network.presets import PRESETS
 
 
 class Setting(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from seemore_fast.benchmarks import harness
 from seemore_fast.benchmarks.machine import HERE, folder_name, machine_facts
 from seemore_fast.devices import find_device
-from seemore_fast.files import replacing
+from seemore_fast.io.atomic import replacing
 
 COLUMNS = {
     "ms": "12.4f",

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import seemore_fast
 from seemore_fast.benchmarks import chart, command, gpu_peers, harness
-from seemore_fast.presets import PRESETS
+from seemore_fast.network.presets import PRESETS
 
 Size = tuple[int, int]  # width, height
 ATOL = 1e-5  # the contract's for float32, beside twice eager PyTorch's error

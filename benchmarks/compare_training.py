@@ -19,7 +19,7 @@ import torch
 import seemore_fast
 from seemore_fast.benchmarks import command, harness
 from seemore_fast.benchmarks.bench_model import ATOL, training_step
-from seemore_fast.presets import PRESETS
+from seemore_fast.network.presets import PRESETS
 
 PATIENCE = 120  # seconds for one provider in one table: a compiled step takes ten
 

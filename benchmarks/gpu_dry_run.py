@@ -149,7 +149,7 @@ def launches() -> Iterator[list[Launched]]:
 
 def torch_kernels(run: Callable[[], Any]) -> Counter:
     """Return how often a call runs operators of torch that launch kernels, inside of this package's, too, by name."""
-    from seemore_fast import replay
+    from seemore_fast.network import replay
 
     class Count(replay.InsideOperators):
         def see(self, function, arguments, options):

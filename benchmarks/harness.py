@@ -118,7 +118,7 @@ def ours(provider: Provider, device: torch.device, instruction_sets: bool = Fals
 
 @contextmanager
 def instruction_set(name: str):
-    native = seemore_fast.native
+    native = seemore_fast.backends.native
     before = native.instruction_set()
     native.use_instruction_set(name)
     try:

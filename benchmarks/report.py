@@ -20,7 +20,7 @@ from seemore_fast.analysis.operations import PUBLISHED as OPERATIONS
 from seemore_fast.benchmarks import chart, command, gpu_peers, harness
 from seemore_fast.benchmarks.machine import folder_name
 from seemore_fast.evaluation.published import PUBLISHED, published
-from seemore_fast.files import replacing
+from seemore_fast.io.atomic import replacing
 
 OTHER_BENCHMARKS = ("peers", "training", "model", "loop", "upscaling")  # the rest of the files are of operators
 MARKERS = {"forward": "o", "backward": "s", "both": "D"}

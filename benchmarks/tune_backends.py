@@ -4,7 +4,7 @@
 
 Every backend's results are checked before it is timed; one that is wrong gets no place. What counts is the time of one
 forward pass at 480x640 pixels and of forward and backward of a training batch. `--output` says where the table goes
-(`seemore_fast/preferences.py` tells where it is looked for).
+(`seemore_fast/backends/preferences.py` tells where it is looked for).
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from seemore_fast import preferences
+from seemore_fast.backends import preferences
 from seemore_fast.benchmarks import command, harness, operators
 
 STEMS = (

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from seemore_fast import kernels
-from seemore_fast.files import replacing
+from seemore_fast.io.atomic import replacing
 from seemore_fast.kernels import configurations
 from seemore_fast.kernels.configurations import Configuration
 from seemore_fast.kernels.launch import Launch

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..planes import new_image
+from ..backends.planes import new_image
 from .activation import activate, activate_with_slope
 from .images import (
     Tiles,

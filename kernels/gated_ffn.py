@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..planes import new_image
+from ..backends.planes import new_image
 from . import depthwise_gate, norm_pointwise
 from .activation import activate, slope
 from .images import strided

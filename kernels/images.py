@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..planes import new_image
+from ..backends.planes import new_image
 from .integers import cdiv, next_power_of_2
 from .launch import Launch
 from .rounding import narrow

@@ -120,7 +120,7 @@ def observed(observer: Callable[[Launch], None]):
 
 
 class Start:
-    """A launch to be repeated with other pointers: the compiled kernel and its arguments (`seemore_fast.replay`)."""
+    """Compiled kernel and arguments of a launch to be repeated with other pointers (`seemore_fast.network.replay`)."""
 
     def __init__(self, launch: Launch, compiled, place_of: Callable):
         """`place_of` returns where an argument lies: a memory and an offset in it, or what is constant."""

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..planes import new_packed
+from ..backends.planes import new_packed
 from .activation import activate, activation_of, slope
 from .configurations import configuration
 from .images import index_type, strided

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..planes import UNIT, has_room, new_packed
+from ..backends.planes import UNIT, has_room, new_packed
 from .configurations import configuration
 from .images import index_type
 from .integers import cdiv, round_up

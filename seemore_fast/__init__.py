@@ -2,10 +2,10 @@
 
 from . import ops, reference
 from .backends import backend_info, use_backend
-from .checkpoint import load_model
-from .drop_in import accelerate
-from .model import SeemoRe
-from .presets import seemore_b, seemore_l, seemore_t
+from .network.accelerate import accelerate
+from .network.checkpoint import load_model
+from .network.model import SeemoRe
+from .network.presets import seemore_b, seemore_l, seemore_t
 
 __version__ = "0.1.0"
 __all__ = [

@@ -12,7 +12,7 @@ from itertools import pairwise, product
 import torch
 from torch import Tensor
 
-from .streaming import END, Pieces, Routes, spread
+from .network.streaming import END, Pieces, Routes, spread
 
 FEATHER = 8  # pixels on both sides of an edge
 LEAST_TILE = 2 * FEATHER  # of less, more than two would meet in a pixel

@@ -186,7 +186,7 @@ def pixels(channels):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     from seemore_fast import SeemoRe
-    from seemore_fast.checkpoint import save_model
+    from seemore_fast.network.checkpoint import save_model
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "small.safetensors"

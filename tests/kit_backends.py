@@ -22,7 +22,8 @@ import cuda_host
 import pytest
 import torch
 
-from seemore_fast import backends, native, reference, use_backend
+from seemore_fast import backends, reference, use_backend
+from seemore_fast.backends import native
 from seemore_fast.ops import library
 
 calls: set[tuple[str, str]] = set()  # (backend, operator) of all kernels, and fallbacks, that ran in this test

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from seemore_fast.resize import bicubic_resize
+from seemore_fast.io.resize import bicubic_resize
 from seemore_fast.training.config import load_config
 from seemore_fast.training.state import Checkpoints
 from seemore_fast.training.trainer import Trainer

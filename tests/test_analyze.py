@@ -10,9 +10,9 @@ from PIL import Image
 import seemore_fast
 from seemore_fast import cli
 from seemore_fast.analysis import features, operations, receptive, routing
-from seemore_fast.checkpoint import save_model
 from seemore_fast.evaluation.pairs import find_pairs
-from seemore_fast.presets import PRESETS
+from seemore_fast.network.checkpoint import save_model
+from seemore_fast.network.presets import PRESETS
 from seemore_fast.reference.rme_block import channel_shuffle
 
 plots = pytest.importorskip("seemore_fast.analysis.plots", reason="needs matplotlib")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import seemore_fast
-from seemore_fast import backends, native, ops, reference, use_backend
-from seemore_fast.backends import Kernel, choose, chosen_backend
+from seemore_fast import backends, ops, reference, use_backend
+from seemore_fast.backends import Kernel, choose, chosen_backend, native
 
 HERE = "cpu" if backends.why_not("cpu") is None else "reference"
 has_cpu_library = pytest.mark.skipif(HERE == "reference", reason=str(backends.why_not("cpu")))

@@ -10,7 +10,7 @@ from conftest import SMALL, T
 from safetensors.torch import save_file
 
 from seemore_fast import SeemoRe, load_model, reference, seemore_b, seemore_l, seemore_t
-from seemore_fast.checkpoint import CheckpointError, detect_config, save_model, shipped_models, unwrap
+from seemore_fast.network.checkpoint import CheckpointError, detect_config, save_model, shipped_models, unwrap
 
 
 @pytest.fixture(scope="module")

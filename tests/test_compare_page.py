@@ -10,8 +10,8 @@ import pytest
 from conftest import pixels
 from PIL import Image
 
+from seemore_fast.io.errors import ImageError
 from seemore_fast.upscale import compare
-from seemore_fast.upscale.errors import ImageError
 
 
 def images_of(page):
@@ -73,7 +73,7 @@ def test_many_images_and_files_that_are_gone(photos, monkeypatch):
 
 def test_deep_images_are_shown_in_8_bits(tmp_path):
     pytest.importorskip("pyvips")
-    from seemore_fast.upscale.images import Picture, write_image
+    from seemore_fast.io.images import Picture, write_image
 
     write_image(Picture(np.full((20, 30, 3), 32896, np.uint16)), tmp_path / "deep.png")
     compare.write_page(tmp_path / "page.html", [(tmp_path / "deep.png", tmp_path / "deep.png")])

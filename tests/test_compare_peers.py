@@ -14,7 +14,7 @@ from seemore_fast import SeemoRe
 from seemore_fast.analysis.operations import PUBLISHED
 from seemore_fast.benchmarks import chart, command, compare_peers
 from seemore_fast.cli import main
-from seemore_fast.presets import PRESETS
+from seemore_fast.network.presets import PRESETS
 
 TINY = compare_peers.TINY
 PEERS = ["OpenVINO fp32", "ONNX Runtime", "published eager", "published channels_last", "published bf16 autocast"]

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image, ImageCms
 
 from seemore_fast import Upscaler
-from seemore_fast.upscale import deep
-from seemore_fast.upscale.errors import ImageError
-from seemore_fast.upscale.images import Picture, read_image, write_image
+from seemore_fast.io import png16 as deep
+from seemore_fast.io.errors import ImageError
+from seemore_fast.io.images import Picture, read_image, write_image
 
 pyvips = pytest.importorskip("pyvips")
 ORIENTATION, MAKE = 0x0112, 0x010F

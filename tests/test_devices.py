@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from seemore_fast import backends, native, preferences
+from seemore_fast import backends
+from seemore_fast.backends import native, preferences
 from seemore_fast.benchmarks import tune_backends
 
 UNFIT = "the driver or the GPU does not fit: no kernel image"
@@ -117,7 +118,7 @@ def test_every_switch_of_torch_is_followed(switch):
     code = f"""
 import torch
 {switch}
-from seemore_fast.graphs import size_of
+from seemore_fast.network.graphs import size_of
 from seemore_fast.kernels.tiles import precision
 size_of(torch.empty(1))
 print(precision(torch.float32), precision(torch.bfloat16), precision(torch.float16))
@@ -130,7 +131,7 @@ print(precision(torch.float32), precision(torch.bfloat16), precision(torch.float
 
 
 def test_graphs_are_not_shared_among_precisions(monkeypatch):
-    from seemore_fast.graphs import size_of
+    from seemore_fast.network.graphs import size_of
 
     x, before = torch.empty(1), torch.backends.cudnn.conv.fp32_precision
     try:

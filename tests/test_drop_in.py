@@ -8,7 +8,7 @@ import torch.nn as nn
 from conftest import SMALL
 
 from seemore_fast import SeemoRe, accelerate, reference
-from seemore_fast.checkpoint import CheckpointError
+from seemore_fast.network.checkpoint import CheckpointError
 
 OPTIONS = [
     {},

@@ -11,7 +11,8 @@ from conftest import SMALL
 from test_network import network
 from torch._dynamo.backends.common import aot_autograd
 
-from seemore_fast import SeemoRe, backends, engine, use_backend
+from seemore_fast import SeemoRe, backends, use_backend
+from seemore_fast.network import engine
 
 pytestmark = pytest.mark.skipif(backends.why_not("cpu") is not None, reason="no CPU library")
 

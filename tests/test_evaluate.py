@@ -15,7 +15,7 @@ from seemore_fast.evaluation import luma, psnr_y, ssim_y
 from seemore_fast.evaluation.evaluate import Result, Rows, evaluate
 from seemore_fast.evaluation.pairs import PairError, find_pairs, names_of
 from seemore_fast.evaluation.published import PUBLISHED, nearest_network, published
-from seemore_fast.resize import bicubic_resize
+from seemore_fast.io.resize import bicubic_resize
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from conftest import SMALL
 from test_model import route_apart
 
 from seemore_fast import SeemoRe, load_model
-from seemore_fast.checkpoint import save_model
 from seemore_fast.cli import main
+from seemore_fast.network.checkpoint import save_model
 
 SIZES = [(1, 32, 32), (3, 33, 47), (4, 64, 50)]
 

@@ -15,9 +15,9 @@ from PIL import Image
 
 from seemore_fast import Upscaler
 from seemore_fast.cli import main
+from seemore_fast.io.errors import ImageError
+from seemore_fast.io.images import Picture, write_image
 from seemore_fast.upscale import jobs
-from seemore_fast.upscale.errors import ImageError
-from seemore_fast.upscale.images import Picture, write_image
 from seemore_fast.upscale.jobs import JobError, Jobs, is_share
 
 
@@ -193,7 +193,7 @@ def test_bad_files_and_empty_folders_cost_the_others_nothing(tree, upscale, tmp_
 
 
 def test_a_file_that_vanishes_or_changes(tree, upscale, tmp_path, monkeypatch):
-    from seemore_fast.upscale import images
+    from seemore_fast.io import images
 
     read = images._read
 

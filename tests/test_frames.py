@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 from test_upscaler import noise
 
-from seemore_fast import Upscaler, engine, memory
+from seemore_fast import Upscaler, memory
+from seemore_fast.network import engine
 from seemore_fast.upscale import running
 
 

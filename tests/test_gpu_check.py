@@ -66,7 +66,7 @@ STUBS = {
             return {name: folder / f"{name}.so" for name in names}
         """,
     "seemore_fast/__init__.py": "",
-    "seemore_fast/backends.py": """
+    "seemore_fast/backends/__init__.py": """
         import os
         why_not = lambda *backend: "it has an undefined symbol" if "symbol" in os.environ["STUB_LACKS"] else None
         """,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from seemore_fast import use_backend
-from seemore_fast.graphs import Graphs
+from seemore_fast.network.graphs import Graphs
 
 
 class Recorder:
@@ -98,7 +98,7 @@ def test_all_that_chooses_kernels_has_graphs_of_its_own():
 
 
 def test_sizes_that_came_once_are_forgotten(monkeypatch):
-    monkeypatch.setattr("seemore_fast.graphs.MOST_SEEN", 3)
+    monkeypatch.setattr("seemore_fast.network.graphs.MOST_SEEN", 3)
     recorder, call = graphs()
     for side in (4, 5, 6, 7, 4):
         call(image(side))

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from seemore_fast import Upscaler, backends, engine
+from seemore_fast import Upscaler, backends
+from seemore_fast.network import engine
 from seemore_fast.reference import SeemoRe as PlainSeemoRe
 
 pytestmark = pytest.mark.skipif(backends.why_not("cpu") is not None, reason="no CPU library")

@@ -12,7 +12,7 @@ from conftest import pixels
 from PIL import Image, ImageCms
 
 from seemore_fast import Upscaler, backends, memory
-from seemore_fast.upscale.images import read_image
+from seemore_fast.io.images import read_image
 
 
 def chunk(name, content):
@@ -339,7 +339,7 @@ def test_an_8_bit_tiff_of_the_same_make_is_read(photos, upscale):
 def test_what_a_thread_still_writes_at_the_end_of_the_process_is_removed(tmp_path):
     script = f"""
 import pathlib, threading
-from seemore_fast.files import replacing
+from seemore_fast.io.atomic import replacing
 
 begun = threading.Event()
 

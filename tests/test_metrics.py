@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from seemore_fast.evaluation import luma, psnr_y, ssim_y
-from seemore_fast.resize import bicubic_resize
+from seemore_fast.io.resize import bicubic_resize
 
 
 def test_luma_is_matlabs():

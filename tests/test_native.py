@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from seemore_fast import backends, native
+from seemore_fast import backends
+from seemore_fast.backends import native
 
 
 class Devices:

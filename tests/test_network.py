@@ -17,10 +17,11 @@ from kit_backends import at_large_offsets, uninitialised_is_nan
 from PIL import Image
 from test_model import route_apart
 
-from seemore_fast import SeemoRe, backends, engine, load_model, reference, use_backend
+from seemore_fast import SeemoRe, backends, load_model, reference, use_backend
 from seemore_fast.demo.__main__ import PHOTO
 from seemore_fast.evaluation import psnr_y
-from seemore_fast.resize import bicubic_resize
+from seemore_fast.io.resize import bicubic_resize
+from seemore_fast.network import engine
 
 each_cpu = each_kernel("network")
 each_precision = pytest.mark.parametrize("in_bfloat16", [False, True], ids=["float32", "bfloat16"])

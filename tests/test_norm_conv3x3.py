@@ -173,8 +173,8 @@ def test_strides(backend, device, layout, norm):
 @pytest.mark.parametrize("shape", [(2, 5, 4, 3), (2, 1, 3, 4), (2, 4, 1, 5), (2, 4, 5, 1), (1, 1, 1, 1)], ids=str)
 def test_packed_images_are_read_where_they_are(backend, device, shape):
     """Strides of sizes of 1 do not matter, but those of others do: a slice of a packed image has gaps."""
+    from seemore_fast.backends.planes import new_packed
     from seemore_fast.kernels.windows import is_packed
-    from seemore_fast.planes import new_packed
 
     larger = new_packed(torch.empty(shape), shape[1] + 1)
     assert is_packed(larger) and is_packed(larger[::2]) and is_packed(larger[:, :, :1])

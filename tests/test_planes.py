@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seemore_fast import ops, use_backend
-from seemore_fast.planes import UNIT, has_room, new_image, new_packed, whole
+from seemore_fast.backends.planes import UNIT, has_room, new_image, new_packed, whole
 
 ODD, EVEN = (2, 3, 5, 7), (2, 3, 4, 8)
 

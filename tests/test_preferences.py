@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from seemore_fast import backends, preferences, use_backend
+from seemore_fast import backends, use_backend
+from seemore_fast.backends import preferences
 from seemore_fast.benchmarks import tune_backends
 from seemore_fast.cli import main
 

@@ -11,7 +11,8 @@ import kit
 import pytest
 import torch
 
-from seemore_fast import backends, native
+from seemore_fast import backends
+from seemore_fast.backends import native
 
 CSRC = Path(__file__).parents[1] / "csrc"
 CALLS = 5_000

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seemore_fast import backends, engine, seemore_t
+from seemore_fast import backends, seemore_t
 from seemore_fast.cli import main
 from seemore_fast.evaluation.published import published
 from seemore_fast.memory import gpu_memory_needed
+from seemore_fast.network import engine
 
 ROOT = Path(__file__).parent.parent
 RESULTS, WEIGHTS = ROOT / "benchmarks" / "results", ROOT / "seemore_fast" / "weights"

@@ -9,7 +9,7 @@ from kit_backends import chosen, kernels_of
 from torch import nn
 
 from seemore_fast import SeemoRe, backends, use_backend
-from seemore_fast.recompute import CHOICES
+from seemore_fast.network.recompute import CHOICES
 
 TINY = {**SMALL, "num_layers": 1}
 

@@ -8,8 +8,9 @@ import torch
 from conftest import SMALL
 from torch import Tensor
 
-from seemore_fast import SeemoRe, replay
-from seemore_fast.replay import Recorded
+from seemore_fast import SeemoRe
+from seemore_fast.network import replay
+from seemore_fast.network.replay import Recorded
 
 on_triton = pytest.mark.parametrize("backend", ["triton"])
 WEIGHT = torch.arange(1.0, 4.0)

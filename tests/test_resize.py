@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seemore_fast.resize import bicubic_resize, bicubic_resize_to
+from seemore_fast.io.resize import bicubic_resize, bicubic_resize_to
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])

@@ -10,8 +10,9 @@ import torch
 from kit import chosen, each_kernel
 from test_network import CASES, network
 
-from seemore_fast import SeemoRe, Upscaler, backends, engine, memory, seemore_b, seemore_l, seemore_t, tiles
+from seemore_fast import SeemoRe, Upscaler, backends, memory, seemore_b, seemore_l, seemore_t, tiles
 from seemore_fast.evaluation import psnr_y
+from seemore_fast.network import engine
 from seemore_fast.upscale import running
 
 pytestmark = pytest.mark.skipif(backends.why_not("cpu") is not None, reason="no CPU library")

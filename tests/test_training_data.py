@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from seemore_fast.resize import bicubic_resize
+from seemore_fast.io.resize import bicubic_resize
 from seemore_fast.training.config import ConfigError, Data
 from seemore_fast.training.crops import Crops, Steps, batches
 from seemore_fast.training.images import open_images

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from seemore_fast import SeemoRe, ops, reference, use_backend
 from seemore_fast.kernels.launch import Launch
 from seemore_fast.memory import gpu_memory_needed
-from seemore_fast.replay import ALLOCATIONS, InsideOperators, computes, launching, name_of
+from seemore_fast.network.replay import ALLOCATIONS, InsideOperators, computes, launching, name_of
 
 each_backend = kit.each_kernel("gated_ffn")
 on_triton = pytest.mark.parametrize("backend", [name for name in kernels_of("gated_ffn") if name == "triton"])

@@ -8,8 +8,9 @@ import torch
 from conftest import SMALL
 from PIL import Image
 
-from seemore_fast import SeemoRe, Upscaler, backends, engine
-from seemore_fast.resize import bicubic_resize, bicubic_resize_to
+from seemore_fast import SeemoRe, Upscaler, backends
+from seemore_fast.io.resize import bicubic_resize, bicubic_resize_to
+from seemore_fast.network import engine
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-// The network's operators. Arguments were checked in Python (seemore_fast/engine.py).
+// The network's operators. Arguments were checked in Python (seemore_fast/network/engine.py).
 
 #include "network.h"
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from ..files import replacing
+from ..io.atomic import replacing
 from .features import Maps
 
 

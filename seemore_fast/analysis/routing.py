@@ -81,7 +81,7 @@ def write_csv(path: Path, choices: list[Choice], ranks: list[int]):
 
 def choices_of(model: nn.Module, data: str, pairs: list[Pair]) -> Iterator[Choice]:
     """Yield what the model chooses for the LR image of each pair, in order."""
-    from ..upscale.errors import ImageError
+    from ..io.errors import ImageError
 
     for pair in pairs:
         try:

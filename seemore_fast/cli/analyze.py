@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..files import replacing, why_not_writable
+from ..io.atomic import replacing, why_not_writable
 from .exits import DONE, FAILED, UsageError
 
 HELP = "Look inside a network: routing, features, receptive field, operations."
@@ -127,7 +127,7 @@ def _receptive(options: argparse.Namespace) -> int:
 
 def _operations(options: argparse.Namespace) -> int:
     from ..analysis.operations import PUBLISHED, operations, total
-    from ..presets import PRESETS
+    from ..network.presets import PRESETS
 
     if options.model and (options.preset or options.scale or options.variant):
         raise UsageError("--model is a whole network: leave out --preset, --scale and key=value")
@@ -153,8 +153,8 @@ def _operations(options: argparse.Namespace) -> int:
 
 def _variant(preset: str, scale: int, overrides: list[str]) -> dict:
     """Return the arguments of a published network with others of its own, as a recipe takes them."""
-    from ..model import SeemoRe
-    from ..presets import PRESETS
+    from ..network.model import SeemoRe
+    from ..network.presets import PRESETS
 
     if not overrides:
         return {"scale": scale, **PRESETS[preset]}
@@ -189,7 +189,7 @@ def _plots():
 
 
 def _model(name: str):
-    from ..checkpoint import CheckpointError, load_model
+    from ..network.checkpoint import CheckpointError, load_model
 
     try:
         model = load_model(name)
@@ -203,7 +203,7 @@ def _model(name: str):
 def _image(path: Path):
     from ..analysis.routing import as_batch
     from ..evaluation.pairs import read_plain
-    from ..upscale.errors import ImageError
+    from ..io.errors import ImageError
 
     try:
         return as_batch(read_plain(path))

@@ -5,7 +5,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from ..files import why_not_writable
+from ..io.atomic import why_not_writable
 from .exits import DONE, FAILED, UsageError
 
 HELP = "Measure Y-PSNR and SSIM of a model on data sets, as the field does."
@@ -65,8 +65,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _upscaler(options: argparse.Namespace):
     """Return the function that enlarges an array, and its scale."""
-    from ..checkpoint import CheckpointError
     from ..evaluation.evaluate import bicubic
+    from ..network.checkpoint import CheckpointError
     from ..upscale import Upscaler
 
     if options.model == "bicubic":

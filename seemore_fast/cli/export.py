@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..files import why_not_writable
+from ..io.atomic import why_not_writable
 from .exits import DONE, FAILED, UsageError
 
 HELP = "Write a network as .safetensors, .pth (published layout), .onnx or .pt2 (torch.export)."
@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(options: argparse.Namespace) -> int:
     """Write the file, whole or not at all."""
-    from ..checkpoint import CheckpointError, load_model
-    from ..export import FORMATS, export, smallest
+    from ..network.checkpoint import CheckpointError, load_model
+    from ..network.export import FORMATS, export, smallest
 
     if options.output.suffix.lower() not in FORMATS:
         kinds = ", ".join(FORMATS)

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 def run(options: argparse.Namespace) -> int:
     """Print the facts."""
     from .. import backend_info
-    from ..checkpoint import shipped_models
+    from ..network.checkpoint import shipped_models
 
     print(json.dumps({**backend_info(), "models": shipped_models()}, indent=2))
     return 0

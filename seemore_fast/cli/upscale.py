@@ -160,7 +160,7 @@ def _report(summary: dict, options: argparse.Namespace, how) -> int:
 
 
 def _upscalers(options: argparse.Namespace, bar: "_ImageBar") -> list:
-    from ..checkpoint import CheckpointError
+    from ..network.checkpoint import CheckpointError
     from ..upscale import Upscaler
     from ..upscale.upscaler import shipped_scales
 
@@ -194,7 +194,7 @@ def _suffix(size: dict, scale: int) -> str:
 
 
 def _check_page(page: Path | None):
-    from ..files import why_not_writable
+    from ..io.atomic import why_not_writable
 
     if page and page.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--compare is {page}, expected a name that ends in .html")
@@ -206,8 +206,8 @@ def _compare(page: Path, summary: dict, how):
     """Write the page of all that was done, now or before; add to the summary what it has to say."""
     from tqdm import tqdm
 
+    from ..io.errors import ImageError
     from ..upscale.compare import MOST_IMAGES, write_page
-    from ..upscale.errors import ImageError
 
     pairs = [(Path(file["source"]), Path(file["target"])) for file in summary["files"] if not file["error"]]
     try:

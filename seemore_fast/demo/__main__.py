@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..backends import chosen_backend
 from ..evaluation import psnr_y
-from ..files import replacing
+from ..io.atomic import replacing
+from ..io.resize import bicubic_resize
 from ..reference import SeemoRe as PlainSeemoRe
-from ..resize import bicubic_resize
 from ..upscale import Upscaler
 from . import PHOTO
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..resize import bicubic_resize
-from ..upscale.errors import ImageError
+from ..io.errors import ImageError
+from ..io.resize import bicubic_resize
 from .metrics import psnr_y, ssim_y
 from .pairs import Pair
 

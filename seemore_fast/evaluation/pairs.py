@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..resize import bicubic_resize
-from ..upscale.errors import ImageError
-from ..upscale.images import FORMATS, read_image
+from ..io.errors import ImageError
+from ..io.images import FORMATS, read_image
+from ..io.resize import bicubic_resize
 from .metrics import SSIM_WINDOW
 
 LOW = re.compile(r"lr([^a-z]|x|bic|mild|wild|unknown|difficult|$)", re.IGNORECASE)  # how folders of LR are called

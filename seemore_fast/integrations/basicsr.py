@@ -7,7 +7,7 @@ repository, is served by the import alone; for a further registry call `register
 name needs no BasicSR and not this module: give its registry a subclass of `seemore_fast.SeemoRe`.
 """
 
-from ..model import SeemoRe
+from ..network.model import SeemoRe
 
 try:
     from basicsr.utils.registry import ARCH_REGISTRY

@@ -4,8 +4,8 @@ It is found as the architecture "SeemoReFast", just before spandrel's own "Seemo
 speed up one descriptor that is loaded already, `seemore_fast.accelerate(descriptor)` is enough.
 """
 
-from ..drop_in import accelerate
-from ..model import SeemoRe
+from ..network.accelerate import accelerate
+from ..network.model import SeemoRe
 
 try:
     from spandrel import MAIN_REGISTRY, Architecture, ArchRegistry, ArchSupport, ImageModelDescriptor, ModelTiling

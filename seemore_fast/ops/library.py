@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..planes import new_image, new_packed
+from ..backends.planes import new_image, new_packed
 
 LIBRARY = torch.library.Library("seemore_fast", "DEF")
 IMPLEMENTATIONS: dict[str, Callable] = {}  # what runs, by the operator's qualified name

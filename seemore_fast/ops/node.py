@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose, is_plain
-from ..recompute import is_transformed
+from ..network.recompute import is_transformed
 from .library import refuse_second_derivative
 
 EPS = 1e-6  # of LayerNorm

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..backends import is_plain
-from ..recompute import again_in_backward
+from ..network.recompute import again_in_backward
 from ..reference.sme_block import see
 from .checks import check_odd, check_tensors
 from .gated_ffn import backward as ffn_backward

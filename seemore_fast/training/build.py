@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..model import SeemoRe
+from ..network.model import SeemoRe
 from .config import Config, ConfigError, Optimizer
 from .group import Group
 from .records import check_tensorboard

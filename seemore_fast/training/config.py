@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..presets import PRESETS
+from ..network.presets import PRESETS
 from ..reference.model import LR_SPACES
 
 RECIPES = Path(__file__).parent / "recipes"

@@ -18,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..evaluation.pairs import PairError, list_hr, match, read_plain
-from ..resize import bicubic_resize
-from ..upscale.errors import ImageError
+from ..io.errors import ImageError
+from ..io.resize import bicubic_resize
 from .config import ConfigError, Data
 
 VERSION = 2  # of what is in a cache

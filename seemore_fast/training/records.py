@@ -4,7 +4,7 @@ import csv
 import importlib.util
 from pathlib import Path
 
-from ..files import replacing
+from ..io.atomic import replacing
 from .config import ConfigError
 
 

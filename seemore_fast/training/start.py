@@ -6,7 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint import load_model
+from ..network.checkpoint import load_model
 from .config import ConfigError
 
 

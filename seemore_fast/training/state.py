@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import save_model
-from ..files import TEMPORARY, replacing
+from ..io.atomic import TEMPORARY, replacing
+from ..network.checkpoint import save_model
 
 VERSION = 1
 _OF_NO_WEIGHT = {

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ..analysis.routing import expert_usage
-from ..checkpoint import save_model
+from ..network.checkpoint import save_model
 from .build import build_model, build_optimizer, check_combination
 from .config import Config
 from .crops import Crops, Steps, batches

@@ -9,9 +9,9 @@ from torch import nn
 
 from ..evaluation import psnr_y, ssim_y
 from ..evaluation.pairs import PairError, find_pairs
-from ..files import replacing
+from ..io.atomic import replacing
+from ..io.errors import ImageError
 from ..upscale import Upscaler
-from ..upscale.errors import ImageError
 from .config import ConfigError
 from .group import Group
 

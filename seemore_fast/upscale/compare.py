@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..files import replacing
-from .errors import ImageError
-from .images import MAX_MEGAPIXELS, Picture, naming, profile_for, read_image
+from ..io.atomic import replacing
+from ..io.errors import ImageError
+from ..io.images import MAX_MEGAPIXELS, Picture, naming, profile_for, read_image
 
 MOST_IMAGES = 100
 LARGEST_SCALE = 4

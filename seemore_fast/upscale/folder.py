@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from .. import memory
-from .errors import ImageError
-from .images import MAX_MEGAPIXELS, Picture, check_output, naming, read_image, write_image
+from ..io.errors import ImageError
+from ..io.images import MAX_MEGAPIXELS, Picture, check_output, naming, read_image, write_image
 from .jobs import Job
 from .upscaler import Upscaler
 

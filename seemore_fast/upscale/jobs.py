@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..files import TEMPORARY
-from .images import FORMATS
+from ..io.atomic import TEMPORARY
+from ..io.images import FORMATS
 
 OTHER_FORMATS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jxl")  # images that are not read, but told of
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import engine, memory
+from .. import memory
 from ..memory import check_memory, folder_of_large_files, gpu_memory_needed, in_a_file
+from ..network import engine
+from ..network.streaming import stream
 from ..reference.model import body_dtype
-from ..streaming import stream
 from ..tiles import FEATHER, LEAST_TILE, radius, tiled
 
 NO_NUMBERS = "the network returned NaN or infinity: the image, the weights or the dtype is to blame"

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageSequence
 
-from ..checkpoint import load_model, shipped_models
 from ..devices import find_device
-from ..drop_in import accelerate
-from ..resize import bicubic_bands
+from ..io.resize import bicubic_bands
+from ..network.accelerate import accelerate
+from ..network.checkpoint import load_model, shipped_models
 from .running import Way, must_stream, run
 
 DTYPES = {

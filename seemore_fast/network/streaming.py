@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
-from .ops.rme_block import of_parts
-from .ops.router import route
-from .reference.calibrate import aggregate, mix
-from .reference.model import body_dtype
+from .. import ops
+from ..ops.rme_block import of_parts
+from ..ops.router import route
+from ..reference.calibrate import aggregate, mix
+from ..reference.model import body_dtype
 
 END = 2  # lines that the convolutions before a pool look around, and those before the pixels
 

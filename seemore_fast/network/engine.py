@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import memory, native
-from .backends import choose
-from .memory import check_memory, in_a_file
-from .ops.library import define
-from .reference.model import body_dtype
+from .. import memory
+from ..backends import choose, native
+from ..memory import check_memory, in_a_file
+from ..ops.library import define
+from ..reference.model import body_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IN_MEMORY = 6 * 2**30  # bytes that a streamed image takes before any of its features go through a file

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import backends
+from .. import backends
 
 CHOICES = ("auto", "none", "block")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import backends
+from .. import backends
 
 MOST = 4  # graphs, each of which keeps the memory that a call takes
 MOST_SEEN = 1024  # sizes of which it is known that they came once, or cannot be captured

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .files import replacing
+from ..io.atomic import replacing
 
 SHIPPED = Path(__file__).with_name("preferences.json")
 

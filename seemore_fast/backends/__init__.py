@@ -237,7 +237,7 @@ def _functions(backend: str, operator: str):
 
 def backend_info() -> dict:
     """Return what is available, what is not and why, and the versions that matter in a bug report."""
-    from . import __version__
+    from .. import __version__
 
     reasons = {name: why_not(name) for name in BACKENDS}
     available = [name for name, reason in reasons.items() if reason is None]

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .files import replacing
+from ..io.atomic import replacing
+from ..reference.model import LR_SPACES, expert_ranks
 from .model import SeemoRe
 from .presets import PRESETS
-from .reference.model import LR_SPACES, expert_ranks
 
 WEIGHTS = Path(__file__).parent / "weights"
 _WRAPPERS = ("params_ema", "params", "state_dict", "model")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
+from ..io.atomic import replacing
 from .checkpoint import save_model
-from .files import replacing
 from .model import SeemoRe
 
 FORMATS = {

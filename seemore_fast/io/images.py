@@ -11,10 +11,10 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from ..files import replacing, why_not_writable
-from . import deep
+from ..upscale.upscaler import as_8_bit, frame_count
+from . import png16
+from .atomic import replacing, why_not_writable
 from .errors import ImageError
-from .upscaler import as_8_bit, frame_count
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 MAX_MEGAPIXELS = 50
@@ -111,7 +111,7 @@ def _read(file: BinaryIO, max_megapixels: float, deeper: bool) -> Picture:
         if not (deeper and begin in _TIFF_BEGINS):
             raise
         # Such as grey with alpha of 16 bits, which Pillow does not know.
-        pixels, icc_profile, orientation = deep.read_deep(file, "TIFF", check)
+        pixels, icc_profile, orientation = png16.read_deep(file, "TIFF", check)
         return Picture(_turned(pixels, orientation), icc_profile, None, ["its EXIF, if it has any, was left out"])
     with image:
         check(image.width, image.height, frame_count(image))
@@ -124,7 +124,7 @@ def _read(file: BinaryIO, max_megapixels: float, deeper: bool) -> Picture:
         icc_profile = image.info.get("icc_profile")
         orientation, exif = _read_exif(image, notes)
         if bits == 16:
-            pixels, icc_profile, _ = deep.read_deep(file, image.format, check)
+            pixels, icc_profile, _ = png16.read_deep(file, image.format, check)
             return Picture(_turned(pixels, orientation), icc_profile, exif, notes)
         if icc_profile and image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
             notes.append(f"its ICC profile, of {image.mode}, was left out: the result is RGB")
@@ -247,7 +247,7 @@ def write_image(picture: Picture, path: Path, quality: int | None = None):
     format_name = FORMATS[path.suffix.lower()]
     try:
         with replacing(path) as temporary:
-            if isinstance(picture.image, np.ndarray) and format_name in deep.FORMATS:
+            if isinstance(picture.image, np.ndarray) and format_name in png16.FORMATS:
                 _write_deep(picture, temporary, format_name)
             else:
                 _write_8_bit(picture, temporary, format_name, quality)
@@ -279,7 +279,7 @@ def _write_8_bit(picture: Picture, path: Path, format_name: str, quality: int | 
             exif = None
     extras = {"icc_profile": icc_profile, "exif": exif}
     options = {**_SAVE_OPTIONS.get(format_name, {}), **{name: value for name, value in extras.items() if value}}
-    if format_name == "TIFF" and len(image.getbands()) * image.width * image.height > deep.CLASSIC_TIFF:
+    if format_name == "TIFF" and len(image.getbands()) * image.width * image.height > png16.CLASSIC_TIFF:
         options["big_tiff"] = True
     if quality is not None and "quality" in options:
         options["quality"] = quality
@@ -290,7 +290,7 @@ def _write_deep(picture: Picture, path: Path, format_name: str):
     if picture.exif and format_name == "TIFF":
         picture.notes.append("its EXIF was left out: a TIFF of 16 bits a channel is written without")
     with open(path, "w+b") as file:
-        deep.write_deep(picture.image, file, format_name, picture.icc_profile, picture.exif, PNG_LEVEL)
+        png16.write_deep(picture.image, file, format_name, picture.icc_profile, picture.exif, PNG_LEVEL)
 
 
 @contextlib.contextmanager

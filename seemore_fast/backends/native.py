@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1]  # of the package, where the libraries lie
 
 
 def load(path: Path) -> str | None:
@@ -95,7 +95,7 @@ def build_info() -> dict | str:
     except (OSError, ValueError) as error:
         return f"not known: {error}"
     try:
-        from . import _C
+        from .. import _C
     except ImportError as error:
         return {**info, "cpu_features": f"not known: {error}"}
     return {**info, "cpu_features": _C.cpu_features()}

@@ -3,9 +3,9 @@
 import torch
 import torch.nn as nn
 
+from ..reference import SeemoRe as PlainSeemoRe
 from .checkpoint import CheckpointError, check_keys, detect_config
 from .model import SeemoRe
-from .reference import SeemoRe as PlainSeemoRe
 
 
 def accelerate(module: nn.Module) -> SeemoRe:

@@ -5,15 +5,16 @@ import torch.nn as nn
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends, engine, ops
+from .. import backends, ops
+from ..backends.planes import new_image, new_packed
+from ..memory import or_explain
+from ..ops.library import laid_out, takes_planes
+from ..ops.norm_conv3x3 import norm_conv3x3_into
+from ..reference import model as plain
+from ..reference.rme_block import channel_shuffle
+from . import engine
 from .graphs import Graphs
-from .memory import or_explain
-from .ops.library import laid_out, takes_planes
-from .ops.norm_conv3x3 import norm_conv3x3_into
-from .planes import new_image, new_packed
 from .recompute import again_in_backward, check_recompute, is_transformed
-from .reference import model as plain
-from .reference.rme_block import channel_shuffle
 from .replay import Recorded
 
 MOST_REPLAYS = 64  # sizes whose calls are recorded: each takes some 100 KB of the host's memory
@@ -224,10 +225,10 @@ class SeemoRe(Fused, plain.SeemoRe):
 
         Later changes of the parameters are not seen until train(), load_state_dict() or to() (any conversion) unfreeze
         it. A copy or a pickle of the model is not frozen. By Triton's kernels, calls for images of a size that comes
-        again are recorded and repeated without their Python (`seemore_fast.replay`).
+        again are recorded and repeated without their Python (`seemore_fast.network.replay`).
 
-        graph: on a CUDA device, replay a CUDA graph for images of a size that comes again (`seemore_fast.graphs`). Each
-        graph keeps the memory that a call takes.
+        graph: on a CUDA device, replay a CUDA graph for images of a size that comes again
+        (`seemore_fast.network.graphs`). Each graph keeps the memory that a call takes.
 
         RuntimeError in training mode.
         """

@@ -1,0 +1,1 @@
+"""The drop-in network: its model, blocks, presets, checkpoints, engines and export."""
