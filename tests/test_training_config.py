@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from seemore_fast.training.config import Config, ConfigError, load_config, recipes
+from seemore_fast.training.config import Config, ConfigError, load_config
+from seemore_fast.training.recipes import RECIPES
 from seemore_fast.training.schedule import factor
 
 pytest.importorskip("yaml", reason="configurations are YAML")
@@ -23,17 +24,15 @@ def written(tmp_path):
     return load
 
 
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_whole(name):
     config, notes = load_config(name, ENOUGH)
     size, scale = name.split("_x")
     assert (config.model.preset, config.model.scale, notes) == (size, int(scale), [])
     assert (config.steps, config.data.batch, config.data.patch, config.loss.fft) == (500_000, 32, 64, 0.1)
     assert config.optimizer.betas == (0.9, 0.99) and config.schedule.milestones[-1] == 475_000
-
-
-def test_there_is_a_recipe_for_each_published_network():
-    assert recipes() == sorted(f"{size}_x{scale}" for size in "tbl" for scale in (2, 3, 4))
+    weights = "interpolation" if scale == "2" else f"runs/{size}_x{int(scale) - 1}/weights.safetensors"
+    assert (config.out, config.init_from) == (f"runs/{name}", weights)
 
 
 def test_overrides_win_and_numbers_may_be_texts(written):

@@ -18,8 +18,7 @@ from pathlib import Path
 
 from ..network.presets import PRESETS
 from ..reference.model import LR_SPACES
-
-RECIPES = Path(__file__).parent / "recipes"
+from .recipes import RECIPES
 
 
 class ConfigError(ValueError):
@@ -146,25 +145,20 @@ class Config:
 SECTIONS = (Model, Data, Optimizer, Schedule, Loss, Validation, Checkpoint, Log)
 
 
-def recipes() -> list[str]:
-    """Return the names of the package's recipes."""
-    return sorted(path.stem for path in RECIPES.glob("*.yml"))
-
-
 def load_config(name_or_path: str, overrides: Iterable[str] = ()) -> tuple[Config, list[str]]:
     """Return the checked configuration, and a line for each thing that the file asks for and training ignores.
 
     Raises ConfigError, which names the file or override, the key, what it is and what is expected.
     """
-    path = RECIPES / f"{name_or_path}.yml" if str(name_or_path) in recipes() else Path(name_or_path)
-    content, notes = _read(path), []
+    where, notes = str(name_or_path), []
+    content = RECIPES[where] if where in RECIPES else _read(Path(name_or_path))
     if "network_g" in content:
         from .basicsr_options import translate
 
-        content, notes = translate(content, str(path))
-    config = build(Config, content, str(path))
+        content, notes = translate(content, where)
+    config = build(Config, content, where)
     override(config, overrides)
-    check(config, str(path))
+    check(config, where)
     return config, notes
 
 
@@ -181,8 +175,8 @@ def _read(path: Path) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, recipes(), 1)
-        hint = f"; did you mean {near[0]}?" if near else f"; the package's recipes: {', '.join(recipes())}"
+        near = difflib.get_close_matches(path.name, RECIPES, 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; the package's recipes: {', '.join(RECIPES)}"
         raise ConfigError(f"{path} does not exist{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
