@@ -15,7 +15,7 @@ import torch
 
 from ..io.atomic import replacing
 
-SHIPPED = Path(__file__).with_name("preferences.json")
+SHIPPED = Path(__file__).parents[1] / "preferences.json"
 
 
 def user_file() -> Path | None:

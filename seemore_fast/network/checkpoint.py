@@ -17,7 +17,7 @@ from ..reference.model import LR_SPACES, expert_ranks
 from .model import SeemoRe
 from .presets import PRESETS
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parents[1] / "weights"
 _WRAPPERS = ("params_ema", "params", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 _NO_WEIGHTS = ("mean", "n_averaged")  # a buffer that some copies keep, and the counter of torch's averaged models
