@@ -3,7 +3,7 @@
     seemore-fast benchmark upscaling         (or: python benchmarks/upscaling.py)
 
 T for scale 2, in turns. The network alone enlarges the folder's images as arrays, one after another; the others read
-and write files. A large image is computed whole, and streamed (tile="exact"), to the same bits; on a CPU, some of its
+and write files. A large image is computed whole, and streamed (stream=True), to the same bits; on a CPU, some of its
 features go through a file then. step_mb: by how much the resident memory grows meanwhile at most, the result in it. A
 complete run writes upscaling.json.
 """
@@ -72,8 +72,8 @@ def large_turns(device: torch.device, size: tuple[int, int]) -> dict[str, Callab
 
     image = np.asarray(Image.open(PHOTO).convert("RGB").resize(size, Image.Resampling.BICUBIC))
     turns = {
-        name: partial(Upscaler("seemore_t_x2", device=device, tile=tile), image)
-        for name, tile in ((WHOLE, None), (STREAMED, "exact"))
+        name: partial(Upscaler("seemore_t_x2", device=device, stream=stream), image)
+        for name, stream in ((WHOLE, False), (STREAMED, True))
     }
     if device.type == "cpu" and not np.array_equal(turns[WHOLE](), turns[STREAMED]()):
         raise SystemExit("the streamed result is another than the whole image's")

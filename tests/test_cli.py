@@ -57,6 +57,7 @@ USAGE_ERRORS = {
     "no suffix": (["photo.png", "-o", "big"], "ends in '', expected one of .png.* slash"),
     "a strange suffix": (["photo.png", "-o", "big.bmp"], "ends in '.bmp'"),
     "no limit": (["photo.png", "-o", "big.png", "--max-megapixels", "nan"], "nan is not above 0"),
+    "independent tiles": (["photo.png", "-o", "big.png", "--tile", "64"], "use --stream"),
     "no output": (["photo.png"], "required.*--output"),
 }
 

@@ -57,7 +57,7 @@ def test_an_animated_image_is_taken_frame_by_frame_or_told_of(upscaler, tmp_path
 # What is told
 
 
-@pytest.mark.parametrize("how", [dict(tta=True), dict(alpha="network"), dict(tta=True, alpha="network", tile=16)])
+@pytest.mark.parametrize("how", [dict(tta=True), dict(alpha="network"), dict(tta=True, alpha="network", stream=True)])
 def test_progress_is_of_the_whole_image(small_model, how):
     told = []
     Upscaler(small_model, device="cpu", progress=told.append, **how)(noise(40, 36, 4))
@@ -87,12 +87,12 @@ def test_memory_for_more_than_the_network_is_looked_for_first(small_model, monke
     monkeypatch.setattr(memory, "available_memory", lambda: min(needed) + 1000)
     with pytest.raises(MemoryError, match="GiB are available"):
         upscaler(image, **size)
-    Upscaler(small_model, device="cpu", tile="exact")(image[:, :, :3])  # which alone fits
+    Upscaler(small_model, device="cpu", stream=True)(image[:, :, :3])  # which alone fits
 
 
 @pytest.mark.parametrize(("channels", "bytes_made"), [(0, 1), (3, 4)])
 def test_pillows_copies_are_counted(small_model, monkeypatch, channels, bytes_made):
-    upscaler, image, asked = Upscaler(small_model, device="cpu", tile="exact"), noise(40, 30, channels or 1), []
+    upscaler, image, asked = Upscaler(small_model, device="cpu", stream=True), noise(40, 30, channels or 1), []
     image = image if channels else image[:, :, 0]
     monkeypatch.setattr(running, "check_memory", lambda needed, what: asked.append(needed))
     np.testing.assert_array_equal(upscaler(image), upscaler(Image.fromarray(image)))

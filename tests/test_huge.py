@@ -49,7 +49,7 @@ def test_a_huge_image_is_what_the_reference_makes_of_a_piece(blocks, period, in_
     pattern = pattern.clip(0, 1).astype(np.float32)
 
     huge = np.tile(pattern, (blocks, blocks, 1))
-    result = Upscaler("seemore_t_x2", device="cpu", tile="exact", scratch=tmp_path)(huge)
+    result = Upscaler("seemore_t_x2", device="cpu", stream=True, scratch=tmp_path)(huge)
     del huge
 
     model = Upscaler("seemore_t_x2", device="cpu").model

@@ -1,6 +1,5 @@
 """An image whose features do not fit into memory: they lie in a file, and the result is that of the whole image."""
 
-import itertools
 import subprocess
 import sys
 
@@ -10,8 +9,7 @@ import torch
 from kit import chosen, each_kernel
 from test_network import CASES, network
 
-from seemore_fast import SeemoRe, Upscaler, backends, memory, seemore_b, seemore_l, seemore_t, tiles
-from seemore_fast.evaluation import psnr_y
+from seemore_fast import SeemoRe, Upscaler, backends, memory
 from seemore_fast.network import engine
 from seemore_fast.upscale import running
 
@@ -124,7 +122,8 @@ def test_features_lie_in_a_file_only_where_all_is_large(limit, free, monkeypatch
 
 PEAK = """
 import sys, torch
-from seemore_fast import SeemoRe, engine
+from seemore_fast import SeemoRe
+from seemore_fast.network import engine
 
 def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
@@ -177,7 +176,7 @@ def noise(*shape, dtype=np.uint8):
 def test_streamed_is_whole(model, shape, dtype, tmp_path):
     image = noise(*shape, dtype=dtype)
     whole = Upscaler(model, device="cpu")(image)
-    streamed = Upscaler(model, device="cpu", tile="exact", scratch=tmp_path)(image)
+    streamed = Upscaler(model, device="cpu", stream=True, scratch=tmp_path)(image)
     assert streamed.dtype == whole.dtype
     step = 1 if np.issubdtype(dtype, np.integer) else 1e-5  # an integer may be rounded the other way
     np.testing.assert_allclose(streamed.astype(np.float64), whole.astype(np.float64), rtol=0, atol=step)
@@ -186,7 +185,7 @@ def test_streamed_is_whole(model, shape, dtype, tmp_path):
 def test_planes_of_a_network_of_one_channel_are_streamed_one_by_one(model, tmp_path):
     grey, image = network(in_chans=1), noise(50, 40, 3)
     whole = Upscaler(grey, device="cpu")(image)
-    streamed = Upscaler(grey, device="cpu", tile="exact", scratch=tmp_path)(image)
+    streamed = Upscaler(grey, device="cpu", stream=True, scratch=tmp_path)(image)
     assert np.abs(streamed.astype(int) - whole).max() <= 1
 
 
@@ -224,38 +223,6 @@ def test_out_of_memory_steps_down(model, monkeypatch, fails):
     assert np.abs(result.astype(int) - whole).max() <= 1
 
 
-def test_tiles_get_smaller_where_memory_ends(model, monkeypatch):
-    image, original, asked = noise(80, 60, 3), running.tiled, []
-
-    def failing(model, size, tile, *arguments):
-        asked.append(tile)
-        if tile > 40:
-            raise torch.OutOfMemoryError("tried to allocate 3 TiB")
-        return original(model, size, tile, *arguments)
-
-    monkeypatch.setattr(running, "tiled", failing)
-    with pytest.warns(UserWarning, match="again, in tiles of 32 pixels"):
-        result = Upscaler(model, device="cpu", tile=np.int64(64))(image)
-    assert asked == [64, 32]
-    np.testing.assert_array_equal(result, Upscaler(model, device="cpu", tile=32)(image))
-
-
-def test_tiles_that_cannot_fit_are_made_smaller_first(model, monkeypatch):
-    image, original, asked = noise(80, 60, 3), running.tiled, []
-    monkeypatch.setattr(running, "tiled", lambda *arguments: asked.append(arguments[2]) or original(*arguments))
-    needed = running._of_a_tile(model, torch.empty(1, 3, 80, 60), 32)
-    monkeypatch.setattr(running, "radius", lambda model: 0)
-    least = running._of_a_tile(model, torch.empty(1, 3, 80, 60), 20)
-    assert least < needed
-    monkeypatch.setattr(memory, "SMALL", 0)
-    monkeypatch.setattr(memory, "available_memory", lambda: 2**40)
-    monkeypatch.setattr(running, "_free", lambda device: least)
-    with pytest.warns(UserWarning, match="memory of cpu does not suffice: in tiles of 16 pixels"):
-        result = Upscaler(model, device="cpu", tile=64)(image)
-    assert asked == [16]
-    np.testing.assert_array_equal(result, Upscaler(model, device="cpu", tile=16)(image))
-
-
 def test_features_wait_in_a_file_where_the_result_leaves_no_room(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "SMALL", 0)
     monkeypatch.setattr(memory, "available_memory", lambda: 10**6)
@@ -269,90 +236,17 @@ def test_features_wait_in_a_file_where_the_result_leaves_no_room(monkeypatch, tm
 
 
 def test_progress_grows_to_one(model, tmp_path):
-    for tile in (None, "exact", 16):
+    for stream in (False, True):
         told = []
-        Upscaler(model, device="cpu", tile=tile, scratch=tmp_path, progress=told.append)(noise(80, 60, 3))
+        Upscaler(model, device="cpu", stream=stream, scratch=tmp_path, progress=told.append)(noise(80, 60, 3))
         assert told == sorted(told) and told[-1] == pytest.approx(1) and told[0] >= 0
 
 
 def test_changes_inside_are_not_streamed_around():
     model, image, results = network(), noise(40, 30, 3), []
-    for tile in (None, "exact", 16):
-        upscaler = Upscaler(model, device="cpu", tile=tile)
+    for stream in (False, True):
+        upscaler = Upscaler(model, device="cpu", stream=stream)
         upscaler.model.norm.register_forward_hook(lambda module, inputs, y: 0.5 * y)
-        if tile == 16:
-            with pytest.raises(ValueError, match="was changed inside"):
-                upscaler(image)
-        else:
-            results.append(upscaler(image))
+        results.append(upscaler(image))
     np.testing.assert_array_equal(*results)
     assert np.abs(results[0].astype(int) - Upscaler(model, device="cpu")(image)).max() > 2
-
-
-# Tiles
-
-
-def test_the_local_radius():
-    named = {seemore_t: 57, seemore_b: 75, seemore_l: 147}
-    assert {make: tiles.radius(make(2)) for make in named} == named
-
-
-@pytest.mark.parametrize("case", ["T, narrow", "wide", "tall", "recursive 1", "scale 3", "kernel 3"])
-def test_tiles_cover_the_image_and_one_tile_is_the_whole(case):
-    change, (_, channels, *size) = CASES[case]
-    model = network(**change).requires_grad_(False)
-    x = image((1, channels, *size), torch.float32)
-    with torch.no_grad():
-        whole = model(x)
-        for tile in (16, 10**6):
-            y = torch.full_like(whole, torch.nan)
-
-            def write(top, lines, y=y):
-                y[:, :, top : top + lines.shape[2]] = lines
-
-            tiles.tiled(model, size, tile, lambda a, b, c, d: x[:, :, a:b, c:d], write)
-            torch.testing.assert_close(y, whole, rtol=0, atol=1e-5 if tile > 16 else 1e-2)
-
-
-def test_tiles_blend_without_a_gap():
-    """Shares of all tiles add up to one at every pixel."""
-    for side in (16, 40, 48, 100, 1000):
-        for tile in (16, 48):
-            total = torch.zeros(2 * side)
-            for begin, end in tiles._cuts(side, tile, 16):
-                outer = tiles._grown(begin, end, tiles.FEATHER, side)
-                total[2 * outer[0] : 2 * outer[1]] += tiles._ramp(outer, (begin, end), side, 2, total)
-            torch.testing.assert_close(total, torch.ones(2 * side))
-
-
-@pytest.mark.parametrize("tile", [1, 4, 8])
-def test_tiles_have_no_less_than_what_is_blended(tile):
-    change, (_, channels, *_) = CASES["recursive 1"]
-    model = network(**change).requires_grad_(False)
-    assert model.min_size < tiles.LEAST_TILE
-    upscale = [Upscaler(model, device="cpu", tile=pixels) for pixels in (tile, tiles.LEAST_TILE)]
-    image = noise(50, 70, channels)
-    results = [one(image) for one in upscale]
-    np.testing.assert_array_equal(*results)
-
-
-def test_seams_where_tiles_choose_for_themselves_and_none_where_the_image_does():
-    """Noise beside a flat half asks for other experts than the whole: tools that cut images show where they did."""
-    picture = np.full((128, 256, 3), 128, np.uint8)
-    picture[:, :128] = np.random.default_rng(0).integers(0, 256, (128, 128, 1))
-    upscalers = {tile: Upscaler("seemore_t_x2", device="cpu", tile=tile) for tile in (None, "exact", 64)}
-    whole, exact, ours = (upscaler(picture).astype(int) for upscaler in upscalers.values())
-    theirs, around = np.empty_like(whole), 32
-    for top, left in itertools.product(range(0, 128, 64), range(0, 256, 64)):
-        y, x = max(top - around, 0), max(left - around, 0)
-        part = upscalers[None](picture[y : top + 64 + around, x : left + 64 + around])
-        theirs[2 * top :, 2 * left :][:128, :128] = part[2 * (top - y) :, 2 * (left - x) :][:128, :128]
-
-    def steps(result):
-        """Return how far the error jumps at the edges between tiles, in values of 255."""
-        return np.abs(np.diff(result - whole, axis=1)).mean((0, 2))[127:-1:128]
-
-    assert np.abs(exact - whole).max() <= 1
-    assert psnr_y(theirs, whole) < 45 and steps(theirs).max() > 1
-    assert psnr_y(ours, whole) > 65 and steps(ours).max() < 0.3
-    assert steps(exact).max() < 0.1

@@ -212,8 +212,6 @@ def test_shipped_names_with_and_without_scale():
         (dict(device="xpu"), ValueError, "device is 'xpu'"),
         (dict(scale="2"), ValueError, "scale is '2'"),
         (dict(model=3), TypeError, "is a int"),
-        (dict(tile=0), ValueError, "tile is 0, expected None"),
-        (dict(tile="whole"), ValueError, "tile is 'whole'"),
         (dict(model="none.pth"), FileNotFoundError, "none.pth does not exist"),
     ],
 )

@@ -58,10 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser):
     how.add_argument("--tta", action="store_true", help="the mean over eight orientations: better, eight times as long")
     how.add_argument("--alpha", default="bicubic", choices=("bicubic", "network"), help="default: bicubic")
     how.add_argument(
-        "--tile", type=_tile, metavar="N|exact",
-        help="exact: group by group in bounded memory, as is done anyway where it is short; "
-        "N: independent tiles (16 or more)",
-    )  # fmt: skip
+        "--stream",
+        action="store_true",
+        help="bound the memory of every image, not only of those that do not fit into it",
+    )
+    how.add_argument("--tile", dest="stream", type=_exact, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     how.add_argument(
         "--scratch", type=_path, metavar="DIR", help="for what does not fit into memory (default: TMPDIR, or /var/tmp)"
     )
@@ -86,8 +87,12 @@ def _pixels(text: str) -> int:
     return int(text)
 
 
-def _tile(text: str) -> int | str:
-    return text if text == "exact" else _pixels(text)
+def _exact(text: str) -> bool:
+    if text != "exact":
+        raise argparse.ArgumentTypeError(
+            "independent tiles would change the result: use --stream, which bounds the memory and does not"
+        )
+    return True
 
 
 def run(options: argparse.Namespace) -> int:
@@ -170,7 +175,7 @@ def _upscalers(options: argparse.Namespace, bar: "_ImageBar") -> list:
         import torch
 
         devices = [f"cuda:{local}"] if torch.cuda.is_available() or devices == ["cuda"] else ["cpu"]
-    how = {"tile": options.tile, "scratch": options.scratch, "tta": options.tta, "alpha": options.alpha}
+    how = {"stream": options.stream, "scratch": options.scratch, "tta": options.tta, "alpha": options.alpha}
     if len(devices) == 1:
         how["progress"] = bar.show
     if options.scratch and not os.path.isdir(options.scratch):

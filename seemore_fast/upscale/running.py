@@ -1,4 +1,4 @@
-"""How an image is computed: whole where it fits into memory, else streamed; in tiles only for who asks for them."""
+"""Computation of one image: whole where it fits into memory, else streamed."""
 
 import math
 import threading
@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -17,10 +16,8 @@ from ..memory import check_memory, folder_of_large_files, gpu_memory_needed, in_
 from ..network import engine
 from ..network.streaming import stream
 from ..reference.model import body_dtype
-from ..tiles import FEATHER, LEAST_TILE, radius, tiled
 
 NO_NUMBERS = "the network returned NaN or infinity: the image, the weights or the dtype is to blame"
-EXACT = "exact"
 POLL_SECONDS = 0.1
 AT_A_TIME = 512  # lines of a result that are rounded
 HALF_OF_THE_REST = 0.5  # share of a device's free memory that a band may take: the estimate is a rough one
@@ -30,21 +27,16 @@ HALF_OF_THE_REST = 0.5  # share of a device's free memory that a band may take: 
 class Way:
     """How images are to be computed.
 
-    tile        None: whole, or streamed where the memory does not suffice; "exact": streamed; N: tiles of N pixels
+    stream      always streamed, not only where the memory does not suffice
     scratch     folder of the file where a streamed image's features wait if they do not fit into memory
     progress    is told the share of an image that is done, from 0 to 1, now and then
     """
 
-    tile: int | str | None = None
+    stream: bool = False
     scratch: Path | None = None
     progress: Callable[[float], None] | None = None
 
     def __post_init__(self):
-        is_size = isinstance(self.tile, Integral) and not isinstance(self.tile, bool) and self.tile > 0
-        if is_size:
-            self.tile = int(self.tile)
-        elif self.tile not in (None, EXACT):
-            raise ValueError(f'tile is {self.tile!r}, expected None, "exact" or a number of pixels')
         if not (self.progress is None or callable(self.progress)):
             raise ValueError(f"progress is {self.progress!r}, expected a function of a number, or None")
 
@@ -71,13 +63,13 @@ def must_stream(model, shape: tuple[int, ...], itemsize: int, way: Way, beside: 
     size = f"an image of {shape[3]}x{shape[2]} pixels, enlarged {model.scale} times,"
     if engine.why_not(model, model.mean) is not None:
         check_memory(beside + itemsize * math.prod(shape) * model.scale**2, size)
-        return way.tile == EXACT or not _fits(gpu_memory_needed(model, shape), model.mean.device)
+        return way.stream or not _fits(gpu_memory_needed(model, shape), model.mean.device)
     beside += 4 * math.prod(shape) if itemsize == 4 else 0  # floats are not read where they are
     whole = engine.needs(model, shape, itemsize=itemsize).memory + beside
-    if way.tile is None and _fits(whole, model.mean.device):
+    if not way.stream and _fits(whole, model.mean.device):
         return False
     check_memory(engine.needs(model, shape, itemsize=itemsize, streamed=True).memory + beside, size)
-    if way.tile is None:
+    if not way.stream:
         warnings.warn(
             f"{size} needs {whole / 2**30:,.1f} GiB of memory, which are not there: its features go through a file "
             f"in {way.folder}",
@@ -95,7 +87,7 @@ def run(model, x: Tensor, y: Tensor, way: Way, streamed: bool = False):
     Raises RuntimeError where results are no numbers, torch.OutOfMemoryError where nothing fits on a GPU, OSError where
     the disk has no room.
     """
-    if not isinstance(way.tile, int) and engine.why_not(model, model.mean) is None:
+    if engine.why_not(model, model.mean) is None:
         with _polled(way.progress) as counts:
             finite = engine.run_into(model, x, y, way.folder if streamed else None, progress=counts)
         finite = finite and (y.dtype != torch.float32 or bool(y.isfinite().all()))
@@ -137,8 +129,6 @@ def _polled(progress: Callable[[float], None] | None):
 def _one(model, x: Tensor, y: Tensor, way: Way, streamed: bool) -> bool:
     """One image, by whatever backends and device the model has."""
     writer, device = _Writer(y), model.mean.device
-    if isinstance(way.tile, int) and min(x.shape[2:]) >= model.min_size:
-        return _in_tiles(model, x, y, way)
     if min(x.shape[2:]) >= model.min_size and model.is_untouched():
         if streamed:
             return _streamed(model, x, y, way)
@@ -167,25 +157,17 @@ def _streamed(model, x: Tensor, y: Tensor, way: Way) -> bool:
     budget = engine.AT_ONCE if free is None else min(engine.AT_ONCE, int(HALF_OF_THE_REST * free))
     lines = min(max(unit, budget // line // unit * unit), -(-height // unit) * unit)
 
-    def in_bands(lines: int) -> bool:
-        writer = _Writer(y)
-        stream(model, features, lambda a, b: _unit(x[:, :, a:b], device), writer, lines, release, way.tell)
-        return writer.is_finite
-
-    return _stepping_down(in_bands, lines, unit, device, "in bands of {} lines")
-
-
-def _stepping_down(compute: Callable[[int], bool], size: int, unit: int, device: torch.device, told: str) -> bool:
-    """Return compute(size), or with half the size as often as it runs out of memory; multiples of a unit."""
     while True:
+        writer = _Writer(y)
         try:
-            return compute(size)
+            stream(model, features, lambda a, b: _unit(x[:, :, a:b], device), writer, lines, release, way.tell)
+            return writer.is_finite
         except torch.OutOfMemoryError:
-            if size <= unit:
+            if lines <= unit:
                 raise
         torch.cuda.empty_cache()  # not in the handler: the error holds on to what was in use
-        size = max(unit, size // 2 // unit * unit)
-        warnings.warn(f"out of memory on {device}: again, {told.format(size)}", stacklevel=2)
+        lines = max(unit, lines // 2 // unit * unit)
+        warnings.warn(f"out of memory on {device}: again, in bands of {lines} lines", stacklevel=2)
 
 
 def _waiting_room(shape: tuple[int, ...], dtype: torch.dtype, folder: Path, beside: int) -> tuple[Tensor, Callable]:
@@ -200,33 +182,6 @@ def _waiting_room(shape: tuple[int, ...], dtype: torch.dtype, folder: Path, besi
     mapped, release = in_a_file(count, folder)
     line = count // shape[0]
     return mapped.view(dtype).view(shape), lambda top, bottom: release(top * line, bottom * line)
-
-
-def _in_tiles(model, x: Tensor, y: Tensor, way: Way) -> bool:
-    device = model.mean.device
-
-    def in_tiles(tile: int) -> bool:
-        writer = _Writer(y)
-        tiled(model, tuple(x.shape[2:]), tile, _reader(x, device), writer, way.tell)
-        return writer.is_finite
-
-    least = max(model.min_size, LEAST_TILE)
-    tile = max(way.tile, least)
-    while tile > least and not _fits(_of_a_tile(model, x, tile), device):
-        tile = max(least, tile // 2)
-    if tile < way.tile:
-        warnings.warn(f"the memory of {device} does not suffice: in tiles of {tile} pixels", stacklevel=2)
-    return _stepping_down(in_tiles, tile, least, device, "in tiles of {} pixels")
-
-
-def _of_a_tile(model, x: Tensor, tile: int) -> int:
-    """Return about how many bytes the largest of the tiles takes, with what it sees around it."""
-    sides = (min(side, tile + 2 * (radius(model) + FEATHER)) for side in x.shape[2:])
-    return gpu_memory_needed(model, (1, x.shape[1], *sides))
-
-
-def _reader(x: Tensor, device: torch.device) -> Callable:
-    return lambda top, bottom, left, right: _unit(x[:, :, top:bottom, left:right], device)
 
 
 def _unit(x: Tensor, device: torch.device) -> Tensor:

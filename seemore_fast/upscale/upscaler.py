@@ -37,9 +37,8 @@ class Upscaler:
     scale: what the model is expected to do; chooses among shipped models. None: the model's own, or 2 for a name.
     device: "auto" (a CUDA device if there is one), "cpu", "cuda", "cuda:1", ...
     dtype: torch.float32 (None), torch.bfloat16, torch.float16, or "fp32", "bf16", "fp16".
-    tile: None, the whole image at once, or streamed where its features do not fit into memory, which gives the same
-        picture; "exact": streamed, through a file if that takes more than a few GiB; N: independent tiles of N pixels,
-        for comparison with other tools. They would not give the same picture: the network pools over all of the image.
+    stream: always stream the image, through a file if its features take more than a few GiB. By default it is streamed
+        only where its features do not fit into memory. The result is the same.
     scratch: a folder for what does not fit into memory; by default the system's for temporary files, or /var/tmp.
     tta: the mean over the eight orientations of an image: a little better, eight times as long.
     alpha: "bicubic", or "network", which enlarges alpha as a grey image.
@@ -54,13 +53,13 @@ class Upscaler:
         scale: int | None = None,
         device="auto",
         dtype=None,
-        tile: int | str | None = None,
+        stream: bool = False,
         scratch: str | os.PathLike | None = None,
         tta: bool = False,
         alpha: str = "bicubic",
         progress: Callable[[float], None] | None = None,
     ):
-        self.way = Way(tile, scratch, progress)
+        self.way = Way(stream, scratch, progress)
         if alpha not in ("bicubic", "network"):
             raise ValueError(f"alpha is {alpha!r}, expected bicubic or network")
         self.tta, self.alpha = tta, alpha
