@@ -35,8 +35,9 @@ def gathering(small: Tensor, large: Tensor, *, is_level: bool = False, vertical:
     before = math.ceil(shrinks / 2) + 1
     count = before + math.ceil(1.5 * shrinks) + 1
     arguments = strided(large=large) | small_of(small, is_level) | sizes | dict(before=before, count=count)
-    # Rows are read by 8 pixels; where they are shrunk, one here and one there, but there is little left of them
-    tile = dict(most=2048, each=8) if vertical else dict(most=256, each=1)
+    # A thread sums 32 bytes of neighbours, eight float32; where rows are shrunk, one pixel, for there are few.
+    size = small.element_size()
+    tile = dict(most=8192 // size, each=32 // size) if vertical else dict(most=256, each=1)
     # Left to itself, ptxas spills some registers for more warps at a time (sm_86, sm_89).
     return replace(along(gather, small, arguments, **tile), more_options={"maxnreg": 255})
 
