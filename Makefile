@@ -72,8 +72,8 @@ $(NEWEST)/.tests: pyproject.toml
 	touch $@
 
 # The bindings compile with the headers of the oldest torch promised, that of constraints.txt and the newest.
-$(HEADERS)/.complete: pyproject.toml constraints.txt tests/torch_headers.py | $(VENV)/.runs
-	$(BIN)/python tests/torch_headers.py
+$(HEADERS)/.complete: pyproject.toml constraints.txt tests/helpers/torch_headers.py | $(VENV)/.runs
+	$(BIN)/python tests/helpers/torch_headers.py
 	touch $@
 
 # BasicSR and spandrel want torchvision and old habits: an environment of their own.

@@ -3,15 +3,16 @@
 import importlib.util
 import operator
 import os
+import runpy
+import sys
 from pathlib import Path
 
-import kit_backends
-import numpy as np
 import pytest
 import torch
-
-T = dict(num_experts=3, num_layers=6, embedding_dim=36, use_shuffle=True, lr_space="exp", topk=1, recursive=2)
-SMALL = {**T, "scale": 2, "num_layers": 2, "embedding_dim": 12}
+from helpers import BENCHMARKS
+from helpers.backends import Backend, assert_computed, calls
+from helpers.images import pixels
+from helpers.networks import SMALL
 
 
 def pytest_configure(config):
@@ -78,7 +79,7 @@ def arguments_of(item) -> dict:
 def has_kernel(arguments: dict) -> bool:
     """Tell whether the backend of a test, if it has one, has kernels for its dtype: else there is nothing to test."""
     backend, dtype = arguments.get("backend"), arguments.get("dtype")
-    if not isinstance(backend, kit_backends.Backend) or not isinstance(dtype, torch.dtype):
+    if not isinstance(backend, Backend) or not isinstance(dtype, torch.dtype):
         return True
     return not dtype.is_floating_point or dtype in backend.dtypes
 
@@ -109,11 +110,11 @@ def position(mark: pytest.Mark, arguments: dict) -> int:
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
     """Fail a test that passes but is named after a backend that did not compute it."""
-    kit_backends.calls.clear()
+    calls.clear()
     result = yield
     backend = arguments_of(pyfuncitem).get("backend")
-    if isinstance(backend, kit_backends.Backend):
-        kit_backends.assert_computed(backend, pyfuncitem.get_closest_marker("falls_back"))
+    if isinstance(backend, Backend):
+        assert_computed(backend, pyfuncitem.get_closest_marker("falls_back"))
     return result
 
 
@@ -172,15 +173,24 @@ def harness(monkeypatch):
 
 
 @pytest.fixture
+def bench(harness, monkeypatch, capsys):
+    """Run benchmarks/bench_<name>.py on tiny cases; return what it printed."""
+
+    def run(name, *arguments):
+        arguments = ["--device", "cpu", "--quick", "--runs", "1", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", [f"bench_{name}.py", *arguments])
+        runpy.run_path(str(BENCHMARKS / f"bench_{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
 def small_model(device):
     """A SeemoRe of two groups of 12 channels, in evaluation mode."""
     from seemore_fast import SeemoRe
 
     return SeemoRe(**SMALL).to(device).eval()
-
-
-def pixels(channels):
-    return np.random.default_rng(0).integers(0, 256, (16, 20, channels), np.uint8).squeeze()
 
 
 @pytest.fixture(scope="module")
@@ -224,15 +234,15 @@ def upscale(weights, capsys):
 
 @pytest.fixture
 def work(tmp_path):
-    """A folder with photos to learn from, two to measure, and tiny.yml (kit_training)."""
-    from kit_training import make_work
+    """A folder with photos to learn from, two to measure, and tiny.yml (helpers.training)."""
+    from helpers.training import make_work
 
     return make_work(tmp_path)
 
 
 @pytest.fixture
 def browser(tmp_path):
-    from kit_browser import CHROMIUM, Browser
+    from helpers.browser import CHROMIUM, Browser
 
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed")

@@ -3,7 +3,6 @@
 What each operator casts, and to what, is tested beside it.
 """
 
-import kit
 import pytest
 import test_calibrate
 import test_depthwise_gate
@@ -15,7 +14,8 @@ import test_rme_block
 import test_sme_block
 import test_striped_conv
 import torch
-from kit_backends import kernels_of
+from helpers.backends import kernels_of, running_on
+from helpers.ops import cast, largest_difference, value_and_gradients
 
 from seemore_fast import ops, reference
 
@@ -45,24 +45,24 @@ def test_gradients(operator, backend, device):
         tensors, options = module.case_of(device, IMAGE)
     else:
         tensors = module.tensors_of(device, IMAGE)
-    tensors = kit.cast(tensors, torch.float32)
+    tensors = cast(tensors, torch.float32)
     naive = getattr(module, f"naive_{operator}")
-    truth = kit.value_and_gradients(naive, kit.cast(tensors, torch.float64), **options)
+    truth = value_and_gradients(naive, cast(tensors, torch.float64), **options)
     with torch.autocast(torch.device(device).type, torch.bfloat16):
-        eager = kit.value_and_gradients(getattr(reference, operator), tensors, **options)
-        with kit.chosen(backend, device):
-            found = kit.value_and_gradients(getattr(ops, operator), tensors, **options)
+        eager = value_and_gradients(getattr(reference, operator), tensors, **options)
+        with running_on(backend, device):
+            found = value_and_gradients(getattr(ops, operator), tensors, **options)
     for what, exact in truth.items():
-        allowed = 2 * kit.largest_difference(eager[what], exact) + 2**-8 * exact.abs().max()
-        assert kit.largest_difference(found[what], exact) <= allowed <= 2**-3 * exact.abs().max(), what
+        allowed = 2 * largest_difference(eager[what], exact) + 2**-8 * exact.abs().max()
+        assert largest_difference(found[what], exact) <= allowed <= 2**-3 * exact.abs().max(), what
         assert what == "y" or found[what].dtype == torch.float32, what
 
 
 def test_gradients_do_not_go_by_the_autocast_of_their_moment(device):
     """Nothing has kernels for float16 on a CPU; a gradient that is taken under such an autocast is of its forward."""
     tensors = test_norm_pointwise.tensors_of(device, (1, 4, 3, 5))
-    tensors = kit.cast(tensors, torch.float32)
-    expected = kit.value_and_gradients(ops.norm_pointwise, tensors)
+    tensors = cast(tensors, torch.float32)
+    expected = value_and_gradients(ops.norm_pointwise, tensors)
 
     def operator(**tensors):
         y = ops.norm_pointwise(**tensors)
@@ -72,7 +72,7 @@ def test_gradients_do_not_go_by_the_autocast_of_their_moment(device):
     before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     torch.set_autocast_dtype(device, torch.float16)
     try:
-        actual = kit.value_and_gradients(operator, tensors)
+        actual = value_and_gradients(operator, tensors)
     finally:
         torch.set_autocast_enabled(device, before[0])
         torch.set_autocast_dtype(device, before[1])

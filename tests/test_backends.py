@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kit_backends
 import pytest
 import torch
+from helpers.backends import usable
 
 import seemore_fast
 from seemore_fast import backends, ops, reference, use_backend
@@ -96,16 +96,16 @@ def test_backward_of_a_kernel_runs_on_a_kernel_whatever_is_chosen_then():
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", [n for n, why in kit_backends.usable().items() if why and n in backends.BACKENDS])
+@pytest.mark.parametrize("name", [n for n, why in usable().items() if why and n in backends.BACKENDS])
 def test_a_missing_backend_gives_its_reason(name):
     with pytest.raises(RuntimeError, match=f"^backend '{name}' is not available: {re.escape(backends.why_not(name))}"):
         use_backend(name)
 
 
-@pytest.mark.parametrize("name", kit_backends.usable())
+@pytest.mark.parametrize("name", usable())
 def test_backends_not_tested_here_are_listed(name):
     """The operators' tests leave out what cannot run here; this one skips with the reason."""
-    if reason := kit_backends.usable()[name]:
+    if reason := usable()[name]:
         pytest.skip(f"{name}: {reason}")
     have = {kernel.backend for kernel in backends.KERNELS["striped_conv"]}
     assert name == "reference" or name.split()[0].split("_")[0] in have

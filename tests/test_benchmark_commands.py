@@ -2,34 +2,15 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 
 import pytest
 import torch
-from test_benchmarks import BENCHMARKS
+from helpers import BENCHMARKS
+from helpers.benchmarks import figures
 
 from seemore_fast.cli import main
-
-
-@pytest.fixture
-def bench(harness, monkeypatch, capsys):
-    """Run benchmarks/bench_<name>.py on tiny cases; return what it printed."""
-
-    def run(name, *arguments):
-        arguments = ["--device", "cpu", "--quick", "--runs", "1", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", [f"bench_{name}.py", *arguments])
-        runpy.run_path(str(BENCHMARKS / f"bench_{name}.py"), run_name="__main__")
-        return capsys.readouterr().out
-
-    return run
-
-
-def figures(path):
-    facts = json.loads(path.read_text())
-    assert facts.keys() >= {"device", "date", "commit", "uncommitted", "backend_info", "versions", "runs", "cases"}
-    return facts["cases"]
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -3,14 +3,13 @@
 import itertools
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.benchmarks import scaled_sum
 
 from seemore_fast.benchmarks import command
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 CPU = torch.device("cpu")
 
 
@@ -25,10 +24,6 @@ def case_of(harness):
         return harness.operator_case(providers, inputs, scaled_sum, mode, operations=90)
 
     return case
-
-
-def scaled_sum(x, gate):
-    return 3 * x + gate
 
 
 class WrongGradient(torch.autograd.Function):

@@ -8,16 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cuda_host
 import pytest
-from test_cuda_compile import FIGURES, KERNEL
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "csrc"))
-import build as native  # noqa: E402
-
-sys.path.remove(str(ROOT / "csrc"))
-
+from helpers import ROOT, cuda_host
+from helpers.native_build import native
+from helpers.nvcc import FIGURES, KERNEL
 
 NVCC_ENVIRONMENT = ("NVCC_THREADS", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 

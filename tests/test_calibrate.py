@@ -2,12 +2,32 @@
 
 from pathlib import Path
 
-import cuda_host
-import kit
-import kit_backends
 import pytest
-import test_cuda_host
 import torch
+from helpers import cuda_host
+from helpers.backends import each_backend, each_kernel, running_on, usable
+from helpers.faults import assert_refused, assert_sizes_refused, each_fault
+from helpers.naive import naive_calibrate, naive_gelu
+from helpers.ops import (
+    LAYOUTS,
+    assert_close_to_naive,
+    assert_compiles,
+    assert_deterministic,
+    assert_gradcheck,
+    assert_images_are_alone,
+    assert_large_offsets,
+    assert_opcheck,
+    assert_refuses_double_backward,
+    assert_within_yardstick,
+    assert_writes_its_results_only,
+    calibrate_shapes,
+    cast,
+    each_layout,
+    each_narrow_dtype,
+    largest_difference,
+    random_parameters,
+    value_and_gradients,
+)
 
 from seemore_fast import reference
 from seemore_fast.ops import calibrate
@@ -40,72 +60,48 @@ each_written = pytest.mark.parametrize(
 )
 
 
-def interpolation(size, new_size, like):
-    """Matrix (new_size, size) of the linear interpolation between pixel centres, constant beyond the outer ones."""
-    matrix = like.new_zeros(new_size, size)
-    for i in range(new_size):
-        position = min(max((i + 0.5) * size / new_size - 0.5, 0), size - 1)
-        left = int(position)
-        right = min(left + 1, size - 1)
-        matrix[i, left] += 1 - (position - left)
-        matrix[i, right] += position - left
-    return matrix
-
-
-def naive_calibrate(k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, recursive):
-    s = k
-    for _ in range(recursive):
-        height, width = s.shape[2] // 4 * 4, s.shape[3] // 4 * 4
-        taps = [(i, j, s[:, :, i:height:4, j:width:4]) for i in range(4) for j in range(4)]
-        s = sum(kit.per_channel(weight_agg[:, 0, i, j]) * seen for i, j, seen in taps) + kit.per_channel(bias_agg)
-        s = kit.naive_gelu(s)
-    s = kit.naive_pointwise(kit.naive_depthwise(s, weight_dw, bias_dw), weight_pw, bias_pw)
-    rows, columns = (interpolation(s.shape[dim], k.shape[dim], k) for dim in (2, 3))
-    return k + rows @ s @ columns.t()
-
-
 def tensors_of(device, shape=(2, 3, 9, 14)):
-    return kit.random_parameters({"k": shape} | kit.calibrate_shapes(shape[1]), device)
+    return random_parameters({"k": shape} | calibrate_shapes(shape[1]), device)
 
 
-@kit.each_backend("calibrate")
+@each_backend("calibrate")
 @each_case
 def test_values(backend, device, shape, recursive):
     tensors = tensors_of(device, shape)
-    kit.assert_close_to_naive(backend, calibrate, naive_calibrate, tensors, recursive=recursive)
+    assert_close_to_naive(backend, calibrate, naive_calibrate, tensors, recursive=recursive)
 
 
-@kit.each_backend("calibrate")
-@kit.each_layout
+@each_backend("calibrate")
+@each_layout
 @pytest.mark.parametrize("shape, recursive", [((2, 3, 9, 14), 1), ((2, 3, 17, 20), 2)], ids=str)
 def test_layouts(backend, device, layout, shape, recursive):
     tensors = tensors_of(device, shape)
-    kit.assert_close_to_naive(backend, calibrate, naive_calibrate, tensors, layout, recursive=recursive)
+    assert_close_to_naive(backend, calibrate, naive_calibrate, tensors, layout, recursive=recursive)
 
 
-@kit.each_backend("calibrate")
-@kit.each_narrow_dtype
+@each_backend("calibrate")
+@each_narrow_dtype
 @pytest.mark.parametrize("layout", [None, "channels_last"])
 @pytest.mark.parametrize("recursive", [1, 2])
 def test_narrow_dtypes(backend, device, dtype, layout, recursive):
     tensors = tensors_of(device, (2, 8, 33, 35))
-    kit.assert_within_yardstick(backend, calibrate, naive_calibrate, tensors, dtype, layout, recursive=recursive)
+    assert_within_yardstick(backend, calibrate, naive_calibrate, tensors, dtype, layout, recursive=recursive)
 
 
-@kit.each_backend("calibrate", interpreted=False, dtype=torch.float64)
+@each_backend("calibrate", interpreted=False, dtype=torch.float64)
 @pytest.mark.parametrize("shape, recursive", [((2, 2, 5, 9), 1), ((1, 1, 16, 18), 2)], ids=str)
 def test_gradcheck(backend, device, shape, recursive):
-    with kit.chosen(backend, device):
-        kit.assert_gradcheck(calibrate, tensors_of(device, shape), recursive=recursive)
+    with running_on(backend, device):
+        assert_gradcheck(calibrate, tensors_of(device, shape), recursive=recursive)
 
 
-@kit.each_backend("calibrate")
+@each_backend("calibrate")
 def test_compiles(backend, device):
-    with kit.chosen(backend, device):
-        kit.assert_compiles(calibrate, tensors_of(device), tensors_of(device, (3, 3, 11, 17)), recursive=1)
+    with running_on(backend, device):
+        assert_compiles(calibrate, tensors_of(device), tensors_of(device, (3, 3, 11, 17)), recursive=1)
 
 
-@kit.each_kernel("calibrate", interpreted=False)
+@each_kernel("calibrate", interpreted=False)
 @pytest.mark.parametrize(
     "shape, recursive, dtype",
     [
@@ -124,125 +120,125 @@ def test_compiles(backend, device):
 def test_more_than_one_block(backend, device, shape, recursive, dtype):
     tensors = tensors_of(device, shape)
     if dtype == torch.float64:
-        kit.assert_close_to_naive(backend, calibrate, naive_calibrate, tensors, recursive=recursive)
+        assert_close_to_naive(backend, calibrate, naive_calibrate, tensors, recursive=recursive)
     else:
-        kit.assert_within_yardstick(backend, calibrate, naive_calibrate, tensors, dtype, recursive=recursive)
+        assert_within_yardstick(backend, calibrate, naive_calibrate, tensors, dtype, recursive=recursive)
 
 
-@kit.each_kernel("calibrate", interpreted=False)
-@kit.each_narrow_dtype
+@each_kernel("calibrate", interpreted=False)
+@each_narrow_dtype
 @pytest.mark.parametrize("layout", [None, "slice"])
 @pytest.mark.parametrize("shape, recursive", [((2, 3, 18, 32), 1), ((1, 3, 37, 72), 2)], ids=str)
 def test_rows_of_packs(backend, device, dtype, layout, shape, recursive):
     """Rows of 16 or 8 bytes' multiples are read so; those inside a larger tensor are not aligned."""
     tensors = tensors_of(device, shape)
-    kit.assert_within_yardstick(backend, calibrate, naive_calibrate, tensors, dtype, layout, recursive=recursive)
+    assert_within_yardstick(backend, calibrate, naive_calibrate, tensors, dtype, layout, recursive=recursive)
 
 
-@kit.each_kernel("calibrate")
+@each_kernel("calibrate")
 def test_opcheck(backend, device):
-    with kit.chosen(backend, device):
-        kit.assert_opcheck(calibrate, tensors_of(device), recursive=1)
-        channels_last = {name: kit.LAYOUTS["channels_last"](t) for name, t in tensors_of(device).items()}
-        kit.assert_opcheck(calibrate, channels_last, recursive=1)
+    with running_on(backend, device):
+        assert_opcheck(calibrate, tensors_of(device), recursive=1)
+        channels_last = {name: LAYOUTS["channels_last"](t) for name, t in tensors_of(device).items()}
+        assert_opcheck(calibrate, channels_last, recursive=1)
 
 
-@kit.each_kernel("calibrate")
+@each_kernel("calibrate")
 @each_written
 def test_writes_its_results_only(backend, device, shape, recursive, layout):
     tensors = tensors_of(device, shape)
     if layout:
-        tensors = {name: kit.LAYOUTS[layout](t) for name, t in tensors.items()}
-    with kit.chosen(backend, device):
-        kit.assert_writes_its_results_only(calibrate, tensors, recursive=recursive)
+        tensors = {name: LAYOUTS[layout](t) for name, t in tensors.items()}
+    with running_on(backend, device):
+        assert_writes_its_results_only(calibrate, tensors, recursive=recursive)
 
 
-@kit.each_backend("calibrate")
+@each_backend("calibrate")
 def test_large_offsets(backend, device):
-    tensors = kit.cast(tensors_of(device, (2, 2, 5, 8)), torch.bfloat16)
-    with kit.chosen(backend, device):
-        kit.assert_large_offsets(calibrate, tensors, ["k"], recursive=1)
+    tensors = cast(tensors_of(device, (2, 2, 5, 8)), torch.bfloat16)
+    with running_on(backend, device):
+        assert_large_offsets(calibrate, tensors, ["k"], recursive=1)
 
 
-@kit.each_kernel("calibrate", interpreted=False)
+@each_kernel("calibrate", interpreted=False)
 def test_deterministic(backend, device):
-    tensors = kit.cast(tensors_of(device, (2, 3, 70, 40)), torch.float32)
-    with kit.chosen(backend, device):
-        kit.assert_deterministic(calibrate, tensors, recursive=2)
+    tensors = cast(tensors_of(device, (2, 3, 70, 40)), torch.float32)
+    with running_on(backend, device):
+        assert_deterministic(calibrate, tensors, recursive=2)
 
 
-@kit.each_kernel("calibrate", interpreted=False)
+@each_kernel("calibrate", interpreted=False)
 @pytest.mark.parametrize("shape, recursive", [((2, 3, 9, 14), 1), ((3, 2, 32, 64), 2)], ids=str)
 def test_images_are_alone(backend, device, shape, recursive):
-    with kit.chosen(backend, device):
-        tensors = kit.cast(tensors_of(device, shape), torch.float32)
-        kit.assert_images_are_alone(calibrate, tensors, recursive=recursive)
+    with running_on(backend, device):
+        tensors = cast(tensors_of(device, shape), torch.float32)
+        assert_images_are_alone(calibrate, tensors, recursive=recursive)
 
 
-@kit.each_kernel("calibrate", interpreted=False)
+@each_kernel("calibrate", interpreted=False)
 @pytest.mark.parametrize(
     "shape, recursive, layout", [((1, 1, 1100, 5), 1, None), ((1, 20, 8, 9), 1, "channels_last")], ids=str
 )
 def test_tiles_of_the_cpu(backend, device, shape, recursive, layout):
     """Bands of 256 rows of the first aggregation, and of 1024 pixels of the small map; 16 channels side by side."""
     tensors = tensors_of(device, shape)
-    kit.assert_close_to_naive(backend, calibrate, naive_calibrate, tensors, layout, recursive=recursive)
+    assert_close_to_naive(backend, calibrate, naive_calibrate, tensors, layout, recursive=recursive)
 
 
-@kit.each_backend("calibrate")
+@each_backend("calibrate")
 def test_double_backward(backend, device):
     tensors = tensors_of(device, (1, 1, 4, 5))
-    with kit.chosen(backend, device):
+    with running_on(backend, device):
         if backend == "reference":
             assert torch.autograd.gradgradcheck(
                 lambda k: calibrate(**tensors | {"k": k}, recursive=1), tensors["k"].requires_grad_(), nondet_tol=1e-10
             )
         else:
-            kit.assert_refuses_double_backward(calibrate, tensors, recursive=1)
+            assert_refuses_double_backward(calibrate, tensors, recursive=1)
 
 
-@kit.each_backend("calibrate")
+@each_backend("calibrate")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(backend, device, dtype):
     """y has k's dtype, as the reference's; gradients have their own; y errs at most twice as much."""
-    tensors = kit.cast(tensors_of(device), torch.float32)
+    tensors = cast(tensors_of(device), torch.float32)
     tensors["k"] = tensors["k"].to(dtype)
-    truth = naive_calibrate(**kit.cast(tensors, torch.float64), recursive=1)
+    truth = naive_calibrate(**cast(tensors, torch.float64), recursive=1)
     with torch.autocast(device, torch.bfloat16):
         expected = reference.calibrate(**tensors, recursive=1)
-        with kit.chosen(backend, device):
-            found = kit.value_and_gradients(calibrate, tensors, recursive=1)
+        with running_on(backend, device):
+            found = value_and_gradients(calibrate, tensors, recursive=1)
             with pytest.raises(TypeError, match=r"^calibrate: weight_agg has dtype torch.float32, expected .*float64"):
                 calibrate(**tensors | {"k": tensors["k"].double()}, recursive=1)
     assert found["y"].dtype == expected.dtype == dtype
-    assert kit.largest_difference(found["y"], truth) <= 2 * kit.largest_difference(expected, truth)
+    assert largest_difference(found["y"], truth) <= 2 * largest_difference(expected, truth)
     assert all(found[f"gradient of {name}"].dtype == tensor.dtype for name, tensor in tensors.items())
 
 
-@kit.each_kernel("calibrate")
+@each_kernel("calibrate")
 @pytest.mark.parametrize("recursive", [1, 2])
 def test_extreme_values(backend, device, recursive, monkeypatch):
     """Infinities and NaN come out where the formula has them; what is not gathered stays where it is."""
-    tensors = kit.cast(tensors_of(device, (2, 2, 37, 50)), torch.float32)
+    tensors = cast(tensors_of(device, (2, 2, 37, 50)), torch.float32)
     tensors["k"][0, 0, 9, 20] = torch.inf
     tensors["k"][1, 1, 3, 30] = torch.nan
     tensors["k"][:, :, 36] = torch.nan
     with monkeypatch.context() as patch:  # torch's own GELU of infinity is infinity or NaN, as the processor has it
-        patch.setattr(torch.nn.functional, "gelu", kit.naive_gelu)
-        expected = kit.value_and_gradients(reference.calibrate, tensors, recursive=recursive)
-    with kit.chosen(backend, device):
-        found = kit.value_and_gradients(calibrate, tensors, recursive=recursive)
+        patch.setattr(torch.nn.functional, "gelu", naive_gelu)
+        expected = value_and_gradients(reference.calibrate, tensors, recursive=recursive)
+    with running_on(backend, device):
+        found = value_and_gradients(calibrate, tensors, recursive=recursive)
     for what, value in expected.items():
         torch.testing.assert_close(found[what], value, equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
-@kit.each_fault
+@each_fault
 def test_bad_tensors(device, fault):
-    kit.assert_refused(fault, calibrate, tensors_of(device), recursive=1)
+    assert_refused(fault, calibrate, tensors_of(device), recursive=1)
 
 
 def test_bad_sizes(device):
-    kit.assert_sizes_refused(calibrate, tensors_of(device), [("k", 0), ("k", 2), ("k", 3)], recursive=1)
+    assert_sizes_refused(calibrate, tensors_of(device), [("k", 0), ("k", 2), ("k", 3)], recursive=1)
 
 
 def test_another_device_is_refused(device):
@@ -272,15 +268,15 @@ def test_bad_recursive_is_refused(device, recursive):
 
 @pytest.fixture(scope="module")
 def operators():
-    if kit_backends.usable()["cuda_host"]:
-        pytest.skip(kit_backends.usable()["cuda_host"])
-    with kit.chosen("cuda_host", "cpu"):
+    if usable()["cuda_host"]:
+        pytest.skip(usable()["cuda_host"])
+    with running_on("cuda_host", "cpu"):
         return torch.ops.seemore_cuda_host
 
 
 def raw_arguments(shape=(2, 3, 9, 14), recursive=1, dtype=torch.float32):
     """y and, in this order, the arguments of calibrate_backward; full of NaN what it and calibrate write."""
-    tensors = kit.cast(tensors_of("cpu", shape), dtype)
+    tensors = cast(tensors_of("cpu", shape), dtype)
     results = {f"d{name}": torch.full_like(t, torch.nan) for name, t in tensors.items()}
     cells = shape[0] * shape[1] * (shape[2] // 4**recursive) * (shape[3] // 4**recursive)
     maps = torch.full((cells * (1 + sum(16**level for level in range(recursive))),), torch.nan)
@@ -299,7 +295,7 @@ def run_raw(operators, **arguments):
 @pytest.mark.parametrize("shape, recursive", [((2, 3, 41, 70), 1), ((2, 3, 38, 72), 2), ((1, 1, 64, 66), 3)], ids=str)
 def test_does_not_depend_on_the_order_of_threads(operators, monkeypatch, shape, recursive):
     results = []
-    for order in [*test_cuda_host.ORDERS, "shuffled"]:
+    for order in [*cuda_host.ORDERS, "shuffled"]:
         monkeypatch.setenv("CUDA_HOST_ORDER", order)
         results.append(run_raw(operators, **raw_arguments(shape, recursive)))
     for name, first in results[0].items():
@@ -339,7 +335,7 @@ def test_library_refuses(operators, bad, message):
 
 def run_sanitized(path: str) -> None:
     """In a process of its own."""
-    operators = test_cuda_host.load(Path(path))
+    operators = cuda_host.load(Path(path))
     for shape, recursive in [
         ((2, 3, 9, 14), 1),
         ((0, 3, 9, 14), 1),
@@ -351,15 +347,15 @@ def run_sanitized(path: str) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             arguments = raw_arguments(shape, recursive, dtype)
             y = run_raw(operators, **arguments)["y"]
-            tensors = {name: arguments[name] for name in ("k", *kit.calibrate_shapes(1))}
-            expected = reference.calibrate(**kit.cast(tensors, torch.float32), recursive=recursive)
+            tensors = {name: arguments[name] for name in ("k", *calibrate_shapes(1))}
+            expected = reference.calibrate(**cast(tensors, torch.float32), recursive=recursive)
             torch.testing.assert_close(y.float(), expected, rtol=1e-2, atol=1e-2)
     print("clean")
 
 
 def test_under_address_sanitizer():
-    path = test_cuda_host.available(cuda_host.library, sanitize=True)
+    path = cuda_host.available(cuda_host.library, sanitize=True)
     code = "import sys, test_calibrate; test_calibrate.run_sanitized(*sys.argv[1:])"
-    environment = test_cuda_host.available(cuda_host.asan_environment)
-    finished = test_cuda_host.run_python(code, path, environment=environment)
+    environment = cuda_host.available(cuda_host.asan_environment)
+    finished = cuda_host.run_python(code, path, environment=environment)
     assert (finished.stdout, finished.returncode) == ("clean\n", 0), finished.stderr

@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import SMALL, T
+from helpers.networks import SMALL, T
 from safetensors.torch import save_file
 
 from seemore_fast import SeemoRe, load_model, reference, seemore_b, seemore_l, seemore_t

@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, pixels
+from helpers.images import pixels
+from helpers.networks import SMALL
 from PIL import Image
 
 from seemore_fast import SeemoRe, Upscaler

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import pixels
+from helpers.images import pixels
 from PIL import Image
 
 from seemore_fast.io.errors import ImageError

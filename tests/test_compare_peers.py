@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from test_benchmark_commands import figures
+from helpers.benchmarks import figures
 
 from seemore_fast import SeemoRe
 from seemore_fast.analysis.operations import PUBLISHED

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_benchmark_commands import figures
+from helpers.benchmarks import figures
 
 from seemore_fast.benchmarks import compare_training
 from seemore_fast.cli import main

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from test_cuda_compile import CSRC, compile_with_nvcc
+from helpers import CSRC
+from helpers.nvcc import compile_with_nvcc
 
 launch = pytest.importorskip("seemore_fast.kernels.launch")  # where Triton is: it brings cuobjdump
 

@@ -3,25 +3,16 @@
 import functools
 import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from helpers import CSRC
+from helpers.nvcc import FIGURES, KERNEL, compile_with_nvcc
 
-CSRC = Path(__file__).parents[1] / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 MINUTES = [75, 80, 86, 89, 100, 120]  # 4 s each and file
 ARCHITECTURES = [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in MINUTES)]
 
-KERNEL = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
-FIGURES = {
-    "stack": re.compile(r"(\d+) bytes stack frame"),
-    "spill stores": re.compile(r"(\d+) bytes spill stores"),
-    "spill loads": re.compile(r"(\d+) bytes spill loads"),
-    "registers": re.compile(r"Used (\d+) registers"),
-    "shared": re.compile(r"(\d+) bytes smem"),  # static; kernels assert that their dynamic one fits
-}
 WITHOUT = {"shared"}  # not printed where it is 0
 
 # How many warps of these a multiprocessor is to hold at least, of two in a block: what hides the time of reading. The
@@ -44,19 +35,6 @@ BLOCKS = {75: 16, 80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}  # on a mult
 def resources(source: Path, architecture: int, *flags: str) -> dict[str, dict[str, int]]:
     """Compile with nvcc and return what ptxas tells of each kernel."""
     return figures(compile_with_nvcc(source, architecture, os.devnull, *flags), architecture)
-
-
-def compile_with_nvcc(source: Path, architecture: int, cubin: str | Path, *flags: str) -> str:
-    """Return what ptxas tells."""
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    nvcc = shutil.which("nvcc", path=os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ["PATH"]]))
-    if nvcc is None:
-        pytest.skip("no nvcc on PATH or in CUDA_HOME")
-    command = [nvcc, "-cubin", f"-arch=sm_{architecture}", "-std=c++17", "-O3", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
-    command += ["-Xptxas", "-v", "-Werror", "all-warnings", *flags, "-o", str(cubin), str(source)]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stderr
 
 
 compiled = functools.cache(resources)

@@ -3,10 +3,10 @@
 import ctypes
 import math
 
-import cuda_host
 import pytest
 import torch
-from test_cuda_host import available
+from helpers import cuda_host
+from helpers.cuda_host import available
 
 
 @pytest.fixture(scope="module")

@@ -1,35 +1,21 @@
-"""The CUDA kernels on the CPU (tests/cuda_host): faults show there, and our kernels have none."""
+"""The CUDA kernels on the CPU (tests/helpers/cuda_host): faults show there, and our kernels have none."""
 
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-import cuda_host
-import kit
-import kit_backends
+import helpers.backends
 import pytest
 import torch
+from helpers import cuda_host
+from helpers.backends import running_on
+from helpers.cuda_host import ORDERS, available, load, run_python
+from helpers.cuda_host.strips import STRIPS, WALKS, walk
+from helpers.ops import cast, random_parameters, striped_shapes
 from torch import Tensor
 
 from seemore_fast import ops, reference
-
-ORDERS = ["forward", "backward", "shuffled"]
-
-
-def available(build, *arguments, **options):
-    try:
-        return build(*arguments, **options)
-    except cuda_host.Unavailable as reason:
-        pytest.skip(str(reason))
-
-
-def run_python(code: str, *arguments, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent)
-
 
 # The shim, by the kernels of faults.cu: y and x have one element for each thread
 
@@ -187,19 +173,14 @@ def test_an_error_of_the_compiler_is_shown(tmp_path):
 # striped_conv. Values and gradients: test_striped_conv.py, backend cuda_host.
 
 
-def load(path: Path):
-    torch.ops.load_library(str(path))
-    return torch.ops.seemore_cuda_host
-
-
 @pytest.fixture(scope="module")
 def operators():
     return load(available(cuda_host.library))
 
 
 def striped_tensors(shape: tuple[int, ...], taps: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    shapes = {"x": shape, "gate": shape, "dy": shape, **kit.striped_shapes(shape[1], taps)}
-    return kit.cast(kit.random_parameters(shapes, "cpu"), dtype)
+    shapes = {"x": shape, "gate": shape, "dy": shape, **striped_shapes(shape[1], taps)}
+    return cast(random_parameters(shapes, "cpu"), dtype)
 
 
 def run_striped_conv(operators, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -273,7 +254,7 @@ def test_striped_conv_offsets_beyond_32_bits(operators, tmp_path, dim):
 )
 def test_striped_conv_refuses_what_it_cannot_launch(operators, shape, taps, message):
     image = torch.zeros(1, 1, 1, 1).expand(shape)
-    parameters = [torch.zeros(size) for size in kit.striped_shapes(shape[1], taps).values()]
+    parameters = [torch.zeros(size) for size in striped_shapes(shape[1], taps).values()]
     with pytest.raises(RuntimeError, match=message):
         operators.striped_conv(image, image, *parameters, False, None)
 
@@ -311,29 +292,6 @@ def test_striped_conv_under_address_sanitizer(short):
 
 # The operators that walk over images (csrc/cuda/walk.h). Values and gradients: their own tests, backend cuda_host.
 
-STRIPS = {
-    "one, of pixels": (2, 2, 5, 7),
-    "some, of quads": (1, 1, 45, 132),
-    "some, of pairs": (1, 1, 45, 70),
-    "some, of pixels": (1, 1, 45, 69),
-}
-
-
-def walk(name: str, shape: tuple[int, ...], taps: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return y and the gradients of an operator, by the library that is loaded."""
-    images = {"u": shape, "g": shape} if name == "depthwise_gate" else {"x": shape}
-    channels, options = shape[1], {}
-    if name == "depthwise_gate":
-        shapes = {"weight": (channels, 1, 3, 3), "bias": (channels,)}
-    else:
-        shapes, options = kit.striped_shapes(channels, taps), {"activation": "gelu"}
-        images |= {"gate": shape} if name == "striped_conv" else {}
-    tensors = kit.cast(kit.random_parameters(images | shapes, "cpu"), dtype)
-    return kit.value_and_gradients(getattr(ops, name), tensors, **options)
-
-
-WALKS = [("depthwise_gate", 3), ("striped_conv", 3), ("striped_conv", 7), ("striped_conv", 11)]
-
 
 @pytest.mark.parametrize("shape", STRIPS.values(), ids=STRIPS)
 @pytest.mark.parametrize("name, taps", WALKS)
@@ -341,7 +299,7 @@ def test_walks_do_not_depend_on_the_order_of_threads(operators, monkeypatch, nam
     results = []
     for order in ORDERS:
         monkeypatch.setenv("CUDA_HOST_ORDER", order)
-        with kit.chosen("cuda_host", "cpu"):
+        with running_on("cuda_host", "cpu"):
             results.append(walk(name, shape, taps, torch.float32))
     for what, first in results[0].items():
         assert first.isfinite().all(), what
@@ -350,14 +308,14 @@ def test_walks_do_not_depend_on_the_order_of_threads(operators, monkeypatch, nam
 
 def run_walks(path: str) -> None:
     """In a process of its own, with that library in place of the one which tests load."""
-    kit_backends._load_host_library = lambda: load(Path(path))
-    with kit.chosen("cuda_host", "cpu"):
+    helpers.backends._load_host_library = lambda: load(Path(path))
+    with running_on("cuda_host", "cpu"):
         for name, taps in WALKS:
             for shape in STRIPS.values():
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
                     results = walk(name, shape, taps, dtype)
                     assert all(result.isfinite().all() for result in results.values())
-        x, *parameters = (torch.randn(s) for s in ((2, 3, 45, 70), *kit.striped_shapes(3, 3).values()))
+        x, *parameters = (torch.randn(s) for s in ((2, 3, 45, 70), *striped_shapes(3, 3).values()))
         ops.striped_conv_router(x, *parameters, torch.randn(4, 3), 2)
     print("clean")
 
@@ -394,7 +352,7 @@ def test_callers_of_the_library_are_told_what_is_wrong(operators, name, wrong, m
     if name == "depthwise_gate":
         shapes = {"y": image, "u": image, "g": image, "weight": (3, 1, 3, 3), "bias": (3,)}
     else:
-        shapes = {"y": image, "x": image, **kit.striped_shapes(3, 5)}
+        shapes = {"y": image, "x": image, **striped_shapes(3, 5)}
     tensors = {tensor: torch.zeros(shape) for tensor, shape in shapes.items()}
     for tensor, value in wrong.items():
         tensors[tensor] = torch.zeros(value) if isinstance(value, tuple) else tensors[tensor].to(value)

@@ -1,12 +1,14 @@
-"""How the CUDA kernels share images out: strips for multiprocessors, vectors for layouts; by tests/cuda_host."""
+"""How the CUDA kernels share images out: strips for multiprocessors, vectors for layouts; by helpers/cuda_host."""
 
 import ctypes
 
-import cuda_host
-import kit
 import pytest
 import torch
-from test_cuda_host import STRIPS, WALKS, available, walk
+from helpers import cuda_host
+from helpers.backends import running_on
+from helpers.cuda_host import available
+from helpers.cuda_host.strips import STRIPS, WALKS, walk
+from helpers.ops import calibrate_shapes, cast, random_parameters, striped_shapes, value_and_gradients
 from torch import Tensor
 
 from seemore_fast import backends, ops
@@ -101,14 +103,14 @@ def in_rows_of(tensor: Tensor, stride: int) -> Tensor:
 
 def tensors_of(name: str, taps: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[str], dict]:
     """Return an operator's tensors, the names of those that are images, and its options."""
-    shapes, options = kit.striped_shapes(2, taps), {"activation": "gelu"}
+    shapes, options = striped_shapes(2, taps), {"activation": "gelu"}
     images = ["x", "gate"] if name == "striped_conv" else ["x"]
     if name == "depthwise_gate":
         images, shapes, options = ["u", "g"], {"weight": (2, 1, 3, 3), "bias": (2,)}, {}
     elif name == "calibrate":
-        images, shapes, options = ["k"], kit.calibrate_shapes(2), {"recursive": 2}
-    tensors = kit.random_parameters({image: (1, 2, 37, 72) for image in images} | shapes, "cpu")
-    return kit.cast(tensors, dtype), images, options
+        images, shapes, options = ["k"], calibrate_shapes(2), {"recursive": 2}
+    tensors = random_parameters({image: (1, 2, 37, 72) for image in images} | shapes, "cpu")
+    return cast(tensors, dtype), images, options
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -117,10 +119,10 @@ def test_results_do_not_depend_on_the_length_of_vectors(name, taps, dtype):
     """Rows of the same image at multiples of 4, 2 and 1 elements, bit for bit."""
     tensors, images, options = tensors_of(name, taps, dtype)
     results = []
-    with kit.chosen("cuda_host", "cpu"):
+    with running_on("cuda_host", "cpu"):
         for stride in (72, 74, 73):
             laid = {n: in_rows_of(t, stride) if n in images else t for n, t in tensors.items()}
-            results.append(kit.value_and_gradients(getattr(ops, name), laid, **options))
+            results.append(value_and_gradients(getattr(ops, name), laid, **options))
     for what, first in results[0].items():
         assert first.isfinite().all(), what
         assert all(torch.equal(first, other[what]) for other in results[1:]), what
@@ -131,7 +133,7 @@ def test_results_do_not_depend_on_the_gpu(monkeypatch, name, taps):
     results = []
     for multiprocessors in (H200, RTX_3090, 3):
         monkeypatch.setenv("CUDA_HOST_MULTIPROCESSORS", str(multiprocessors))
-        with kit.chosen("cuda_host", "cpu"):
+        with running_on("cuda_host", "cpu"):
             results.append(walk(name, STRIPS["some, of quads"], taps, torch.bfloat16))
     for what, first in results[0].items():
         assert all(torch.equal(first, other[what]) for other in results[1:]), what
@@ -161,10 +163,10 @@ def test_kernels_are_given_rows(monkeypatch, name, taps):
             watched.default = operator.default
             return watched
 
-    with kit.chosen("cuda_host", "cpu"):
-        expected = kit.value_and_gradients(getattr(ops, name), tensors, **options)
+    with running_on("cuda_host", "cpu"):
+        expected = value_and_gradients(getattr(ops, name), tensors, **options)
         monkeypatch.setattr(backends, "_functions", Watched)
-        found = kit.value_and_gradients(getattr(ops, name), laid, **options)
+        found = value_and_gradients(getattr(ops, name), laid, **options)
     assert given
     assert set(given) == {1}
     for what, value in expected.items():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from conftest import SMALL
+from helpers.networks import SMALL
 
 from seemore_fast import SeemoRe, accelerate, reference
 from seemore_fast.network.checkpoint import CheckpointError

@@ -7,8 +7,7 @@ import threading
 import pytest
 import torch
 import torch.nn as nn
-from conftest import SMALL
-from test_network import network
+from helpers.networks import SMALL, network
 from torch._dynamo.backends.common import aot_autograd
 
 from seemore_fast import SeemoRe, backends, use_backend

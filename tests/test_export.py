@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import SMALL
-from test_model import route_apart
+from helpers.networks import SMALL, route_apart
 
 from seemore_fast import SeemoRe, reference
 

@@ -4,8 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import SMALL
-from test_model import route_apart
+from helpers.networks import SMALL, route_apart
 
 from seemore_fast import SeemoRe, load_model
 from seemore_fast.cli import main

@@ -7,9 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import pixels
+from helpers.images import listing, pixels
 from PIL import Image
-from test_folders import listing
 
 from seemore_fast import Upscaler
 from seemore_fast.upscale import folder as folders

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import pixels
+from helpers.images import listing, pixels
 from PIL import Image
 
 from seemore_fast import Upscaler
@@ -30,10 +30,6 @@ def tree(tmp_path):
         Image.fromarray(pixels(3)).save(photos / name)
     (photos / "notes.txt").write_text("no image")
     return photos
-
-
-def listing(path):
-    return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
 
 
 RESULTS = ["a_x2.png", "b_x2.JPG", "deep/a_x2.png", "deep/c d \u00e9_x2.png"]

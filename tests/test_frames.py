@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from helpers.images import noise
 from PIL import Image
-from test_upscaler import noise
 
 from seemore_fast import Upscaler, memory
 from seemore_fast.network import engine

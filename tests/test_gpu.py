@@ -7,9 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import kit
 import pytest
 import torch
+from helpers.ops import LAYOUTS, calibrate_shapes, cast, ffn_shapes, norm_shapes, random_parameters, striped_shapes
 from torch import Tensor
 
 from seemore_fast import backends, ops, reference, use_backend
@@ -31,7 +31,7 @@ class Call(NamedTuple):
         shapes = dict.fromkeys(self.images, shape) | self.parameters(shape[1])
         is_router = self.operator.endswith("router")
         shapes["upstream"] = (shape[0], self.options["top_k"]) if is_router else shape
-        tensors = kit.cast(kit.random_parameters(shapes, device, seed), dtype)
+        tensors = cast(random_parameters(shapes, device, seed), dtype)
         return tensors | {"upstream": tensors["upstream"].float()} if is_router else tensors
 
     def forward(self, tensors: dict[str, Tensor], module=ops) -> list[Tensor]:
@@ -57,7 +57,7 @@ def router_shapes(channels: int) -> dict[str, tuple[int, ...]]:
 
 
 def routed_shapes(channels: int) -> dict[str, tuple[int, ...]]:
-    return kit.striped_shapes(channels, 3) | {"weight_router": (3, channels)}
+    return striped_shapes(channels, 3) | {"weight_router": (3, channels)}
 
 
 def pointwise_shapes(channels: int) -> dict[str, tuple[int, ...]]:
@@ -65,35 +65,35 @@ def pointwise_shapes(channels: int) -> dict[str, tuple[int, ...]]:
 
 
 def norm_pointwise_shapes(channels: int) -> dict[str, tuple[int, ...]]:
-    return kit.norm_shapes(channels) | pointwise_shapes(channels)
+    return norm_shapes(channels) | pointwise_shapes(channels)
 
 
 def norm_conv_shapes(channels: int) -> dict[str, tuple[int, ...]]:
-    return kit.norm_shapes(channels) | {"weight": (channels, channels, 3, 3), "bias": (channels,)}
+    return norm_shapes(channels) | {"weight": (channels, channels, 3, 3), "bias": (channels,)}
 
 
-def ffn_shapes(channels: int) -> dict[str, tuple[int, ...]]:
-    return kit.norm_shapes(channels) | kit.ffn_shapes(channels)
+def normed_ffn_shapes(channels: int) -> dict[str, tuple[int, ...]]:
+    return norm_shapes(channels) | ffn_shapes(channels)
 
 
 CALLS = {
-    "striped_conv K=11 alone": Call("striped_conv", ("x",), partial(kit.striped_shapes, taps=11), {}),
+    "striped_conv K=11 alone": Call("striped_conv", ("x",), partial(striped_shapes, taps=11), {}),
     **{
         f"striped_conv K={taps}": Call(
-            "striped_conv", ("x", "gate"), partial(kit.striped_shapes, taps=taps), {"activation": "gelu"}
+            "striped_conv", ("x", "gate"), partial(striped_shapes, taps=taps), {"activation": "gelu"}
         )
         for taps in (3, 5, 7, 11, 31)
     },
     "depthwise_gate": Call("depthwise_gate", ("u", "g"), gate_shapes, {}),
-    "calibrate 1": Call("calibrate", ("k",), kit.calibrate_shapes, {"recursive": 1}),
-    "calibrate 2": Call("calibrate", ("k",), kit.calibrate_shapes, {"recursive": 2}),
+    "calibrate 1": Call("calibrate", ("k",), calibrate_shapes, {"recursive": 1}),
+    "calibrate 2": Call("calibrate", ("k",), calibrate_shapes, {"recursive": 2}),
     "router": Call("router", ("a",), router_shapes, {"top_k": 1}),
     "striped_conv_router": Call("striped_conv_router", ("x",), routed_shapes, {"top_k": 1}),
     "norm_pointwise": Call("norm_pointwise", ("x",), norm_pointwise_shapes, {"activation": "gelu"}),
     "pointwise": Call("pointwise", ("x", "residual"), pointwise_shapes, {}),
     "norm_conv3x3": Call("norm_conv3x3", ("x",), norm_conv_shapes, {"activation": "gelu"}, workspace=12),
     # twice as many channels, their gradient and the hidden images in float32, two in 16 bits and 48 channels
-    "gated_ffn": Call("gated_ffn", ("x",), ffn_shapes, {}, workspace=13),
+    "gated_ffn": Call("gated_ffn", ("x",), normed_ffn_shapes, {}, workspace=13),
 }
 SHAPE = (3, 36, 130, 147)
 HUGE = (1, 36, 8192, 8192)  # 2.4e9 elements
@@ -145,7 +145,7 @@ def test_small_shapes(call, device, dtype, layout):
     tensors = call.tensors("cpu", dtype, (2, 5, 21, 70))
     expected = call.both({name: t.double() for name, t in tensors.items()}, reference)
     if layout:
-        tensors = {name: kit.LAYOUTS[layout](t) for name, t in tensors.items()}
+        tensors = {name: LAYOUTS[layout](t) for name, t in tensors.items()}
     found = call.both({name: t.to(device) for name, t in tensors.items()})
     assert_near(found, expected, {torch.float32: 1e-4, torch.bfloat16: 2**-5}[dtype])
 

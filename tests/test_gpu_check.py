@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import test_gpu
 import torch
-from test_steps import processes
+from helpers.benchmarks import processes
 
 from seemore_fast.benchmarks import gpu_check, steps
 from seemore_fast.benchmarks.steps import Step

@@ -32,7 +32,7 @@ def figures(case: str) -> dict:
 
 def plans(compile_all: bool) -> dict:
     """Return for each size its launches as (kernel, variant, grid), and the widest loads and stores by variant."""
-    from test_triton_kernels import widest
+    from helpers.ptx import widest
 
     def widths(variant) -> tuple[int, int]:
         ptx = variant.compile().asm["ptx"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL
+from helpers.networks import SMALL
 
 from seemore_fast import SeemoRe, Upscaler, reference, use_backend
 from seemore_fast.memory import gpu_memory_needed

@@ -3,8 +3,8 @@
 import subprocess
 
 import pytest
-from test_build import native
-from torch_headers import folder_of, versions
+from helpers.native_build import native
+from helpers.torch_headers import folder_of, versions
 
 # The one that broke before is cheap enough for every run.
 CASES = [
@@ -18,7 +18,7 @@ CASES = [
 def test_bindings_compile_with_headers(name, device):
     version = versions()[name]
     if not folder_of(version).exists():
-        pytest.skip(f"no headers of torch {version}: python tests/torch_headers.py gets them")
+        pytest.skip(f"no headers of torch {version}: python tests/helpers/torch_headers.py gets them")
     try:
         compiler = native.find_compiler()
     except native.Missing as missing:

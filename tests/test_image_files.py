@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import pixels
+from helpers.images import pixels
 from PIL import Image, ImageCms
 
 from seemore_fast import Upscaler, backends, memory

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, T
-from test_network import network
+from helpers.networks import SMALL, T, network
 
 from seemore_fast import SeemoRe, backends, memory
 from seemore_fast.memory import gpu_memory_needed, or_explain

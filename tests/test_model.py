@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn as nn
-from conftest import SMALL, T
+from helpers.networks import SMALL, T, route_apart
 
 from seemore_fast import SeemoRe, reference, seemore_b, seemore_l, seemore_t
 
@@ -107,21 +107,6 @@ def test_experts_that_nobody_chose_get_zero_gradients(small_model):
     for group in small_model.body:
         grads = [expert.conv_1.weight.grad for expert in group.local_block.block.moe_layer.experts]
         assert sum(bool(grad.any()) for grad in grads) == 1
-
-
-def route_apart(model, x):
-    """Set the first router so that each of the first images prefers an expert of its own; return its choices at x."""
-    gate = model.body[0].local_block.block.moe_layer.gate
-    seen = []
-    handle = gate.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].mean((2, 3)), output[0])))
-    model(x)
-    mean = seen[0][0].mean(0)
-    apart = seen[0][0] - mean
-    apart -= (apart @ mean / mean.dot(mean))[:, None] * mean
-    gate.body[2].weight.copy_(1000 * apart[: len(gate.body[2].weight)])
-    model(x)
-    handle.remove()
-    return seen[-1][1]
 
 
 @torch.no_grad()

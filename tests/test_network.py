@@ -11,11 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
-from kit import LAYOUTS, chosen, each_kernel, largest_difference
-from kit_backends import at_large_offsets, uninitialised_is_nan
+from helpers.backends import at_large_offsets, each_kernel, running_on, uninitialised_is_nan
+from helpers.networks import CASES, network, route_apart
+from helpers.ops import LAYOUTS, largest_difference
 from PIL import Image
-from test_model import route_apart
 
 from seemore_fast import SeemoRe, backends, load_model, reference, use_backend
 from seemore_fast.demo.__main__ import PHOTO
@@ -27,34 +26,6 @@ each_cpu = each_kernel("network")
 each_precision = pytest.mark.parametrize("in_bfloat16", [False, True], ids=["float32", "bfloat16"])
 each_integer = pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16], ids=str)
 
-# What differs from SMALL, and the shape of x.
-CASES = {
-    "T, narrow": (dict(), (1, 3, 33, 50)),
-    "smallest": (dict(), (1, 3, 16, 16)),
-    "one pixel": (dict(), (1, 3, 1, 1)),
-    "one pixel tall": (dict(), (2, 3, 1, 45)),
-    "one pixel wide": (dict(), (1, 3, 45, 1)),
-    "wide": (dict(), (1, 3, 17, 310)),
-    "tall": (dict(), (1, 3, 250, 18)),
-    "batch of 5": (dict(), (5, 3, 19, 23)),
-    "1 feature": (dict(embedding_dim=1), (1, 3, 20, 20)),
-    "5 features": (dict(embedding_dim=5), (2, 3, 19, 17)),
-    "13 features, no shuffle": (dict(embedding_dim=13, use_shuffle=False), (1, 3, 22, 37)),
-    "kernel 1": (dict(global_kernel_size=1), (1, 3, 21, 130)),
-    "kernel 3": (dict(global_kernel_size=3), (1, 3, 21, 30)),
-    "kernel 7": (dict(global_kernel_size=7), (1, 3, 21, 30)),
-    "kernel 31": (dict(global_kernel_size=31), (1, 3, 41, 130)),
-    "recursive 1": (dict(recursive=1), (2, 3, 4, 9)),
-    "recursive 3": (dict(recursive=3), (1, 3, 65, 70)),
-    "all experts": (dict(num_experts=5, lr_space="linear", topk=5), (2, 3, 18, 19)),
-    "2 of 4 experts": (dict(num_experts=4, lr_space="double", topk=2), (2, 3, 18, 19)),
-    "one expert": (dict(num_experts=1), (1, 3, 18, 19)),
-    "one group": (dict(num_layers=1), (1, 3, 18, 19)),
-    "scale 1": (dict(scale=1), (1, 3, 18, 19)),
-    "scale 3": (dict(scale=3, in_chans=1), (2, 1, 18, 19)),
-    "scale 4": (dict(scale=4, in_chans=4), (1, 4, 18, 120)),
-    "range 255": (dict(img_range=255.0), (1, 3, 18, 19)),
-}
 MOE = "body.1.local_block.block.moe_layer"
 each_case = pytest.mark.parametrize("case", CASES)
 
@@ -78,17 +49,6 @@ def random_case(seed: int) -> tuple[dict, tuple[int, ...]]:
     least = 4 ** config["recursive"]
     sides = [draw.choice([1, least, least + 1, draw.randint(1, 150), draw.randint(1, 150)]) for _ in range(2)]
     return config, (draw.randint(1, 5) if sides[0] * sides[1] < 4000 else 1, config["in_chans"], *sides)
-
-
-def network(**changes) -> SeemoRe:
-    """Return a model away from its initial values, whose routers are decided."""
-    model = SeemoRe(**{**SMALL, **changes}).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter += 0.1 * torch.randn_like(parameter) / max(1, parameter[0].numel()) ** 0.5
-            if ".gate.body." in name:
-                parameter *= 30
-    return model.requires_grad_(False)
 
 
 def plain(model: SeemoRe, dtype: torch.dtype = torch.float32) -> reference.SeemoRe:
@@ -131,7 +91,7 @@ def assert_within_yardstick(backend: str, config: dict, shape: tuple[int, ...]):
     exact.mean = model.mean.double()
     truth = exact(x.double())
     allowed = 2 * largest_difference(plain(model)(x), truth) + 4e-6 * max(1, truth.abs().max().item())
-    with chosen(backend, "cpu"):
+    with running_on(backend, "cpu"):
         assert largest_difference(serve(model, x), truth) <= allowed
 
 
@@ -165,7 +125,7 @@ def test_layouts(backend, precision, in_bfloat16, layout):
         "far": at_large_offsets,
     }
     model, x = network(), {**LAYOUTS, **change}[layout](torch.rand(2, 3, 24, 40))
-    with chosen(backend, "cpu"), precision(in_bfloat16):
+    with running_on(backend, "cpu"), precision(in_bfloat16):
         assert torch.equal(serve(model, x), serve(model, x.clone(memory_format=torch.contiguous_format)))
 
 
@@ -174,7 +134,7 @@ def test_layouts(backend, precision, in_bfloat16, layout):
 @pytest.mark.parametrize("shape", [(1, 3, 17, 130), (1, 3, 75, 30), (3, 3, 24, 16), (7, 3, 16, 16)])
 def test_every_number_of_threads_gives_the_same_bits(backend, precision, in_bfloat16, shape):
     model, x = network(global_kernel_size=7), torch.rand(shape)
-    with chosen(backend, "cpu"), precision(in_bfloat16):
+    with running_on(backend, "cpu"), precision(in_bfloat16):
         first, *others = [with_threads(count, serve, model, x) for count in (1, 2, 3, 5, 2)]
         assert all(torch.equal(first, other) for other in others)
 
@@ -185,7 +145,7 @@ def test_images_of_a_batch_are_routed_each_by_itself(backend, precision, in_bflo
     model = network()
     x = torch.rand(5, 3, 24, 40) * torch.tensor([0.1, 1, 0.5, 2, 0.7])[:, None, None, None]
     assert len(route_apart(model, x).unique()) > 1
-    with chosen(backend, "cpu"), precision(in_bfloat16):
+    with running_on(backend, "cpu"), precision(in_bfloat16):
         single = torch.cat([serve(model, image[None]) for image in x])
         for threads in (1, 3):
             assert torch.equal(with_threads(threads, serve, model, x), single)
@@ -211,7 +171,7 @@ def test_only_the_result_is_written_and_all_of_it(backend, precision, in_bfloat1
     x = torch.rand(shape)
     x = x if dtype == torch.float32 else (200 * x).to(dtype)
     (first, view), (larger, inside) = (result_inside_a_larger_tensor(wanted, dtype, value) for value in (filler, 0))
-    with chosen(backend, "cpu"), precision(in_bfloat16), uninitialised_is_nan():
+    with running_on(backend, "cpu"), precision(in_bfloat16), uninitialised_is_nan():
         for y in (view, inside):
             assert engine.run_into(model, x, y)
     assert np.array_equal(view.numpy(), inside.numpy())
@@ -225,7 +185,7 @@ def test_only_the_result_is_written_and_all_of_it(backend, precision, in_bfloat1
 FINGERPRINTS = """
 import torch
 from seemore_fast import native
-from test_network import backends, engine, network
+from helpers.networks import backends, engine, network
 
 assert backends.why_not("cpu") is None
 torch.manual_seed(0)
@@ -264,7 +224,7 @@ def test_bfloat16_is_within_the_yardstick(backend, precision, case):
         full = model(x)
         with torch.autocast("cpu", torch.bfloat16):
             eager = model(x)
-    with chosen(backend, "cpu"), precision(True):
+    with running_on(backend, "cpu"), precision(True):
         y = serve(model, x)
     assert y.dtype == torch.float32
     assert 0 < largest_difference(y, full) <= 2 * largest_difference(eager, full)
@@ -282,7 +242,7 @@ def test_bfloat16_costs_less_than_a_hundredth_of_a_decibel(backend, monkeypatch,
         assert engine.run_into(model, small, torch.from_numpy(y).permute(2, 0, 1)[None])
         return psnr_y(y, truth, crop=2)
 
-    with torch.no_grad(), chosen(backend, "cpu"):
+    with torch.no_grad(), running_on(backend, "cpu"):
         full = quality(model)
         run_in_bfloat16(monkeypatch)
         if how == "to":
@@ -303,7 +263,7 @@ def test_integers_are_the_rounded_floats(backend, dtype, shape):
     model.upsampler[0].bias += 0.3
     x = (torch.rand(shape) * 1.4 - 0.2).clamp(0, 1).mul(whole).round().to(dtype)
     y = torch.empty(shape[0], 2 * shape[2], 2 * shape[3], shape[1], dtype=dtype).permute(0, 3, 1, 2)
-    with chosen(backend, "cpu"):
+    with running_on(backend, "cpu"):
         expected = serve(model, x.float() / whole).clamp(0, 1).mul(whole).round().to(dtype)
         for laid_out in (x, x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
             assert engine.run_into(model, laid_out, y)
@@ -319,7 +279,7 @@ def test_integers_are_the_rounded_floats(backend, dtype, shape):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38, 1e30])
 def test_pixels_that_are_no_numbers_spoil_their_own_image_as_in_the_reference(backend, precision, in_bfloat16, value):
     model, x = network(), torch.rand(3, 3, 20, 30)
-    with chosen(backend, "cpu"), precision(in_bfloat16):
+    with running_on(backend, "cpu"), precision(in_bfloat16):
         clean = serve(model, x)
         x[1, 2, 7, 9] = value
         y = serve(model, x)
@@ -337,7 +297,7 @@ def test_pixels_that_are_no_numbers_spoil_their_own_image_as_in_the_reference(ba
 def test_weights_that_are_no_numbers_show_and_are_told(backend, precision, in_bfloat16, dtype, value, name):
     model, x = network(), torch.rand(1, 3, 20, 30)
     model.get_parameter(name).view(-1)[5] = value
-    with chosen(backend, "cpu"), precision(in_bfloat16):
+    with running_on(backend, "cpu"), precision(in_bfloat16):
         y = serve(model, x)
         with use_backend("reference"):
             expected = model(x)
@@ -355,7 +315,7 @@ def test_an_expert_that_nobody_chose_may_hold_anything(backend, precision, in_bf
     handle = moe.gate.register_forward_hook(lambda module, inputs, output: choices.extend(output[0].flatten().tolist()))
     model(x)
     handle.remove()
-    with chosen(backend, "cpu"), precision(in_bfloat16):
+    with running_on(backend, "cpu"), precision(in_bfloat16):
         expected = serve(model, x)
         for i, expert in enumerate(moe.experts):
             for parameter in expert.parameters():

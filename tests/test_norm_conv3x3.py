@@ -2,9 +2,27 @@
 
 import itertools
 
-import kit
 import pytest
 import torch
+from helpers.backends import each_backend, each_kernel, running_on
+from helpers.faults import BATCH_AND_PIXELS, assert_refused, assert_sizes_refused, each_fault
+from helpers.naive import naive_norm_conv3x3
+from helpers.ops import (
+    assert_close_to_naive,
+    assert_compiles,
+    assert_gradcheck,
+    assert_large_offsets,
+    assert_operator,
+    assert_within_yardstick,
+    cast,
+    each_layout,
+    each_narrow_dtype,
+    each_shape,
+    largest_difference,
+    norm_shapes,
+    random_parameters,
+    value_and_gradients,
+)
 
 from seemore_fast import reference
 from seemore_fast.ops import norm_conv3x3
@@ -14,106 +32,97 @@ each_option = pytest.mark.parametrize(
 )
 
 
-def naive_norm_conv3x3(
-    x, norm_weight, norm_bias, weight, bias, weight_pw=None, bias_pw=None, activation=None, eps=1e-6
-):
-    if norm_weight is not None:
-        x = kit.naive_layer_norm(x, norm_weight, norm_bias, eps)
-    y = kit.naive_activation(kit.naive_dense(x, weight, bias), activation)
-    return y if weight_pw is None else kit.naive_pointwise(y, weight_pw, bias_pw)
-
-
 def case_of(device, shape=(2, 3, 6, 7), norm=True, pointwise=True, activation="gelu", middle=5, out=4):
     """Return the tensors that there are, and the options: those that are None, and the activation."""
     shapes = {"x": shape}
     options = {"activation": activation}
     if norm:
-        shapes |= kit.norm_shapes(shape[1])
+        shapes |= norm_shapes(shape[1])
     else:
         options |= {"norm_weight": None, "norm_bias": None}
     shapes |= {"weight": (middle, shape[1], 3, 3), "bias": (middle,)}
     if pointwise:
         shapes |= {"weight_pw": (out, middle, 1, 1), "bias_pw": (out,)}
-    return kit.random_parameters(shapes, device), options
+    return random_parameters(shapes, device), options
 
 
-@kit.each_backend("norm_conv3x3")
-@kit.each_shape
+@each_backend("norm_conv3x3")
+@each_shape
 @each_option
 def test_values(backend, device, shape, norm, pointwise, activation):
     tensors, options = case_of(device, shape, norm, pointwise, activation, shape[1], 2 * shape[1])
-    kit.assert_close_to_naive(backend, norm_conv3x3, naive_norm_conv3x3, tensors, **options)
+    assert_close_to_naive(backend, norm_conv3x3, naive_norm_conv3x3, tensors, **options)
 
 
-@kit.each_backend("norm_conv3x3")
+@each_backend("norm_conv3x3")
 @pytest.mark.parametrize("middle, out", [(1, 1), (7, 2), (2, 19)])
 def test_numbers_of_channels(backend, device, middle, out):
     tensors, options = case_of(device, middle=middle, out=out)
-    kit.assert_close_to_naive(backend, norm_conv3x3, naive_norm_conv3x3, tensors, **options)
+    assert_close_to_naive(backend, norm_conv3x3, naive_norm_conv3x3, tensors, **options)
 
 
-@kit.each_backend("norm_conv3x3")
+@each_backend("norm_conv3x3")
 @pytest.mark.parametrize("eps", [1e-12, 0.5])
 def test_eps(backend, device, eps):
     tensors, options = case_of(device)
-    kit.assert_close_to_naive(backend, norm_conv3x3, naive_norm_conv3x3, tensors, eps=eps, **options)
+    assert_close_to_naive(backend, norm_conv3x3, naive_norm_conv3x3, tensors, eps=eps, **options)
 
 
-@kit.each_backend("norm_conv3x3")
+@each_backend("norm_conv3x3")
 def test_border_sees_zeros_after_the_norm(backend, device):
     """LN of one channel is its bias, 1: a sum over 3x3 of it counts the taps inside of the image."""
     one = torch.ones(1, dtype=backend.widest, device=device)
     x, weight = one.expand(1, 1, 3, 3), one.expand(1, 1, 3, 3)
-    with kit.chosen(backend, device):
+    with running_on(backend, device):
         y = norm_conv3x3(x, one, one, weight, 0 * one)
     assert y.tolist() == [[[[4, 6, 4], [6, 9, 6], [4, 6, 4]]]]
 
 
-@kit.each_backend("norm_conv3x3")
-@kit.each_layout
+@each_backend("norm_conv3x3")
+@each_layout
 @each_option
 def test_layouts(backend, device, layout, norm, pointwise, activation):
     tensors, options = case_of(device, norm=norm, pointwise=pointwise, activation=activation)
-    kit.assert_close_to_naive(backend, norm_conv3x3, naive_norm_conv3x3, tensors, layout, **options)
+    assert_close_to_naive(backend, norm_conv3x3, naive_norm_conv3x3, tensors, layout, **options)
 
 
-@kit.each_backend("norm_conv3x3")
-@kit.each_narrow_dtype
+@each_backend("norm_conv3x3")
+@each_narrow_dtype
 @pytest.mark.parametrize("layout", [None, "channels_last"])
 @pytest.mark.parametrize("spread", [1, 300])
 def test_narrow_dtypes(backend, device, dtype, layout, spread):
     """Squares of 300 overflow float16: the statistics must not be computed in it."""
     tensors, options = case_of(device, (2, 8, 9, 11), middle=8, out=16)
     tensors["x"] *= spread
-    kit.assert_within_yardstick(backend, norm_conv3x3, naive_norm_conv3x3, tensors, dtype, layout, **options)
+    assert_within_yardstick(backend, norm_conv3x3, naive_norm_conv3x3, tensors, dtype, layout, **options)
 
 
-@kit.each_backend("norm_conv3x3", dtype=torch.float64)
+@each_backend("norm_conv3x3", dtype=torch.float64)
 @each_option
 def test_gradcheck(backend, device, norm, pointwise, activation):
     tensors, options = case_of(device, (2, 3, 2, 3), norm, pointwise, activation, middle=2, out=3)
-    with kit.chosen(backend, device):
-        kit.assert_gradcheck(norm_conv3x3, tensors, **options)
+    with running_on(backend, device):
+        assert_gradcheck(norm_conv3x3, tensors, **options)
 
 
-@kit.each_backend("norm_conv3x3", dtype=torch.float64)
+@each_backend("norm_conv3x3", dtype=torch.float64)
 @pytest.mark.parametrize("norm, pointwise", [(True, True), (False, False)])
 def test_compiles(backend, device, norm, pointwise):
     (small, options), (other, _) = (case_of(device, shape, norm, pointwise) for shape in [(2, 3, 6, 7), (3, 3, 9, 5)])
-    with kit.chosen(backend, device):
-        kit.assert_compiles(norm_conv3x3, small, other, **options)
+    with running_on(backend, device):
+        assert_compiles(norm_conv3x3, small, other, **options)
 
 
-@kit.each_fault
+@each_fault
 def test_bad_tensors(device, fault):
     tensors, options = case_of(device)
     exempt = ["norm_weight", "norm_bias", "weight_pw", "bias_pw"] if fault == "none" else []
-    kit.assert_refused(fault, norm_conv3x3, tensors, exempt, **options)
+    assert_refused(fault, norm_conv3x3, tensors, exempt, **options)
 
 
 def test_bad_sizes(device):
     tensors, options = case_of(device)
-    kit.assert_sizes_refused(norm_conv3x3, tensors, free=kit.BATCH_AND_PIXELS, **options)
+    assert_sizes_refused(norm_conv3x3, tensors, free=BATCH_AND_PIXELS, **options)
 
 
 @pytest.mark.parametrize("missing", ["norm_weight", "norm_bias", "weight_pw", "bias_pw"])
@@ -135,10 +144,10 @@ def test_unknown_activations_are_refused(device, activation):
 
 def float_tensors(device, *size, dtype=torch.float32, **options):
     tensors, options = case_of(device, *size, **options)
-    return kit.cast(tensors, dtype), options
+    return cast(tensors, dtype), options
 
 
-@kit.each_kernel("norm_conv3x3")
+@each_kernel("norm_conv3x3")
 @pytest.mark.parametrize(
     "shape, norm, pointwise, activation, middle, out",
     [
@@ -157,19 +166,19 @@ def float_tensors(device, *size, dtype=torch.float32, **options):
 def test_sizes(backend, device, shape, norm, pointwise, activation, middle, out):
     tensors, options = case_of(device, shape, norm, pointwise, activation, middle, out)
     for dtype in (torch.float32,) if shape[1] > 36 else (torch.float32, torch.bfloat16):
-        kit.assert_within_yardstick(backend, norm_conv3x3, naive_norm_conv3x3, tensors, dtype, **options)
+        assert_within_yardstick(backend, norm_conv3x3, naive_norm_conv3x3, tensors, dtype, **options)
 
 
-@kit.each_kernel("norm_conv3x3", dtype=torch.float64)
-@kit.each_layout
+@each_kernel("norm_conv3x3", dtype=torch.float64)
+@each_layout
 @pytest.mark.parametrize("norm", [True, False])
 def test_strides(backend, device, layout, norm):
     """In float32, where test_layouts is in float64."""
     tensors, options = case_of(device, (2, 5, 6, 7), norm)
-    kit.assert_within_yardstick(backend, norm_conv3x3, naive_norm_conv3x3, tensors, torch.float32, layout, **options)
+    assert_within_yardstick(backend, norm_conv3x3, naive_norm_conv3x3, tensors, torch.float32, layout, **options)
 
 
-@kit.each_kernel("norm_conv3x3")
+@each_kernel("norm_conv3x3")
 @pytest.mark.parametrize("shape", [(2, 5, 4, 3), (2, 1, 3, 4), (2, 4, 1, 5), (2, 4, 5, 1), (1, 1, 1, 1)], ids=str)
 def test_packed_images_are_read_where_they_are(backend, device, shape):
     """Strides of sizes of 1 do not matter, but those of others do: a slice of a packed image has gaps."""
@@ -181,44 +190,44 @@ def test_packed_images_are_read_where_they_are(backend, device, shape):
     assert is_packed(larger[:, 1:]) == (shape[2:] == (1, 1))
     assert is_packed(torch.empty(shape)) == (shape[1] == 1 or shape[2:] == (1, 1))
     tensors, options = case_of(device, shape, norm=False)
-    kit.assert_within_yardstick(
+    assert_within_yardstick(
         backend, norm_conv3x3, naive_norm_conv3x3, tensors, torch.float32, "channels_last", **options
     )
 
 
-@kit.each_kernel("norm_conv3x3")
+@each_kernel("norm_conv3x3")
 def test_large_offset_of_the_mean(backend, device):
     """The mean is subtracted before anything is squared or rounded."""
     tensors, options = case_of(device, (1, 36, 5, 6), pointwise=False)
     tensors["x"] += 1000
-    kit.assert_within_yardstick(backend, norm_conv3x3, naive_norm_conv3x3, tensors, torch.float32, **options)
+    assert_within_yardstick(backend, norm_conv3x3, naive_norm_conv3x3, tensors, torch.float32, **options)
 
 
-@kit.each_kernel("norm_conv3x3")
+@each_kernel("norm_conv3x3")
 def test_programs_of_more_than_one_tile_add_up(backend, device, monkeypatch):
     products = pytest.importorskip("seemore_fast.kernels.products")
     monkeypatch.setattr(products, "PARTS", 2)
     tensors, options = case_of(device, (1, 5, 20, 19))
-    kit.assert_within_yardstick(backend, norm_conv3x3, naive_norm_conv3x3, tensors, torch.float32, **options)
+    assert_within_yardstick(backend, norm_conv3x3, naive_norm_conv3x3, tensors, torch.float32, **options)
 
 
-@kit.each_kernel("norm_conv3x3")
+@each_kernel("norm_conv3x3")
 @pytest.mark.parametrize("pointwise", [True, False])
 def test_no_images(backend, device, pointwise):
     tensors, options = float_tensors(device, (0, 3, 4, 5), pointwise=pointwise)
-    with kit.chosen(backend, device):
-        found = kit.value_and_gradients(norm_conv3x3, tensors, **options)
+    with running_on(backend, device):
+        found = value_and_gradients(norm_conv3x3, tensors, **options)
     assert found["y"].shape == (0, 4 if pointwise else 5, 4, 5)
     assert not any(found[f"gradient of {name}"].any() for name in tensors)
 
 
-@kit.each_kernel("norm_conv3x3")
+@each_kernel("norm_conv3x3")
 @pytest.mark.falls_back("triton", reason="up to 64 channels")
 @pytest.mark.parametrize("wide", [{"shape": (1, 65, 2, 3)}, {"middle": 65}, {"out": 129}], ids=str)
 def test_wide_models(backend, device, wide):
     """Triton's kernels leave them to the reference; the CPU's take any number of channels."""
     tensors, options = float_tensors(device, **wide)
-    with kit.chosen(backend, device):
+    with running_on(backend, device):
         y = norm_conv3x3(**tensors, **options)
     expected = reference.norm_conv3x3(**tensors, **options)
     if backend.startswith("cpu"):
@@ -227,48 +236,48 @@ def test_wide_models(backend, device, wide):
         assert torch.equal(y, expected)
 
 
-@kit.each_kernel("norm_conv3x3")
+@each_kernel("norm_conv3x3")
 @pytest.mark.parametrize("norm, pointwise", [(True, True), (False, False)])
 def test_operator(backend, device, norm, pointwise):
     (tensors, options), (other, _) = (
         float_tensors(device, shape, norm, pointwise) for shape in [(2, 3, 6, 7), (3, 3, 9, 5)]
     )
-    with kit.chosen(backend, device):
-        kit.assert_operator(norm_conv3x3, tensors, {"eps": 1e-6}, **options)
-        kit.assert_compiles(norm_conv3x3, tensors, other, **options)
+    with running_on(backend, device):
+        assert_operator(norm_conv3x3, tensors, {"eps": 1e-6}, **options)
+        assert_compiles(norm_conv3x3, tensors, other, **options)
 
 
-@kit.each_kernel("norm_conv3x3")
+@each_kernel("norm_conv3x3")
 @pytest.mark.parametrize("norm", [True, False])
 def test_offsets_beyond_31_bits(backend, device, norm):
     tensors, options = float_tensors(device, norm=norm, dtype=torch.bfloat16)
-    with kit.chosen(backend, device):
-        kit.assert_large_offsets(norm_conv3x3, tensors, ["x"], **options)
+    with running_on(backend, device):
+        assert_large_offsets(norm_conv3x3, tensors, ["x"], **options)
 
 
-@kit.each_kernel("norm_conv3x3")
+@each_kernel("norm_conv3x3")
 def test_under_autocast(backend, device):
     """x is normalised in float32 and only then rounded; without a norm it is rounded itself."""
     tensors, options = float_tensors(device, (2, 36, 6, 7), pointwise=False, activation=None)
     tensors["x"] += 1000
-    exact = naive_norm_conv3x3(**kit.cast(tensors, torch.float64), **options)
+    exact = naive_norm_conv3x3(**cast(tensors, torch.float64), **options)
     plain = {name: tensor for name, tensor in tensors.items() if not name.startswith("norm")}
     without = options | {"norm_weight": None, "norm_bias": None}
-    with kit.chosen(backend, device):
-        narrow = norm_conv3x3(**kit.cast(plain, torch.bfloat16), **without)
+    with running_on(backend, device):
+        narrow = norm_conv3x3(**cast(plain, torch.bfloat16), **without)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            found = kit.value_and_gradients(norm_conv3x3, tensors, **options)
+            found = value_and_gradients(norm_conv3x3, tensors, **options)
             assert torch.equal(norm_conv3x3(**plain, **without), narrow)
     assert found["y"].dtype == torch.bfloat16
     assert found["gradient of x"].dtype == found["gradient of weight"].dtype == torch.float32
-    assert kit.largest_difference(found["y"], exact) < 2**-6 * exact.abs().max()
+    assert largest_difference(found["y"], exact) < 2**-6 * exact.abs().max()
 
 
-@kit.each_kernel("norm_conv3x3")
+@each_kernel("norm_conv3x3")
 @pytest.mark.parametrize("shape", [(1, 4, 40, 40), (2, 3, 51, 33)], ids=str)
 def test_many_lines(backend, device, shape):
     """More lines than a kernel takes at a time: what a step leaves for the next one."""
     if backend == "triton":
         pytest.skip("slow in the interpreter, and its kernels take tiles")
     tensors, options = case_of(device, shape)
-    kit.assert_within_yardstick(backend, norm_conv3x3, naive_norm_conv3x3, tensors, torch.float32, **options)
+    assert_within_yardstick(backend, norm_conv3x3, naive_norm_conv3x3, tensors, torch.float32, **options)

@@ -1,87 +1,98 @@
 """norm_pointwise: LayerNorm, 1x1 convolution, GELU."""
 
-import kit
 import pytest
 import torch
+from helpers.backends import each_backend, each_kernel, running_on
+from helpers.faults import BATCH_AND_PIXELS, assert_refused, assert_sizes_refused, each_fault
+from helpers.naive import naive_norm_pointwise
+from helpers.ops import (
+    assert_close_to_naive,
+    assert_compiles,
+    assert_gradcheck,
+    assert_large_offsets,
+    assert_operator,
+    assert_within_yardstick,
+    cast,
+    each_layout,
+    each_narrow_dtype,
+    each_shape,
+    largest_difference,
+    norm_shapes,
+    random_parameters,
+    value_and_gradients,
+)
 
 from seemore_fast.ops import norm_pointwise
 
 each_activation = pytest.mark.parametrize("activation", [None, "gelu"])
 
 
-def naive_norm_pointwise(x, norm_weight, norm_bias, weight, bias, activation=None, eps=1e-6):
-    y = kit.naive_pointwise(kit.naive_layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
-    return kit.naive_activation(y, activation)
-
-
 def tensors_of(device, shape=(2, 3, 6, 7), out=5):
     pointwise = {"weight": (out, shape[1], 1, 1), "bias": (out,)}
-    return kit.random_parameters({"x": shape} | kit.norm_shapes(shape[1]) | pointwise, device)
+    return random_parameters({"x": shape} | norm_shapes(shape[1]) | pointwise, device)
 
 
-@kit.each_backend("norm_pointwise")
-@kit.each_shape
+@each_backend("norm_pointwise")
+@each_shape
 @each_activation
 def test_values(backend, device, shape, activation):
     tensors = tensors_of(device, shape, out=2 * shape[1])
-    kit.assert_close_to_naive(backend, norm_pointwise, naive_norm_pointwise, tensors, activation=activation)
+    assert_close_to_naive(backend, norm_pointwise, naive_norm_pointwise, tensors, activation=activation)
 
 
-@kit.each_backend("norm_pointwise")
+@each_backend("norm_pointwise")
 @pytest.mark.parametrize("out", [1, 3, 40])
 def test_numbers_of_output_channels(backend, device, out):
     tensors = tensors_of(device, out=out)
-    kit.assert_close_to_naive(backend, norm_pointwise, naive_norm_pointwise, tensors, activation="gelu")
+    assert_close_to_naive(backend, norm_pointwise, naive_norm_pointwise, tensors, activation="gelu")
 
 
-@kit.each_backend("norm_pointwise")
+@each_backend("norm_pointwise")
 @pytest.mark.parametrize("eps", [1e-12, 0.5])
 def test_eps(backend, device, eps):
-    kit.assert_close_to_naive(backend, norm_pointwise, naive_norm_pointwise, tensors_of(device), eps=eps)
+    assert_close_to_naive(backend, norm_pointwise, naive_norm_pointwise, tensors_of(device), eps=eps)
 
 
-@kit.each_backend("norm_pointwise")
-@kit.each_layout
+@each_backend("norm_pointwise")
+@each_layout
 @each_activation
 def test_layouts(backend, device, layout, activation):
-    kit.assert_close_to_naive(
+    assert_close_to_naive(
         backend, norm_pointwise, naive_norm_pointwise, tensors_of(device), layout, activation=activation
     )
 
 
-@kit.each_backend("norm_pointwise")
-@kit.each_narrow_dtype
+@each_backend("norm_pointwise")
+@each_narrow_dtype
 @pytest.mark.parametrize("layout", [None, "channels_last"])
 @pytest.mark.parametrize("spread", [1, 300])
 def test_narrow_dtypes(backend, device, dtype, layout, spread):
     """Squares of 300 overflow float16: the statistics must not be computed in it."""
     tensors = tensors_of(device, (2, 8, 17, 19), out=16)
     tensors["x"] *= spread
-    kit.assert_within_yardstick(
-        backend, norm_pointwise, naive_norm_pointwise, tensors, dtype, layout, activation="gelu"
-    )
+    assert_within_yardstick(backend, norm_pointwise, naive_norm_pointwise, tensors, dtype, layout, activation="gelu")
 
 
-@kit.each_backend("norm_pointwise", dtype=torch.float64)
+@each_backend("norm_pointwise", dtype=torch.float64)
 @each_activation
 def test_gradcheck(backend, device, activation):
-    with kit.chosen(backend, device):
-        kit.assert_gradcheck(norm_pointwise, tensors_of(device, (2, 3, 2, 3)), activation=activation)
+    with running_on(backend, device):
+        assert_gradcheck(norm_pointwise, tensors_of(device, (2, 3, 2, 3)), activation=activation)
 
 
-@kit.each_backend("norm_pointwise", dtype=torch.float64)
+@each_backend("norm_pointwise", dtype=torch.float64)
 def test_compiles(backend, device):
-    with kit.chosen(backend, device):
-        kit.assert_compiles(norm_pointwise, tensors_of(device), tensors_of(device, (3, 3, 9, 5)), activation="gelu")
+    with running_on(backend, device):
+        assert_compiles(norm_pointwise, tensors_of(device), tensors_of(device, (3, 3, 9, 5)), activation="gelu")
 
 
-@kit.each_fault
+@each_fault
 def test_bad_tensors(device, fault):
-    kit.assert_refused(fault, norm_pointwise, tensors_of(device))
+    assert_refused(fault, norm_pointwise, tensors_of(device))
 
 
 def test_bad_sizes(device):
-    kit.assert_sizes_refused(norm_pointwise, tensors_of(device), free=kit.BATCH_AND_PIXELS)
+    assert_sizes_refused(norm_pointwise, tensors_of(device), free=BATCH_AND_PIXELS)
 
 
 @pytest.mark.parametrize("activation", ["relu", "GELU", "", False])
@@ -94,10 +105,10 @@ def test_unknown_activations_are_refused(device, activation):
 
 
 def float_tensors(device, shape=(2, 3, 6, 7), out=5, dtype=torch.float32):
-    return kit.cast(tensors_of(device, shape, out), dtype)
+    return cast(tensors_of(device, shape, out), dtype)
 
 
-@kit.each_kernel("norm_pointwise")
+@each_kernel("norm_pointwise")
 @pytest.mark.parametrize(
     "shape, out",
     [
@@ -115,74 +126,72 @@ def test_sizes(backend, device, shape, out):
     tensors = tensors_of(device, shape, out)
     options = {"activation": "gelu" if out % 4 == 0 else None}
     for dtype in (torch.float32,) if shape[1] > 36 else (torch.float32, torch.bfloat16):
-        kit.assert_within_yardstick(backend, norm_pointwise, naive_norm_pointwise, tensors, dtype, **options)
+        assert_within_yardstick(backend, norm_pointwise, naive_norm_pointwise, tensors, dtype, **options)
 
 
-@kit.each_kernel("norm_pointwise", dtype=torch.float64)
-@kit.each_layout
+@each_kernel("norm_pointwise", dtype=torch.float64)
+@each_layout
 def test_strides(backend, device, layout):
     """In float32, where test_layouts is in float64."""
     tensors = tensors_of(device, (2, 5, 6, 7), 9)
-    kit.assert_within_yardstick(
+    assert_within_yardstick(
         backend, norm_pointwise, naive_norm_pointwise, tensors, torch.float32, layout, activation="gelu"
     )
 
 
-@kit.each_kernel("norm_pointwise")
+@each_kernel("norm_pointwise")
 def test_large_offset_of_the_mean(backend, device):
     """The mean is subtracted before anything is squared or rounded."""
     tensors = tensors_of(device, (1, 36, 5, 6), 8)
     tensors["x"] += 1000
-    kit.assert_within_yardstick(backend, norm_pointwise, naive_norm_pointwise, tensors, torch.float32)
+    assert_within_yardstick(backend, norm_pointwise, naive_norm_pointwise, tensors, torch.float32)
 
 
-@kit.each_kernel("norm_pointwise")
+@each_kernel("norm_pointwise")
 def test_programs_of_more_than_one_tile_add_up(backend, device, monkeypatch):
     products = pytest.importorskip("seemore_fast.kernels.products")
     monkeypatch.setattr(products, "PARTS", 2)
     tensors = tensors_of(device, (1, 5, 20, 19), 7)
-    kit.assert_within_yardstick(
-        backend, norm_pointwise, naive_norm_pointwise, tensors, torch.float32, activation="gelu"
-    )
+    assert_within_yardstick(backend, norm_pointwise, naive_norm_pointwise, tensors, torch.float32, activation="gelu")
 
 
-@kit.each_kernel("norm_pointwise")
+@each_kernel("norm_pointwise")
 def test_no_images(backend, device):
-    with kit.chosen(backend, device):
-        found = kit.value_and_gradients(norm_pointwise, float_tensors(device, (0, 3, 4, 5)), activation="gelu")
+    with running_on(backend, device):
+        found = value_and_gradients(norm_pointwise, float_tensors(device, (0, 3, 4, 5)), activation="gelu")
     assert found["y"].shape == (0, 5, 4, 5)
     assert not any(found[f"gradient of {name}"].any() for name in ("norm_weight", "norm_bias", "weight", "bias"))
 
 
-@kit.each_kernel("norm_pointwise")
+@each_kernel("norm_pointwise")
 @pytest.mark.falls_back("triton", reason="up to 64 channels")
 def test_wide_models_are_left_to_the_reference(backend, device):
     tensors = tensors_of(device, (1, 65, 2, 3), 8)
-    kit.assert_within_yardstick(backend, norm_pointwise, naive_norm_pointwise, tensors, torch.float32)
+    assert_within_yardstick(backend, norm_pointwise, naive_norm_pointwise, tensors, torch.float32)
 
 
-@kit.each_kernel("norm_pointwise")
+@each_kernel("norm_pointwise")
 def test_operator(backend, device):
     tensors = float_tensors(device)
-    with kit.chosen(backend, device):
-        kit.assert_operator(norm_pointwise, tensors, {"eps": 1e-6}, activation="gelu")
-        kit.assert_compiles(norm_pointwise, tensors, float_tensors(device, (3, 3, 9, 5)), activation="gelu")
+    with running_on(backend, device):
+        assert_operator(norm_pointwise, tensors, {"eps": 1e-6}, activation="gelu")
+        assert_compiles(norm_pointwise, tensors, float_tensors(device, (3, 3, 9, 5)), activation="gelu")
 
 
-@kit.each_kernel("norm_pointwise")
+@each_kernel("norm_pointwise")
 def test_offsets_beyond_31_bits(backend, device):
-    with kit.chosen(backend, device):
-        kit.assert_large_offsets(norm_pointwise, float_tensors(device, dtype=torch.bfloat16), ["x"], activation="gelu")
+    with running_on(backend, device):
+        assert_large_offsets(norm_pointwise, float_tensors(device, dtype=torch.bfloat16), ["x"], activation="gelu")
 
 
-@kit.each_kernel("norm_pointwise")
+@each_kernel("norm_pointwise")
 def test_under_autocast(backend, device):
     """x is normalised in float32 and only then rounded: a mean that dwarfs the deviations does no harm."""
     tensors = float_tensors(device, (2, 36, 6, 7), 8)
     tensors["x"] += 1000
-    exact = naive_norm_pointwise(**kit.cast(tensors, torch.float64))
-    with kit.chosen(backend, device), torch.autocast(torch.device(device).type, torch.bfloat16):
-        found = kit.value_and_gradients(norm_pointwise, tensors)
+    exact = naive_norm_pointwise(**cast(tensors, torch.float64))
+    with running_on(backend, device), torch.autocast(torch.device(device).type, torch.bfloat16):
+        found = value_and_gradients(norm_pointwise, tensors)
     assert found["y"].dtype == torch.bfloat16
     assert found["gradient of x"].dtype == found["gradient of weight"].dtype == torch.float32
-    assert kit.largest_difference(found["y"], exact) < 2**-6 * exact.abs().max()
+    assert largest_difference(found["y"], exact) < 2**-6 * exact.abs().max()

@@ -6,19 +6,16 @@ import runpy
 import subprocess
 import sys
 
-import kit
 import pytest
-import test_benchmark_commands
 import torch
-from conftest import T
-from test_benchmark_commands import figures
-from test_benchmarks import BENCHMARKS, scaled_sum
+from helpers import BENCHMARKS
+from helpers.benchmarks import figures, scaled_sum
+from helpers.networks import T
+from helpers.ops import calibrate_shapes, expert_shapes, ffn_shapes, norm_shapes, striped_shapes
 from torch.utils.flop_counter import FlopCounterMode
 
 from seemore_fast import reference
 from seemore_fast.cli import main
-
-bench = test_benchmark_commands.bench
 
 
 def benchmark_of(operator):
@@ -197,24 +194,24 @@ def on_meta(images, shapes):
 
 def test_work_is_what_torch_counts(work):
     c, pixels = 36, 480 * 640
-    norm, wide = kit.norm_shapes(c), {"weight": (2 * c, c, 1, 1), "bias": (2 * c,)}
+    norm, wide = norm_shapes(c), {"weight": (2 * c, c, 1, 1), "bias": (2 * c,)}
     dense = {"weight": (c, c, 3, 3), "bias": (c,)}
-    striped = kit.striped_shapes(c, 11)
+    striped = striped_shapes(c, 11)
     x, *conv_parameters = on_meta(1, norm | dense)
     index, probability = torch.zeros(1, 1, dtype=torch.int64, device="meta"), torch.zeros(1, 1, device="meta")
-    a, k, *experts = on_meta(2, kit.expert_shapes(c, [2, 4, 8]))
+    a, k, *experts = on_meta(2, expert_shapes(c, [2, 4, 8]))
     found = {
         "striped_conv K=11, forward": counted(reference.striped_conv, *on_meta(1, striped)),
-        "striped_conv K=3 gelu, forward": counted(reference.striped_conv, *on_meta(1, kit.striped_shapes(c, 3))),
+        "striped_conv K=3 gelu, forward": counted(reference.striped_conv, *on_meta(1, striped_shapes(c, 3))),
         "depthwise_gate, forward": counted(
             reference.depthwise_gate, *on_meta(2, {"weight": (c, 1, 3, 3), "bias": (c,)})
         ),
-        "calibrate, forward": counted(reference.calibrate, *on_meta(1, kit.calibrate_shapes(c)), 2) + 4 * c * pixels,
+        "calibrate, forward": counted(reference.calibrate, *on_meta(1, calibrate_shapes(c)), 2) + 4 * c * pixels,
         "norm_pointwise C to 2C gelu": counted(reference.norm_pointwise, *on_meta(1, norm | wide)),
         "norm_conv3x3 C to C gelu to 2C": counted(
             reference.norm_conv3x3, x, *conv_parameters, *on_meta(0, wide), activation="gelu"
         ),
-        "gated_ffn": counted(reference.gated_ffn, *on_meta(1, norm | kit.ffn_shapes(c))),
+        "gated_ffn": counted(reference.gated_ffn, *on_meta(1, norm | ffn_shapes(c))),
         "low_rank_experts, rank 8": counted(
             reference.low_rank_experts, a, k, index, probability, *experts, ranks=[2, 4, 8]
         ),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_build import native
+from helpers.native_build import native
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent

@@ -1,8 +1,23 @@
 """pointwise: 1x1 convolution, GELU, residual."""
 
-import kit
 import pytest
 import torch
+from helpers.backends import each_backend, running_on
+from helpers.faults import assert_refused, assert_sizes_refused, each_fault
+from helpers.naive import naive_pointwise
+from helpers.ops import (
+    LAYOUTS,
+    assert_close_to_naive,
+    assert_compiles,
+    assert_gradcheck,
+    assert_within_yardstick,
+    cast,
+    each_layout,
+    each_narrow_dtype,
+    each_shape,
+    largest_difference,
+    random_parameters,
+)
 
 from seemore_fast.ops import pointwise
 
@@ -10,72 +25,67 @@ each_option = pytest.mark.parametrize("residual", [False, True])
 each_activation = pytest.mark.parametrize("activation", [None, "gelu"])
 
 
-def naive_pointwise(x, weight, bias, activation=None, residual=None):
-    y = kit.naive_activation(kit.naive_pointwise(x, weight, bias), activation)
-    return y if residual is None else residual + y
-
-
 def tensors_of(device, shape=(2, 3, 6, 7), out=5, residual=True):
     shapes = {"x": shape, "weight": (out, shape[1], 1, 1), "bias": (out,)}
-    return kit.random_parameters(shapes | ({"residual": (shape[0], out, *shape[2:])} if residual else {}), device)
+    return random_parameters(shapes | ({"residual": (shape[0], out, *shape[2:])} if residual else {}), device)
 
 
-@kit.each_backend("norm_pointwise")
-@kit.each_shape
+@each_backend("norm_pointwise")
+@each_shape
 @each_option
 @each_activation
 def test_values(backend, device, shape, residual, activation):
     tensors = tensors_of(device, shape, residual=residual)
-    kit.assert_close_to_naive(backend, pointwise, naive_pointwise, tensors, activation=activation)
+    assert_close_to_naive(backend, pointwise, naive_pointwise, tensors, activation=activation)
 
 
-@kit.each_backend("norm_pointwise")
-@kit.each_layout
+@each_backend("norm_pointwise")
+@each_layout
 def test_layouts(backend, device, layout):
-    kit.assert_close_to_naive(backend, pointwise, naive_pointwise, tensors_of(device), layout)
+    assert_close_to_naive(backend, pointwise, naive_pointwise, tensors_of(device), layout)
 
 
-@kit.each_backend("norm_pointwise")
-@kit.each_narrow_dtype
-@pytest.mark.parametrize("layout", [None, *kit.LAYOUTS])
+@each_backend("norm_pointwise")
+@each_narrow_dtype
+@pytest.mark.parametrize("layout", [None, *LAYOUTS])
 @pytest.mark.parametrize("shape, out", [((2, 36, 5, 9), 36), ((1, 5, 1, 70), 64), ((3, 17, 33, 1), 5)], ids=str)
 def test_narrow_dtypes(backend, device, dtype, layout, shape, out):
     tensors = tensors_of(device, shape, out)
-    kit.assert_within_yardstick(backend, pointwise, naive_pointwise, tensors, dtype, layout)
+    assert_within_yardstick(backend, pointwise, naive_pointwise, tensors, dtype, layout)
 
 
-@kit.each_backend("norm_pointwise", dtype=torch.float64)
+@each_backend("norm_pointwise", dtype=torch.float64)
 def test_gradcheck(backend, device):
-    with kit.chosen(backend, device):
-        kit.assert_gradcheck(pointwise, tensors_of(device, (2, 2, 3, 2)), activation="gelu")
+    with running_on(backend, device):
+        assert_gradcheck(pointwise, tensors_of(device, (2, 2, 3, 2)), activation="gelu")
 
 
-@kit.each_backend("norm_pointwise")
+@each_backend("norm_pointwise")
 def test_compiles(backend, device):
-    small, other = (kit.cast(tensors_of(device, shape), backend.widest) for shape in [(2, 3, 6, 7), (3, 3, 9, 5)])
-    with kit.chosen(backend, device):
-        kit.assert_compiles(pointwise, small, other)
+    small, other = (cast(tensors_of(device, shape), backend.widest) for shape in [(2, 3, 6, 7), (3, 3, 9, 5)])
+    with running_on(backend, device):
+        assert_compiles(pointwise, small, other)
 
 
-@kit.each_backend("norm_pointwise")
+@each_backend("norm_pointwise")
 def test_under_autocast(backend, device):
     """The convolution is rounded to bfloat16, the residual stays float32 and so does the sum."""
-    tensors = kit.cast(tensors_of(device, (2, 5, 6, 7)), torch.float32)
-    with kit.chosen(backend, device), torch.autocast(torch.device(device).type, torch.bfloat16):
+    tensors = cast(tensors_of(device, (2, 5, 6, 7)), torch.float32)
+    with running_on(backend, device), torch.autocast(torch.device(device).type, torch.bfloat16):
         y = pointwise(**tensors)
-    exact = naive_pointwise(**kit.cast(tensors, torch.float64))
+    exact = naive_pointwise(**cast(tensors, torch.float64))
     assert y.dtype == torch.float32
-    assert 0 < kit.largest_difference(y, exact) < 2**-6 * exact.abs().max()
+    assert 0 < largest_difference(y, exact) < 2**-6 * exact.abs().max()
 
 
-@kit.each_fault
+@each_fault
 def test_bad_tensors(device, fault):
     exempt = ["residual"] if fault == "none" else []
-    kit.assert_refused(fault, pointwise, tensors_of(device), exempt)
+    assert_refused(fault, pointwise, tensors_of(device), exempt)
 
 
 def test_bad_sizes(device):
-    kit.assert_sizes_refused(pointwise, tensors_of(device))
+    assert_sizes_refused(pointwise, tensors_of(device))
 
 
 @pytest.mark.parametrize("activation", ["relu", "GELU", "", False])

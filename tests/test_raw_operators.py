@@ -7,9 +7,9 @@ import ctypes
 import re
 from pathlib import Path
 
-import kit
 import pytest
 import torch
+from helpers.ops import striped_shapes
 
 from seemore_fast import backends
 from seemore_fast.backends import native
@@ -52,7 +52,7 @@ def bytes_in_use() -> int:
 
 
 def striped_tensors():
-    shapes = kit.striped_shapes(2, 3)
+    shapes = striped_shapes(2, 3)
     return torch.rand(1, 2, 3, 4), [torch.rand(shape) for shape in shapes.values()]
 
 

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import SMALL
-from kit_backends import chosen, kernels_of
+from helpers.backends import kernels_of, running_on
+from helpers.networks import SMALL
 from torch import nn
 
 from seemore_fast import SeemoRe, backends, use_backend
@@ -58,7 +58,7 @@ def test_results_are_equal_and_blocks_keep_least(model, device):
 def test_triton_makes_sees_inside_again(backend, model, device):
     """On Triton's kernels, "auto" keeps q, v and their product no more; backward may come under another choice."""
     x = torch.rand(1, 3, 16, 16, device=device)
-    with chosen(backend, device):
+    with running_on(backend, device):
         expected, most = step(model, x, "none")
         found, kept = step(model, x, "auto")
         assert_equal(found, expected)

@@ -2,10 +2,10 @@
 
 import copy
 
-import kit
 import pytest
 import torch
-from conftest import SMALL
+from helpers.backends import running_on
+from helpers.networks import SMALL
 from torch import Tensor
 
 from seemore_fast import SeemoRe
@@ -90,7 +90,7 @@ def test_a_prepared_network_is_repeated(backend, device, monkeypatch):
     monkeypatch.setattr(replay.Recorded, "__call__", lambda self, x: made.append(self) or call(self, x))
     unprepared = SeemoRe(**{**SMALL, "num_layers": 1}).to(device, torch.bfloat16).eval()
     prepared = copy.deepcopy(unprepared)
-    with torch.no_grad(), kit.chosen(backend, device):
+    with torch.no_grad(), running_on(backend, device):
         prepared.prepare()
         for number in range(3):
             x = torch.rand(1, 3, 17, 19, device=device)

@@ -1,14 +1,35 @@
 """rme_block: Rank Modulating Expert, a routed mixture of low-rank experts and then GatedFFN."""
 
-import kit
 import pytest
 import torch
-from test_calibrate import naive_calibrate
-from test_gated_ffn import naive_gated_ffn
-from test_low_rank_experts import naive_low_rank_experts
-from test_norm_conv3x3 import naive_norm_conv3x3
-from test_router import naive_expert_weight, naive_router
-from test_striped_conv import naive_striped_conv
+from helpers.backends import each_backend, each_kernel, running_on
+from helpers.faults import BATCH_AND_PIXELS, assert_refused, assert_sizes_refused, each_fault
+from helpers.naive import (
+    naive_calibrate,
+    naive_conv1x1,
+    naive_expert_weight,
+    naive_gated_ffn,
+    naive_low_rank_experts,
+    naive_norm_conv3x3,
+    naive_router,
+    naive_striped_conv,
+)
+from helpers.ops import (
+    assert_close_to_naive,
+    assert_compiles,
+    assert_gradcheck,
+    assert_within_yardstick,
+    calibrate_shapes,
+    cast,
+    each_layout,
+    each_narrow_dtype,
+    expert_shapes,
+    ffn_shapes,
+    norm_shapes,
+    random_parameters,
+    striped_shapes,
+    value_and_gradients,
+)
 
 from seemore_fast.ops import rme_block
 
@@ -39,22 +60,22 @@ def naive_rme_block(x, ranks, top_k, recursive, use_shuffle, **p):
     index = naive_router(a, p["weight_router"], top_k)[0].to(x.device)
     weight = naive_expert_weight(a, p["weight_router"], index)
     m = naive_low_rank_experts(a, k, index, weight, *(p[name] for name in EXPERTS), ranks)
-    x = x + kit.naive_pointwise(m, p["weight_proj"], p["bias_proj"])
+    x = x + naive_conv1x1(m, p["weight_proj"], p["bias_proj"])
     return naive_gated_ffn(x, *(p[name] for name in FFN))
 
 
 def tensors_of(device, shape=(3, 4, 6, 7), ranks=(2, 4, 8), use_shuffle=False):
     """Random tensors whose images choose different experts."""
     channels = shape[1]
-    shapes = {"x": shape} | kit.norm_shapes(channels, "norm_1")
+    shapes = {"x": shape} | norm_shapes(channels, "norm_1")
     shapes |= {"weight_conv": (channels, channels, 3, 3), "bias_conv": (channels,)}
     shapes |= {"weight_expand": (2 * channels, channels, 1, 1), "bias_expand": (2 * channels,)}
-    shapes |= kit.calibrate_shapes(channels) | kit.striped_shapes(channels, 3)
-    shapes |= {"weight_router": (len(ranks), channels)} | kit.expert_shapes(channels, ranks)
+    shapes |= calibrate_shapes(channels) | striped_shapes(channels, 3)
+    shapes |= {"weight_router": (len(ranks), channels)} | expert_shapes(channels, ranks)
     shapes |= {"weight_proj": (channels, channels, 1, 1), "bias_proj": (channels,)}
-    shapes |= kit.norm_shapes(channels, "norm_2") | kit.ffn_shapes(channels)
-    p = kit.random_parameters(shapes, device)
-    p["x"] += 2 * kit.random_parameters({"mean": (*shape[:2], 1, 1)}, device, seed=1)["mean"]
+    shapes |= norm_shapes(channels, "norm_2") | ffn_shapes(channels)
+    p = random_parameters(shapes, device)
+    p["x"] += 2 * random_parameters({"mean": (*shape[:2], 1, 1)}, device, seed=1)["mean"]
     if shape[0] > 1:  # what all images have in common would decide: the router is made blind to it
         pooled = naive_inputs_of_the_experts(p["x"], p, 1, use_shuffle)[0].mean(dim=(2, 3))
         common = pooled.mean(dim=0) / pooled.mean(dim=0).norm()
@@ -63,7 +84,7 @@ def tensors_of(device, shape=(3, 4, 6, 7), ranks=(2, 4, 8), use_shuffle=False):
     return p
 
 
-@kit.each_backend("rme_block")
+@each_backend("rme_block")
 @pytest.mark.parametrize(
     "shape, recursive",
     [
@@ -80,27 +101,27 @@ def tensors_of(device, shape=(3, 4, 6, 7), ranks=(2, 4, 8), use_shuffle=False):
 def test_values(backend, device, shape, recursive, use_shuffle):
     options = OPTIONS | {"recursive": recursive, "use_shuffle": use_shuffle}
     tensors = tensors_of(device, shape, use_shuffle=use_shuffle)
-    kit.assert_close_to_naive(backend, rme_block, naive_rme_block, tensors, **options)
+    assert_close_to_naive(backend, rme_block, naive_rme_block, tensors, **options)
 
 
-@kit.each_backend("rme_block")
+@each_backend("rme_block")
 @each_mixture
 @each_shuffle
 def test_mixtures(backend, device, ranks, top_k, use_shuffle):
     options = OPTIONS | {"ranks": ranks, "top_k": top_k, "use_shuffle": use_shuffle}
     tensors = tensors_of(device, ranks=ranks, use_shuffle=use_shuffle)
-    kit.assert_close_to_naive(backend, rme_block, naive_rme_block, tensors, **options)
+    assert_close_to_naive(backend, rme_block, naive_rme_block, tensors, **options)
 
 
-@kit.each_backend("rme_block")
+@each_backend("rme_block")
 @pytest.mark.parametrize("taps", [1, 7])
 def test_other_striped_kernels(backend, device, taps):
     tensors = tensors_of(device)
-    tensors |= kit.random_parameters(kit.striped_shapes(4, taps), device)
-    kit.assert_close_to_naive(backend, rme_block, naive_rme_block, tensors, **OPTIONS)
+    tensors |= random_parameters(striped_shapes(4, taps), device)
+    assert_close_to_naive(backend, rme_block, naive_rme_block, tensors, **OPTIONS)
 
 
-@kit.each_backend("rme_block")
+@each_backend("rme_block")
 @each_shuffle
 def test_each_image_is_routed_alone(backend, device, use_shuffle):
     """Images of a batch that choose different experts come out as they do one by one."""
@@ -108,23 +129,23 @@ def test_each_image_is_routed_alone(backend, device, use_shuffle):
     options = OPTIONS | {"use_shuffle": use_shuffle}
     a, _ = naive_inputs_of_the_experts(tensors["x"], tensors, 1, use_shuffle)
     assert len(set(naive_router(a, tensors["weight_router"], 1)[0][:, 0].tolist())) > 1
-    with kit.chosen(backend, device):
+    with running_on(backend, device):
         batch = rme_block(**tensors, **options)
         alone = [rme_block(**tensors | {"x": image[None]}, **options) for image in tensors["x"]]
     torch.testing.assert_close(batch, torch.cat(alone), rtol=1e-10, atol=1e-10)
 
 
-@kit.each_backend("rme_block")
-@kit.each_layout
+@each_backend("rme_block")
+@each_layout
 @each_shuffle
 def test_layouts(backend, device, layout, use_shuffle):
     options = OPTIONS | {"use_shuffle": use_shuffle}
     tensors = tensors_of(device, use_shuffle=use_shuffle)
-    kit.assert_close_to_naive(backend, rme_block, naive_rme_block, tensors, layout, **options)
+    assert_close_to_naive(backend, rme_block, naive_rme_block, tensors, layout, **options)
 
 
-@kit.each_backend("rme_block")
-@kit.each_narrow_dtype
+@each_backend("rme_block")
+@each_narrow_dtype
 @pytest.mark.parametrize("layout", [None, "channels_last"])
 @pytest.mark.parametrize("spread", [1, 300])
 def test_narrow_dtypes(backend, device, dtype, layout, spread):
@@ -135,23 +156,23 @@ def test_narrow_dtypes(backend, device, dtype, layout, spread):
     a, _ = naive_inputs_of_the_experts(tensors["x"], tensors, 1, use_shuffle=True)
     p = naive_router(a, tensors["weight_router"], 3)[1]
     assert (p[:, 1] / p[:, 2]).log().min() > 0.3, "rounding may flip the choice: errors then mean nothing"
-    kit.assert_within_yardstick(backend, rme_block, naive_rme_block, tensors, dtype, layout, **options)
+    assert_within_yardstick(backend, rme_block, naive_rme_block, tensors, dtype, layout, **options)
 
 
-@kit.each_backend("rme_block", dtype=torch.float64)
+@each_backend("rme_block", dtype=torch.float64)
 @each_shuffle
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_gradcheck(backend, device, use_shuffle, top_k):
     options = OPTIONS | {"ranks": (1, 2), "top_k": top_k, "use_shuffle": use_shuffle}
-    with kit.chosen(backend, device):
-        kit.assert_gradcheck(rme_block, tensors_of(device, (2, 2, 4, 4), (1, 2), use_shuffle), **options)
+    with running_on(backend, device):
+        assert_gradcheck(rme_block, tensors_of(device, (2, 2, 4, 4), (1, 2), use_shuffle), **options)
 
 
-@kit.each_backend("rme_block")
+@each_backend("rme_block")
 def test_experts_not_chosen_get_zero_gradients(backend, device):
     tensors = tensors_of(device, (1, 4, 6, 7))
-    with kit.chosen(backend, device):
-        gradients = kit.value_and_gradients(rme_block, tensors, **OPTIONS)
+    with running_on(backend, device):
+        gradients = value_and_gradients(rme_block, tensors, **OPTIONS)
     used = gradients["gradient of bias_out"].abs().sum(dim=1) > 0
     assert used.sum() == 1
     for name in ("weight_a", "bias_a", "weight_k", "bias_k"):
@@ -159,21 +180,21 @@ def test_experts_not_chosen_get_zero_gradients(backend, device):
         assert [bool(gradient.any()) for gradient in experts] == used.tolist(), name
 
 
-@kit.each_backend("rme_block")
+@each_backend("rme_block")
 def test_compiles(backend, device):
-    with kit.chosen(backend, device):
-        kit.assert_compiles(
+    with running_on(backend, device):
+        assert_compiles(
             rme_block, tensors_of(device), tensors_of(device, (2, 4, 9, 5)), **OPTIONS | {"use_shuffle": True}
         )
 
 
-@kit.each_fault
+@each_fault
 def test_bad_tensors(device, fault):
-    kit.assert_refused(fault, rme_block, tensors_of(device), **OPTIONS)
+    assert_refused(fault, rme_block, tensors_of(device), **OPTIONS)
 
 
 def test_bad_sizes(device):
-    kit.assert_sizes_refused(rme_block, tensors_of(device), free=kit.BATCH_AND_PIXELS, **OPTIONS)
+    assert_sizes_refused(rme_block, tensors_of(device), free=BATCH_AND_PIXELS, **OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +216,7 @@ def test_bad_options_are_refused(device, option, says):
 
 @pytest.mark.parametrize("taps", [0, 2, 4])
 def test_even_kernels_are_refused(device, taps):
-    tensors = tensors_of(device) | kit.random_parameters(kit.striped_shapes(4, taps), device)
+    tensors = tensors_of(device) | random_parameters(striped_shapes(4, taps), device)
     with pytest.raises(ValueError, match=f"^rme_block: weight_row has {taps} taps, expected an odd number"):
         rme_block(**tensors, **OPTIONS)
 
@@ -203,7 +224,7 @@ def test_even_kernels_are_refused(device, taps):
 # On the kernels of its parts
 
 
-@kit.each_kernel("low_rank_experts")
+@each_kernel("low_rank_experts")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [None, "channels_last"])
 def test_of_kernels(backend, device, dtype, layout):
@@ -212,11 +233,11 @@ def test_of_kernels(backend, device, dtype, layout):
     a, _ = naive_inputs_of_the_experts(tensors["x"], tensors, 1, use_shuffle=True)
     p = naive_router(a, tensors["weight_router"], 2)[1]
     assert (p[:, 0] / p[:, 1]).log().min() > 0.1, "rounding may flip the choice: errors then mean nothing"
-    kit.assert_within_yardstick(backend, rme_block, naive_rme_block, tensors, dtype, layout, **options)
+    assert_within_yardstick(backend, rme_block, naive_rme_block, tensors, dtype, layout, **options)
 
 
-@kit.each_kernel("low_rank_experts")
+@each_kernel("low_rank_experts")
 def test_of_kernels_is_one_graph(backend, device):
-    calls = (kit.cast(tensors_of(device, shape), torch.float32) for shape in [(2, 4, 6, 7), (3, 4, 9, 5)])
-    with kit.chosen(backend, device):
-        kit.assert_compiles(rme_block, *calls, **OPTIONS | {"use_shuffle": True})
+    calls = (cast(tensors_of(device, shape), torch.float32) for shape in [(2, 4, 6, 7), (3, 4, 9, 5)])
+    with running_on(backend, device):
+        assert_compiles(rme_block, *calls, **OPTIONS | {"use_shuffle": True})

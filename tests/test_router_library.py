@@ -5,18 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cuda_host
-import kit
-import kit_backends
 import pytest
 import torch
-from test_router import tensors_of, weight_of
+from helpers import cuda_host
+from helpers.backends import kernels_of, running_on
+from helpers.ops import LAYOUTS, cast, random_parameters, value_and_gradients
+from helpers.router import tensors_of, weight_of
 
 from seemore_fast import reference
 from seemore_fast.ops.router import route, router
 
 each_library = pytest.mark.parametrize(
-    "backend", [backend for backend in kit_backends.kernels_of("router", False) if backend != "triton"]
+    "backend", [backend for backend in kernels_of("router", False) if backend != "triton"]
 )
 
 
@@ -33,7 +33,7 @@ def room(shape, dtype, device):
 def raw_arguments(device, backward=False, sums=False, batch=2, dtype=torch.float32):
     """Arguments of an operator by name, results first, and the storages that these lie in."""
     channels, experts, top_k, parts = 3, 4, 2, 5
-    tensors = kit.cast(tensors_of(device, (batch, channels, 6, 7), experts), dtype)
+    tensors = cast(tensors_of(device, (batch, channels, 6, 7), experts), dtype)
     wide = torch.promote_types(dtype, torch.float32)
     decision = {
         "expert_index": ((batch, top_k), torch.int64),
@@ -77,7 +77,7 @@ each_raw = pytest.mark.parametrize("name", RAW)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch", [0, 2])
 def test_raw_operators_write_all_of_their_results_and_nothing_else(backend, device, name, dtype, batch):
-    with kit.chosen(backend, device):
+    with running_on(backend, device):
         arguments, storages = raw_arguments(device, **RAW[name], batch=batch, dtype=dtype)
         getattr(library_of(backend), name)(*arguments.values())
     for result, storage in storages.items():
@@ -89,8 +89,8 @@ def test_raw_operators_write_all_of_their_results_and_nothing_else(backend, devi
 def test_sums_of_parts(backend, device):
     """As an operator that pools on its way leaves them: any number of parts, added up in their order."""
     for parts in (1, 2, 100):
-        sums = kit.random_parameters({"partial": (parts, 3, 5), "weight": (4, 5)}, device)
-        with kit.chosen(backend, device):
+        sums = random_parameters({"partial": (parts, 3, 5), "weight": (4, 5)}, device)
+        with running_on(backend, device):
             index, weight = route(sums["partial"].sum(dim=0) / 42, sums["weight"], 4)
             results = [
                 torch.empty_like(index),
@@ -139,7 +139,7 @@ RAW_FAULTS = [
 @each_library
 @pytest.mark.parametrize("name, argument, spoil, message", RAW_FAULTS)
 def test_raw_operators_refuse(backend, device, name, argument, spoil, message):
-    with kit.chosen(backend, device):
+    with running_on(backend, device):
         arguments, _ = raw_arguments(device, **RAW[name])
         arguments[argument] = spoil(arguments[argument])
         with pytest.raises(RuntimeError, match=message):
@@ -161,7 +161,7 @@ def test_raw_operators_refuse(backend, device, name, argument, spoil, message):
 def test_raw_operators_name_the_tensor(backend, device, name, spoil, message):
     """Each tensor in turn, but images where they may be of another width or of any strides."""
     free = {narrower: ["a", "da"], scattered: ["a", "da", "dexpert_weight"]}.get(spoil, [])
-    with kit.chosen(backend, device):
+    with running_on(backend, device):
         given, _ = raw_arguments(device, **RAW[name])
         for argument, value in given.items():
             if not isinstance(value, torch.Tensor) or argument in free:
@@ -183,14 +183,14 @@ def host_library(**options):
 @pytest.mark.parametrize("layout", [None, "channels_last", "slice"])
 def test_threads_in_any_order(monkeypatch, layout):
     host_library()
-    tensors = kit.cast(tensors_of("cpu", (2, 20, 30, 36)), torch.bfloat16)
+    tensors = cast(tensors_of("cpu", (2, 20, 30, 36)), torch.bfloat16)
     if layout:
-        tensors["a"] = kit.LAYOUTS[layout](tensors["a"])
+        tensors["a"] = LAYOUTS[layout](tensors["a"])
     results = []
-    with kit.chosen("cuda_host", "cpu"):
+    with running_on("cuda_host", "cpu"):
         for order in ("forward", "backward", "shuffled"):
             monkeypatch.setenv("CUDA_HOST_ORDER", order)
-            results.append(kit.value_and_gradients(weight_of(router), tensors))
+            results.append(value_and_gradients(weight_of(router), tensors))
     for what, value in results[0].items():
         assert value.isfinite().all(), what
         assert all(torch.equal(value, other[what]) for other in results[1:]), what
@@ -210,8 +210,8 @@ def run_sanitized(path: str, short: str) -> None:
     for layout in (None, "channels_last", "slice"):
         for shape in [(2, 3, 17, 33), (1, 4, 16, 32), (0, 2, 3, 4), (1, 1, 1, 1), (2, 36, 5, 7), (1, 1, 1, 9001)]:
             for dtype in (torch.float32, torch.bfloat16):
-                tensors = kit.cast(tensors_of("cpu", shape, experts=4), dtype)
-                tensors["a"] = kit.LAYOUTS[layout](tensors["a"]) if layout else tensors["a"]
+                tensors = cast(tensors_of("cpu", shape, experts=4), dtype)
+                tensors["a"] = LAYOUTS[layout](tensors["a"]) if layout else tensors["a"]
                 batch, channels = shape[:2]
                 tensors |= {
                     "expert_index": torch.empty(batch, 2, dtype=torch.int64),

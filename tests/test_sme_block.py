@@ -1,11 +1,24 @@
 """sme_block: Spatial Modulating Expert, SEE and then GatedFFN."""
 
-import kit
 import pytest
 import torch
-from test_gated_ffn import naive_gated_ffn
-from test_norm_pointwise import naive_norm_pointwise
-from test_striped_conv import naive_striped_conv
+from helpers.backends import each_backend, each_kernel, running_on
+from helpers.faults import BATCH_AND_PIXELS, assert_refused, assert_sizes_refused, each_fault
+from helpers.naive import naive_conv1x1, naive_gated_ffn, naive_norm_pointwise, naive_striped_conv
+from helpers.ops import (
+    assert_close_to_naive,
+    assert_compiles,
+    assert_gradcheck,
+    assert_within_yardstick,
+    cast,
+    each_layout,
+    each_narrow_dtype,
+    each_shape,
+    ffn_shapes,
+    norm_shapes,
+    random_parameters,
+    striped_shapes,
+)
 
 from seemore_fast.ops import sme_block
 
@@ -29,63 +42,63 @@ def naive_sme_block(
     channels = x.shape[1]
     qv = naive_norm_pointwise(x, norm_1_weight, norm_1_bias, weight_qv, bias_qv, "gelu")
     q = naive_striped_conv(qv[:, :channels], weight_row, bias_row, weight_col, bias_col)
-    x = x + kit.naive_pointwise(q * qv[:, channels:], weight_proj, bias_proj)
+    x = x + naive_conv1x1(q * qv[:, channels:], weight_proj, bias_proj)
     return naive_gated_ffn(x, norm_2_weight, norm_2_bias, **ffn)
 
 
 def tensors_of(device, shape=(2, 3, 6, 7), taps=5):
     channels = shape[1]
-    shapes = {"x": shape} | kit.norm_shapes(channels, "norm_1")
+    shapes = {"x": shape} | norm_shapes(channels, "norm_1")
     shapes |= {"weight_qv": (2 * channels, channels, 1, 1), "bias_qv": (2 * channels,)}
-    shapes |= kit.striped_shapes(channels, taps)
+    shapes |= striped_shapes(channels, taps)
     shapes |= {"weight_proj": (channels, channels, 1, 1), "bias_proj": (channels,)}
-    shapes |= kit.norm_shapes(channels, "norm_2") | kit.ffn_shapes(channels)
-    return kit.random_parameters(shapes, device)
+    shapes |= norm_shapes(channels, "norm_2") | ffn_shapes(channels)
+    return random_parameters(shapes, device)
 
 
-@kit.each_backend("sme_block")
-@kit.each_shape
+@each_backend("sme_block")
+@each_shape
 @pytest.mark.parametrize("taps", [1, 3, 11, 31])
 def test_values(backend, device, shape, taps):
-    kit.assert_close_to_naive(backend, sme_block, naive_sme_block, tensors_of(device, shape, taps))
+    assert_close_to_naive(backend, sme_block, naive_sme_block, tensors_of(device, shape, taps))
 
 
-@kit.each_backend("sme_block")
-@kit.each_layout
+@each_backend("sme_block")
+@each_layout
 def test_layouts(backend, device, layout):
-    kit.assert_close_to_naive(backend, sme_block, naive_sme_block, tensors_of(device), layout)
+    assert_close_to_naive(backend, sme_block, naive_sme_block, tensors_of(device), layout)
 
 
-@kit.each_backend("sme_block")
-@kit.each_narrow_dtype
+@each_backend("sme_block")
+@each_narrow_dtype
 @pytest.mark.parametrize("layout", [None, "channels_last"])
 @pytest.mark.parametrize("spread", [1, 300])
 def test_narrow_dtypes(backend, device, dtype, layout, spread):
     """Squares of 300 overflow float16: the statistics must not be computed in it."""
     tensors = tensors_of(device, (2, 8, 17, 19), taps=11)
     tensors["x"] *= spread
-    kit.assert_within_yardstick(backend, sme_block, naive_sme_block, tensors, dtype, layout)
+    assert_within_yardstick(backend, sme_block, naive_sme_block, tensors, dtype, layout)
 
 
-@kit.each_backend("sme_block", dtype=torch.float64)
+@each_backend("sme_block", dtype=torch.float64)
 def test_gradcheck(backend, device):
-    with kit.chosen(backend, device):
-        kit.assert_gradcheck(sme_block, tensors_of(device, (2, 2, 3, 3), taps=3))
+    with running_on(backend, device):
+        assert_gradcheck(sme_block, tensors_of(device, (2, 2, 3, 3), taps=3))
 
 
-@kit.each_backend("sme_block")
+@each_backend("sme_block")
 def test_compiles(backend, device):
-    with kit.chosen(backend, device):
-        kit.assert_compiles(sme_block, tensors_of(device), tensors_of(device, (3, 3, 9, 5)))
+    with running_on(backend, device):
+        assert_compiles(sme_block, tensors_of(device), tensors_of(device, (3, 3, 9, 5)))
 
 
-@kit.each_fault
+@each_fault
 def test_bad_tensors(device, fault):
-    kit.assert_refused(fault, sme_block, tensors_of(device))
+    assert_refused(fault, sme_block, tensors_of(device))
 
 
 def test_bad_sizes(device):
-    kit.assert_sizes_refused(sme_block, tensors_of(device), free=kit.BATCH_AND_PIXELS)
+    assert_sizes_refused(sme_block, tensors_of(device), free=BATCH_AND_PIXELS)
 
 
 @pytest.mark.parametrize("taps", [0, 2, 4])
@@ -97,16 +110,16 @@ def test_even_kernels_are_refused(device, taps):
 # On the kernels of its parts
 
 
-@kit.each_kernel("gated_ffn")
+@each_kernel("gated_ffn")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [None, "channels_last"])
 def test_of_kernels(backend, device, dtype, layout):
     tensors = tensors_of(device, (2, 12, 7, 18), taps=11)
-    kit.assert_within_yardstick(backend, sme_block, naive_sme_block, tensors, dtype, layout)
+    assert_within_yardstick(backend, sme_block, naive_sme_block, tensors, dtype, layout)
 
 
-@kit.each_kernel("gated_ffn")
+@each_kernel("gated_ffn")
 def test_of_kernels_is_one_graph(backend, device):
-    calls = (kit.cast(tensors_of(device, shape), torch.float32) for shape in [(2, 3, 6, 7), (3, 3, 9, 5)])
-    with kit.chosen(backend, device):
-        kit.assert_compiles(sme_block, *calls)
+    calls = (cast(tensors_of(device, shape), torch.float32) for shape in [(2, 3, 6, 7), (3, 3, 9, 5)])
+    with running_on(backend, device):
+        assert_compiles(sme_block, *calls)

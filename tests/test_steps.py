@@ -1,24 +1,14 @@
 """Steps with limits of time (benchmarks/steps.py): outcomes, logs, who waits for whom, and archives."""
 
-import contextlib
 import sys
 import tarfile
 import time
-from pathlib import Path
 
 import pytest
+from helpers.benchmarks import processes
 
 from seemore_fast.benchmarks import gpu_check, steps
 from seemore_fast.benchmarks.steps import Runner, Step
-
-
-def processes(folder: Path) -> list[str]:
-    """Return the command lines of those that run and name a folder."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # one that has ended meanwhile
-            found.append(path.read_text(errors="replace"))
-    return [command for command in found if str(folder) in command]
 
 
 @pytest.fixture

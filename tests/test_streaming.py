@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from kit import chosen, each_kernel
-from test_network import CASES, network
+from helpers.backends import each_kernel, running_on
+from helpers.networks import CASES, network
 
 from seemore_fast import SeemoRe, Upscaler, backends, memory
 from seemore_fast.network import engine
@@ -43,7 +43,7 @@ def both(model, x, folder):
 def test_a_streamed_image_is_the_whole_one_to_the_bit(backend, case, low_bands, tmp_path):
     change, shape = CASES[case]
     model = network(**change)
-    with chosen(backend, "cpu"):
+    with running_on(backend, "cpu"):
         for dtype in (torch.float32, torch.uint8):
             whole, streamed = both(model, image(shape, dtype), tmp_path)
             assert torch.equal(whole, streamed)

@@ -1,9 +1,30 @@
 """striped_conv: depthwise 1xK, then Kx1."""
 
-import kit
 import pytest
 import torch
-from kit_backends import kernels_of
+from helpers.backends import each_backend, each_kernel, kernels_of, running_on
+from helpers.faults import assert_refused, assert_sizes_refused, each_fault
+from helpers.naive import naive_gelu, naive_striped_conv
+from helpers.ops import (
+    LAYOUTS,
+    assert_close_to_naive,
+    assert_compiles,
+    assert_deterministic,
+    assert_gradcheck,
+    assert_images_are_alone,
+    assert_large_offsets,
+    assert_opcheck,
+    assert_refuses_double_backward,
+    assert_within_yardstick,
+    assert_writes_its_results_only,
+    cast,
+    each_layout,
+    each_narrow_dtype,
+    each_shape,
+    random_parameters,
+    striped_shapes,
+    value_and_gradients,
+)
 
 from seemore_fast import reference
 from seemore_fast.ops import striped_conv
@@ -13,35 +34,29 @@ each_option = pytest.mark.parametrize(
 )
 
 
-def naive_striped_conv(x, weight_row, bias_row, weight_col, bias_col, activation=None, gate=None):
-    y = kit.naive_depthwise(kit.naive_depthwise(x, weight_row, bias_row), weight_col, bias_col)
-    y = kit.naive_activation(y, activation)
-    return y if gate is None else gate * y
-
-
 def tensors_of(device, shape=(2, 3, 6, 7), taps=5, gated=True):
     images = {"x": shape, "gate": shape} if gated else {"x": shape}
-    return kit.random_parameters(images | kit.striped_shapes(shape[1], taps), device)
+    return random_parameters(images | striped_shapes(shape[1], taps), device)
 
 
-@kit.each_backend("striped_conv")
-@kit.each_shape
+@each_backend("striped_conv")
+@each_shape
 @pytest.mark.parametrize("taps", [1, 3, 7, 11, 31])
 def test_values(backend, device, shape, taps):
     tensors = tensors_of(device, shape, taps)
-    kit.assert_close_to_naive(backend, striped_conv, naive_striped_conv, tensors, activation="gelu")
+    assert_close_to_naive(backend, striped_conv, naive_striped_conv, tensors, activation="gelu")
 
 
-@kit.each_kernel("striped_conv", interpreted=False)
+@each_kernel("striped_conv", interpreted=False)
 @pytest.mark.parametrize(
     "shape, layout", [((1, 1, 530, 3), None), ((1, 1, 2, 1060), None), ((1, 70, 3, 150), "channels_last")]
 )
 def test_more_than_one_tile(backend, device, shape, layout):
     """Bands of 256 lines, columns of 1024 (64 where channels lie side by side), 64 channels: the CPU's tiles."""
-    kit.assert_close_to_naive(backend, striped_conv, naive_striped_conv, tensors_of(device, shape, 7), layout)
+    assert_close_to_naive(backend, striped_conv, naive_striped_conv, tensors_of(device, shape, 7), layout)
 
 
-@kit.each_kernel("striped_conv", interpreted=False)
+@each_kernel("striped_conv", interpreted=False)
 @pytest.mark.parametrize("taps", [3, 7, 11])
 @pytest.mark.parametrize(
     "shape, dtype, activation, gated",
@@ -58,127 +73,127 @@ def test_more_than_one_tile(backend, device, shape, layout):
 def test_more_than_one_strip(backend, device, shape, dtype, activation, gated, taps):
     """CUDA's: of 64 or 128 columns, neighbours to the right and below, widths of quads and not, two a warp."""
     tensors = tensors_of(device, shape, taps, gated)
-    kit.assert_within_yardstick(backend, striped_conv, naive_striped_conv, tensors, dtype, activation=activation)
+    assert_within_yardstick(backend, striped_conv, naive_striped_conv, tensors, dtype, activation=activation)
 
 
 @pytest.mark.parametrize("backend", [name for name in kernels_of("striped_conv", False) if name.startswith("cuda")])
-@kit.each_narrow_dtype
+@each_narrow_dtype
 @pytest.mark.parametrize("activation, gated", [(None, False), ("gelu", True)])
 @pytest.mark.parametrize("width", [15, 16])
 @pytest.mark.parametrize("taps", [3, 7, 11])
 def test_every_instantiation(backend, device, dtype, taps, width, activation, gated):
     """CUDA's kernels differ by dtype, taps, rows that are quads or not, and whether the gradient of s is stored."""
     tensors = tensors_of(device, (2, 2, 23, width), taps, gated)
-    kit.assert_within_yardstick(backend, striped_conv, naive_striped_conv, tensors, dtype, activation=activation)
+    assert_within_yardstick(backend, striped_conv, naive_striped_conv, tensors, dtype, activation=activation)
 
 
-@kit.each_backend("striped_conv")
+@each_backend("striped_conv")
 @each_option
 def test_options(backend, device, activation, gated):
     tensors = tensors_of(device, gated=gated)
-    kit.assert_close_to_naive(backend, striped_conv, naive_striped_conv, tensors, activation=activation)
+    assert_close_to_naive(backend, striped_conv, naive_striped_conv, tensors, activation=activation)
 
 
-@kit.each_backend("striped_conv")
+@each_backend("striped_conv")
 def test_pixels_outside_are_zero_in_both_steps(backend, device):
     """One pixel of 0, bias_row 1, all taps 1: the column step sees bias_row once, zeros above and below."""
     ones = torch.ones(1, 1, 1, 3, dtype=torch.float64, device=device)
     one, zero = ones[0, 0, 0, :1], ones.new_zeros(1)
-    with kit.chosen(backend, device):
+    with running_on(backend, device):
         y = striped_conv(zero[None, None, None], ones, one, ones.transpose(2, 3), zero)
     assert y.tolist() == [[[[1.0]]]]
 
 
-@kit.each_backend("striped_conv")
-@kit.each_layout
+@each_backend("striped_conv")
+@each_layout
 @each_option
 def test_layouts(backend, device, layout, activation, gated):
     tensors = tensors_of(device, gated=gated)
-    kit.assert_close_to_naive(backend, striped_conv, naive_striped_conv, tensors, layout, activation=activation)
+    assert_close_to_naive(backend, striped_conv, naive_striped_conv, tensors, layout, activation=activation)
 
 
-@kit.each_backend("striped_conv")
-@kit.each_narrow_dtype
+@each_backend("striped_conv")
+@each_narrow_dtype
 @pytest.mark.parametrize("layout", [None, "channels_last"])
 @pytest.mark.parametrize("taps", [3, 11])
 def test_narrow_dtypes(backend, device, dtype, layout, taps):
     tensors = tensors_of(device, (2, 8, 17, 19), taps)
-    kit.assert_within_yardstick(backend, striped_conv, naive_striped_conv, tensors, dtype, layout, activation="gelu")
+    assert_within_yardstick(backend, striped_conv, naive_striped_conv, tensors, dtype, layout, activation="gelu")
 
 
-@kit.each_backend("striped_conv", interpreted=False, dtype=torch.float64)
+@each_backend("striped_conv", interpreted=False, dtype=torch.float64)
 @each_option
 def test_gradcheck(backend, device, activation, gated):
     tensors = tensors_of(device, (2, 2, 3, 4), gated=gated)
-    with kit.chosen(backend, device):
-        kit.assert_gradcheck(striped_conv, tensors, activation=activation)
+    with running_on(backend, device):
+        assert_gradcheck(striped_conv, tensors, activation=activation)
 
 
-@kit.each_backend("striped_conv")
+@each_backend("striped_conv")
 def test_compiles(backend, device):
-    with kit.chosen(backend, device):
-        kit.assert_compiles(striped_conv, tensors_of(device), tensors_of(device, (3, 3, 9, 5)), activation="gelu")
+    with running_on(backend, device):
+        assert_compiles(striped_conv, tensors_of(device), tensors_of(device, (3, 3, 9, 5)), activation="gelu")
 
 
-@kit.each_kernel("striped_conv")
+@each_kernel("striped_conv")
 @each_option
 def test_opcheck(backend, device, activation, gated):
-    with kit.chosen(backend, device):
-        kit.assert_opcheck(striped_conv, tensors_of(device, gated=gated), activation=activation)
-        channels_last = {name: kit.LAYOUTS["channels_last"](t) for name, t in tensors_of(device, gated=gated).items()}
-        kit.assert_opcheck(striped_conv, channels_last, activation=activation)
+    with running_on(backend, device):
+        assert_opcheck(striped_conv, tensors_of(device, gated=gated), activation=activation)
+        channels_last = {name: LAYOUTS["channels_last"](t) for name, t in tensors_of(device, gated=gated).items()}
+        assert_opcheck(striped_conv, channels_last, activation=activation)
 
 
-@kit.each_kernel("striped_conv")
+@each_kernel("striped_conv")
 @each_option
 @pytest.mark.parametrize("layout", [None, "channels_last"])
 def test_writes_its_results_only(backend, device, activation, gated, layout):
     tensors = tensors_of(device, (2, 9, 13, 19), 11, gated)
     if layout:
-        tensors = {name: kit.LAYOUTS[layout](t) for name, t in tensors.items()}
-    with kit.chosen(backend, device):
-        kit.assert_writes_its_results_only(striped_conv, tensors, activation=activation)
+        tensors = {name: LAYOUTS[layout](t) for name, t in tensors.items()}
+    with running_on(backend, device):
+        assert_writes_its_results_only(striped_conv, tensors, activation=activation)
 
 
-@kit.each_backend("striped_conv")
+@each_backend("striped_conv")
 def test_large_offsets(backend, device):
-    tensors = kit.cast(tensors_of(device, (2, 2, 3, 5), 3), torch.bfloat16)
-    with kit.chosen(backend, device):
-        kit.assert_large_offsets(striped_conv, tensors, ["x", "gate"], activation="gelu")
+    tensors = cast(tensors_of(device, (2, 2, 3, 5), 3), torch.bfloat16)
+    with running_on(backend, device):
+        assert_large_offsets(striped_conv, tensors, ["x", "gate"], activation="gelu")
 
 
-@kit.each_kernel("striped_conv", interpreted=False)
+@each_kernel("striped_conv", interpreted=False)
 def test_deterministic(backend, device):
-    tensors = kit.cast(tensors_of(device, (2, 3, 70, 40), 11), torch.float32)
-    with kit.chosen(backend, device):
-        kit.assert_deterministic(striped_conv, tensors, activation="gelu")
+    tensors = cast(tensors_of(device, (2, 3, 70, 40), 11), torch.float32)
+    with running_on(backend, device):
+        assert_deterministic(striped_conv, tensors, activation="gelu")
 
 
-@kit.each_kernel("striped_conv", interpreted=False)
+@each_kernel("striped_conv", interpreted=False)
 def test_gelu_and_its_gradient_everywhere(backend, device):
     x = torch.linspace(-15, 15, 60_001, device=device)
     one, zero = torch.ones(1, 1, 1, 1, device=device), torch.zeros(1, device=device)
     image = x.view(1, 1, 1, -1).requires_grad_()
-    with kit.chosen(backend, device):
+    with running_on(backend, device):
         y = striped_conv(image, one, zero, one, zero, activation="gelu")
         (gradient,) = torch.autograd.grad(y.sum(), image)
     exact = x.double().requires_grad_()
-    expected = kit.naive_gelu(exact)
+    expected = naive_gelu(exact)
     (expected_gradient,) = torch.autograd.grad(expected.sum(), exact)
     torch.testing.assert_close(y.flatten().double(), expected.detach(), rtol=2e-7, atol=1e-6)
     torch.testing.assert_close(gradient.flatten().double(), expected_gradient, rtol=2e-7, atol=5e-7)
 
 
-@kit.each_kernel("striped_conv", interpreted=False)
+@each_kernel("striped_conv", interpreted=False)
 @pytest.mark.parametrize("taps, width", [(3, 13), (11, 64), (7, 9), (5, 20)])
 def test_images_are_alone(backend, device, taps, width):
     """Also where a thread goes on from one image to the next with the same buffers."""
-    tensors = kit.cast(tensors_of(device, (3, 2, 14, width), taps), torch.float32)
-    with kit.chosen(backend, device):
-        kit.assert_images_are_alone(striped_conv, tensors, activation="gelu")
+    tensors = cast(tensors_of(device, (3, 2, 14, width), taps), torch.float32)
+    with running_on(backend, device):
+        assert_images_are_alone(striped_conv, tensors, activation="gelu")
 
 
-@kit.each_kernel("striped_conv", interpreted=False)
+@each_kernel("striped_conv", interpreted=False)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("taps", [3, 7, 11])
 @pytest.mark.parametrize("width", [16, 48, 61, 64])
@@ -187,29 +202,29 @@ def test_slices_of_channels(backend, device, dtype, taps, width):
     tensors = tensors_of(device, (2, 3, 21, width), taps)
     x, gate = torch.cat([tensors["x"], tensors["gate"]], dim=1).chunk(2, dim=1)
     tensors |= {"x": x, "gate": gate}
-    kit.assert_within_yardstick(backend, striped_conv, naive_striped_conv, tensors, dtype, activation="gelu")
+    assert_within_yardstick(backend, striped_conv, naive_striped_conv, tensors, dtype, activation="gelu")
 
 
-@kit.each_backend("striped_conv")
+@each_backend("striped_conv")
 def test_double_backward(backend, device):
     tensors = tensors_of(device)
-    with kit.chosen(backend, device):
+    with running_on(backend, device):
         if backend == "reference":
             assert torch.autograd.gradgradcheck(
                 lambda x: striped_conv(**tensors | {"x": x}), tensors["x"].requires_grad_()
             )
         else:
-            kit.assert_refuses_double_backward(striped_conv, tensors)
+            assert_refuses_double_backward(striped_conv, tensors)
 
 
-@kit.each_backend("striped_conv")
+@each_backend("striped_conv")
 def test_autocast(backend, device):
     """All inputs are cast, as for torch's convolutions, but float64 ones; gradients have their own dtypes."""
-    tensors = kit.cast(tensors_of(device), torch.float32)
-    with kit.chosen(backend, device):
-        narrow = striped_conv(**kit.cast(tensors, torch.bfloat16), activation="gelu")
+    tensors = cast(tensors_of(device), torch.float32)
+    with running_on(backend, device):
+        narrow = striped_conv(**cast(tensors, torch.bfloat16), activation="gelu")
         with torch.autocast(device, torch.bfloat16):
-            found = kit.value_and_gradients(striped_conv, tensors, activation="gelu")
+            found = value_and_gradients(striped_conv, tensors, activation="gelu")
             with pytest.raises(
                 TypeError, match=r"^striped_conv: weight_row has dtype torch.bfloat16, expected torch.float64"
             ):
@@ -218,28 +233,28 @@ def test_autocast(backend, device):
     assert all(value.dtype == torch.float32 for what, value in found.items() if what != "y")
 
 
-@kit.each_kernel("striped_conv")
+@each_kernel("striped_conv")
 def test_extreme_values(backend, device, monkeypatch):
     """Infinities and NaN come out where the formula has them."""
-    tensors = kit.cast(tensors_of(device, (1, 1, 5, 40), 3), torch.float32)
+    tensors = cast(tensors_of(device, (1, 1, 5, 40), 3), torch.float32)
     for column, value in enumerate((torch.inf, -torch.inf, torch.nan, 1e30, -1e30, 1e-30)):
         tensors["x"][0, 0, 2, 6 * column] = value
-    with kit.chosen(backend, device):
+    with running_on(backend, device):
         y = striped_conv(**tensors, activation="gelu")
     # torch's own GELU of infinity is infinity or NaN, as the processor has it
-    monkeypatch.setattr(torch.nn.functional, "gelu", kit.naive_gelu)
+    monkeypatch.setattr(torch.nn.functional, "gelu", naive_gelu)
     expected = reference.striped_conv(**tensors, activation="gelu")
     torch.testing.assert_close(y, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
-@kit.each_fault
+@each_fault
 def test_bad_tensors(device, fault):
     exempt = ["gate"] if fault == "none" else []
-    kit.assert_refused(fault, striped_conv, tensors_of(device), exempt)
+    assert_refused(fault, striped_conv, tensors_of(device), exempt)
 
 
 def test_bad_sizes(device):
-    kit.assert_sizes_refused(striped_conv, tensors_of(device))
+    assert_sizes_refused(striped_conv, tensors_of(device))
 
 
 def test_another_device_is_refused(device):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kit_training import arguments, newest, trainer
+from helpers.training import arguments, newest, trainer
 
 from seemore_fast.training.state import Checkpoints
 

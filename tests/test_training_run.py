@@ -10,7 +10,7 @@ import shutil
 import pytest
 import safetensors
 import torch
-from kit_training import arguments, everything, newest, trainer
+from helpers.training import arguments, everything, newest, trainer
 from PIL import Image
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 

@@ -1,8 +1,8 @@
 """GELU and its derivative as Triton's kernels compute them, in float32, against float64's."""
 
-import kit
 import pytest
 import torch
+from helpers.backends import running_on
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -41,7 +41,7 @@ def test_error(device, dtype, relative, absolute, of_slope):
         [torch.logspace(-37, 0, POINTS), torch.linspace(0, 12, 6 * POINTS), torch.logspace(1, 4.8, POINTS)]
     )
     x = torch.cat([sizes, -sizes]).float().to(device)
-    with kit.chosen("triton", device):
+    with running_on("triton", device):
         y, dy = gelu(x, dtype)
     exact = x.double().requires_grad_()
     truth = torch.nn.functional.gelu(exact)
@@ -55,7 +55,7 @@ def test_error(device, dtype, relative, absolute, of_slope):
 def test_infinities_and_nan(device, dtype):
     """As float64 has them: no infinity meets 0 before the last product."""
     x = torch.tensor([torch.inf, -torch.inf, torch.nan, 3e38, -3e38, 0, 1e-38, -1e-38], device=device)
-    with kit.chosen("triton", device):
+    with running_on("triton", device):
         y, dy = gelu(x.repeat(POINTS // len(x)), dtype)
     torch.testing.assert_close(y[: len(x)], torch.nn.functional.gelu(x.double()), equal_nan=True)
     assert dy[3] == 1 and dy[4] == 0 and dy[5] == 0.5

@@ -17,6 +17,7 @@ from types import MappingProxyType
 
 import pytest
 import torch
+from helpers.ptx import widest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -129,12 +130,6 @@ def compiled(launch: Launch, capability: int) -> dict:
     widths = {"load": widest("ld", code.ptx), "store": widest("st", code.ptx)}
     counts = {name: len(re.findall(pattern, code.ptx)) for name, pattern in INSTRUCTIONS.items()}
     return code.resources()._asdict() | widths | counts
-
-
-def widest(instruction: str, ptx: str) -> int:
-    """Return how many bytes a thread moves at a time by the widest `instruction` on global memory."""
-    found = re.findall(rf"\b{instruction}\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)\b", ptx)
-    return max((int(lanes or 1) * int(bits) // 8 for lanes, bits in found), default=0)
 
 
 def compile_with_few_registers() -> dict:

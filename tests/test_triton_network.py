@@ -5,11 +5,11 @@ import gc
 import weakref
 from collections import Counter
 
-import kit
 import pytest
 import torch
-from conftest import SMALL, T
-from kit_backends import calls, kernels_of
+from helpers.backends import calls, each_kernel, kernels_of, running_on
+from helpers.networks import SMALL, T
+from helpers.ops import largest_difference
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -18,7 +18,7 @@ from seemore_fast.kernels.launch import Launch
 from seemore_fast.memory import gpu_memory_needed
 from seemore_fast.network.replay import ALLOCATIONS, InsideOperators, computes, launching, name_of
 
-each_backend = kit.each_kernel("gated_ffn")
+each_backend = each_kernel("gated_ffn")
 on_triton = pytest.mark.parametrize("backend", [name for name in kernels_of("gated_ffn") if name == "triton"])
 
 
@@ -37,10 +37,10 @@ def test_values_and_gradients_are_those_of_the_plain_network(backend, device, mo
     plain, ours = models
     x, target = torch.rand(2, 3, 5, 13, device=device), torch.rand(2, 3, 10, 26, device=device)
     torch.nn.functional.l1_loss(plain(x), target).backward()
-    with kit.chosen(backend, device):
+    with running_on(backend, device):
         y = ours(x)
         torch.nn.functional.l1_loss(y, target).backward()
-    assert kit.largest_difference(y, plain(x).double()) < 1e-5
+    assert largest_difference(y, plain(x).double()) < 1e-5
     for (name, expected), found in zip(plain.named_parameters(), ours.parameters(), strict=True):
         largest = expected.grad.abs().max().item()
         torch.testing.assert_close(
@@ -61,10 +61,10 @@ def test_bfloat16(backend, device, models):
     x = torch.rand(1, 3, 16, 19, device=device)
     with torch.no_grad(), use_backend("reference"):
         exact, narrow = plain(x).double(), plain.bfloat16()(x)
-    with torch.no_grad(), kit.chosen(backend, device):
+    with torch.no_grad(), running_on(backend, device):
         y = ours.bfloat16()(x)
     assert y.dtype == torch.float32
-    assert kit.largest_difference(y, exact) <= 2 * kit.largest_difference(narrow, exact)
+    assert largest_difference(y, exact) <= 2 * largest_difference(narrow, exact)
 
 
 @on_triton
@@ -78,18 +78,18 @@ def test_launches_of_a_group(backend, device, monkeypatch):
         torch.manual_seed(0)
         model = SeemoRe(**{**SMALL, "num_layers": depth}).to(device).eval().prepare()
         launched.clear()
-        with torch.no_grad(), kit.chosen(backend, device):
+        with torch.no_grad(), running_on(backend, device):
             model(torch.rand(1, 3, 16, 16, device=device))
         counts.append(launched.copy())
     assert (counts[1] - counts[0]).total() == 19
 
 
-@kit.each_kernel("conv3x3_shuffle")
+@each_kernel("conv3x3_shuffle")
 def test_the_last_convolution_is_fused_under_autocast(backend, device):
     """It is float32 there, too: one kernel, and the result to the bit."""
     x, weight, bias, mean = torch.rand(1, 4, 5, 6), torch.rand(12, 4, 3, 3), torch.rand(12), torch.rand(1, 3, 1, 1)
     tensors = [t.to(device) for t in (x, weight, bias, mean)]
-    with torch.no_grad(), kit.chosen(backend, device):
+    with torch.no_grad(), running_on(backend, device):
         expected = ops.conv3x3_shuffle(*tensors, scale=2)
         calls.clear()
         with torch.autocast(device, torch.bfloat16):
@@ -114,7 +114,7 @@ def test_gradients_under_autocast(backend, device, models, dtype):
     exact = step(copy.deepcopy(plain).double(), x.double(), False)
     with use_backend("reference"):
         narrow = step(plain, x, True)
-    with kit.chosen(backend, device):
+    with running_on(backend, device):
         found = step(ours, x, True)
     for one, other, truth in zip(found, narrow, exact, strict=True):
         assert (one - truth).norm() <= 2 * (other - truth).norm()
@@ -130,7 +130,7 @@ def test_as_any_module(backend, device, models):
     kind = "nccl" if device == "cuda" else "gloo"
     torch.distributed.init_process_group(kind, store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        with kit.chosen(backend, device):
+        with running_on(backend, device):
             for half in x:
                 (ours(half[None]).square().mean() / 2).backward()
             expected = [p.grad for p in ours.parameters()]
@@ -190,11 +190,11 @@ class Peak(InsideOperators):
 def test_memory_of_a_call(backend, device, dtype):
     """It is what `gpu_memory_needed` tells, with all workspaces, and much less than the plain network's."""
     torch.manual_seed(0)
-    with kit.chosen(backend, device):
+    with running_on(backend, device):
         model = SeemoRe(**{**T, "scale": 4, "num_layers": 1}).to(device, dtype).eval().prepare()
     x, plain = torch.rand(1, 3, 24, 32, device=device), reference.SeemoRe(**model.config).to(device, dtype).eval()
     plain.load_state_dict(model.state_dict())
-    with torch.no_grad(), kit.chosen(backend, device):
+    with torch.no_grad(), running_on(backend, device):
         ours = Peak().measure(model, x)
     with torch.no_grad(), use_backend("reference"):
         theirs = Peak().measure(plain, x)

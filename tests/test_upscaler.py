@@ -5,7 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from helpers.images import noise
+from helpers.networks import SMALL
 from PIL import Image
 
 from seemore_fast import SeemoRe, Upscaler, backends
@@ -16,11 +17,6 @@ from seemore_fast.network import engine
 @pytest.fixture
 def upscaler(small_model):
     return Upscaler(small_model, device="cpu")
-
-
-def noise(*shape, dtype=np.uint8):
-    values = np.random.default_rng(0).random(shape)
-    return (values * np.iinfo(dtype).max).astype(dtype) if np.issubdtype(dtype, np.integer) else values.astype(dtype)
 
 
 def through_network(model, colours):

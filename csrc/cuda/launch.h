@@ -1,5 +1,5 @@
 // How kernels are launched and come by shared memory. Macros, so that the very same kernels also run on the CPU:
-// a host compiler finds its own LAUNCH and DYNAMIC_SHARED, threads, barriers and shuffles in tests/cuda_host.
+// a host compiler finds its own LAUNCH and DYNAMIC_SHARED, threads, barriers and shuffles in tests/helpers/cuda_host.
 #pragma once
 
 #include <atomic>

@@ -3,26 +3,34 @@
 import itertools
 from types import SimpleNamespace
 
-import kit
-import kit_backends
 import pytest
 import torch
 from conftest import has_kernel, is_too_much_to_interpret
-from kit_backends import Backend, assert_computed, calls
-from test_norm_pointwise import naive_norm_pointwise, tensors_of
+from helpers.backends import (
+    Backend,
+    assert_computed,
+    calls,
+    cut_off_by_tensor_cores,
+    kernels_of,
+    running_on,
+    uses_tensor_cores,
+)
+from helpers.naive import naive_norm_pointwise
+from helpers.ops import assert_close_to_naive, cast, largest_difference, largest_of, terms_of, value_and_gradients
+from test_norm_pointwise import tensors_of
 
 from seemore_fast import backends
 from seemore_fast.backends import choose
 from seemore_fast.ops import norm_pointwise
 
-NAMES = [name for name in kit_backends.kernels_of("norm_pointwise") if name in ("triton", "cpu portable", "cpu avx2")]
+NAMES = [name for name in kernels_of("norm_pointwise") if name in ("triton", "cpu portable", "cpu avx2")]
 each_name = pytest.mark.parametrize("name", NAMES)
 
 
 @pytest.mark.parametrize("operator", [operator for operator in backends.KERNELS if operator != "network"])
 def test_kernels_serve_the_dtypes_that_tests_take_and_the_reference_the_rest(operator, device):
-    for name in kit_backends.kernels_of(operator):
-        with kit.chosen(name, device):
+    for name in kernels_of(operator):
+        with running_on(name, device):
             for dtype in backends.ALL:
                 found = choose(operator, torch.empty(1, 2, 4, 4, dtype=dtype, device=device))
                 served = "cpu" if name.family == "cpu" else name
@@ -34,10 +42,12 @@ def test_kernels_serve_the_dtypes_that_tests_take_and_the_reference_the_rest(ope
 @each_name
 def test_the_widest_dtype_is_computed(name, device, monkeypatch):
     """By a kernel: in float64 to 1e-10; where there is none in float32, within the yardstick."""
-    dtypes, forward = set(), kit.value_and_gradients
-    monkeypatch.setattr(kit, "value_and_gradients", lambda f, t, **o: dtypes.add(t["x"].dtype) or forward(f, t, **o))
+    dtypes, forward = set(), value_and_gradients
+    monkeypatch.setattr(
+        "helpers.ops.value_and_gradients", lambda f, t, **o: dtypes.add(t["x"].dtype) or forward(f, t, **o)
+    )
     calls.clear()
-    kit.assert_close_to_naive(name, norm_pointwise, naive_norm_pointwise, tensors_of(device))
+    assert_close_to_naive(name, norm_pointwise, naive_norm_pointwise, tensors_of(device))
     assert_computed(name, None)
     assert name.widest in dtypes
 
@@ -48,21 +58,21 @@ def test_what_is_not_close_to_naive_is_seen(name, device):
         return naive_norm_pointwise(**tensors, eps=1e-3)
 
     with pytest.raises(AssertionError, match=r"y.?: "):
-        kit.assert_close_to_naive(name, norm_pointwise, naive_with_another_eps, tensors_of(device))
+        assert_close_to_naive(name, norm_pointwise, naive_with_another_eps, tensors_of(device))
 
 
 @each_name
 def test_a_name_whose_kernel_did_not_run_fails(name, device):
     other = next(other for other in (*NAMES, Backend("reference", "norm_pointwise")) if other != name)
-    tensors = kit.cast(tensors_of(device), torch.float32)
+    tensors = cast(tensors_of(device), torch.float32)
     calls.clear()
     with pytest.raises(AssertionError, match=f"named after {name}, whose kernel of norm_pointwise never ran"):
         assert_computed(name, None)
-    with kit.chosen(other, device):
+    with running_on(other, device):
         norm_pointwise(**tensors)
     with pytest.raises(AssertionError, match=f"named after {name}, whose kernel of norm_pointwise never ran"):
         assert_computed(name, None)
-    with kit.chosen(name, device):
+    with running_on(name, device):
         norm_pointwise(**tensors)
     assert_computed(name, None)
     with pytest.raises(AssertionError, match="named after the reference, but kernels ran"):
@@ -71,15 +81,15 @@ def test_a_name_whose_kernel_did_not_run_fails(name, device):
 
 @each_name
 def test_a_name_whose_work_the_reference_did_fails(name, device):
-    tensors = kit.cast(tensors_of(device), torch.float32)
+    tensors = cast(tensors_of(device), torch.float32)
     leaves_it = pytest.mark.falls_back(name.family, reason="a test").mark
     calls.clear()
-    with kit.chosen(name, device):
-        norm_pointwise(**kit.cast(tensors, torch.float16 if name.family == "cpu" else torch.float64))
+    with running_on(name, device):
+        norm_pointwise(**cast(tensors, torch.float16 if name.family == "cpu" else torch.float64))
     with pytest.raises(AssertionError, match="never ran"):
         assert_computed(name, None)
     assert_computed(name, leaves_it)
-    with kit.chosen(name, device):
+    with running_on(name, device):
         norm_pointwise(**tensors)
     with pytest.raises(AssertionError, match=r"but the reference computed {'norm_pointwise'}, too"):
         assert_computed(name, None)
@@ -90,7 +100,7 @@ def test_a_name_whose_work_the_reference_did_fails(name, device):
 @each_name
 def test_a_kernel_that_was_looked_up_before_is_noted(name, device):
     x = tensors_of(device)["x"].float()
-    with kit.chosen(name, device):
+    with running_on(name, device):
         kept = backends.kernel_for("norm_pointwise", x)
         calls.clear()
         kept(torch.empty_like(x), x, None, None, x.new_ones(3, 3, 1, 1), x.new_ones(3), None, 1e-6, None)
@@ -101,13 +111,15 @@ def test_a_kernel_that_was_looked_up_before_is_noted(name, device):
 def test_the_interpreter_takes_each_value_in_turn(counts):
     marks = [pytest.mark.parametrize(f"p{i}, q{i}", [(j, 9 - j) for j in range(n)]).mark for i, n in enumerate(counts)]
     taken = []
-    for chosen in itertools.product(*map(range, counts)):
-        arguments = {f"p{i}": j for i, j in enumerate(chosen)} | {f"q{i}": 9 - j for i, j in enumerate(chosen)}
+    for combination in itertools.product(*map(range, counts)):
+        arguments = {f"p{i}": j for i, j in enumerate(combination)} | {
+            f"q{i}": 9 - j for i, j in enumerate(combination)
+        }
         item = SimpleNamespace(iter_markers=lambda _: marks, callspec=SimpleNamespace(params=arguments))
         if not is_too_much_to_interpret(item):
-            taken.append(chosen)
+            taken.append(combination)
     for i, count in enumerate(counts):
-        assert {chosen[i] for chosen in taken} == set(range(count))
+        assert {combination[i] for combination in taken} == set(range(count))
     assert len(taken) == torch.tensor(counts).prod() // (sorted(counts)[-2] if len(counts) > 1 else 1)
 
 
@@ -140,18 +152,17 @@ def test_tensor_cores_lose_no_more_than_they_may(terms):
     a, b = torch.randn(400, terms), torch.randn(terms, 32)
     exact = a.double() @ b.double()
     three, one = (
-        kit.largest_difference(multiplied_by_tensor_cores(a, b, products), exact) / kit.largest_of(exact)
-        for products in (3, 1)
+        largest_difference(multiplied_by_tensor_cores(a, b, products), exact) / largest_of(exact) for products in (3, 1)
     )
-    allowed = max(1e-6, kit_backends.cut_off_by_tensor_cores(terms))
+    allowed = max(1e-6, cut_off_by_tensor_cores(terms))
     assert three < allowed < one / 20
     assert terms < 600 or three > 1e-6
 
 
 def test_the_terms_of_a_sum(device):
     tensors = tensors_of(device, (2, 3, 6, 7), out=5)
-    assert [kit.terms_of(what, tensors) for what in ("y", "gradient of x", "gradient of norm_bias")] == [5, 5, 84]
-    uses_tensor_cores, gpu = kit_backends.uses_tensor_cores, torch.device("cuda")
+    assert [terms_of(what, tensors) for what in ("y", "gradient of x", "gradient of norm_bias")] == [5, 5, 84]
+    gpu = torch.device("cuda")
     assert uses_tensor_cores(Backend("triton", "norm_pointwise"), gpu)
     assert not uses_tensor_cores(Backend("triton", "norm_pointwise"), torch.device("cpu"))
     assert not uses_tensor_cores(Backend("triton", "striped_conv"), gpu)

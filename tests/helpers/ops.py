@@ -1,7 +1,7 @@
-"""What the operator tests share: seeded tensors, layouts, naive float64 building blocks, comparisons.
+"""Seeded tensors, layouts and comparisons of the operator tests.
 
 A test of an operator hands `backend` (see `each_backend`) to the helpers; a new backend is tested as soon as
-`seemore_fast.backends.KERNELS` lists it. The naive functions never call seemore_fast, and no convolution of torch.
+`seemore_fast.backends.KERNELS` lists it.
 """
 
 import math
@@ -9,33 +9,20 @@ from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 import torch
-from kit_backends import (
-    Backend,
-    at_large_offsets,
-    chosen,
-    cut_off_by_tensor_cores,
-    each_backend,
-    each_kernel,
-    guarded_results,
-    uninitialised_is_nan,
-    uses_tensor_cores,
-)
-from kit_faults import BATCH_AND_PIXELS, FAULTS, assert_refused, assert_sizes_refused, each_fault
 from torch import Tensor
 
 from seemore_fast import reference
 
-__all__ = [
-    "BATCH_AND_PIXELS",
-    "FAULTS",
-    "Backend",
-    "assert_refused",
-    "assert_sizes_refused",
-    "chosen",
-    "each_backend",
-    "each_fault",
-    "each_kernel",
-]
+from .backends import (
+    Backend,
+    at_large_offsets,
+    cut_off_by_tensor_cores,
+    guarded_results,
+    running_on,
+    uninitialised_is_nan,
+    uses_tensor_cores,
+)
+
 each_narrow_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 # (batch, channels, height, width): one pixel, one line, no image at all, odd, wider than a vector or a warp
@@ -137,51 +124,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-# Naive building blocks: float64 sums of shifted slices and matrix products, differentiable
-
-
-def per_channel(values: Tensor) -> Tensor:
-    return values[:, None, None]
-
-
-def shifted(x: Tensor, height: int, width: int) -> Iterable[tuple[int, int, Tensor]]:
-    """Yield (i, j, what tap i, j of a centred height x width kernel sees of x with zeros around it)."""
-    top, left = height // 2, width // 2
-    padded = x.new_zeros(*x.shape[:2], x.shape[2] + 2 * top, x.shape[3] + 2 * left)
-    padded[:, :, top : top + x.shape[2], left : left + x.shape[3]] = x
-    for i in range(height):
-        for j in range(width):
-            yield i, j, padded[:, :, i : i + x.shape[2], j : j + x.shape[3]]
-
-
-def naive_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    taps = shifted(x, *weight.shape[2:])
-    return sum(per_channel(weight[:, 0, i, j]) * seen for i, j, seen in taps) + per_channel(bias)
-
-
-def naive_pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.einsum("dc,bchw->bdhw", weight[:, :, 0, 0], x) + per_channel(bias)
-
-
-def naive_dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    taps = shifted(x, *weight.shape[2:])
-    return sum(torch.einsum("dc,bchw->bdhw", weight[:, :, i, j], seen) for i, j, seen in taps) + per_channel(bias)
-
-
-def naive_gelu(x: Tensor) -> Tensor:
-    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
-
-
-def naive_activation(x: Tensor, activation: str | None) -> Tensor:
-    return x if activation is None else {"gelu": naive_gelu}[activation](x)
-
-
-def naive_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
-    deviation = x - x.sum(dim=1, keepdim=True) / x.shape[1]
-    variance = (deviation**2).sum(dim=1, keepdim=True) / x.shape[1]
-    return deviation / (variance + eps).sqrt() * per_channel(weight) + per_channel(bias)
-
-
 # Comparisons
 
 
@@ -207,7 +149,7 @@ def results(
     """Return value_and_gradients of a backend, and y without autograd; the inputs stay as they were."""
     laid_out = {name: LAYOUTS[layout](t) for name, t in tensors.items()} if layout else tensors
     before = {name: t.clone() for name, t in laid_out.items()}
-    with chosen(backend, next(iter(tensors.values())).device):
+    with running_on(backend, next(iter(tensors.values())).device):
         found = value_and_gradients(operator, laid_out, **options)
         with torch.no_grad():
             found["y without autograd"] = operator(**laid_out, **options)

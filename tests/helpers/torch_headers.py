@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "torch-headers"
 PLATFORMS = "macosx_11_0_arm64", "macosx_14_0_arm64", "macosx_15_0_arm64"
 

@@ -8,15 +8,17 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parents[3]
 CACHE = ROOT / "build" / "cuda_host"
 TORCH = Path(torch.__file__).parent
 
@@ -117,3 +119,23 @@ def asan_environment() -> dict[str, str]:
             raise Unavailable(f"g++ has no {name}")
         preload.append(str(path.resolve()))
     return {**os.environ, "LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+ORDERS = ["forward", "backward", "shuffled"]
+
+
+def available(build, *arguments, **options):
+    try:
+        return build(*arguments, **options)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def run_python(code: str, *arguments, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT / "tests")
+
+
+def load(path: Path):
+    torch.ops.load_library(str(path))
+    return torch.ops.seemore_cuda_host

@@ -4,7 +4,7 @@ reference       plain PyTorch, as far as it is a backend
 cpu avx2, ...   the CPU library in each instruction set that this processor runs
 cuda, triton    on a GPU, with --device cuda
 triton          without a GPU, in Triton's interpreter
-cuda_host       without a GPU, the very same CUDA sources compiled for the host (tests/cuda_host)
+cuda_host       without a GPU, the very same CUDA sources compiled for the host (tests/helpers/cuda_host)
 
 A test with such a parameter fails unless the kernel of that backend computed the operator, and the reference nothing
 of it (`assert_computed`, which conftest.py calls after each test).
@@ -18,13 +18,14 @@ import shutil
 from functools import partial
 from unittest import mock
 
-import cuda_host
 import pytest
 import torch
 
 from seemore_fast import backends, reference, use_backend
 from seemore_fast.backends import native
 from seemore_fast.ops import library
+
+from . import cuda_host
 
 calls: set[tuple[str, str]] = set()  # (backend, operator) of all kernels, and fallbacks, that ran in this test
 
@@ -99,7 +100,7 @@ def kernels_of(operator: str, interpreted: bool = True, dtype: torch.dtype | Non
 
 
 @contextlib.contextmanager
-def chosen(backend: str, device: str | torch.device):
+def running_on(backend: str, device: str | torch.device):
     """Run operators by `backend` in a context, and note `calls`; skip the test where it cannot serve `device`."""
     devices = {
         "cuda": {"cuda"},

@@ -1,0 +1,31 @@
+"""Operators that sweep over images, and images that are cut into strips of each kind."""
+
+import torch
+from torch import Tensor
+
+from seemore_fast import ops
+
+from ..ops import cast, random_parameters, striped_shapes, value_and_gradients
+
+STRIPS = {
+    "one, of pixels": (2, 2, 5, 7),
+    "some, of quads": (1, 1, 45, 132),
+    "some, of pairs": (1, 1, 45, 70),
+    "some, of pixels": (1, 1, 45, 69),
+}
+
+
+def walk(name: str, shape: tuple[int, ...], taps: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return y and the gradients of an operator, by the library that is loaded."""
+    images = {"u": shape, "g": shape} if name == "depthwise_gate" else {"x": shape}
+    channels, options = shape[1], {}
+    if name == "depthwise_gate":
+        shapes = {"weight": (channels, 1, 3, 3), "bias": (channels,)}
+    else:
+        shapes, options = striped_shapes(channels, taps), {"activation": "gelu"}
+        images |= {"gate": shape} if name == "striped_conv" else {}
+    tensors = cast(random_parameters(images | shapes, "cpu"), dtype)
+    return value_and_gradients(getattr(ops, name), tensors, **options)
+
+
+WALKS = [("depthwise_gate", 3), ("striped_conv", 3), ("striped_conv", 7), ("striped_conv", 11)]
