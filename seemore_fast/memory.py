@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from .errors import first_line
+
 SMALL = 2**28  # bytes below which nobody asks
 OWN_CGROUPS = Path("/proc/self/cgroup")
 CGROUPS = {  # by version: where they are; a limit, the use, and what of that are pages of files, which make room
@@ -154,7 +156,7 @@ def or_explain(function: Callable[[torch.Tensor], torch.Tensor], model, x: torch
     try:
         return function(x)
     except torch.OutOfMemoryError as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
     torch.cuda.empty_cache()  # not in the handler: the error holds on to what was in use
     training = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
     needed = gpu_memory_needed(model, x.shape, training)

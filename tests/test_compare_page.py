@@ -10,7 +10,7 @@ import pytest
 from helpers.images import pixels
 from PIL import Image
 
-from seemore_fast.io.errors import ImageError
+from seemore_fast.errors import ImageError
 from seemore_fast.upscale import compare
 
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from seemore_fast import Upscaler
+from seemore_fast.errors import ImageError
 from seemore_fast.io import png16 as deep
-from seemore_fast.io.errors import ImageError
 from seemore_fast.io.images import Picture, read_image, write_image
 
 pyvips = pytest.importorskip("pyvips")

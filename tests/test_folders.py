@@ -15,7 +15,7 @@ from PIL import Image
 
 from seemore_fast import Upscaler
 from seemore_fast.cli import main
-from seemore_fast.io.errors import ImageError
+from seemore_fast.errors import ImageError
 from seemore_fast.io.images import Picture, write_image
 from seemore_fast.upscale import jobs
 from seemore_fast.upscale.jobs import JobError, Jobs, is_share

@@ -81,7 +81,7 @@ def write_csv(path: Path, choices: list[Choice], ranks: list[int]):
 
 def choices_of(model: nn.Module, data: str, pairs: list[Pair]) -> Iterator[Choice]:
     """Yield what the model chooses for the LR image of each pair, in order."""
-    from ..io.errors import ImageError
+    from ..errors import ImageError, first_line
 
     for pair in pairs:
         try:
@@ -92,7 +92,7 @@ def choices_of(model: nn.Module, data: str, pairs: list[Pair]) -> Iterator[Choic
         try:
             usage, error = expert_usage(model, as_batch(lr)), ""
         except (MemoryError, RuntimeError) as failure:  # too large: this one's
-            usage, error = None, f"{pair.hr}: {(str(failure) or type(failure).__name__).splitlines()[0]}"
+            usage, error = None, f"{pair.hr}: {first_line(failure)}"
         yield Choice(data, pair.name, usage, error)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from ..errors import first_line
+
 FOLDER = Path(__file__).parents[1]  # of the package, where the libraries lie
 
 
@@ -24,7 +26,7 @@ def load(path: Path) -> str | None:
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
-        return f"{path} does not load in torch {torch.__version__}: {str(error).splitlines()[0]}"
+        return f"{path} does not load in torch {torch.__version__}: {first_line(error)}"
     return None
 
 
@@ -61,7 +63,7 @@ def cuda_unsupported_reason(index: int) -> str | None:
             with torch.cuda.device(index):
                 _cuda_reasons[index] = torch.ops.seemore_cuda.unsupported_reason() or None
         except RuntimeError as error:
-            return f"CUDA device {index} does not answer: {str(error).splitlines()[0]}"
+            return f"CUDA device {index} does not answer: {first_line(error)}"
     return _cuda_reasons[index]
 
 

@@ -3,8 +3,9 @@
 import argparse
 import sys
 
+from ..errors import CheckpointError, SeemoreError, TrainingError
 from . import analyze, benchmark, evaluate, export, info, train, upscale
-from .exits import FAILED, INTERRUPTED, USAGE, UsageError
+from .exits import FAILED, INTERRUPTED, USAGE
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,9 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return options.run(options)
-    except UsageError as error:
+    except SeemoreError as error:
         print(f"seemore-fast {options.command}: {error}", file=sys.stderr)
-        return USAGE
+        return FAILED if isinstance(error, (CheckpointError, TrainingError)) else USAGE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

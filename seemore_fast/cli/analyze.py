@@ -4,8 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..errors import UsageError
 from ..io.atomic import replacing, why_not_writable
-from .exits import DONE, FAILED, UsageError
+from .exits import DONE, FAILED
 
 HELP = "Look inside a network: routing, features, receptive field, operations."
 PICTURES = (".png", ".svg", ".pdf")
@@ -60,14 +61,11 @@ def _routing(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..analysis.routing import choices_of, mean_rank, trend, usage_by_set, write_csv
-    from ..evaluation.pairs import PairError, find_pairs, names_of
+    from ..evaluation.pairs import find_pairs, names_of
 
     plots, model = _plots(), _model(options.model)
-    try:
-        found = [find_pairs(folder, model.scale) for folder in options.data]
-        sets = dict(zip(names_of(options.data), found, strict=True))
-    except PairError as error:
-        raise UsageError(str(error)) from None
+    found = [find_pairs(folder, model.scale) for folder in options.data]
+    sets = dict(zip(names_of(options.data), found, strict=True))
     choices, ranks = [], model.body[0].local_block.block.moe_layer.ranks
     try:
         with tqdm(total=sum(map(len, found)), unit="image", desc="routing") as progress:
@@ -158,7 +156,7 @@ def _variant(preset: str, scale: int, overrides: list[str]) -> dict:
 
     if not overrides:
         return {"scale": scale, **PRESETS[preset]}
-    from ..training.config import Config, ConfigError, Model, override
+    from ..training.config import Config, Model, override
 
     config = Config(model=Model(preset=preset, scale=scale))
     for line in overrides:
@@ -169,7 +167,7 @@ def _variant(preset: str, scale: int, overrides: list[str]) -> dict:
         return SeemoRe(**config.model.arguments()).config
     except ImportError as error:
         raise UsageError(f"{error.name} is not installed: pip install 'seemore-fast[train]'") from None
-    except (ConfigError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from None
 
 
@@ -189,11 +187,11 @@ def _plots():
 
 
 def _model(name: str):
-    from ..network.checkpoint import CheckpointError, load_model
+    from ..network.checkpoint import load_model
 
     try:
         model = load_model(name)
-    except (CheckpointError, ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from None
     if model.in_chans != 3:
         raise UsageError(f"{name} takes {model.in_chans} channels, expected 3: images are read as RGB")
@@ -203,12 +201,8 @@ def _model(name: str):
 def _image(path: Path):
     from ..analysis.routing import as_batch
     from ..evaluation.pairs import read_plain
-    from ..io.errors import ImageError
 
-    try:
-        return as_batch(read_plain(path))
-    except ImageError as error:
-        raise UsageError(str(error)) from None
+    return as_batch(read_plain(path))
 
 
 def _name(model: str) -> str:

@@ -5,8 +5,9 @@ import sys
 import warnings
 from pathlib import Path
 
+from ..errors import UsageError
 from ..io.atomic import why_not_writable
-from .exits import DONE, FAILED, UsageError
+from .exits import DONE, FAILED
 
 HELP = "Measure Y-PSNR and SSIM of a model on data sets, as the field does."
 
@@ -31,19 +32,16 @@ def run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..evaluation.evaluate import Rows, evaluate
-    from ..evaluation.pairs import PairError, find_pairs, names_of
+    from ..evaluation.pairs import find_pairs, names_of
 
     if options.lr and len(options.lr) != len(options.data):
         raise UsageError(f"--lr is given {len(options.lr)} times, expected once for each of {len(options.data)} --data")
     if options.csv and (reason := why_not_writable(options.csv)):
         raise UsageError(reason)
     upscale, scale = _upscaler(options)
-    try:
-        lr_folders = options.lr or [None] * len(options.data)
-        found = [find_pairs(data, scale, lr) for data, lr in zip(options.data, lr_folders, strict=True)]
-        sets = dict(zip(names_of(options.data), found, strict=True))
-    except PairError as error:
-        raise UsageError(str(error)) from None
+    lr_folders = options.lr or [None] * len(options.data)
+    found = [find_pairs(data, scale, lr) for data, lr in zip(options.data, lr_folders, strict=True)]
+    sets = dict(zip(names_of(options.data), found, strict=True))
     results, rows = [], Rows(options.csv)
     try:
         with tqdm(total=sum(map(len, found)), unit="image", desc="evaluating") as progress:
@@ -66,7 +64,6 @@ def run(options: argparse.Namespace) -> int:
 def _upscaler(options: argparse.Namespace):
     """Return the function that enlarges an array, and its scale."""
     from ..evaluation.evaluate import bicubic
-    from ..network.checkpoint import CheckpointError
     from ..upscale import Upscaler
 
     if options.model == "bicubic":
@@ -79,7 +76,7 @@ def _upscaler(options: argparse.Namespace):
         with warnings.catch_warnings(record=True) as doubts:
             warnings.simplefilter("always", UserWarning)
             upscale = Upscaler(options.model, options.scale, options.device, options.dtype, tta=options.ensemble)
-    except (CheckpointError, ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from None
     for doubt in doubts:
         print(f"note: {doubt.message}", file=sys.stderr)

@@ -1,7 +1,3 @@
-"""Exit statuses, and the error that means the second of them."""
+"""Exit statuses."""
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-
-
-class UsageError(Exception):
-    """Arguments that cannot be carried out; nothing was done."""

@@ -1,11 +1,11 @@
 """``seemore-fast export``: a network as a file for other programs."""
 
 import argparse
-import sys
 from pathlib import Path
 
+from ..errors import CheckpointError, UsageError
 from ..io.atomic import why_not_writable
-from .exits import DONE, FAILED, UsageError
+from .exits import DONE
 
 HELP = "Write a network as .safetensors, .pth (published layout), .onnx or .pt2 (torch.export)."
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(options: argparse.Namespace) -> int:
     """Write the file, whole or not at all."""
-    from ..network.checkpoint import CheckpointError, load_model
+    from ..network.checkpoint import load_model
     from ..network.export import FORMATS, export, smallest
 
     if options.output.suffix.lower() not in FORMATS:
@@ -30,9 +30,8 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(reason)
     try:
         model = load_model(options.model)
-    except CheckpointError as error:
-        print(f"seemore-fast export: {error}", file=sys.stderr)
-        return FAILED
+    except CheckpointError:
+        raise
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from None
     try:

@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-from .exits import DONE, FAILED, UsageError
+from ..errors import ConfigError, UsageError
+from .exits import DONE
 
 HELP = "Train a network from a YAML configuration; torchrun runs it on several GPUs or machines."
 
@@ -23,30 +24,21 @@ def run(options: argparse.Namespace) -> int:
         import yaml  # noqa: F401
     except ImportError:
         raise UsageError("training reads YAML: pip install 'seemore-fast[train]'") from None
-    from ..training.config import ConfigError, load_config
+    from ..training.config import load_config
     from ..training.group import join
-    from ..training.state import StateError
-    from ..training.trainer import Trainer, TrainingError
+    from ..training.trainer import Trainer
 
-    try:
-        config, notes = load_config(options.config, options.overrides)
-        if options.until is not None and options.until < 1:
-            raise ConfigError(f"--until is {options.until}, expected a step from 1 on")
-        group = join(options.device)
-    except ConfigError as error:
-        raise UsageError(str(error)) from None
+    config, notes = load_config(options.config, options.overrides)
+    if options.until is not None and options.until < 1:
+        raise UsageError(f"--until is {options.until}, expected a step from 1 on")
+    group = join(options.device)
     try:
         if group.is_first:
             for note in notes:
                 print(f"note: {note}", file=sys.stderr)
         Trainer(config, group, options.resume).run(options.until)
     except ConfigError as error:
-        raise UsageError(f"{options.config}: {error}") from None
-    except StateError as error:
-        raise UsageError(str(error)) from None
-    except TrainingError as error:
-        print(f"seemore-fast train: {error}", file=sys.stderr)
-        return FAILED
+        raise ConfigError(f"{options.config}: {error}") from None
     finally:
         group.close()
     return DONE

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from .exits import DONE, FAILED, INTERRUPTED, UsageError
+from ..errors import CheckpointError, UsageError
+from .exits import DONE, FAILED, INTERRUPTED
 
 HELP = "Upscale PNG, JPEG, WebP and TIFF files, and folders of them."
 PATIENCE_WITH_OTHERS = timedelta(days=365)  # the processes of torchrun, whose share may take longer
@@ -98,7 +99,7 @@ def _exact(text: str) -> bool:
 def run(options: argparse.Namespace) -> int:
     """Upscale every input that can be; report the others at the end."""
     from ..upscale.folder import Options, upscale_files
-    from ..upscale.jobs import JobError, Jobs, is_share
+    from ..upscale.jobs import Jobs, is_share
 
     size = {name: getattr(options, name) for name in ("outscale", "width", "height") if getattr(options, name)}
     if "outscale" in size and len(size) > 1:
@@ -113,14 +114,11 @@ def run(options: argparse.Namespace) -> int:
         upscalers = _upscalers(options, bar)
         suffix = _suffix(size, upscalers[0].scale) if options.suffix is None else options.suffix
         extension = options.ext and f".{options.ext.removeprefix('.')}"
-        try:
-            jobs = Jobs(options.inputs, options.output, suffix, extension)
-            total = jobs.check()
-            if jobs.into_folder:
-                _create(Path(options.output))
-            _check_page(options.compare)  # which may lie in the folder of results
-        except JobError as error:
-            raise UsageError(error) from None
+        jobs = Jobs(options.inputs, options.output, suffix, extension)
+        total = jobs.check()
+        if jobs.into_folder:
+            _create(Path(options.output))
+        _check_page(options.compare)  # which may lie in the folder of results
         limit = {"max_megapixels": options.max_megapixels} if "max_megapixels" in options else {}
         how = Options(**limit, overwrite=options.overwrite, quality=options.quality, size=size)
         begin = time.perf_counter()
@@ -165,7 +163,6 @@ def _report(summary: dict, options: argparse.Namespace, how) -> int:
 
 
 def _upscalers(options: argparse.Namespace, bar: "_ImageBar") -> list:
-    from ..network.checkpoint import CheckpointError
     from ..upscale import Upscaler
     from ..upscale.upscaler import shipped_scales
 
@@ -185,9 +182,8 @@ def _upscalers(options: argparse.Namespace, bar: "_ImageBar") -> list:
         scale = next((scale for scale in scales if scale >= options.outscale), scales[-1])
     try:
         return [Upscaler(options.model, scale, device, options.dtype, **how) for device in devices]
-    except CheckpointError as error:
-        print(f"seemore-fast upscale: {error}", file=sys.stderr)
-        raise SystemExit(FAILED) from None
+    except CheckpointError:
+        raise
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(error) from None
 
@@ -211,7 +207,7 @@ def _compare(page: Path, summary: dict, how):
     """Write the page of all that was done, now or before; add to the summary what it has to say."""
     from tqdm import tqdm
 
-    from ..io.errors import ImageError
+    from ..errors import ImageError
     from ..upscale.compare import MOST_IMAGES, write_page
 
     pairs = [(Path(file["source"]), Path(file["target"])) for file in summary["files"] if not file["error"]]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..io.errors import ImageError
+from ..errors import ImageError, first_line
 from ..io.resize import bicubic_resize
 from .metrics import psnr_y, ssim_y
 from .pairs import Pair
@@ -38,8 +38,7 @@ def evaluate(upscale: Callable[[np.ndarray], np.ndarray], data: str, pairs: list
         try:
             image = upscale(lr)
         except (MemoryError, RuntimeError) as error:  # too large, or no numbers: this one's
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            yield Result(data, pair.name, error=f"{pair.hr}: {reason}")
+            yield Result(data, pair.name, error=f"{pair.hr}: {first_line(error)}")
             continue
         seconds = time.perf_counter() - begin
         yield Result(data, pair.name, psnr_y(image, hr, pair.scale), ssim_y(image, hr, pair.scale), seconds)

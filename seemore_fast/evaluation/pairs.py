@@ -9,17 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..io.errors import ImageError
+from ..errors import ImageError, PairError, some_of
 from ..io.images import FORMATS, read_image
 from ..io.resize import bicubic_resize
 from .metrics import SSIM_WINDOW
 
 LOW = re.compile(r"lr([^a-z]|x|bic|mild|wild|unknown|difficult|$)", re.IGNORECASE)  # how folders of LR are called
 MAX_MEGAPIXELS = 1000  # of an image to measure or to train on, which is its user's own
-
-
-class PairError(ValueError):
-    """Folders whose images cannot be compared: says which and why."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +100,8 @@ def list_hr(folder: Path) -> tuple[Path, dict[Path, Path]]:
     low = [str(name) for name in files.values() if any(LOW.match(part) for part in name.parts[:-1])]
     if 0 < len(low) < len(files):
         raise PairError(
-            f"{folder} holds LR images among others: {_some(low)}; give the folder of HR images alone, or name it HR "
-            "and that of LR images LR_bicubic/X<scale>"
+            f"{folder} holds LR images among others: {some_of(low, 10)}; give the folder of HR images alone, or name "
+            "it HR and that of LR images LR_bicubic/X<scale>"
         )
     return folder, files
 
@@ -148,16 +144,12 @@ def match(
     if complaints:
         raise PairError(
             f"{lr_folder} has not one LR image for {len(complaints)} of {len(wanted)} images in {folder}: "
-            f"{_some(complaints)}; {expected}"
+            f"{some_of(complaints, 10)}; {expected}"
         )
     if known:
         left = [file.name for group in known.values() for file in group]
-        raise PairError(f"{folder} has no HR image for {len(left)} images in {lr_folder}: {_some(left)}")
+        raise PairError(f"{folder} has no HR image for {len(left)} images in {lr_folder}: {some_of(left, 10)}")
     return pairs
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def names_of(folders: list[Path]) -> list[str]:

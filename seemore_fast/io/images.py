@@ -11,10 +11,9 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from ..upscale.upscaler import as_8_bit, frame_count
+from ..errors import ImageError
 from . import png16
 from .atomic import replacing, why_not_writable
-from .errors import ImageError
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 MAX_MEGAPIXELS = 50
@@ -133,6 +132,24 @@ def _read(file: BinaryIO, max_megapixels: float, deeper: bool) -> Picture:
         if orientation != 1:
             image = Image.fromarray(_turned(np.asarray(image), orientation))
         return Picture(image, icc_profile, exif, notes)
+
+
+def as_8_bit(image: Image.Image) -> Image.Image:
+    """Return an L, LA, RGB or RGBA version of a Pillow image; ValueError for modes of more than 8 bits."""
+    if image.mode in ("L", "LA", "RGB", "RGBA"):
+        if image.mode in ("L", "RGB") and "transparency" in image.info:
+            return image.convert("LA" if image.mode == "L" else "RGBA")
+        return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise ValueError(f"the image has mode {image.mode}, expected 8 bits a channel: give 16 bits as a uint16 array")
+    if image.mode in ("1", "La"):
+        return image.convert("L" if image.mode == "1" and "transparency" not in image.info else "LA")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def frame_count(image: Image.Image) -> int:
+    """Return the frames or pages of an image. A phone's JPEG (MPO) has one, the photo, whatever lies behind it."""
+    return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
 
 
 def _state(path: Path) -> tuple[int, int]:

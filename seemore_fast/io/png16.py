@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .errors import ImageError
+from ..errors import ImageError
 
 FORMATS = ("PNG", "TIFF")
 CLASSIC_TIFF = 2**32 - 2**24  # bytes that offsets of 32 bits reach, less room for the rest of the file

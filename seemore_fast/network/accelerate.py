@@ -3,8 +3,9 @@
 import torch
 import torch.nn as nn
 
+from ..errors import CheckpointError
 from ..reference import SeemoRe as PlainSeemoRe
-from .checkpoint import CheckpointError, check_keys, detect_config
+from .checkpoint import check_keys, detect_config
 from .model import SeemoRe
 
 

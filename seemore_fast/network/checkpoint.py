@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError, first_line, some_of
 from ..io.atomic import replacing
 from ..reference.model import LR_SPACES, expert_ranks
 from .model import SeemoRe
@@ -23,10 +24,6 @@ _PREFIXES = ("module.", "_orig_mod.")
 _NO_WEIGHTS = ("mean", "n_averaged")  # a buffer that some copies keep, and the counter of torch's averaged models
 _UNREADABLE = ("use_shuffle", "recursive", "topk", "img_range")
 _KNOWN = {(p["num_layers"], p["embedding_dim"]): p for p in PRESETS.values()}
-
-
-class CheckpointError(ValueError):
-    """A file or state dict that does not hold the expected weights."""
 
 
 def shipped_models() -> list[str]:
@@ -118,8 +115,7 @@ def _read_pickle(path: Path):
             "tensors could run code and is refused. Save model.state_dict() alone, or use .safetensors"
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is damaged or no PyTorch checkpoint: {detail}") from None
+        raise CheckpointError(f"{path} is damaged or no PyTorch checkpoint: {first_line(error)}") from None
 
 
 def unwrap(content) -> dict[str, Tensor]:
@@ -221,12 +217,8 @@ def check_keys(expected: Mapping[str, torch.Size], weights: Mapping[str, Tensor]
         "not of dense floating numbers": unusable,
     }
     if any(problems.values()):
-        parts = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
+        parts = [f"{len(names)} {kind} ({some_of(names)})" for kind, names in problems.items() if names]
         raise CheckpointError(f"the keys do not fit this SeemoRe: {'; '.join(parts)}")
-
-
-def _some(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
 
 
 def save_model(model: SeemoRe, path: str | os.PathLike, **facts):

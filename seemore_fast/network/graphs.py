@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..errors import first_line
 
 MOST = 4  # graphs, each of which keeps the memory that a call takes
 MOST_SEEN = 1024  # sizes of which it is known that they came once, or cannot be captured
@@ -97,7 +98,3 @@ def size_of(x: Tensor) -> tuple:
     # these two follow all of torch's switches of TF32; reading an old one raises once a new one is set
     precisions = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     return tuple(x.shape), x.dtype, x.device, autocast, backends.current(), *precisions
-
-
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

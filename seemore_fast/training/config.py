@@ -16,13 +16,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..errors import ConfigError
 from ..network.presets import PRESETS
 from ..reference.model import LR_SPACES
 from .recipes import RECIPES
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run: says which key of which file, what it is and what is expected."""
 
 
 @dataclass

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ..errors import ImageError
 from ..evaluation.pairs import PairError, list_hr, match, read_plain
-from ..io.errors import ImageError
 from ..io.resize import bicubic_resize
 from .config import ConfigError, Data
 

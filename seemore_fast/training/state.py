@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors import StateError, first_line
 from ..io.atomic import TEMPORARY, replacing
 from ..network.checkpoint import save_model
 
@@ -17,10 +18,6 @@ _OF_NO_WEIGHT = {
     "out", "init_from", "recompute", "model", "validation", "checkpoint", "log",
     "data.cache", "data.workers", "data.on_device",
 }  # fmt: skip
-
-
-class StateError(RuntimeError):
-    """A checkpoint that does not belong to the run that is to be resumed."""
 
 
 class Checkpoints:
@@ -104,10 +101,6 @@ def read_state(path: Path) -> dict:
         found = state.get("version") if isinstance(state, dict) else type(state).__name__
         raise StateError(f"{path} is no checkpoint of a run (version {found!r}, expected {VERSION})")
     return state
-
-
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def check_same_network(state: dict, arguments: dict, path: Path):

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ..analysis.routing import expert_usage
+from ..errors import StateError, TrainingError, first_line
 from ..network.checkpoint import save_model
 from .build import build_model, build_optimizer, check_combination
 from .config import Config
@@ -25,16 +26,12 @@ from .losses import pixel_loss
 from .records import Records
 from .schedule import factor
 from .start import start
-from .state import Checkpoints, StateError, check_same_network, differences, first_line, read_state
+from .state import Checkpoints, check_same_network, differences, read_state
 from .validation import Validation
 from .window import Window
 
 MOST_WAITING = 0.05  # of the time, for data
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on: says at which step, of which images, and what is left of it."""
 
 
 class Trainer:

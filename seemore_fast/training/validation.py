@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..errors import ImageError
 from ..evaluation import psnr_y, ssim_y
 from ..evaluation.pairs import PairError, find_pairs
 from ..io.atomic import replacing
-from ..io.errors import ImageError
 from ..upscale import Upscaler
 from .config import ConfigError
 from .group import Group

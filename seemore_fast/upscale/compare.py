@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..errors import ImageError
 from ..io.atomic import replacing
-from ..io.errors import ImageError
 from ..io.images import MAX_MEGAPIXELS, Picture, naming, profile_for, read_image
 
 MOST_IMAGES = 100

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .. import memory
-from ..io.errors import ImageError
+from ..errors import ImageError
 from ..io.images import MAX_MEGAPIXELS, Picture, check_output, naming, read_image, write_image
 from .jobs import Job
 from .upscaler import Upscaler

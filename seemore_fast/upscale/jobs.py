@@ -9,14 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..errors import JobError
 from ..io.atomic import TEMPORARY
 from ..io.images import FORMATS
 
 OTHER_FORMATS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jxl")  # images that are not read, but told of
-
-
-class JobError(ValueError):
-    """Inputs and outputs that do not fit together; nothing was done."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import memory
+from ..errors import first_line
 from ..memory import check_memory, folder_of_large_files, gpu_memory_needed, in_a_file
 from ..network import engine
 from ..network.streaming import stream
@@ -135,7 +136,7 @@ def _one(model, x: Tensor, y: Tensor, way: Way, streamed: bool) -> bool:
         try:
             writer(0, model(_unit(x, device)))
         except torch.OutOfMemoryError as error:
-            reason = str(error).partition("\n")[0]
+            reason = first_line(error)
         else:
             way.tell(1)
             return writer.is_finite

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from ..devices import find_device
+from ..io.images import as_8_bit, frame_count
 from ..io.resize import bicubic_bands
 from ..network.accelerate import accelerate
 from ..network.checkpoint import load_model, shipped_models
@@ -252,24 +253,6 @@ class Upscaler:
         x, y = (self._as_batch(_as_tensor(array)) for array in (colours, result))
         run(self.model, x, y, way, streamed)
         return result
-
-
-def as_8_bit(image: Image.Image) -> Image.Image:
-    """Return an L, LA, RGB or RGBA version of a Pillow image; ValueError for modes of more than 8 bits."""
-    if image.mode in ("L", "LA", "RGB", "RGBA"):
-        if image.mode in ("L", "RGB") and "transparency" in image.info:
-            return image.convert("LA" if image.mode == "L" else "RGBA")
-        return image
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        raise ValueError(f"the image has mode {image.mode}, expected 8 bits a channel: give 16 bits as a uint16 array")
-    if image.mode in ("1", "La"):
-        return image.convert("L" if image.mode == "1" and "transparency" not in image.info else "LA")
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
-
-
-def frame_count(image: Image.Image) -> int:
-    """Return the frames or pages of an image. A phone's JPEG (MPO) has one, the photo, whatever lies behind it."""
-    return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
 
 
 def _whole(name: str, value) -> int:
