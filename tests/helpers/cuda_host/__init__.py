@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from .. import ROOT
+
 HERE = Path(__file__).parent
-ROOT = HERE.parents[3]
 CACHE = ROOT / "build" / "cuda_host"
 TORCH = Path(torch.__file__).parent
 
