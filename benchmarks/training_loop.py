@@ -9,7 +9,6 @@ shows its progress, writes a line of records and, at the end of each turn, a che
 import argparse
 import contextlib
 import io
-import json
 import tempfile
 from pathlib import Path
 
@@ -24,10 +23,6 @@ BARE, LOOP = f"{harness.OURS} bare step", f"{harness.OURS} loop"
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None):
-    from seemore_fast.training.config import Config, ConfigError, check, override
-    from seemore_fast.training.group import join
-    from seemore_fast.training.trainer import Trainer
-
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -40,20 +35,22 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
     options = parser.parse_args(arguments)
     if options.steps < 1 or options.turns < 1:
         parser.error("--steps and --turns are to be at least 1")
+    if absent := harness.missing("yaml") or harness.missing("pydantic"):
+        parser.error(absent.replace("[bench]", "[train]"))
+    from seemore_fast.training.config import Config, ConfigError, build
+    from seemore_fast.training.group import join
+    from seemore_fast.training.trainer import Trainer
+
     try:
         group = join(options.device)
     except ConfigError as error:
         parser.error(str(error))
-    if absent := harness.missing("yaml"):
-        parser.error(absent.replace("[bench]", "[train]"))
     with tempfile.TemporaryDirectory() as folder:
 
         def trainer(name: str) -> Trainer:
-            config, places = Config(), {"data.train": options.data, "data.cache": f"{folder}/cache"}
-            told = [*SETTING, *(QUICK if options.quick else []), f"out={folder}/{name}"]
-            override(config, told + [f"{key}={json.dumps(str(place))}" for key, place in places.items()])
-            check(config, "this benchmark")
-            return Trainer(config, group)
+            content = {"out": f"{folder}/{name}", "data": {"train": options.data, "cache": f"{folder}/cache"}}
+            overrides = [*SETTING, *(QUICK if options.quick else [])]
+            return Trainer(build(Config, content, "this benchmark", overrides), group)
 
         try:
             loop, bare = trainer("loop"), trainer("bare")

@@ -156,17 +156,20 @@ def _variant(preset: str, scale: int, overrides: list[str]) -> dict:
 
     if not overrides:
         return {"scale": scale, **PRESETS[preset]}
-    from ..training.config import Config, Model, override
-
-    config = Config(model=Model(preset=preset, scale=scale))
     for line in overrides:
         if not line.startswith("model.") or line.startswith(("model.preset", "model.scale")):
             raise UsageError(f"{line}: expected a key of model other than preset and scale, which are options")
     try:
-        override(config, overrides)
-        return SeemoRe(**config.model.arguments()).config
-    except ImportError as error:
+        from ..training.config import Model, Section, build
+    except ModuleNotFoundError as error:
         raise UsageError(f"{error.name} is not installed: pip install 'seemore-fast[train]'") from None
+
+    class Variant(Section):
+        model: Model
+
+    content = {"model": {"preset": preset, "scale": scale}}
+    try:
+        return SeemoRe(**build(Variant, content, "--preset", overrides).model.arguments()).config
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from None
 

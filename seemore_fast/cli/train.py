@@ -21,10 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser):
 def run(options: argparse.Namespace) -> int:
     """Train; a run that was asked to stop and has saved all is done, too."""
     try:
-        import yaml  # noqa: F401
-    except ImportError:
-        raise UsageError("training reads YAML: pip install 'seemore-fast[train]'") from None
-    from ..training.config import load_config
+        from ..training.config import load_config
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{error.name} is not installed: pip install 'seemore-fast[train]'") from None
     from ..training.group import join
     from ..training.trainer import Trainer
 

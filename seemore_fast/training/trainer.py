@@ -1,7 +1,6 @@
 """A training run: from its first step, or from its last checkpoint, to its end."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import signal
@@ -138,7 +137,7 @@ class Trainer:
         return json.loads(state.get("config", "{}")), json.loads(self._config_text())
 
     def _config_text(self) -> str:
-        return json.dumps(dataclasses.asdict(self.config))
+        return self.config.model_dump_json()
 
     def _state(self) -> dict:
         state = {
@@ -228,7 +227,7 @@ class Trainer:
             with apart:
                 with torch.autocast(device.type, cast, enabled=cast is not None):
                     y = self._parallel(x)
-                loss = pixel_loss(y, truth, **vars(told.loss)) / len(parts)
+                loss = pixel_loss(y, truth, **told.loss.model_dump()) / len(parts)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
