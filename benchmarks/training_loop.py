@@ -38,11 +38,11 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
     if absent := harness.missing("yaml") or harness.missing("pydantic"):
         parser.error(absent.replace("[bench]", "[train]"))
     from seemore_fast.training.config import Config, ConfigError, build
-    from seemore_fast.training.group import join
+    from seemore_fast.training.distributed import init_distributed
     from seemore_fast.training.trainer import Trainer
 
     try:
-        group = join(options.device)
+        world = init_distributed(options.device)
     except ConfigError as error:
         parser.error(str(error))
     with tempfile.TemporaryDirectory() as folder:
@@ -50,13 +50,13 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
         def trainer(name: str) -> Trainer:
             content = {"out": f"{folder}/{name}", "data": {"train": options.data, "cache": f"{folder}/cache"}}
             overrides = [*SETTING, *(QUICK if options.quick else [])]
-            return Trainer(build(Config, content, "this benchmark", overrides), group)
+            return Trainer(build(Config, content, "this benchmark", overrides), world)
 
         try:
             loop, bare = trainer("loop"), trainer("bare")
         except ConfigError as error:
             parser.error(str(error))
-        batch = tuple(images.to(group.device) for images in bare.steps[0])
+        batch = tuple(images.to(world.device) for images in bare.batches[0])
 
         def steps():
             for _ in range(options.steps):
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
     share = lines[BARE]["ms"] / lines[LOOP]["ms"]
     print(f"\nthe loop has {share:.1%} of the bare step's speed, expected at least {LEAST:.0%}")
     if options.results or (options.steps, options.turns, options.quick) == (STEPS, TURNS, False):
-        command.write_tables("loop", options.results, group.device, options.turns, {title: lines})
+        command.write_tables("loop", options.results, world.device, options.turns, {title: lines})
 
 
 if __name__ == "__main__":

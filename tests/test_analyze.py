@@ -81,7 +81,7 @@ def test_usage_is_what_the_router_chooses():
     assert usage[0].tolist() == torch.bincount(chosen.flatten(), minlength=3).tolist()
 
 
-def test_listening_leaves_the_model_as_it_was():
+def test_forward_hooks_leaves_the_model_as_it_was():
     model, x = network(), torch.rand(1, 3, 32, 32)
     with torch.no_grad():
         before = model(x)

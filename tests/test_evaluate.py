@@ -155,7 +155,7 @@ def test_data_sets_of_one_name_are_told_apart(sets, capsys):
     assert names_of([sets / "pairs" / "HR", sets / "plain"]) == ["pairs", "plain"]
     for name in ("a", "b"):
         shutil.copytree(sets / "plain", sets / name / "val" / "deep")
-    with pytest.raises(PairError, match="val is given twice"):
+    with pytest.raises(PairError, match="val is given more than once"):
         names_of([sets / "a" / "val", sets / "b" / ".." / "a" / "val"])
     told = ["--model", "bicubic", "--scale", 2, "--csv", sets / "rows.csv"]
     status, out, _ = run(capsys, *told, "--data", sets / "a" / "val", "--data", sets / "b" / "val")

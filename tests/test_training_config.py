@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from seemore_fast.training.config import ConfigError, Schedule, load_config
+from seemore_fast.errors import ConfigError
+from seemore_fast.training.config import Schedule, load_config
 from seemore_fast.training.recipes import RECIPES
-from seemore_fast.training.schedule import factor
+from seemore_fast.training.schedule import rate_factor
 
 pytest.importorskip("yaml", reason="configurations are YAML")
 ENOUGH = ["data.train=photos"]
@@ -85,11 +86,11 @@ def test_a_missing_file_names_what_there_is():
 
 def test_rates_follow_from_the_step():
     schedule = Schedule(milestones=[10, 20], warmup=4)
-    assert [factor(schedule, step, 30) for step in (0, 3, 4, 9, 10, 19, 20, 29)] == [
+    assert [rate_factor(schedule, step, 30) for step in (0, 3, 4, 9, 10, 19, 20, 29)] == [
         0.2, 0.8, 1, 1, 0.5, 0.5, 0.25, 0.25
     ]  # fmt: skip
     schedule = Schedule(name="cosine", warmup=4, begin=10, lowest=0.1)
-    assert [factor(schedule, step, 30) for step in (4, 10, 20, 30)] == pytest.approx([1, 1, 0.55, 0.1])
+    assert [rate_factor(schedule, step, 30) for step in (4, 10, 20, 30)] == pytest.approx([1, 1, 0.55, 0.1])
 
 
 PUBLISHED = """
@@ -168,11 +169,11 @@ def test_option_files_of_basicsr_are_read_as_they_are(tmp_path):
         ("pretrain_network_g: ~", "experiments_root: there", "path.experiments_root has no effect"),
         ("type: calculate_psnr", "type: calculate_niqe", "val.metrics.psnr of calculate_niqe is not supported"),
         ("type: calculate_psnr", "type: calculate_psnr, crop_border: 3", "val.metrics.psnr.crop_border is 3: here 2"),
-        ("dataroot_lq: set5_lr", "filename_tmpl: '{}_LRBI_x2'", "datasets.val_1.filename_tmpl has no effect: LR is"),
+        ("dataroot_lq: set5_lr", "filename_tmpl: '{}_LRBI_x2'", "datasets.val_1.filename_tmpl has no effect: LR files"),
         ("type: calculate_psnr", "test_y_channel: false", "val.metrics.psnr is of all channels"),
         ("type: PairedImageDataset\n", "type: RealESRGANDataset\n", "datasets.train.type is RealESRGANDataset"),
         ("val_1: {name", "test_1: {name", "datasets.test_1 has no effect"),
-        ("use_rot: true", "use_rot: false", "datasets.train.use_hflip and use_rot go together"),
+        ("use_rot: true", "use_rot: false", "datasets.train.use_hflip and use_rot are one setting"),
         ("type: MultiStepLR, milestones: [250000, 400000], gamma: 0.5",
          "type: CosineAnnealingRestartLR, periods: [9, 9]", "train.scheduler.periods is [9, 9]: one cosine"),
         ("type: MultiStepLR, milestones: [250000, 400000], gamma: 0.5",
@@ -200,7 +201,7 @@ def test_what_an_option_file_leaves_out_is_what_it_is_there(tmp_path):
     config, _ = load_config(str(path))
     assert config.schedule.gamma == 0.1 and config.log.tensorboard is False
     assert (config.optimizer.betas, config.optimizer.weight_decay) == ((0.9, 0.999), 0.01)
-    assert [factor(config.schedule, step, 10) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+    assert [rate_factor(config.schedule, step, 10) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
     assert config.data.train == [str(Path("~/hr").expanduser())]
 
 

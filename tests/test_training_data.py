@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from seemore_fast.errors import ConfigError
 from seemore_fast.io.resize import bicubic_resize
-from seemore_fast.training.config import ConfigError, Data
-from seemore_fast.training.crops import Crops, Steps, batches
-from seemore_fast.training.images import open_images
+from seemore_fast.training.config import Data
+from seemore_fast.training.dataset import open_dataset
+from seemore_fast.training.patches import Batches, Patches, load_batches
 
 
 def smooth(rng, height=25, width=35):
@@ -34,7 +35,7 @@ def photos(tmp_path):
 
 
 def opened(photos, tmp_path, scale=2, **options):
-    return open_images(Data(train=[str(photos)], **{"patch": 16, **options}), scale, tmp_path / "cache")
+    return open_dataset(Data(train=[str(photos)], **{"patch": 16, **options}), scale, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("scale", [2, 3])
@@ -61,7 +62,7 @@ def test_images_are_used_at_each_size(photos, tmp_path):
         np.testing.assert_array_equal(hr, half[: len(half) // 2 * 2, : half.shape[1] // 2 * 2])
         np.testing.assert_array_equal(lr, bicubic_resize(hr, 0.5))
     assert len(opened(photos, tmp_path, patch=8)) == 3  # another cache
-    with pytest.raises(ConfigError, match=r"3 images are smaller: .*, make data.patch smaller or data.sizes larger"):
+    with pytest.raises(ConfigError, match=r"3 images are smaller: .*, reduce data.patch or increase data.sizes"):
         opened(photos, tmp_path, sizes=[1, 0.375])
 
 
@@ -82,8 +83,8 @@ def test_damaged_files_are_skipped_and_named(photos, tmp_path):
 
 
 def test_patches_show_the_same_place_in_both(photos, tmp_path):
-    crops = Crops(opened(photos, tmp_path), 16, seed=3, augment=False)
-    lr, hr = crops.batch(0, 64)
+    patches = Patches(opened(photos, tmp_path), 16, seed=3, augment=False)
+    lr, hr = patches.batch(0, 64)
     assert lr.shape == (64, 3, 16, 16) and hr.shape == (64, 3, 32, 32) and lr.dtype == torch.uint8
     for small, large in zip(lr, hr, strict=True):  # the middle, where the border of a patch is not seen
         shrunk = bicubic_resize(large.permute(1, 2, 0).numpy(), 0.5)
@@ -91,12 +92,12 @@ def test_patches_show_the_same_place_in_both(photos, tmp_path):
 
 
 def test_patches_are_the_images_in_eight_orientations(photos, tmp_path):
-    crops = Crops(opened(photos, tmp_path), 16, seed=3)
-    drawn = crops.draw(0, 200)
+    patches = Patches(opened(photos, tmp_path), 16, seed=3)
+    drawn = patches.draw(0, 200)
     assert set(drawn[:, 3]) == set(range(8)) and set(drawn[:, 0]) == {0, 1, 2}
-    lr, _ = crops.batch(0, 200)
+    lr, _ = patches.batch(0, 200)
     for patch, (image, top, left, orientation) in zip(lr, drawn, strict=True):
-        expected = crops.images.pair(image)[0][top : top + 16, left : left + 16].transpose(2, 0, 1)
+        expected = patches.pairs.pair(image)[0][top : top + 16, left : left + 16].transpose(2, 0, 1)
         if orientation & 4:
             expected = expected.transpose(0, 2, 1)
         if orientation & (2 if orientation & 4 else 1):
@@ -104,13 +105,13 @@ def test_patches_are_the_images_in_eight_orientations(photos, tmp_path):
         if orientation & (1 if orientation & 4 else 2):
             expected = expected[:, :, ::-1]
         np.testing.assert_array_equal(patch, expected)
-    plain = Crops(crops.images, 16, seed=3, augment=False)
+    plain = Patches(patches.pairs, 16, seed=3, augment=False)
     assert not plain.draw(0, 50)[:, 3].any() and (plain.draw(0, 50)[:, :3] == drawn[:50, :3]).all()
 
 
 def test_every_place_is_as_likely(photos, tmp_path):
     images = opened(photos, tmp_path)
-    drawn = Crops(images, 16, seed=0).draw(0, 4000)
+    drawn = Patches(images, 16, seed=0).draw(0, 4000)
     places = (images.sizes - 15).prod(axis=1)
     share = np.bincount(drawn[:, 0]) / len(drawn)
     np.testing.assert_allclose(share, places / places.sum(), atol=0.03)
@@ -119,31 +120,31 @@ def test_every_place_is_as_likely(photos, tmp_path):
 
 
 def test_the_order_depends_on_the_seed_and_the_step_alone(photos, tmp_path):
-    crops = Crops(opened(photos, tmp_path), 16, seed=5)
-    whole = [torch.cat([lr.flatten(), hr.flatten()]) for lr, hr in batches(Steps(crops, 4), 0, 6, 0, False)]
+    patches = Patches(opened(photos, tmp_path), 16, seed=5)
+    whole = [torch.cat([lr.flatten(), hr.flatten()]) for lr, hr in load_batches(Batches(patches, 4), 0, 6, 0, False)]
     for workers in (1, 2):
-        found = batches(Steps(crops, 4), 2, 6, workers, False)
+        found = load_batches(Batches(patches, 4), 2, 6, workers, False)
         for (lr, hr), expected in zip(found, whole[2:], strict=True):
             assert torch.equal(torch.cat([lr.flatten(), hr.flatten()]), expected)
-    halves = [Steps(crops, 4, rank, 2)[3] for rank in (0, 1)]
-    assert torch.equal(torch.cat([lr for lr, _ in halves]), Steps(crops, 4)[3][0])
-    assert not torch.equal(Crops(crops.images, 16, seed=6).batch(0, 4)[0], crops.batch(0, 4)[0])
-    assert crops.names(8, 4) == Steps(crops, 4).names(2)
+    halves = [Batches(patches, 4, rank, 2)[3] for rank in (0, 1)]
+    assert torch.equal(torch.cat([lr for lr, _ in halves]), Batches(patches, 4)[3][0])
+    assert not torch.equal(Patches(patches.pairs, 16, seed=6).batch(0, 4)[0], patches.batch(0, 4)[0])
+    assert patches.names(8, 4) == Batches(patches, 4).names(2)
 
 
 def test_workers_get_no_copy_of_the_pixels(photos, tmp_path):
-    crops = Crops(opened(photos, tmp_path), 16, seed=5)
-    expected = crops.batch(0, 2)
-    sent = pickle.dumps(crops)
-    assert len(sent) < 10_000 < crops.images.pixels.size
+    patches = Patches(opened(photos, tmp_path), 16, seed=5)
+    expected = patches.batch(0, 2)
+    sent = pickle.dumps(patches)
+    assert len(sent) < 10_000 < patches.pairs.pixels.size
     assert torch.equal(pickle.loads(sent).batch(0, 2)[1], expected[1])
 
 
 def test_images_on_a_gpu_are_cut_by_the_process_that_trains(photos, tmp_path, monkeypatch):
-    steps = Steps(Crops(opened(photos, tmp_path), 16, 0), 4)
-    monkeypatch.setattr(steps.crops, "device", SimpleNamespace(type="cuda"))
-    monkeypatch.setattr(Crops, "batch", lambda self, first, count: (first, count, os.getpid()))
-    assert list(batches(steps, 3, 5, workers=2, pin=False)) == [(12, 4, os.getpid()), (16, 4, os.getpid())]
+    steps = Batches(Patches(opened(photos, tmp_path), 16, 0), 4)
+    monkeypatch.setattr(steps.patches, "device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(Patches, "batch", lambda self, first, count: (first, count, os.getpid()))
+    assert list(load_batches(steps, 3, 5, workers=2, pin=False)) == [(12, 4, os.getpid()), (16, 4, os.getpid())]
 
 
 def test_what_a_killed_process_left_is_removed(photos, tmp_path):
@@ -164,14 +165,14 @@ def test_what_a_killed_process_left_is_removed(photos, tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_memory_stays_over_ten_thousand_steps(photos, tmp_path, workers):
     """What is not shared with the file of pixels, of this process and its workers together."""
-    steps = Steps(Crops(opened(photos, tmp_path), 16, 0), 8)
+    steps = Batches(Patches(opened(photos, tmp_path), 16, 0), 8)
 
     def taken():
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         lines = (Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() for pid in ("self", *children))
         return sum(int(line.split()[1]) for of in lines for line in of if line.startswith("Private_Dirty"))
 
-    source, after = batches(steps, 0, 12_000, workers, pin=False), []
+    source, after = load_batches(steps, 0, 12_000, workers, pin=False), []
     for step, _ in enumerate(source, 1):
         if step in (2000, 12_000 - 8):  # while the workers are there
             after.append(taken())
@@ -247,7 +248,7 @@ def test_a_disk_too_small_for_the_pixels_is_named(photos, tmp_path, monkeypatch)
 )
 def test_what_does_not_fit_is_named(photos, tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
-        open_images(Data(**{"train": [str(photos)], **options}), 2, tmp_path / "cache")
+        open_dataset(Data(**{"train": [str(photos)], **options}), 2, tmp_path / "cache")
 
 
 def test_a_folder_without_a_readable_image(tmp_path):

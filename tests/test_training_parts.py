@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from seemore_fast import load_model
+from seemore_fast.training.checkpoints import StateError, read_state
+from seemore_fast.training.init import init_from, init_interpolation, rescale_upsampler
 from seemore_fast.training.losses import fft_loss, pixel_loss
-from seemore_fast.training.start import other_scale, start_from, start_from_interpolation
-from seemore_fast.training.state import StateError, read_state
 
 pytest.importorskip("yaml", reason="configurations are YAML")
 
@@ -33,7 +33,7 @@ def test_it_starts_as_bilinear_interpolation():
 
     for scale in (2, 3, 4):
         model = seemore_t(scale)
-        start_from_interpolation(model)
+        init_interpolation(model)
         x = torch.rand(1, 3, 24, 24)
         expected = torch.nn.functional.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
         inside = (..., slice(2 * scale, -2 * scale), slice(2 * scale, -2 * scale))
@@ -49,16 +49,16 @@ def test_an_upsampler_of_another_scale_is_interpolated(wanted):
         values = 3 + 2 * place[:, None] - 5 * place
         return torch.stack([values, -values]).flatten()
 
-    torch.testing.assert_close(other_scale(plane(2), 2, wanted), plane(wanted))
+    torch.testing.assert_close(rescale_upsampler(plane(2), 2, wanted), plane(wanted))
     weight = plane(2)[:, None].expand(8, 5).contiguous()
-    torch.testing.assert_close(other_scale(weight, 2, wanted), plane(wanted)[:, None].expand(-1, 5))
+    torch.testing.assert_close(rescale_upsampler(weight, 2, wanted), plane(wanted)[:, None].expand(-1, 5))
 
 
 def test_another_scales_weights_are_a_start(tmp_path):
     from seemore_fast import seemore_t
 
     model, source = seemore_t(3), load_model("seemore_t_x2")
-    start_from(model, "seemore_t_x2")
+    init_from(model, "seemore_t_x2")
     x = torch.rand(1, 3, 4, 5).repeat_interleave(8, 2).repeat_interleave(8, 3)
     with torch.no_grad():
         y, expected = model.eval()(x), source(x)
@@ -77,5 +77,5 @@ def test_checkpoints_hold_no_code(tmp_path):
     with pytest.raises(StateError, match="cannot be read as a checkpoint"):
         read_state(path)
     torch.save({"step": 1}, path)
-    with pytest.raises(StateError, match="is no checkpoint of a run"):
+    with pytest.raises(StateError, match="is not a checkpoint of a run"):
         read_state(path)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.training import arguments, newest, trainer
 
-from seemore_fast.training.state import Checkpoints
+from seemore_fast.training.checkpoints import Checkpoints
 
 pytest.importorskip("yaml", reason="configurations are YAML")
 
@@ -51,7 +51,7 @@ def test_a_signal_finishes_the_step_and_saves(work, number, workers):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, output
     step = newest(work)["step"]
-    assert step >= 3 and f"stopped after step {step}; --resume auto" in output
+    assert step >= 3 and f"stopped after step {step}; continue with --resume auto" in output
     assert trainer(work, "steps=100000", resume="auto").step == step
 
 
@@ -114,26 +114,26 @@ def test_two_processes_with_half_the_batch_give_the_weights_of_one(work):
     assert rows[0] == rows[1]
 
 
-AFTER = """
-from seemore_fast.training.config import ConfigError
-from seemore_fast.training.group import join
+RUN_IF = """
+from seemore_fast.errors import ConfigError
+from seemore_fast.training.distributed import init_distributed
 
 def fail():
     raise OSError("the disk is full")
 
-group = join("cpu")
-assert group.after(group.is_first, lambda: 7) == (7 if group.is_first else None)
+world = init_distributed("cpu")
+assert world.run_if(world.is_first, lambda: 7) == (7 if world.is_first else None)
 try:
-    group.after(group.local == 1, fail)
+    world.run_if(world.local_rank == 1, fail)
 except (ConfigError, OSError) as error:
-    print(f"<{type(error).__name__} of {group.rank}: {error}>")
-group.close()
+    print(f"<{type(error).__name__} of {world.rank}: {error}>")
+world.close()
 """
 
 
 def test_what_one_of_two_processes_finds_wrong_both_raise(tmp_path):
-    (tmp_path / "after.py").write_text(AFTER)
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "after.py"]
+    (tmp_path / "run_if.py").write_text(RUN_IF)
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "run_if.py"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     for said in ("<ConfigError of 0: the disk is full>", "<OSError of 1: the disk is full>"):

@@ -15,10 +15,11 @@ from PIL import Image
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from seemore_fast import Upscaler, load_model
-from seemore_fast.training import records
-from seemore_fast.training.config import ConfigError, load_config
-from seemore_fast.training.group import Group
-from seemore_fast.training.state import Checkpoints, StateError
+from seemore_fast.errors import ConfigError
+from seemore_fast.training import logging
+from seemore_fast.training.checkpoints import Checkpoints, StateError
+from seemore_fast.training.config import load_config
+from seemore_fast.training.distributed import World
 from seemore_fast.training.trainer import Trainer, TrainingError
 
 pytest.importorskip("yaml", reason="configurations are YAML")
@@ -66,12 +67,12 @@ def test_a_resumed_run_is_bit_equal(work, stop):
 def test_what_a_run_cannot_resume(work):
     assert trainer(work, resume="auto").step == 0  # nothing there yet: from the beginning
     trainer(work).run(until=5)
-    with pytest.raises(StateError, match="holds a run of 5 steps: give --resume auto"):
+    with pytest.raises(StateError, match="holds a run of 5 steps: continue it with --resume auto"):
         trainer(work)
-    with pytest.raises(StateError, match=r"made with model.embedding_dim = 12, this run has 16"):
+    with pytest.raises(StateError, match=r"has model.embedding_dim = 12, this run 16"):
         trainer(work, "model.embedding_dim=16", resume="auto")
     given = work / "run" / "checkpoints" / "step_000000005.pt"
-    with pytest.raises(StateError, match=r"step_000000005\.pt was made with model.embedding_dim"):
+    with pytest.raises(StateError, match=r"step_000000005\.pt has model.embedding_dim"):
         trainer(work, "model.embedding_dim=16", resume=str(given))
     with pytest.raises(StateError, match=r"nothing\.pt does not exist"):
         trainer(work, resume="nothing.pt")
@@ -90,7 +91,7 @@ def test_parts_of_a_batch_give_the_gradients_of_the_whole(work):
     gradients = []
     for i, accumulate in enumerate((1, 2, 4)):
         run = trainer(work, f"accumulate={accumulate}", "precision=fp64", "loss.fft=0.1", out=str(i))
-        loss = run.forward_backward(*run.steps[0])
+        loss = run.forward_backward(*run.batches[0])
         gradients.append(torch.cat([loss[None], *(p.grad.flatten() for p in run.model.parameters())]))
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], rtol=1e-9, atol=1e-12)
@@ -108,19 +109,19 @@ WAYS = [
 @pytest.mark.parametrize("told", WAYS, ids=str)
 def test_other_ways_to_train_run(work, told):
     run = trainer(work, *told)
-    before = run.forward_backward(*run.steps[0])
+    before = run.forward_backward(*run.batches[0])
     run.model.zero_grad()
     assert run.run(until=6)
-    after = run.forward_backward(*run.steps[0])
+    after = run.forward_backward(*run.batches[0])
     assert after.isfinite() and after != before
 
 
 def test_training_makes_the_loss_small(work):
     run = trainer(work, "steps=60", "data.augment=false", "validation.every=60", "ema=0.5")
-    first = [run.forward_backward(*run.steps[i]).item() for i in range(4)]
+    first = [run.forward_backward(*run.batches[i]).item() for i in range(4)]
     run.model.zero_grad()
     run.run()
-    last = [run.forward_backward(*run.steps[i]).item() for i in range(4)]
+    last = [run.forward_backward(*run.batches[i]).item() for i in range(4)]
     assert sum(last) < 0.8 * sum(first)
 
 
@@ -130,7 +131,7 @@ def test_a_loss_that_is_no_number_ends_the_run(work):
     run = trainer(work, resume="auto")
     with torch.no_grad():
         run.model.conv_2.bias[0] = torch.nan
-    expected = r"loss of step 6 is nan; the last good checkpoint is .*step_000000005\.pt; its patches are of .*photos"
+    expected = r"loss of step 6 is nan; the last good checkpoint is .*step_000000005\.pt; files of the batch: .*photos"
     with pytest.raises(TrainingError, match=expected):
         run.run()
     assert newest(work)["step"] == 5
@@ -151,7 +152,7 @@ def test_a_full_disk_costs_no_checkpoint(work, monkeypatch, capsys):
         run.run()
     monkeypatch.setattr(torch, "save", save)
     assert "step 10: the checkpoint cannot be written" in (said := capsys.readouterr().out + capsys.readouterr().err)
-    assert "No space left" in said and "MB are free" in said
+    assert "No space left" in said and "MB free" in said
     assert [path.name for path in (work / "run" / "checkpoints").glob("*.pt")] == ["step_000000005.pt"]
     assert trainer(work, resume="auto").step == 5
 
@@ -203,8 +204,8 @@ def test_a_resumed_run_does_as_it_is_told_now(work):
     resumed = trainer(work, "optimizer.weight_decay=0.5", "optimizer.betas=[0.5, 0.6]", "seed=3", resume="auto")
     assert all(g["weight_decay"] == 0.5 and tuple(g["betas"]) == (0.5, 0.6) for g in resumed.optimizer.param_groups)
     said = "\n".join(resumed.notes)
-    assert "step_000000005.pt: seed is 3, and was 0" in said and len(resumed.notes) == 3
-    assert "optimizer.weight_decay is 0.5, and was 0.0" in said and "optimizer.betas is [0.5, 0.6], and was" in said
+    assert "step_000000005.pt: seed is 3, was 0" in said and len(resumed.notes) == 3
+    assert "optimizer.weight_decay is 0.5, was 0.0" in said and "optimizer.betas is [0.5, 0.6], was" in said
 
 
 def test_what_the_disk_does_not_take_beside_checkpoints_ends_no_run(work, monkeypatch, capsys):
@@ -218,7 +219,7 @@ def test_what_the_disk_does_not_take_beside_checkpoints_ends_no_run(work, monkey
 
     running = trainer(work)
     monkeypatch.setattr(safetensors.torch, "save_file", full_too)
-    monkeypatch.setattr(records.Table, "add", full)
+    monkeypatch.setattr(logging.Table, "add", full)
     monkeypatch.setattr(Image.Image, "save", full)
     assert running.run() and newest(work)["step"] == 12
     said = capsys.readouterr()
@@ -233,7 +234,7 @@ def test_weights_that_are_no_numbers_are_not_saved(work):
     running.run(until=5)
     with torch.no_grad():
         running.model.conv_2.bias[0] = float("nan")
-    with pytest.raises(TrainingError, match=r"no numbers after step 5; the last good .*step_000000005.pt"):
+    with pytest.raises(TrainingError, match=r"NaN or infinite after step 5; the last good .*step_000000005.pt"):
         running._save()
     assert newest(work)["step"] == 5
 
@@ -242,7 +243,7 @@ def test_damaged_images_are_counted_and_named_at_every_start(work):
     (work / "photos" / "cut.png").write_bytes((work / "photos" / "0.png").read_bytes()[:99])
     for _ in range(2):  # the second finds the cache
         (note,) = trainer(work).notes
-        assert note.startswith("1 images are left out: ") and "cut.png" in note
+        assert note.startswith("1 images skipped: ") and "cut.png" in note
 
 
 def test_weights_that_are_no_numbers_are_said_before_they_are_measured(work):
@@ -257,7 +258,7 @@ def test_weights_that_are_no_numbers_are_said_before_they_are_measured(work):
         return loss
 
     running.train_step = broken
-    with pytest.raises(TrainingError, match=r"no numbers after step 6; the last good .*step_000000005.pt"):
+    with pytest.raises(TrainingError, match=r"NaN or infinite after step 6; the last good .*step_000000005.pt"):
         running.run()
 
 
@@ -275,7 +276,7 @@ def test_asked_to_stop_while_it_measures_it_saves_at_once(work, monkeypatch, cap
     call = Upscaler.__call__
 
     def asked(self, image):
-        running._asked_to_stop = running.step == step
+        running._stop_requested = running.step == step
         return call(self, image)
 
     for step in (6, 12):
@@ -318,13 +319,13 @@ def test_other_images_than_before_are_told(work):
     trainer(work).run(until=5)
     assert trainer(work, resume="auto").notes == []
     (work / "photos" / "1.png").unlink()
-    assert "the images are not those of the checkpoint" in trainer(work, resume="auto").notes[0]
+    assert "the images differ from the checkpoint's" in trainer(work, resume="auto").notes[0]
 
 
 def test_processes_that_would_go_on_from_different_steps_are_refused(work, monkeypatch):
     trainer(work).run(until=5)
-    monkeypatch.setattr(Group, "total", lambda self, values: values + 3)  # of another, at another step
-    with pytest.raises(StateError, match=r"go on from different steps: .*run is to be the same for all machines"):
+    monkeypatch.setattr(World, "sum", lambda self, values: values + 3)  # of another, at another step
+    with pytest.raises(StateError, match=r"would resume from different steps: .*run must be the same"):
         trainer(work, resume="auto")
 
 

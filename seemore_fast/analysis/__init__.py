@@ -1,1 +1,1 @@
-"""What a network does inside: which experts it chooses, what they change, how far it sees, what it costs."""
+"""Analysis of a network: choice of experts, their features, receptive field, cost."""

@@ -1,15 +1,15 @@
-"""The maps around the experts, as in the paper's Figure 5: what goes into MoRE and SEE, and what comes out."""
+"""Feature maps before and after the experts MoRE and SEE, as in the paper's Figure 5."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .routing import listening
+from ..network.inspection import forward_hooks
 
 
 class Maps(NamedTuple):
-    """Strength of features, the mean of their magnitude over channels, float32 (H, W) for each group."""
+    """Mean magnitude of features over channels, float32 (H, W) for each group."""
 
     before: list[Tensor]
     after: list[Tensor]
@@ -25,10 +25,10 @@ def feature_maps(model: nn.Module, x: Tensor) -> dict[str, Maps]:
     maps = {name: Maps([], []) for name in blocks}
     names = {module: name for name, modules in blocks.items() for module in modules}
 
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor):
-        for kept, feature in zip(maps[names[module]], (inputs[0], output), strict=True):
-            kept.append(feature[0].float().abs().mean(dim=0))
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor):
+        for recorded, feature in zip(maps[names[module]], (inputs[0], output), strict=True):
+            recorded.append(feature[0].float().abs().mean(dim=0))
 
-    with listening(list(names), keep):
+    with forward_hooks(list(names), record):
         model(x)
     return maps

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..network.inspection import forward_hooks
 from ..reference import SeemoRe
-from .routing import listening
 
-# An operator of the package, and the modules that it computes.
+# Operators of the package, and the modules that each computes.
 OPERATORS = {
     "norm_conv3x3, first and last": r"conv_1|norm|conv_2",
     "norm_conv3x3 (RME)": r"body\.\d+\.local_block\.(norm_1|block\.conv_1\.\d)",
@@ -37,10 +37,10 @@ class Cost(NamedTuple):
 
 
 def operations(config: dict, height: int, width: int) -> dict[str, Cost]:
-    """Return the cost of each operator of the network of `config` for an input of so many pixels.
+    """Return the cost of each operator of a network for an input of height x width pixels.
 
-    Multiply-adds are those of convolutions and of the router's matrix, as the field counts them; of the experts the
-    `topk` largest count, since no more work on an image. LayerNorm, GELU, interpolation and sums are left out.
+    Counted are the multiply-adds of convolutions and of the router's matrix, as is customary, and of the `topk` largest
+    experts, the most that work on one image. LayerNorm, GELU, interpolation and sums are not counted.
     """
     with torch.device("meta"):
         model = SeemoRe(**config).eval()
@@ -51,7 +51,7 @@ def operations(config: dict, height: int, width: int) -> dict[str, Cost]:
     def count(module: nn.Module, inputs: tuple, output: Tensor):
         macs[f"{names[module]}.weight"] += output.numel() * module.weight[0].numel()
 
-    with torch.no_grad(), listening(list(names), count):
+    with torch.no_grad(), forward_hooks(list(names), count):
         model(x)
     for i in range(config["num_layers"]):
         experts = {}

@@ -1,4 +1,4 @@
-"""Pictures of what the analysis finds; matplotlib draws them (pip install 'seemore-fast[analyze]')."""
+"""Pictures of the analysis, drawn by matplotlib (pip install 'seemore-fast[analyze]')."""
 
 from pathlib import Path
 
@@ -13,13 +13,13 @@ from .features import Maps
 
 
 def save(figure: Figure, path: Path):
-    """Write a figure, whole or not at all."""
+    """Write a figure atomically."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, metadata={"Software": None} if path.suffix == ".png" else None)
 
 
 def heat_map(shares: dict[str, Tensor], ranks: list[int], title: str) -> Figure:
-    """Draw the share of each expert by group, a panel for each data set."""
+    """Draw the share of each expert by group, one panel per data set."""
     groups = len(next(iter(shares.values())))
     figure = Figure(figsize=(1.4 + 2.1 * len(shares), 1.6 + 0.36 * groups), layout="constrained")
     axes = figure.subplots(1, len(shares), sharey=True, squeeze=False)[0]
@@ -35,17 +35,17 @@ def heat_map(shares: dict[str, Tensor], ranks: list[int], title: str) -> Figure:
 
 
 def grid(maps: dict[str, Maps], title: str) -> Figure:
-    """Draw maps before and after each expert, a column for each group; each on a scale of its own."""
+    """Draw maps before and after each expert, one column per group, each with its own scale."""
     rows = [(f"{when}\n{name}", name, i) for name in maps for i, when in enumerate(("before", "after"))]
     groups = len(next(iter(maps.values())).before)
     height, width = next(iter(maps.values())).before[0].shape
     figure = Figure(figsize=(1.9 * groups + 0.6, 1.9 * len(rows) * height / width + 0.9), layout="constrained")
     axes = figure.subplots(len(rows), groups, squeeze=False)
-    for line, (label, name, i) in zip(axes, rows, strict=True):
-        line[0].set_ylabel(label)
-        for group, axis in enumerate(line):
+    for row, (label, name, i) in zip(axes, rows, strict=True):
+        row[0].set_ylabel(label)
+        for group, axis in enumerate(row):
             drawn = maps[name][i][group].numpy()
-            low, high = np.percentile(drawn, (0.5, 99.5))  # a few outliers, at borders, would make the rest one colour
+            low, high = np.percentile(drawn, (0.5, 99.5))  # outliers at the borders would hide the rest
             axis.imshow(drawn, cmap="magma", vmin=low, vmax=high)
             axis.set(xticks=[], yticks=[])
     for group, axis in enumerate(axes[0], start=1):

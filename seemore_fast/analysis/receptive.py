@@ -1,11 +1,11 @@
-"""How far a network sees: the effective receptive field, by gradient (Luo et al., NeurIPS 2016)."""
+"""Effective receptive field by gradient (Luo et al., NeurIPS 2016)."""
 
 import torch
 from torch import Tensor, nn
 
 
 def receptive_field(model: nn.Module, x: Tensor) -> Tensor:
-    """Return how much each input pixel moves the middle of the output, float32 (H, W) that sums to one.
+    """Return the influence of each input pixel on the middle of the output, float32 (H, W) with sum one.
 
     x is (B, C, H, W); the field is the magnitude of the gradient of the middle output pixel's mean over channels,
     summed over the input's channels, mean over the images. Parameters get no gradients.
@@ -19,7 +19,7 @@ def receptive_field(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def side_of(field: Tensor, share: float) -> int:
-    """Return the side, in pixels, of the smallest square around the middle that holds so much of the field."""
+    """Return the side, in pixels, of the smallest square around the middle that holds this share of the field."""
     height, width = field.shape
     rows = torch.arange(height, dtype=torch.float64) - (height - 1) / 2
     columns = torch.arange(width, dtype=torch.float64) - (width - 1) / 2

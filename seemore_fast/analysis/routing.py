@@ -1,43 +1,20 @@
-"""Which experts each group chooses: does a deeper group prefer lower ranks (the paper's question)?"""
+"""Choices of experts by group, and their trend with depth (the paper's claim: deeper groups prefer lower ranks)."""
 
 import csv
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import ImageError, first_line
 from ..evaluation.pairs import Pair
-
-
-@contextmanager
-def listening(modules: list[nn.Module], hear) -> Iterator[None]:
-    """Call `hear(module, inputs, output)` after each of the modules; a fused network calls them for as long."""
-    handles = [module.register_forward_hook(hear) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def expert_usage(model: nn.Module, x: Tensor) -> Tensor:
-    """Return how often each group chooses each expert for the images x, int64 (groups, experts)."""
-    chosen = []
-
-    def count(gate: nn.Module, inputs: tuple, outputs: tuple[Tensor, Tensor]):
-        chosen.append(torch.bincount(outputs[0].flatten(), minlength=gate.body[2].out_features))
-
-    with listening([group.local_block.block.moe_layer.gate for group in model.body], count):
-        model(x)
-    return torch.stack(chosen)
+from ..network.inspection import expert_usage
 
 
 class Choice(NamedTuple):
-    """What was chosen for one image: usage int64 (groups, experts); or why it was not looked at."""
+    """Experts chosen for one image: usage int64 (groups, experts), or the error that prevented it."""
 
     data: str
     name: str
@@ -46,7 +23,7 @@ class Choice(NamedTuple):
 
 
 def usage_by_set(choices: list[Choice]) -> dict[str, Tensor]:
-    """Return for each data set the share of its images' choices that each expert has, float64 (groups, experts)."""
+    """Return the share of each expert in the choices of a data set, float64 (groups, experts), by data set."""
     sums = {}
     for choice in choices:
         if choice.usage is not None:
@@ -62,7 +39,7 @@ def mean_rank(share: Tensor, ranks: list[int]) -> Tensor:
 def trend(share: Tensor, ranks: list[int]) -> float:
     """Return Pearson's correlation of a group's depth with its mean rank: below 0, deeper groups prefer lower ranks.
 
-    NaN where there is one group, or where all prefer the same.
+    NaN for a single group, or equal ranks.
     """
     rank = mean_rank(share, ranks)
     depth = torch.arange(len(rank), dtype=rank.dtype)
@@ -70,7 +47,7 @@ def trend(share: Tensor, ranks: list[int]) -> float:
 
 
 def write_csv(path: Path, choices: list[Choice], ranks: list[int]):
-    """Write a row for each image and group: how often each expert was chosen (once or never for one image)."""
+    """Write a row per image and group with the count of each expert."""
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["data", "image", "group", *(f"rank_{rank}" for rank in ranks)])
@@ -80,9 +57,7 @@ def write_csv(path: Path, choices: list[Choice], ranks: list[int]):
 
 
 def choices_of(model: nn.Module, data: str, pairs: list[Pair]) -> Iterator[Choice]:
-    """Yield what the model chooses for the LR image of each pair, in order."""
-    from ..errors import ImageError, first_line
-
+    """Yield the model's choices for the LR image of each pair, in order."""
     for pair in pairs:
         try:
             lr, _ = pair.read()
@@ -91,7 +66,7 @@ def choices_of(model: nn.Module, data: str, pairs: list[Pair]) -> Iterator[Choic
             continue
         try:
             usage, error = expert_usage(model, as_batch(lr)), ""
-        except (MemoryError, RuntimeError) as failure:  # too large: this one's
+        except (MemoryError, RuntimeError) as failure:  # of this image, such as its size
             usage, error = None, f"{pair.hr}: {first_line(failure)}"
         yield Choice(data, pair.name, usage, error)
 

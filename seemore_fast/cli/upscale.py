@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from ..errors import CheckpointError, UsageError
+from ..torchrun import position
 from .exits import DONE, FAILED, INTERRUPTED
 
 HELP = "Upscale PNG, JPEG, WebP and TIFF files, and folders of them."
@@ -106,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--outscale and --width or --height are given: expected one way to tell the size")
     if options.quality is not None and not 1 <= options.quality <= 100:
         raise UsageError(f"--quality is {options.quality}, expected 1 to 100")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world, _ = position()
     bar = _ImageBar()
     with warnings.catch_warnings(record=True) as doubts:
         warnings.simplefilter("ignore")
@@ -166,7 +167,7 @@ def _upscalers(options: argparse.Namespace, bar: "_ImageBar") -> list:
     from ..upscale import Upscaler
     from ..upscale.upscaler import shipped_scales
 
-    local = os.environ.get("LOCAL_RANK")
+    local = position().local_rank
     devices = options.devices.split(",") if options.devices else [options.device]
     if local is not None and devices in (["auto"], ["cuda"]):  # each process its own
         import torch

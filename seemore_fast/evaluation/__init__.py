@@ -1,4 +1,4 @@
-"""Measures of picture quality."""
+"""Picture quality: PSNR and SSIM."""
 
 from .metrics import luma, psnr_y, ssim_y
 

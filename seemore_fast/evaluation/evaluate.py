@@ -16,7 +16,7 @@ from .pairs import Pair
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one image: Y-PSNR in dB, SSIM, seconds; or why it was not."""
+    """Y-PSNR in dB, SSIM and seconds of one image, or the error that prevented measuring it."""
 
     data: str
     name: str
@@ -27,7 +27,7 @@ class Result:
 
 
 def evaluate(upscale: Callable[[np.ndarray], np.ndarray], data: str, pairs: list[Pair]) -> Iterator[Result]:
-    """Yield the result of each pair, in order; `scale` pixels are left out at every border, as the field does."""
+    """Yield the result of each pair, in order. As is customary, `scale` pixels at every border are not measured."""
     for pair in pairs:
         try:
             lr, hr = pair.read()
@@ -37,7 +37,7 @@ def evaluate(upscale: Callable[[np.ndarray], np.ndarray], data: str, pairs: list
         begin = time.perf_counter()
         try:
             image = upscale(lr)
-        except (MemoryError, RuntimeError) as error:  # too large, or no numbers: this one's
+        except (MemoryError, RuntimeError) as error:  # of this image: too large, or a NaN output
             yield Result(data, pair.name, error=f"{pair.hr}: {first_line(error)}")
             continue
         seconds = time.perf_counter() - begin
@@ -45,18 +45,18 @@ def evaluate(upscale: Callable[[np.ndarray], np.ndarray], data: str, pairs: list
 
 
 def bicubic(scale: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the field's baseline: MATLAB's bicubic enlargement."""
+    """Return the usual baseline, MATLAB's bicubic upscaling."""
     return lambda image: bicubic_resize(image, scale)
 
 
 def mean(results: list[Result]) -> tuple[float, float, float]:
-    """Return the means of PSNR, SSIM and seconds over the images that were measured."""
+    """Return the means of PSNR, SSIM and seconds over the images without an error."""
     values = [(result.psnr, result.ssim, result.seconds) for result in results if not result.error]
     return tuple(float(np.mean(column)) for column in zip(*values, strict=True)) if values else (float("nan"),) * 3
 
 
 class Rows:
-    """A CSV file with a row for each image, on the disk as soon as it is measured. The first one begins the file."""
+    """A CSV file with a row per image, flushed as soon as it is measured. The first row creates the file."""
 
     def __init__(self, path: Path):
         self.path, self.file = path, None

@@ -1,4 +1,4 @@
-"""Picture quality as the super-resolution field measures it."""
+"""PSNR and SSIM on the Y channel, as is customary in super-resolution."""
 
 import math
 
@@ -10,7 +10,7 @@ SSIM_WINDOW = 11
 def luma(image: np.ndarray) -> np.ndarray:
     """Return Y of MATLAB's rgb2ycbcr (studio range, 16 to 235), float64 (H, W), of an RGB uint8 image (H, W, 3).
 
-    A greyscale image (H, W) is its own Y: its raw values, as the published averages take Set14's `bridge`.
+    Y of a greyscale image (H, W) is its raw values, as in the published averages (Set14's `bridge`).
     """
     if image.ndim == 2:
         return image.astype(np.float64)
@@ -20,7 +20,7 @@ def luma(image: np.ndarray) -> np.ndarray:
 def psnr_y(image: np.ndarray, truth: np.ndarray, crop: int = 0) -> float:
     """Return the peak signal-to-noise ratio on Y in dB; infinite for equal images.
 
-    Both images are uint8, (H, W, 3) or (H, W), of one size; `crop` pixels (the scale) are left out at every border.
+    Both images are uint8, (H, W, 3) or (H, W), of one size; `crop` pixels (the scale) are cut off at every border.
     """
     if image.shape != truth.shape:
         raise ValueError(f"image has shape {image.shape}, expected {truth.shape}, the shape of truth")
@@ -31,10 +31,10 @@ def psnr_y(image: np.ndarray, truth: np.ndarray, crop: int = 0) -> float:
 
 
 def ssim_y(image: np.ndarray, truth: np.ndarray, crop: int = 0) -> float:
-    """Return the structural similarity on Y, at most 1 (Wang et al. 2004), of images as `psnr_y` takes them.
+    """Return the structural similarity on Y, at most 1 (Wang et al. 2004); arguments are those of `psnr_y`.
 
-    Means, variances and the covariance under a Gaussian window of 11x11 pixels and sigma 1.5, wherever all of it lies
-    inside; constants (0.01 * 255)^2 and (0.03 * 255)^2.
+    Means, variances and the covariance are taken under every Gaussian window of 11x11 pixels and sigma 1.5 that lies
+    inside the image; the constants are (0.01 * 255)^2 and (0.03 * 255)^2.
     """
     if image.shape != truth.shape:
         raise ValueError(f"image has shape {image.shape}, expected {truth.shape}, the shape of truth")
@@ -53,7 +53,7 @@ def ssim_y(image: np.ndarray, truth: np.ndarray, crop: int = 0) -> float:
 
 
 def _windowed(plane: np.ndarray) -> np.ndarray:
-    """Return the weighted means under the window at every place, rows and columns one after the other."""
+    """Return the weighted means under the window at every place (separable filter)."""
     window = np.exp(-0.5 * (np.arange(-(SSIM_WINDOW // 2), SSIM_WINDOW // 2 + 1) / 1.5) ** 2)
     window /= window.sum()
     for axis in (0, 1):

@@ -1,4 +1,4 @@
-"""Images to measure: HR files, and LR of each, given or made."""
+"""Pairs of HR and LR images; LR is a file or computed from HR."""
 
 import itertools
 import os
@@ -14,15 +14,15 @@ from ..io.images import FORMATS, read_image
 from ..io.resize import bicubic_resize
 from .metrics import SSIM_WINDOW
 
-LOW = re.compile(r"lr([^a-z]|x|bic|mild|wild|unknown|difficult|$)", re.IGNORECASE)  # how folders of LR are called
-MAX_MEGAPIXELS = 1000  # of an image to measure or to train on, which is its user's own
+LOW = re.compile(r"lr([^a-z]|x|bic|mild|wild|unknown|difficult|$)", re.IGNORECASE)  # names of LR folders
+MAX_MEGAPIXELS = 1000  # of trusted images, to measure or to train on
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An HR file, and the LR file that belongs to it, or None where LR is to be made.
+    """An HR file and its LR file, or None if LR is to be computed.
 
-    name    the HR file's path in its folder, without the ending
+    name    path of the HR file in its folder, without extension
     """
 
     hr: Path
@@ -33,8 +33,8 @@ class Pair:
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Return LR and HR, uint8 (H, W, 3), or (H, W) of a grey image; HR is cropped to a multiple of the scale.
 
-        Without a file LR is MATLAB's bicubic of the cropped HR. Raises ImageError, with the file's name, for what
-        cannot be read, is too small to be measured, or does not fit.
+        Without a file, LR is MATLAB's bicubic of the cropped HR. Raises ImageError, which names the file, for
+        images that cannot be read, are too small to be measured, or do not fit.
         """
         hr = read_plain(self.hr)
         height, width = (n // self.scale * self.scale for n in hr.shape[:2])
@@ -69,7 +69,7 @@ def read_plain(file: Path) -> np.ndarray:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the image files in a folder and its subfolders, sorted; PairError where there is none."""
+    """Return the image files in a folder and its subfolders, sorted; raise PairError if there are none."""
     if not folder.is_dir():
         raise PairError(f"{folder} {'is a file, expected a folder' if folder.exists() else 'does not exist'}")
     files = sorted(file for file in _walk(folder) if file.suffix.lower() in FORMATS)
@@ -79,7 +79,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield all files in a folder, those in linked ones too, each folder once."""
+    """Yield all files in a folder; linked folders are followed, each once."""
     seen = set()
     for place, inner, files in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(place)) in seen:
@@ -91,9 +91,9 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def list_hr(folder: Path) -> tuple[Path, dict[Path, Path]]:
-    """Return the folder of HR images, `HR` in it where that is there, and {file: its path there without the ending}.
+    """Return the folder of HR images (`HR` in it, if present) and {file: its path there without extension}.
 
-    Raises PairError where there is no image, or where folders of LR images are among the others.
+    Raises PairError if there is no image, or if folders of LR images are among the others.
     """
     folder = folder / "HR" if (folder / "HR").is_dir() else folder
     files = {file: file.relative_to(folder).with_suffix("") for file in list_images(folder)}
@@ -109,9 +109,9 @@ def list_hr(folder: Path) -> tuple[Path, dict[Path, Path]]:
 def find_pairs(folder: Path, scale: int, lr_folder: Path | None = None) -> list[Pair]:
     """Return the pairs of a folder of HR images, or of one with `HR` and `LR_bicubic/X<scale>` in it.
 
-    `lr_folder` gives another place of LR. There an image is called as in HR, or with x<scale> at its end.
+    `lr_folder` overrides the place of LR. LR files are named like HR, or with x<scale> at the end.
 
-    Raises PairError that lists what is missing, and for an empty or missing folder.
+    Raises PairError, which lists missing files, and for an empty or missing folder.
     """
     beside = folder / "LR_bicubic" / f"X{scale}"
     given, (folder, files) = folder, list_hr(folder)
@@ -127,24 +127,24 @@ def find_pairs(folder: Path, scale: int, lr_folder: Path | None = None) -> list[
 def match(
     wanted: dict[Path, tuple[Path, ...]], folder: Path, lr_folder: Path, expected: str
 ) -> list[tuple[Path, Path]]:
-    """Return each HR file of `folder` and its LR file: the one in `lr_folder` at a wanted path, but for the ending.
+    """Return each HR file of `folder` with the LR file in `lr_folder` at one of its wanted paths, any extension.
 
-    Raises PairError that lists HR files without exactly one, or LR files without HR.
+    Raises PairError, which lists HR files without exactly one LR file, or LR files without HR.
     """
     known: dict[Path, list[Path]] = {}
     for file in list_images(lr_folder):
         known.setdefault(file.relative_to(lr_folder).with_suffix(""), []).append(file)
-    pairs, complaints = [], []
+    pairs, unmatched = [], []
     for file, names in wanted.items():
         found = [lr for name in names for lr in known.pop(name, [])]
         if len(found) == 1:
             pairs.append((file, found[0]))
         else:
-            complaints.append(f"{file.name} ({', '.join(lr.name for lr in found) or 'none'})")
-    if complaints:
+            unmatched.append(f"{file.name} ({', '.join(lr.name for lr in found) or 'none'})")
+    if unmatched:
         raise PairError(
-            f"{lr_folder} has not one LR image for {len(complaints)} of {len(wanted)} images in {folder}: "
-            f"{some_of(complaints, 10)}; {expected}"
+            f"{lr_folder} has not one LR image for {len(unmatched)} of {len(wanted)} images in {folder}: "
+            f"{some_of(unmatched, 10)}; {expected}"
         )
     if known:
         left = [file.name for group in known.values() for file in group]
@@ -153,13 +153,14 @@ def match(
 
 
 def names_of(folders: list[Path]) -> list[str]:
-    """Return what data sets are called: their folders, or those above `HR`; where two are the same, the folders above
-    them too. PairError where a folder is given twice.
+    """Return names of data sets: the folder, or the one above `HR`, with as many parent folders as make them distinct.
+
+    Raises PairError if a folder is repeated.
     """
     whole = [folder.resolve() for folder in folders]
     whole = [folder.parent if folder.name == "HR" else folder for folder in whole]
-    if twice := [folder for folder in whole if whole.count(folder) > 1]:
-        raise PairError(f"{twice[0]} is given twice")
+    if repeated := [folder for folder in whole if whole.count(folder) > 1]:
+        raise PairError(f"{repeated[0]} is given more than once")
 
     def name(folder: Path, parts: int) -> str:
         return "/".join(folder.parts[-parts:])

@@ -1,4 +1,4 @@
-"""What was published: Y-PSNR in dB and SSIM by network, scale and data set (SeemoRe, ICML 2024, table 1)."""
+"""Published Y-PSNR in dB and SSIM by network, scale and data set (SeemoRe, ICML 2024, table 1)."""
 
 from ..network.presets import PRESETS
 
@@ -15,7 +15,7 @@ PUBLISHED = {
                        "Urban100": (28.27, 0.8538), "Manga109": (33.92, 0.9460)},
     ("SeemoRe-T", 4): {"Set5": (32.31, 0.8965), "Set14": (28.72, 0.7840), "B100": (27.65, 0.7384),
                        "Urban100": (26.23, 0.7883), "Manga109": (30.82, 0.9107)},
-    # No SSIM is at hand of these.
+    # without SSIM
     ("SeemoRe-B", 2): {"Urban100": (32.52, None), "Manga109": (39.30, None)},
     ("SeemoRe-B", 4): {"Urban100": (26.52, None), "Manga109": (31.12, None)},
     ("SeemoRe-L", 2): {"Urban100": (32.87, None), "Manga109": (39.49, None)},
@@ -25,7 +25,7 @@ _OTHER_NAMES = {"bsd100": "b100", "bsds100": "b100"}
 
 
 def published(network: str, scale: int, data: str) -> str:
-    """Return PSNR and SSIM of "bicubic" or "SeemoRe-T" on a data set, whatever its letters: "38.06/0.9608"."""
+    """Return PSNR and SSIM of "bicubic" or "SeemoRe-T" on a data set (case-insensitive): "38.06/0.9608"."""
     wanted = _OTHER_NAMES.get(data.lower(), data.lower())
     sets = PUBLISHED.get((network, scale), {})
     known = next((value for name, value in sets.items() if name.lower() == wanted), None)
@@ -36,7 +36,7 @@ def published(network: str, scale: int, data: str) -> str:
 
 
 def nearest_network(config: dict) -> str:
-    """Return which of T, B and L a network is, or else the nearest by its groups and channels: "SeemoRe-B"."""
+    """Return the published network nearest in groups and channels: "SeemoRe-B"."""
 
     def distance(size: str) -> float:
         return sum(abs(config[name] / PRESETS[size][name] - 1) for name in ("num_layers", "embedding_dim"))

@@ -1,1 +1,1 @@
-"""SeemoRe in other people's frameworks: import the submodule of the one you use, it asks for that framework alone."""
+"""SeemoRe in other frameworks, one submodule each, which needs only that framework."""

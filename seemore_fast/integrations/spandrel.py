@@ -1,7 +1,7 @@
 """SeemoRe for spandrel: after `install()`, its ModelLoader loads SeemoRe checkpoints into this package's network.
 
-It is found as the architecture "SeemoReFast", just before spandrel's own "SeemoRe", which stays in the registry. To
-speed up one descriptor that is loaded already, `seemore_fast.accelerate(descriptor)` is enough.
+They are detected as the architecture "SeemoReFast", just before spandrel's own "SeemoRe", which stays in the registry.
+For a descriptor that is already loaded, `seemore_fast.accelerate(descriptor)` is enough.
 """
 
 from ..network.accelerate import accelerate
@@ -12,21 +12,21 @@ try:
     from spandrel.architectures.SeemoRe import SeemoReArch
 except ImportError as error:
     raise ImportError(
-        f"seemore_fast.integrations.spandrel needs spandrel 0.4 or later: pip install spandrel. What failed: {error}"
+        f"seemore_fast.integrations.spandrel needs spandrel 0.4 or later: pip install spandrel. The error: {error}"
     ) from error
 
 
 class SeemoReFastArch(Architecture[SeemoRe]):
-    """Detects and reads what spandrel's SeemoRe does, and runs it in `seemore_fast.SeemoRe`."""
+    """Architecture that detects the checkpoints of spandrel's SeemoRe and runs them in `seemore_fast.SeemoRe`."""
 
     def __init__(self):
         self._published = SeemoReArch()
         super().__init__(id="SeemoReFast", detect=self._published.detect)
 
     def load(self, state_dict) -> ImageModelDescriptor[SeemoRe]:
-        """Return spandrel's descriptor with this network in it: it takes images of any size, and float16 too.
+        """Return spandrel's descriptor with this network, which accepts images of any size, and float16.
 
-        The network pools over the whole image: it runs in tiles, but the tiles are not what the whole would be.
+        The network pools over the whole image: tiling is possible but changes the result.
         """
         published = self._published.load(state_dict)
         return ImageModelDescriptor(
@@ -46,7 +46,7 @@ class SeemoReFastArch(Architecture[SeemoRe]):
 
 
 def install(registry: ArchRegistry | None = None):
-    """Add the architecture to `registry`, by default spandrel's MAIN_REGISTRY, unless it is there already."""
+    """Add the architecture to `registry`, by default spandrel's MAIN_REGISTRY, unless it has it already."""
     registry = MAIN_REGISTRY if registry is None else registry
     support = ArchSupport.from_architecture(SeemoReFastArch(), before=("SeemoRe",))
     registry.add(support, ignore_duplicates=True)

@@ -1,4 +1,4 @@
-"""Option files in BasicSR's format, which the published recipes have, as a configuration of ours."""
+"""Translation of option files in BasicSR's format, that of the published recipes, to this package's configuration."""
 
 import contextlib
 import difflib
@@ -6,9 +6,10 @@ import math
 import os
 from collections.abc import Mapping
 
-from .config import ConfigError
+from ..errors import ConfigError
+from ..torchrun import position
 
-# What has no counterpart here and changes nothing about the weights that come out.
+# Keys without counterpart that do not affect the weights.
 _SILENT = {
     "": {
         "name", "model_type", "num_gpu", "dist_params", "is_train", "dist", "rank", "world_size", "auto_resume",
@@ -16,7 +17,7 @@ _SILENT = {
     },
     "datasets.train.": {"name", "task", "phase", "prefetch_mode", "pin_memory", "num_prefetch_queue"},
 }  # fmt: skip
-_LIKELY = 0.8  # how alike a key and a known one are that must be meant
+_LIKELY = 0.8  # similarity of a key to a known one above which it is taken for a typing error
 _NETWORK = {
     "scale", "in_chans", "num_experts", "num_layers", "embedding_dim", "img_range", "use_shuffle",
     "global_kernel_size", "recursive", "lr_space", "topk",
@@ -35,13 +36,13 @@ _MEASURED = {"name", "type", "dataroot_gt", "dataroot_lq", "io_backend", "filena
 
 
 def translate(options: Mapping, where: str) -> tuple[dict, list[str]]:
-    """Return sections and keys of ours, and a line for each thing asked for that is not supported.
+    """Return the content of a configuration, and a line for each requested setting that is not supported.
 
-    Read are name, scale, manual_seed, network_g, path, datasets (train, and every val as validation), train
-    (total_iter, ema_decay, optim_g, scheduler, pixel_opt, fft_opt, grad_clip, warmup_iter), val and logger. Batches
-    are those of BasicSR: `batch_size_per_gpu` times `num_gpu`, or times the processes there are where that is "auto".
+    Translates name, scale, manual_seed, network_g, path, datasets (train, and every val as validation), train
+    (total_iter, ema_decay, optim_g, scheduler, pixel_opt, fft_opt, grad_clip, warmup_iter), val and logger. The batch
+    is `batch_size_per_gpu` times `num_gpu`, or times the number of processes if that is "auto", as in BasicSR.
 
-    Raises ConfigError for a file without what a run needs, or with a value that cannot be carried out.
+    Raises ConfigError for missing sections and unusable values.
     """
     return _Reader(options, where).read()
 
@@ -144,7 +145,7 @@ class _Reader:
             periods = scheduler.get("periods", scheduler.get("T_max"))
             periods = periods if isinstance(periods, list) else [periods]
             if periods not in ([None], [self._number(section.get("total_iter", 500_000), "train.total_iter")]):
-                self._note("train.scheduler.periods", f"is {periods}: one cosine over all steps is taken")
+                self._note("train.scheduler.periods", f"is {periods}: one cosine over all steps is used")
             if scheduler.get("restart_weights", [1]) not in ([1], 1):
                 self._note("train.scheduler.restart_weights", "has no effect: there is one cosine over all steps")
             lowest = scheduler.get("eta_min", scheduler.get("eta_mins", [0]))
@@ -159,14 +160,14 @@ class _Reader:
     def _losses(self, section: Mapping) -> dict:
         weights = {"l1": 0.0, "mse": 0.0, "fft": 0.0}
         for key, kinds in (("pixel_opt", {"L1Loss": "l1", "MSELoss": "mse"}), ("fft_opt", {"FFTLoss": "fft"})):
-            told = self._section(section, key, "train.", needed=False)
-            if not told:
+            loss = self._section(section, key, "train.", needed=False)
+            if not loss:
                 continue
-            kind = told.get("type")
-            if kind not in tuple(kinds) or told.get("reduction", "mean") != "mean":
+            kind = loss.get("type")
+            if kind not in tuple(kinds) or loss.get("reduction", "mean") != "mean":
                 expected = " or ".join(kinds)
-                raise ConfigError(f"{self.where}: train.{key} is {dict(told)}, expected {expected} with reduction mean")
-            weights[kinds[kind]] = told.get("loss_weight", 1.0)
+                raise ConfigError(f"{self.where}: train.{key} is {dict(loss)}, expected {expected} with reduction mean")
+            weights[kinds[kind]] = loss.get("loss_weight", 1.0)
         return weights
 
     def _training_data(self, section: Mapping, scale: int) -> dict:
@@ -179,12 +180,12 @@ class _Reader:
         if backend != "disk":
             raise ConfigError(f"{where}.io_backend.type is {backend!r}, expected disk")
         if section.get("type", "PairedImageDataset") != "PairedImageDataset":
-            self._note("datasets.train.type", f"is {section['type']}: pairs, or bicubic LR, are what is trained on")
+            self._note("datasets.train.type", f"is {section['type']}: training uses image pairs, or bicubic LR")
         if section.get("meta_info_file"):
-            self._note("datasets.train.meta_info_file", "has no effect: all images of the folder are taken")
+            self._note("datasets.train.meta_info_file", "has no effect: all images of the folder are used")
         flips, turns = (section.get(key, True) for key in ("use_hflip", "use_rot"))
         if flips != turns:
-            self._note("datasets.train.use_hflip", "and use_rot go together here: both are on")
+            self._note("datasets.train.use_hflip", "and use_rot are one setting here: both are on")
         workers = section.get("num_worker_per_gpu", 0)
         data = {
             "train": self._folders(section.get("dataroot_gt"), f"{where}.dataroot_gt"),
@@ -200,8 +201,8 @@ class _Reader:
         return data
 
     def _gpus(self) -> int:
-        told = self.options.get("num_gpu", "auto")
-        return int(os.environ.get("WORLD_SIZE", 1)) if told == "auto" else max(1, self._number(told, "num_gpu"))
+        count = self.options.get("num_gpu", "auto")
+        return position().world if count == "auto" else max(1, self._number(count, "num_gpu"))
 
     def _number(self, value, key: str) -> int:
         number = self._real(value, key, "a whole number")
@@ -210,7 +211,7 @@ class _Reader:
         return int(number)
 
     def _real(self, value, key: str, expected: str = "a number") -> float:
-        """Return a value of the file as a number; YAML takes 5e3 for text."""
+        """Return a value of the file as a number. YAML reads 5e3 as text."""
         if not isinstance(value, bool):
             with contextlib.suppress(TypeError, ValueError):
                 if math.isfinite(number := float(value)):
@@ -226,30 +227,30 @@ class _Reader:
 
     def _validation(self, datasets: Mapping, section: Mapping, scale: int) -> dict:
         self._name_unsupported(section, "val.", {"val_freq", "save_img", "metrics", "suffix", "pbar"})
-        for name, told in self._section(section, "metrics", "val.", needed=False).items():
-            told = told if isinstance(told, Mapping) else {}
-            kind = told.get("type", name)
+        for name, metric in self._section(section, "metrics", "val.", needed=False).items():
+            metric = metric if isinstance(metric, Mapping) else {}
+            kind = metric.get("type", name)
             if kind not in ("calculate_psnr", "calculate_ssim", "psnr", "ssim"):
                 self._note(f"val.metrics.{name}", f"of {kind} is not supported and has no effect")
-            elif not told.get("test_y_channel", True):
-                self._note(f"val.metrics.{name}", "is of all channels: here it is of Y, as it is published")
-            if told.get("crop_border", scale) != scale:
-                border = f"is {told['crop_border']}: here {scale}, the scale, as it is published"
+            elif not metric.get("test_y_channel", True):
+                self._note(f"val.metrics.{name}", "is of all channels: here it is of Y, as published")
+            if metric.get("crop_border", scale) != scale:
+                border = f"is {metric['crop_border']}: here {scale}, the scale, as published"
                 self._note(f"val.metrics.{name}.crop_border", border)
         data, lr = {}, {}
-        for key, told in datasets.items():
+        for key, options in datasets.items():
             if key == "train":
                 continue
-            if not (str(key).startswith("val") and isinstance(told, Mapping) and told.get("dataroot_gt")):
-                self._note(f"datasets.{key}", "has no effect: it is no val with a dataroot_gt")
+            if not (str(key).startswith("val") and isinstance(options, Mapping) and options.get("dataroot_gt")):
+                self._note(f"datasets.{key}", "has no effect: it is not a val with a dataroot_gt")
                 continue
-            self._name_unsupported(told, f"datasets.{key}.", _MEASURED)
-            if told.get("filename_tmpl", "{}") not in ("{}", f"{{}}x{scale}"):
-                reason = f"has no effect: LR is called as HR is, or with x{scale} behind"
+            self._name_unsupported(options, f"datasets.{key}.", _MEASURED)
+            if options.get("filename_tmpl", "{}") not in ("{}", f"{{}}x{scale}"):
+                reason = f"has no effect: LR files are named like HR, or with x{scale} at the end"
                 self._note(f"datasets.{key}.filename_tmpl", reason)
-            name = str(told.get("name", key))
+            name = str(options.get("name", key))
             for key_of, folders in (("dataroot_gt", data), ("dataroot_lq", lr)):
-                if folder := told.get(key_of):
+                if folder := options.get(key_of):
                     if not isinstance(folder, str):
                         raise ConfigError(f"{self.where}: datasets.{key}.{key_of} is {folder!r}, expected a folder")
                     folders[name] = os.path.expanduser(folder)
@@ -268,15 +269,15 @@ class _Reader:
                 raise ConfigError(f"{self.where}: path.pretrain_network_g is {start!r}, expected a file")
             content["init_from"] = os.path.expanduser(start)
             if path.get("param_key_g", "params") != "params_ema":
-                self._note("path.param_key_g", "has no effect: params_ema are taken where a file has them")
+                self._note("path.param_key_g", "has no effect: params_ema are used if the file has them")
         if path.get("strict_load_g") is False:
-            self._note("path.strict_load_g", "has no effect: weights fit, or the run does not begin")
+            self._note("path.strict_load_g", "has no effect: weights must fit")
         if path.get("experiments_root"):
-            self._note("path.experiments_root", "has no effect: `out` is where a run is kept")
+            self._note("path.experiments_root", "has no effect: use `out`")
         if path.get("resume_state"):
-            self._note("path.resume_state", "has no effect: --resume goes on with a run of ours")
+            self._note("path.resume_state", "has no effect: use --resume with a checkpoint of this package")
         if self._section(logger, "wandb", "logger.", needed=False).get("project"):
-            self._note("logger.wandb", "is not supported and has no effect: TensorBoard and CSV files are")
+            self._note("logger.wandb", "is not supported and has no effect: logs are CSV files and TensorBoard")
         if logger.get("save_checkpoint_freq"):
             every = self._number(logger["save_checkpoint_freq"], "logger.save_checkpoint_freq")
             content["checkpoint"] = {"every": every}

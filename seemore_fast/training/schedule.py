@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step alone: nothing of it needs to be kept for a resumed run."""
+"""Learning rate as a function of the step alone, so that a resumed run needs no state of it."""
 
 import bisect
 import math
@@ -6,8 +6,8 @@ import math
 from .config import Schedule
 
 
-def factor(schedule: Schedule, step: int, steps: int) -> float:
-    """Return what the learning rate is multiplied by in `step`, counted from 0, of `steps`."""
+def rate_factor(schedule: Schedule, step: int, steps: int) -> float:
+    """Return the factor of the learning rate in `step` (from 0) of `steps`."""
     if step < schedule.warmup:
         return (step + 1) / (schedule.warmup + 1)
     if schedule.name == "multistep":

@@ -1,10 +1,10 @@
-"""A training run: from its first step, or from its last checkpoint, to its end."""
+"""Training loop, from the first step or a checkpoint to the last step."""
 
 import contextlib
 import json
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,228 +13,226 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from ..analysis.routing import expert_usage
-from ..errors import StateError, TrainingError, first_line
+from ..errors import StateError, TrainingError, first_line, some_of
 from ..network.checkpoint import save_model
-from .build import build_model, build_optimizer, check_combination
+from ..network.inspection import expert_usage
+from .checkpoints import Checkpoints, check_same_network, config_changes, read_state
+from .components import build_model, build_optimizer, check_environment
 from .config import Config
-from .crops import Crops, Steps, batches
-from .group import Group
-from .images import Images, free_bytes, open_images
+from .dataset import PairDataset, free_bytes, open_dataset
+from .distributed import World
+from .init import init_weights
+from .logging import RunLog
 from .losses import pixel_loss
-from .records import Records
-from .schedule import factor
-from .start import start
-from .state import Checkpoints, check_same_network, differences, read_state
+from .patches import Batches, Patches, load_batches
+from .schedule import rate_factor
+from .throughput import Throughput
 from .validation import Validation
-from .window import Window
 
-MOST_WAITING = 0.05  # of the time, for data
+MAX_WAITING = 0.05  # share of the time spent waiting for data, above which workers are recommended
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
-    """Everything that a run is made of; `run` trains.
+    """State of a run; `run` trains.
 
-    All that can be wrong with the configuration is found here, before the first step: ConfigError and StateError.
+    The constructor checks everything that can be checked before the first step: ConfigError and StateError.
     """
 
-    def __init__(self, config: Config, group: Group | None = None, resume: str | None = None):
-        self.config, self.group = config, group or Group()
+    def __init__(self, config: Config, world: World | None = None, resume: str | None = None):
+        self.config, self.world = config, world or World()
         self.out = Path(config.out)
-        check_combination(config, self.group)
+        check_environment(config, self.world)
         torch.manual_seed(config.seed)
-        self.model = build_model(config, self.group.device)
+        self.model = build_model(config, self.world.device)
         self.average = AveragedModel(self.model).eval().requires_grad_(False)
         self.optimizer = build_optimizer(config.optimizer, self.model.parameters())
-        self.scaler = torch.amp.GradScaler(self.group.device.type, enabled=config.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=config.precision == "fp16")
         self.checkpoints = Checkpoints(self.out / "checkpoints", config.checkpoint.keep)
         self.step, self.best, self.notes = 0, -math.inf, []
-        self.unmeasured = False  # whether a validation that is due waits for a run that goes on
+        self.validation_pending = False  # a due validation was interrupted: the resumed run does it first
         state = self._find_state(resume)
         if state is None:
-            start(self.model, config.init_from)
-        self.images = self._open_images()
-        self.validation = Validation(config.validation.data, config.model.scale, self.group, config.validation.lr)
-        self.steps = Steps(self._crops(), config.data.batch, self.group.rank, self.group.world)
+            init_weights(self.model, config.init_from)
+        self.dataset = self._open_dataset()
+        self.validation = Validation(config.validation.data, config.model.scale, self.world, config.validation.lr)
+        self.batches = Batches(self._patches(), config.data.batch, self.world.rank, self.world.size)
         if state is not None:
             self._restore(state)
-        self._check_agreement()
+        self._check_same_step()
         self._parallel = self.model
-        if self.group.world > 1:
-            ids = [self.group.device] if self.group.device.type == "cuda" else None
+        if self.world.size > 1:
+            ids = [self.world.device] if self.world.device.type == "cuda" else None
             self._parallel = DistributedDataParallel(self.model, device_ids=ids)
-        self._asked_to_stop = False
+        self._stop_requested = False
 
-    # What it is made of
+    # Setup
 
-    def _check_agreement(self):
-        """Raise StateError where processes, on machines that do not share `out`, would go on from different steps."""
-        steps = torch.tensor([float(self.step)], device=self.group.device)
-        if self.group.total(steps).item() != self.group.world * self.step:
-            raise StateError(f"the processes go on from different steps: {self.out} is to be the same for all machines")
+    def _check_same_step(self):
+        """Raise StateError if processes, on machines that do not share `out`, would resume from different steps."""
+        steps = torch.tensor([float(self.step)], device=self.world.device)
+        if self.world.sum(steps).item() != self.world.size * self.step:
+            raise StateError(
+                f"the processes would resume from different steps: {self.out} must be the same folder on all machines"
+            )
 
-    def _open_images(self) -> Images:
-        data, scale = self.config.data, self.config.model.scale
+    def _open_dataset(self) -> PairDataset:
+        data, scale, world = self.config.data, self.config.model.scale, self.world
         folder = Path(data.cache) if data.cache else self.out / "cache"
 
-        def make():
+        def create():
             self.out.mkdir(parents=True, exist_ok=True)
             self.checkpoints.clear()
-            return open_images(data, scale, folder)
+            return open_dataset(data, scale, folder)
 
-        images = self.group.after(self.group.is_first, make)
-        # On other machines, whose folders may be their own, each makes what is not there yet.
-        others = self.group.after(
-            self.group.local == 0 and not self.group.is_first, lambda: open_images(data, scale, folder)
-        )
-        images = images or others or open_images(data, scale, folder, may_make=False)
-        if images.skipped:
-            some = "; ".join(images.skipped[:5]) + ("; ..." if len(images.skipped) > 5 else "")
-            self.notes.append(f"{len(images.skipped)} images are left out: {some}")
-        return images
+        dataset = world.run_if(world.is_first, create)
+        # On other machines, which may have folders of their own, one process each creates what is missing.
+        others = world.run_if(world.local_rank == 0 and not world.is_first, lambda: open_dataset(data, scale, folder))
+        dataset = dataset or others or open_dataset(data, scale, folder, may_create=False)
+        if dataset.skipped:
+            self.notes.append(f"{len(dataset.skipped)} images skipped: {some_of(dataset.skipped, 5)}")
+        return dataset
 
-    def _crops(self) -> Crops:
-        data, device = self.config.data, self.group.device
-        resident = data.on_device
-        if resident is None:
-            resident = device.type == "cuda" and self.images.pixels.size < torch.cuda.mem_get_info(device)[0] / 4
-        return Crops(self.images, data.patch, self.config.seed, data.augment, device if resident else "cpu")
+    def _patches(self) -> Patches:
+        data, device = self.config.data, self.world.device
+        on_device = data.on_device
+        if on_device is None:
+            on_device = device.type == "cuda" and self.dataset.pixels.size < torch.cuda.mem_get_info(device)[0] / 4
+        return Patches(self.dataset, data.patch, self.config.seed, data.augment, device if on_device else "cpu")
 
     # Checkpoints
 
     def _find_state(self, resume: str | None) -> dict | None:
+        folder, steps = self.checkpoints.folder, self.checkpoints.steps()
         if resume is None:
-            if there := self.checkpoints.steps():
+            if steps:
                 raise StateError(
-                    f"{self.checkpoints.folder} holds a run of {there[-1]} steps: give --resume auto to go on with it, "
-                    "or another folder as `out`"
+                    f"{folder} holds a run of {steps[-1]} steps: continue it with --resume auto, "
+                    "or set another folder as `out`"
                 )
             return None
         if resume == "auto":
-            state, complaints = self.checkpoints.newest()
-            self.notes += [f"{line}; the one before is taken" for line in complaints]
-            if complaints and state is None:
-                raise StateError(f"none of the checkpoints in {self.checkpoints.folder} can be read: {complaints[0]}")
+            state, errors = self.checkpoints.newest()
+            self.notes += [f"{error}; using the previous one" for error in errors]
+            if errors and state is None:
+                raise StateError(f"none of the checkpoints in {folder} can be read: {errors[0]}")
             path = self.checkpoints.path(state["step"]) if state else None
         else:
             path = Path(resume)
             state = read_state(path)
-            folder = self.checkpoints.folder
-            place = path.parent.resolve()
-            if self.out.resolve() not in (place, *place.parents) and (there := self.checkpoints.steps()):
+            if steps and self.out.resolve() not in (path.parent.resolve() / path.name).parents:
                 raise StateError(
-                    f"{folder} holds a run of {there[-1]} steps, and {path} is of another: give another folder as `out`"
+                    f"{folder} holds a run of {steps[-1]} steps, and {path} is of another one: "
+                    "set another folder as `out`"
                 )
         if state is not None:
             check_same_network(state, self.model.config, path)
-            there, here = self._configurations(state)
-            self.notes += [f"{path}: {line}" for line in differences(there, here)]
+            self.notes += [f"{path}: {change}" for change in config_changes(*self._configurations(state))]
         return state
 
     def _configurations(self, state: dict) -> tuple[dict, dict]:
         """Return the configuration of a checkpoint, and this run's in the same form."""
-        return json.loads(state.get("config", "{}")), json.loads(self._config_text())
-
-    def _config_text(self) -> str:
-        return self.config.model_dump_json()
+        return json.loads(state.get("config", "{}")), json.loads(self.config.model_dump_json())
 
     def _state(self) -> dict:
         state = {
             "step": self.step,
             "network": json.dumps(self.model.config),
-            "config": self._config_text(),
+            "config": self.config.model_dump_json(),
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": torch.get_rng_state(),
             "best": self.best,
-            "images": self.images.path.stem,
-            "unmeasured": self.unmeasured,
+            "images": self.dataset.path.stem,
+            "validation_pending": self.validation_pending,
         }
-        if self.group.device.type == "cuda":
-            state["random_cuda"] = torch.cuda.get_rng_state(self.group.device)
+        if self.world.device.type == "cuda":
+            state["random_cuda"] = torch.cuda.get_rng_state(self.world.device)
         return state
 
     def _restore(self, state: dict):
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # as this run is told, not as that one was
+        for group in self.optimizer.param_groups:  # this run's settings, not the checkpoint's
             group.update(self.optimizer.defaults)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
-        if "random_cuda" in state and self.group.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random_cuda"], self.group.device)
-        self.step, self.unmeasured = state["step"], state.get("unmeasured", False)
-        there, here = self._configurations(state)
-        of_the_same = all(there.get("validation", {}).get(key) == here["validation"][key] for key in ("data", "lr"))
-        if of_the_same and self.checkpoints.best.exists():  # else the next is the best so far
+        if "random_cuda" in state and self.world.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"], self.world.device)
+        self.step = state["step"]
+        # Checkpoints of earlier versions call it "unmeasured".
+        self.validation_pending = state.get("validation_pending", state.get("unmeasured", False))
+        saved, config = self._configurations(state)
+        same_sets = all(saved.get("validation", {}).get(key) == config["validation"][key] for key in ("data", "lr"))
+        if same_sets and self.checkpoints.best.exists():  # otherwise the next validation is the best so far
             self.best = state["best"]
-        if state.get("images", self.images.path.stem) != self.images.path.stem:
-            self.notes.append("the images are not those of the checkpoint, or newer: other patches are cut")
+        if state.get("images", self.dataset.path.stem) != self.dataset.path.stem:
+            self.notes.append("the images differ from the checkpoint's: other patches are cut")
 
-    def _save(self, say=print) -> bool:
-        """Write a checkpoint and the averaged weights; where the disk does not take them, say so and leave the old."""
+    def _save(self, report: Callable[[str], None] = print) -> bool:
+        """Write a checkpoint and the averaged weights; return False, and keep the old ones, if the disk is full."""
         self._check_weights()
-        if not self.group.is_first:
+        if not self.world.is_first:
             return True
         try:
             self.checkpoints.save(self._state())
-        except (OSError, RuntimeError) as error:  # torch wraps what the disk says
+        except (OSError, RuntimeError) as error:  # torch wraps errors of the disk
             folder = self.checkpoints.folder
-            say(
+            report(
                 f"step {self.step}: the checkpoint cannot be written to {folder} ({free_bytes(folder) / 1e6:.0f} MB "
-                f"are free): {first_line(error)}; the older ones are untouched"
+                f"free): {first_line(error)}; the older ones are untouched"
             )
             return False
         weights = self.out / "weights.safetensors"
-        with self._complaining(say, weights):
+        with self._reporting(report, weights):
             save_model(self.average.module, weights, step=self.step)
         return True
 
     def _check_weights(self):
-        """Raise TrainingError where a gradient that was no number has gone into the weights."""
+        """Raise TrainingError if a gradient that was NaN or infinite has reached the weights."""
         if not all(weight.isfinite().all() for weight in self.model.parameters()):
-            raise TrainingError(f"the weights are no numbers after step {self.step}; {self._last_checkpoint()}")
+            raise TrainingError(f"the weights are NaN or infinite after step {self.step}; {self._last_checkpoint()}")
 
     @contextlib.contextmanager
-    def _complaining(self, say, what: Path):
-        """Say what cannot be written beside the checkpoints: a run goes on without."""
+    def _reporting(self, report: Callable[[str], None], path: Path) -> Iterator[None]:
+        """Report a file beside the checkpoints that cannot be written; the run goes on."""
         try:
             yield
         except OSError as error:
-            say(f"step {self.step}: {what} cannot be written: {first_line(error)}")
+            report(f"step {self.step}: {path} cannot be written: {first_line(error)}")
 
     def _last_checkpoint(self) -> str:
-        there = self.checkpoints.steps()
-        return f"the last good checkpoint is {self.checkpoints.path(there[-1])}" if there else "there is no checkpoint"
+        steps = self.checkpoints.steps()
+        return f"the last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "there is no checkpoint"
 
     # Steps
 
     def forward_backward(self, lr: Tensor, hr: Tensor) -> Tensor:
-        """Compute the gradients of a batch, uint8, in so many parts as told; return its loss."""
-        told, device = self.config, self.group.device
-        dtype, cast = next(self.model.parameters()).dtype, AUTOCAST.get(told.precision)
+        """Compute the gradients of a batch, uint8, in `accumulate` parts; return its loss."""
+        config, device = self.config, self.world.device
+        dtype, cast = next(self.model.parameters()).dtype, AUTOCAST.get(config.precision)
+        weights = config.loss.model_dump()
         total = torch.zeros((), dtype=dtype, device=device)
-        parts = list(zip(lr.chunk(told.accumulate), hr.chunk(told.accumulate), strict=True))
-        for i, (x, truth) in enumerate(parts):
-            x, truth = (images.to(device, non_blocking=True).to(dtype) / 255 for images in (x, truth))
+        parts = list(zip(lr.chunk(config.accumulate), hr.chunk(config.accumulate), strict=True))
+        for i, (x, target) in enumerate(parts):
+            x, target = (images.to(device, non_blocking=True).to(dtype) / 255 for images in (x, target))
             is_last = i == len(parts) - 1
-            apart = contextlib.nullcontext() if is_last or self.group.world == 1 else self._parallel.no_sync()
-            with apart:
+            no_sync = contextlib.nullcontext() if is_last or self.world.size == 1 else self._parallel.no_sync()
+            with no_sync:
                 with torch.autocast(device.type, cast, enabled=cast is not None):
                     y = self._parallel(x)
-                loss = pixel_loss(y, truth, **told.loss.model_dump()) / len(parts)
+                loss = pixel_loss(y, target, **weights) / len(parts)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
 
     def train_step(self, lr: Tensor, hr: Tensor) -> Tensor:
         """Take one step; return its loss."""
-        rate = self.config.optimizer.lr * factor(self.config.schedule, self.step, self.config.steps)
+        rate = self.config.optimizer.lr * rate_factor(self.config.schedule, self.step, self.config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
@@ -250,7 +248,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update_average(self):
-        """Do what `AveragedModel.update_parameters` does, which waits for the GPU to count on it."""
+        """Do what `AveragedModel.update_parameters` does, without its wait for the GPU."""
         both = list(self.average.module.parameters()), list(self.model.parameters())
         if self.average.n_averaged:
             torch._foreach_lerp_(*both, 1 - self.config.ema)
@@ -259,49 +257,47 @@ class Trainer:
         self.average.n_averaged += 1  # on the host
 
     def run(self, until: int | None = None) -> bool:
-        """Train to the last step, or to step `until`; return whether it came there, rather than was asked to stop.
+        """Train to the last step, or to step `until`; return whether it was reached, rather than stopped before.
 
-        SIGINT and SIGTERM finish the step and write a checkpoint. Raises TrainingError where the loss is no number.
+        SIGINT and SIGTERM finish the step and write a checkpoint. Raises TrainingError for a NaN or infinite loss.
         """
         config, end = self.config, min(self.config.steps, until or self.config.steps)
-        if self.group.is_first and (left := self.checkpoints.set_aside(self.step)):
-            self.notes.append(f"what is later than step {self.step} is in {left} now")
-        records = Records(self.out, self.step, config.log.tensorboard) if self.group.is_first else None
+        if self.world.is_first and (archive := self.checkpoints.archive_later(self.step)):
+            self.notes.append(f"checkpoints after step {self.step} were moved to {archive}")
+        log = RunLog(self.out, self.step, config.log.tensorboard) if self.world.is_first else None
         progress = tqdm(
             desc="training", unit="step", total=config.steps, initial=self.step, smoothing=0.05,
-            disable=not self.group.is_first,
+            disable=not self.world.is_first,
         )  # fmt: skip
-        for note in self.notes if self.group.is_first else ():
+        for note in self.notes if self.world.is_first else ():
             progress.write(note)
         self.notes = []
-        source = batches(self.steps, self.step, end, config.data.workers, self.group.device.type == "cuda")
+        source = load_batches(self.batches, self.step, end, config.data.workers, self.world.device.type == "cuda")
         try:
-            with self._handling_signals(), contextlib.closing(source):  # its workers end whatever happens here
-                self._loop(end, source, progress, records, Window(self.group))
+            with self._signal_handlers(), contextlib.closing(source):  # workers end in any case
+                self._loop(end, source, progress, log)
         finally:
             progress.close()
-            if records:
-                records.close()
-        return self.step >= end and not self.unmeasured
+            if log:
+                log.close()
+        return self.step >= end and not self.validation_pending
 
-    def _loop(self, end: int, source: Iterator, progress: tqdm, records: Records | None, window: Window):
-        config = self.config
-        # On a GPU the loss of a step is looked at when the next one is under way, so that the device never waits.
-        lag = 1 if self.group.device.type == "cuda" else 0
+    def _loop(self, end: int, source: Iterator, progress: tqdm, log: RunLog | None):
+        config, throughput, stop, has_warned = self.config, Throughput(), False, False
+        # On a GPU the loss of a step is read while the next one runs, so that the device never waits.
+        lag = 1 if self.world.device.type == "cuda" else 0
         pending: list[tuple[int, Tensor]] = []
-        told_of_waiting = False
-        if self.unmeasured:
-            self.unmeasured = not self._validate(self.steps[self.step - 1][0], records, progress)
-            if self.unmeasured:
-                progress.write(f"stopped at step {self.step} again, before it was measured")
-            if self.unmeasured or (self.step >= end and not self._save(progress.write)):
+        if self.validation_pending:
+            self.validation_pending = not self._validate(self.batches[self.step - 1][0], log, progress)
+            if self.validation_pending:
+                progress.write(f"stopped at step {self.step} again, before its validation")
+            if self.validation_pending or (self.step >= end and not self._save(progress.write)):
                 return
         while self.step < end:
-            lr, hr = window.waiting(lambda: next(source))
+            lr, hr = throughput.wait(lambda: next(source))
             loss = self.train_step(lr, hr)
-            stop = torch.full_like(loss, float(self._asked_to_stop), dtype=torch.float64)  # made on the device
-            told = torch.stack([loss.double() / self.group.world, stop])
-            pending.append((self.step, self.group.total(told)))
+            requested = torch.full_like(loss, float(self._stop_requested), dtype=torch.float64)  # made on the device
+            pending.append((self.step, self.world.sum(torch.stack([loss.double() / self.world.size, requested]))))
             is_due = {
                 "log": self.step % config.log.every == 0,
                 "validation": self.step % config.validation.every == 0 or self.step == config.steps,
@@ -309,86 +305,91 @@ class Trainer:
             }
             keep = 0 if any(is_due.values()) else lag
             while len(pending) > keep:
-                self._look_at(*pending.pop(0), window)
+                step, values = pending.pop(0)
+                loss, requests = values.tolist()
+                self._check_loss(step, loss)
+                throughput.add(loss)
+                stop = stop or requests > 0
             progress.update()
             if is_due["log"]:
-                values = window.values()
-                values["lr"] = self.optimizer.param_groups[0]["lr"]
-                progress.set_postfix_str(
-                    f"loss {values['loss']:.5f}, lr {values['lr']:.1e}, waiting {values['waiting']:.1%}"
-                )
-                if records:
-                    with self._complaining(progress.write, self.out / "steps.csv"):
-                        records.add_step(self.step, values)
-                is_cut_here = self.steps.crops.device.type == "cpu" and self.group.is_first
-                if values["waiting"] > MOST_WAITING and is_cut_here and not told_of_waiting:
-                    told_of_waiting = True
-                    progress.write(
-                        f"step {self.step}: {values['waiting']:.0%} of the time went into waiting for data: "
-                        f"data.workers is {config.data.workers}, more may help"
-                    )
-            stop = window.stop
+                has_warned = self._log_step(throughput.pop(), progress, log, has_warned)
             if is_due["validation"]:
-                self.unmeasured = stop or not self._validate(lr, records, progress)
-                stop = self.unmeasured
-                window.restart()
+                self.validation_pending = stop or not self._validate(lr, log, progress)
+                stop = self.validation_pending
+                throughput.restart()
             if is_due["checkpoint"] or stop:
                 if not self._save(progress.write) and (stop or self.step == end):
                     raise TrainingError(f"step {self.step} could not be saved; {self._last_checkpoint()}")
-                window.restart()
+                throughput.restart()
             if stop:
-                progress.write(f"stopped after step {self.step}; --resume auto goes on from there")
+                progress.write(f"stopped after step {self.step}; continue with --resume auto")
                 return
 
-    def _look_at(self, step: int, told: Tensor, window: Window):
-        loss, stop = told.tolist()
-        window.add(loss, stop > 0)
-        if math.isfinite(loss):
-            return
-        files = ", ".join(sorted(set(self.steps.names(step - 1))))
-        raise TrainingError(f"the loss of step {step} is {loss}; {self._last_checkpoint()}; its patches are of {files}")
+    def _check_loss(self, step: int, loss: float):
+        if not math.isfinite(loss):
+            files = ", ".join(sorted(set(self.batches.names(step - 1))))
+            raise TrainingError(
+                f"the loss of step {step} is {loss}; {self._last_checkpoint()}; files of the batch: {files}"
+            )
 
-    def _validate(self, lr: Tensor, records: Records | None, progress: tqdm) -> bool:
-        """Measure the averaged weights on the data sets, and count the experts that a batch chooses in each group.
+    def _log_step(self, values: dict[str, float], progress: tqdm, log: RunLog | None, has_warned: bool) -> bool:
+        """Show and record the statistics; return whether slow data has been reported, which is done once."""
+        values["lr"] = self.optimizer.param_groups[0]["lr"]
+        progress.set_postfix_str(f"loss {values['loss']:.5f}, lr {values['lr']:.1e}, waiting {values['waiting']:.1%}")
+        if not log:
+            return has_warned
+        with self._reporting(progress.write, self.out / "steps.csv"):
+            log.add_step(self.step, values)
+        if has_warned or values["waiting"] <= MAX_WAITING or self.batches.patches.device.type != "cpu":
+            return has_warned
+        progress.write(
+            f"step {self.step}: {values['waiting']:.0%} of the time was spent waiting for data: "
+            f"data.workers is {self.config.data.workers}, more may help"
+        )
+        return True
 
-        Return whether that was done, rather than one of the processes asked to stop.
+    def _validate(self, lr: Tensor, log: RunLog | None, progress: tqdm) -> bool:
+        """Measure the averaged weights on the data sets, and count the experts that each group chooses for a batch.
+
+        Returns False if one of the processes was asked to stop before the end.
         """
         self._check_weights()
-        told = self.config.validation.samples, self.out / "samples" / f"step_{self.step:09d}", progress.write
+        samples, folder = self.config.validation.samples, self.out / "samples" / f"step_{self.step:09d}"
+        average = self.average.module
         try:
-            results = self.validation.measure(self.average.module, *told, lambda: self._asked_to_stop)
+            results = self.validation.measure(average, samples, folder, progress.write, lambda: self._stop_requested)
         except (MemoryError, OSError, RuntimeError) as error:
             raise TrainingError(f"validation after step {self.step}: {error}; {self._last_checkpoint()}") from error
         if results is None:
             return False
         dtype, usage = next(self.model.parameters()).dtype, 0
         for part in lr.chunk(self.config.accumulate):
-            usage = usage + expert_usage(self.average.module, part.to(self.group.device).to(dtype) / 255)
-        usage = self.group.total(usage).tolist()
-        if not self.group.is_first:
+            usage = usage + expert_usage(average, part.to(self.world.device).to(dtype) / 255)
+        usage = self.world.sum(usage).tolist()
+        if not self.world.is_first:
             return True
         values = {}
         for name, (psnr, ssim) in results.items():
             values |= {f"{name}_psnr": psnr, f"{name}_ssim": ssim}
         for group, counts in enumerate(usage):
             values |= {f"group_{group}_expert_{e}": count for e, count in enumerate(counts)}
-        with self._complaining(progress.write, self.out / "validation.csv"):
-            records.add_validation(self.step, values)
-        said = [f"{name} {psnr:.3f} dB / {ssim:.4f}" for name, (psnr, ssim) in results.items()]
-        progress.write(f"step {self.step}: {', '.join(said)}{'; ' if said else ''}experts by group {usage}")
+        with self._reporting(progress.write, self.out / "validation.csv"):
+            log.add_validation(self.step, values)
+        quality = ", ".join(f"{name} {psnr:.3f} dB / {ssim:.4f}" for name, (psnr, ssim) in results.items())
+        progress.write(f"step {self.step}: {quality}{'; ' if quality else ''}experts by group {usage}")
         mean = sum(psnr for psnr, _ in results.values()) / len(results) if results else -math.inf
         if mean > self.best:
-            with self._complaining(progress.write, self.checkpoints.best):
-                self.checkpoints.save_best(self.average.module, step=self.step, psnr=f"{mean:.4f}")
+            with self._reporting(progress.write, self.checkpoints.best):
+                self.checkpoints.save_best(average, step=self.step, psnr=f"{mean:.4f}")
                 self.best = mean
         return True
 
     @contextlib.contextmanager
-    def _handling_signals(self):
-        def ask(number, frame):
-            self._asked_to_stop = True
+    def _signal_handlers(self) -> Iterator[None]:
+        def request_stop(number, frame):
+            self._stop_requested = True
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:

@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 
 from seemore_fast.io.resize import bicubic_resize
+from seemore_fast.training.checkpoints import Checkpoints
 from seemore_fast.training.config import load_config
-from seemore_fast.training.state import Checkpoints
 from seemore_fast.training.trainer import Trainer
 
 TINY = """

@@ -1,31 +1,33 @@
-"""What the progress line tells: loss, speed, and how long a run waits for data."""
+"""Progress statistics: loss, speed and the share of time spent waiting for data."""
 
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
-from .group import Group
+T = TypeVar("T")
 
 
-class Window:
-    """Loss, speed and time spent waiting for data since the last look."""
+class Throughput:
+    """Statistics of the steps since the last call of `pop`."""
 
-    def __init__(self, group: Group):
-        self.group, self.stop = group, False
+    def __init__(self):
         self.restart()
 
     def restart(self):
         self._begin, self._waited, self._losses = time.perf_counter(), 0.0, []
 
-    def waiting(self, function):
+    def wait(self, function: Callable[[], T]) -> T:
+        """Return function(); count its time as waiting for data."""
         begin = time.perf_counter()
         result = function()
         self._waited += time.perf_counter() - begin
         return result
 
-    def add(self, loss: float, stop: bool):
+    def add(self, loss: float):
         self._losses.append(loss)
-        self.stop = self.stop or stop
 
-    def values(self) -> dict[str, float]:
+    def pop(self) -> dict[str, float]:
+        """Return the statistics and begin anew."""
         seconds = time.perf_counter() - self._begin
         values = {
             "loss": sum(self._losses) / max(1, len(self._losses)),

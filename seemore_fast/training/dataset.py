@@ -1,6 +1,6 @@
-"""Training images, decoded once into one memory-mapped file: high resolution, and low resolution beside it.
+"""Training images, decoded once into one memory-mapped file: pairs of LR and HR.
 
-Low resolution is made of the whole image before anything is cut: a patch that is shrunk by itself has other borders.
+LR is computed of the whole image before patches are cut, since a patch reduced alone has other borders.
 """
 
 import contextlib
@@ -17,23 +17,23 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..errors import ImageError
-from ..evaluation.pairs import PairError, list_hr, match, read_plain
+from ..errors import ConfigError, ImageError, PairError, some_of
+from ..evaluation.pairs import list_hr, match, read_plain
 from ..io.resize import bicubic_resize
-from .config import ConfigError, Data
+from .config import Data
 
-VERSION = 2  # of what is in a cache
-_AT_ONCE = 8  # images that are decoded before they are written
+VERSION = 2  # of the cache format
+_CHUNK = 8  # images decoded before they are written
 
 
 @dataclass
-class Images:
+class PairDataset:
     """Pairs of images, uint8 RGB (H, W, 3), one after another in a memory-mapped file.
 
-    offsets   (pairs, 2) int64: at which bytes LR and HR begin
-    sizes     (pairs, 2) int64: height and width of LR; HR has `scale` times as many
-    names     the HR files
-    skipped   a line for each file that could not be read
+    offsets   (pairs, 2) int64: first bytes of LR and HR
+    sizes     (pairs, 2) int64: height and width of LR; HR is `scale` times as large
+    names     HR files
+    skipped   one line per file that could not be read
     """
 
     path: Path
@@ -45,7 +45,7 @@ class Images:
 
     @functools.cached_property
     def pixels(self) -> np.ndarray:
-        """All of them, (N,) uint8. What would be written to them stays in this process."""
+        """All bytes, (N,) uint8. Writes stay in this process."""
         return np.memmap(self.path, np.uint8, "c")
 
     def __getstate__(self) -> dict:
@@ -57,30 +57,30 @@ class Images:
     def pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return LR (H, W, 3) and HR (scale H, scale W, 3)."""
         height, width = (int(n) for n in self.sizes[index])
-        found = []
-        for offset, s in zip(self.offsets[index], (1, self.scale), strict=True):
-            count = s * height * s * width * 3
-            found.append(self.pixels[offset : offset + count].reshape(s * height, s * width, 3))
-        return found[0], found[1]
+        lr, hr = (
+            self.pixels[offset : offset + 3 * s * height * s * width].reshape(s * height, s * width, 3)
+            for offset, s in zip(self.offsets[index], (1, self.scale), strict=True)
+        )
+        return lr, hr
 
 
 def list_pairs(data: Data) -> list[tuple[Path, Path | None]]:
-    """Return the HR files of all folders, sorted in each, with their LR files where those are given."""
+    """Return the HR files of all folders, sorted within each, with their LR files or None."""
     pairs = []
     for i, folder in enumerate(data.train):
-        with _explaining("data.train"):
+        with _naming_key("data.train"):
             hr_folder, files = list_hr(Path(folder))
         if not data.lr:
             pairs += [(file, None) for file in files]
             continue
-        with _explaining("data.lr"):
+        with _naming_key("data.lr"):
             wanted = {file: (name.parent / data.lr_name.replace("{}", name.name),) for file, name in files.items()}
             pairs += match(wanted, hr_folder, Path(data.lr[i]), f"expected {data.lr_name} with an image's ending")
     return pairs
 
 
 @contextlib.contextmanager
-def _explaining(key: str):
+def _naming_key(key: str):
     try:
         yield
     except PairError as error:
@@ -88,52 +88,51 @@ def _explaining(key: str):
 
 
 def read_rgb(file: Path) -> np.ndarray:
-    """Return an upright image as uint8 (H, W, 3); raise ImageError, with the file's name, where it cannot be read."""
+    """Return an upright image as uint8 (H, W, 3); raise ImageError, which names the file, if it cannot be read."""
     plain = read_plain(file)
     return plain if plain.ndim == 3 else plain[:, :, None].repeat(3, axis=2)
 
 
-def open_images(data: Data, scale: int, folder: Path, may_make: bool = True) -> Images:
-    """Return the images of a run from their cache in `folder`, which is made where it is not there yet.
+def open_dataset(data: Data, scale: int, folder: Path, may_create: bool = True) -> PairDataset:
+    """Return the images of a run from their cache in `folder`; create it first if it is missing and `may_create`.
 
-    A cache belongs to the very files (path, size, time of change), sizes, scale and format: others get one of their
-    own. Damaged files are skipped, named and counted. Only a process that `may_make` it does. An image is there once
-    for each of `data.sizes`, shrunk by MATLAB's bicubic: smaller ones are sharper at the pixel, and more of them.
+    A cache belongs to exactly these files (path, size, modification time), sizes, scale and format. Damaged files are
+    skipped and listed. Each image is present at every one of `data.sizes`, reduced by MATLAB's bicubic: smaller ones
+    are sharper per pixel.
 
     Raises ConfigError for folders and pairs that do not fit, and for images smaller than a patch.
     """
     pairs = list_pairs(data)
     stem = folder / f"x{scale}-{_fingerprint(pairs, scale, data.sizes)}"
-    if may_make and not stem.with_suffix(".json").exists():
-        _make(pairs, scale, data.sizes, stem)
-    images = _open(stem, scale)
-    if not len(images):
-        raise ConfigError(f"data.train: none of {len(pairs)} images can be read; the first: {images.skipped[0]}")
-    small = [i for i in range(len(images)) if min(images.sizes[i]) < data.patch]
+    if may_create and not stem.with_suffix(".json").exists():
+        _create(pairs, scale, data.sizes, stem)
+    dataset = _open(stem, scale)
+    if not len(dataset):
+        raise ConfigError(f"data.train: none of {len(pairs)} images can be read; the first: {dataset.skipped[0]}")
+    small = [i for i in range(len(dataset)) if min(dataset.sizes[i]) < data.patch]
     if small:
-        sides = scale * images.sizes
-        some = ", ".join(f"{images.names[i]} ({sides[i, 1]}x{sides[i, 0]})" for i in small[:5])
+        sides = scale * dataset.sizes
+        listed = some_of([f"{dataset.names[i]} ({sides[i, 1]}x{sides[i, 0]})" for i in small], 5)
         raise ConfigError(
             f"data.patch is {data.patch}, that is {data.patch * scale} pixels of an HR image, but {len(small)} images "
-            f"are smaller: {some}{', ...' if len(small) > 5 else ''}; remove them, make data.patch smaller "
-            "or data.sizes larger"
+            f"are smaller: {listed}; remove them, reduce data.patch or increase data.sizes"
         )
-    return images
+    return dataset
 
 
 def _fingerprint(pairs: list[tuple[Path, Path | None]], scale: int, sizes: list[float]) -> str:
-    told = [VERSION, scale, sizes]
+    key = [VERSION, scale, sizes]
     for file in (file for pair in pairs for file in pair if file):
-        state = file.stat() if file.exists() else None  # a link that leads nowhere is a damaged image
-        told.append((str(file.resolve()), *((state.st_size, state.st_mtime_ns) if state else ())))
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+        state = file.stat() if file.exists() else None  # a broken link is a damaged image
+        key.append((str(file.resolve()), *((state.st_size, state.st_mtime_ns) if state else ())))
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 
-def _is_running(number: str) -> bool:
-    if os.name == "nt":  # where there is no asking: a signal is an event there
+def _is_running(pid: str) -> bool:
+    if os.name == "nt":  # signal 0 is an event there, not a test
         return True
     try:
-        os.kill(int(number), 0)
+        os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
     except (PermissionError, ValueError):
@@ -141,9 +140,9 @@ def _is_running(number: str) -> bool:
     return True
 
 
-def _make(pairs: list[tuple[Path, Path | None]], scale: int, sizes: list[float], stem: Path):
+def _create(pairs: list[tuple[Path, Path | None]], scale: int, sizes: list[float], stem: Path):
     table, skipped, end = {"offsets": [], "sizes": [], "names": []}, [], 0
-    for left in stem.parent.glob(f"{stem.name}.*.tmp"):  # of a process that was killed in the middle
+    for left in stem.parent.glob(f"{stem.name}.*.tmp"):  # of a killed process
         if not _is_running(left.suffixes[0][1:]):
             left.unlink(missing_ok=True)
     temporary = stem.with_suffix(f".{os.getpid()}.tmp")
@@ -165,7 +164,7 @@ def _make(pairs: list[tuple[Path, Path | None]], scale: int, sizes: list[float],
                     end += lr.size + hr.size
         os.replace(temporary, stem.with_suffix(".bin"))
         temporary.write_text(json.dumps({**table, "skipped": skipped, "bytes": end}))
-        os.replace(temporary, stem.with_suffix(".json"))  # the last: what has it is whole
+        os.replace(temporary, stem.with_suffix(".json"))  # written last: marks a complete cache
     except OSError as error:
         raise ConfigError(
             f"data.cache: the pixels of {len(pairs)} images cannot be written to {stem.parent} "
@@ -178,15 +177,15 @@ def _make(pairs: list[tuple[Path, Path | None]], scale: int, sizes: list[float],
 def _decode_all(
     pairs: list[tuple[Path, Path | None]], scale: int, sizes: list[float]
 ) -> Iterator[list[tuple[np.ndarray, np.ndarray]] | str]:
-    with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as pool:
-        for first in range(0, len(pairs), _AT_ONCE):
-            yield from pool.map(lambda pair: _decode(*pair, scale, sizes), pairs[first : first + _AT_ONCE])
+    with ThreadPoolExecutor(min(_CHUNK, os.cpu_count() or 1)) as pool:
+        for first in range(0, len(pairs), _CHUNK):
+            yield from pool.map(lambda pair: _decode(*pair, scale, sizes), pairs[first : first + _CHUNK])
 
 
 def _decode(
     file: Path, partner: Path | None, scale: int, sizes: list[float]
 ) -> list[tuple[np.ndarray, np.ndarray]] | str:
-    """Return LR and HR at each size, or what is wrong with them; raise ConfigError where they do not fit."""
+    """Return LR and HR at each size, or the reason to skip them; raise ConfigError if they do not fit each other."""
     try:
         hr = read_rgb(file)
         lr = read_rgb(partner) if partner else None
@@ -194,9 +193,9 @@ def _decode(
         return str(error)
     if lr is None:
         smaller = [hr if size == 1 else bicubic_resize(hr, size) for size in sizes]
-        cut = [_whole_pixels(image, scale) for image in smaller]
+        cut = [_crop(image, scale) for image in smaller]
         if not all(image.size for image in cut):
-            return f"{file} has {hr.shape[1]}x{hr.shape[0]} pixels, less than one of low resolution"
+            return f"{file} has {hr.shape[1]}x{hr.shape[0]} pixels, less than one LR pixel"
         return [(bicubic_resize(image, 1 / scale), image) for image in cut]
     height, width = (n // scale for n in hr.shape[:2])
     if lr.shape[:2] != (height, width):
@@ -204,27 +203,27 @@ def _decode(
             f"data.lr: {partner} has {lr.shape[1]}x{lr.shape[0]} pixels, expected {width}x{height}, "
             f"1/{scale} of the {hr.shape[1]}x{hr.shape[0]} of {file}"
         )
-    return [(lr, _whole_pixels(hr, scale))]
+    return [(lr, _crop(hr, scale))]
 
 
-def _whole_pixels(hr: np.ndarray, scale: int) -> np.ndarray:
-    """Return HR without the rows and columns that make no whole pixel of LR."""
+def _crop(hr: np.ndarray, scale: int) -> np.ndarray:
+    """Return HR cropped to a multiple of the scale."""
     height, width = (n // scale * scale for n in hr.shape[:2])
     return np.ascontiguousarray(hr[:height, :width])
 
 
-def _open(stem: Path, scale: int) -> Images:
+def _open(stem: Path, scale: int) -> PairDataset:
     table = json.loads(stem.with_suffix(".json").read_text())
     path = stem.with_suffix(".bin")
     if path.stat().st_size != table["bytes"]:
         stem.with_suffix(".json").unlink()
         raise ConfigError(f"data.cache: {path} has {path.stat().st_size} bytes, expected {table['bytes']}: run again")
     offsets, sizes = (np.array(table[key], np.int64).reshape(-1, 2) for key in ("offsets", "sizes"))
-    return Images(path, offsets, sizes, table["names"], table["skipped"], scale)
+    return PairDataset(path, offsets, sizes, table["names"], table["skipped"], scale)
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the space left on the disk of a folder that may not exist yet."""
+    """Return the free disk space at a folder that may not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

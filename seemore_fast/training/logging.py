@@ -1,15 +1,15 @@
-"""What a run writes down as it goes: CSV files, and TensorBoard's where it is installed."""
+"""Logs of a run: CSV files, and TensorBoard's where it is installed."""
 
 import csv
 import importlib.util
 from pathlib import Path
 
+from ..errors import ConfigError
 from ..io.atomic import replacing
-from .config import ConfigError
 
 
 class Table:
-    """A CSV file with a row for some steps; of a resumed run the rows after its checkpoint are dropped."""
+    """A CSV file with a row per logged step. A resumed run drops the rows after its checkpoint."""
 
     def __init__(self, path: Path, step: int):
         self.path = path
@@ -37,8 +37,8 @@ class Table:
         self.columns = columns
 
 
-class Records:
-    """`steps.csv` and `validation.csv` in a folder, and the same for TensorBoard."""
+class RunLog:
+    """`steps.csv` and `validation.csv` in a folder, and the same values for TensorBoard."""
 
     def __init__(self, folder: Path, step: int, tensorboard: bool | None):
         self.steps, self.validation = (Table(folder / f"{name}.csv", step) for name in ("steps", "validation"))
@@ -70,6 +70,6 @@ def has_tensorboard() -> bool:
 
 
 def check_tensorboard(wanted: bool | None):
-    """Raise ConfigError where TensorBoard is asked for and not there."""
+    """Raise ConfigError if TensorBoard is requested but not installed."""
     if wanted and not has_tensorboard():
         raise ConfigError("log.tensorboard is true, but it is not installed: pip install 'seemore-fast[train]'")

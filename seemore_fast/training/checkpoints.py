@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or not there, the newest few and the best."""
+"""Checkpoints of a run, written atomically: the newest few and the best."""
 
 import itertools
 import json
@@ -14,16 +14,16 @@ from ..io.atomic import TEMPORARY, replacing
 from ..network.checkpoint import save_model
 
 VERSION = 1
-_OF_NO_WEIGHT = {
+_NO_EFFECT_ON_WEIGHTS = {
     "out", "init_from", "recompute", "model", "validation", "checkpoint", "log",
     "data.cache", "data.workers", "data.on_device",
 }  # fmt: skip
 
 
 class Checkpoints:
-    """The folder `checkpoints` of a run: `step_<N>.pt`, of which the newest `keep` stay, and `best.safetensors`.
+    """Folder `checkpoints` of a run: `step_<N>.pt`, of which the newest `keep` stay, and `best.safetensors`.
 
-    `left_<N>_1` beside it has what a run of N steps had when it went on from an earlier one: nobody removes that.
+    `left_<N>_1` beside it archives the files of a run of N steps that was resumed from an earlier one.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -31,13 +31,13 @@ class Checkpoints:
         self.best = folder / "best.safetensors"
 
     def clear(self):
-        """Remove what a run that was killed in the middle of a file has left."""
+        """Remove the temporary files of a killed run."""
         for folder in (self.folder, self.folder.parent):
             for path in folder.glob(f"{TEMPORARY}*.tmp*"):
                 path.unlink(missing_ok=True)
 
     def steps(self) -> list[int]:
-        """Return the steps of the checkpoints that are there, oldest first."""
+        """Return the steps of the existing checkpoints, in order."""
         numbers = (re.fullmatch(r"step_(\d+)\.pt", path.name) for path in self.folder.glob("step_*.pt"))
         return sorted(int(match[1]) for match in numbers if match)
 
@@ -45,7 +45,7 @@ class Checkpoints:
         return self.folder / f"step_{step:09d}.pt"
 
     def save(self, state: dict) -> Path:
-        """Write a checkpoint, on disk before it gets its name; then remove what is older than the newest `keep`."""
+        """Write a checkpoint, synced before it is renamed; then remove all but the newest `keep`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(state["step"])
         with replacing(path) as temporary, temporary.open("wb") as file:
@@ -56,8 +56,8 @@ class Checkpoints:
             self.path(step).unlink()
         return path
 
-    def set_aside(self, step: int) -> Path | None:
-        """Put what is later than a step, that a run goes on from, into a folder of its own, with copies of the rest."""
+    def archive_later(self, step: int) -> Path | None:
+        """Move checkpoints later than `step` into a folder of their own, with copies of the weights and logs."""
         later = [number for number in self.steps() if number > step]
         if not later:
             return None
@@ -71,18 +71,18 @@ class Checkpoints:
             for number in later:
                 self.path(number).rename(folder / self.path(number).name)
         except OSError as error:
-            raise StateError(f"what is later than step {step} cannot be moved to {folder}: {error.strerror}") from None
+            raise StateError(f"checkpoints after step {step} cannot be moved to {folder}: {error.strerror}") from None
         return folder
 
     def newest(self) -> tuple[dict | None, list[str]]:
-        """Return the newest checkpoint that can be read, and a line for each newer one that cannot."""
-        complaints = []
+        """Return the newest readable checkpoint, and an error message for each newer one."""
+        errors = []
         for step in reversed(self.steps()):
             try:
-                return read_state(self.path(step)), complaints
+                return read_state(self.path(step)), errors
             except StateError as error:
-                complaints.append(str(error))
-        return None, complaints
+                errors.append(str(error))
+        return None, errors
 
     def save_best(self, model, **metadata):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -90,39 +90,39 @@ class Checkpoints:
 
 
 def read_state(path: Path) -> dict:
-    """Return what a checkpoint holds; raise StateError where it is none. Never runs code from the file."""
+    """Return the content of a checkpoint, without running code from the file; raise StateError if it is none."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise StateError(f"{path} does not exist") from None
-    except Exception as error:  # torch raises all kinds of errors on damaged files
+    except Exception as error:  # torch raises many types for damaged files
         raise StateError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
     if not isinstance(state, dict) or state.get("version") != VERSION:
         found = state.get("version") if isinstance(state, dict) else type(state).__name__
-        raise StateError(f"{path} is no checkpoint of a run (version {found!r}, expected {VERSION})")
+        raise StateError(f"{path} is not a checkpoint of a run (version {found!r}, expected {VERSION})")
     return state
 
 
 def check_same_network(state: dict, arguments: dict, path: Path):
-    """Raise StateError where a checkpoint's network is another one than is to be trained."""
-    there = json.loads(state["network"])
-    for name in sorted({*there, *arguments}):
-        if there.get(name) != arguments.get(name):
+    """Raise StateError if a checkpoint's network is not the one to train."""
+    saved = json.loads(state["network"])
+    for name in sorted({*saved, *arguments}):
+        if saved.get(name) != arguments.get(name):
             raise StateError(
-                f"{path} was made with model.{name} = {there.get(name)!r}, this run has {arguments.get(name)!r}: "
-                "resume with the same network, or give another folder as `out`"
+                f"{path} has model.{name} = {saved.get(name)!r}, this run {arguments.get(name)!r}: "
+                "resume with the same network, or set another folder as `out`"
             )
 
 
-def differences(there: dict, config: dict, prefix: str = "") -> list[str]:
-    """Return what a run is told otherwise than the one of the checkpoint was, but for what changes no weights."""
-    found = []
+def config_changes(saved: dict, config: dict, prefix: str = "") -> list[str]:
+    """Return the differences from a checkpoint's configuration that can affect the weights, one line each."""
+    changes = []
     for key, value in config.items():
-        name, before = f"{prefix}{key}", there.get(key)
-        if name in _OF_NO_WEIGHT or key not in there:
+        name, before = f"{prefix}{key}", saved.get(key)
+        if name in _NO_EFFECT_ON_WEIGHTS or key not in saved:
             continue
         if isinstance(value, dict) and isinstance(before, dict):
-            found += differences(before, value, f"{name}.")
+            changes += config_changes(before, value, f"{name}.")
         elif value != before:
-            found.append(f"{name} is {value!r}, and was {before!r}")
-    return found
+            changes.append(f"{name} is {value!r}, was {before!r}")
+    return changes
