@@ -40,7 +40,7 @@ def crops(count: int, side: int) -> list[Image.Image]:
 
 def folder_turns(upscaler, folder: Path, count: int, side: int) -> dict[str, Callable]:
     """Return what enlarges the same images alone, as PNG files and as JPEG files; the folder holds what they need."""
-    from seemore_fast.upscale.folder import Options, upscale_files
+    from seemore_fast.upscale.batch import BatchOptions, upscale_files
     from seemore_fast.upscale.jobs import Jobs
 
     images = crops(count, side)
@@ -51,7 +51,7 @@ def folder_turns(upscaler, folder: Path, count: int, side: int) -> dict[str, Cal
 
     def as_files(source: Path):
         target = folder / "out"
-        failures = [o.error for o in upscale_files([upscaler], Jobs([source], f"{target}/"), Options()) if o.error]
+        failures = [o.error for o in upscale_files([upscaler], Jobs([source], f"{target}/"), BatchOptions()) if o.error]
         if failures or len(list(target.iterdir())) != count:
             raise SystemExit(f"not all of {source} came out: {failures[:1]}")
         shutil.rmtree(target)

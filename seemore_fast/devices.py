@@ -1,10 +1,10 @@
-"""Which device is meant."""
+"""Device resolution."""
 
 import torch
 
 
 def find_device(device) -> torch.device:
-    """Return the device that is meant, "auto" a GPU if there is one; ValueError where it is not there."""
+    """Return the torch device of a name, for "auto" a GPU if there is one; ValueError if it is not available."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

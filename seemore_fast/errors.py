@@ -42,6 +42,14 @@ def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
+def file_error(path, error: Exception) -> str:
+    """Return the first line of an error, with the name of the file at fault."""
+    if isinstance(error, ImageError):  # names it already
+        return first_line(error)
+    is_bare = isinstance(error, MemoryError) and not str(error)
+    return f"{path}: {'out of memory' if is_bare else first_line(error)}"
+
+
 def some_of(names: list[str], most: int = 6) -> str:
     """Return the first `most` names and the number of the others."""
     return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")

@@ -16,21 +16,24 @@ from PIL import Image
 from seemore_fast import SeemoRe, Upscaler
 from seemore_fast.backends import chosen_backend
 from seemore_fast.cli import main
-
-
-def test_result_is_the_upscalers(photos, upscale, weights):
-    status, printed = upscale(photos / "photo.png", "-o", photos / "big.png")
-    assert status == 0
-    assert "1 of 1 upscaled 2 times" in printed
-    assert f"backend {chosen_backend()}" in printed
-    expected = Upscaler(weights, device="cpu")(pixels(3))
-    np.testing.assert_array_equal(np.asarray(Image.open(photos / "big.png")), expected)
+from seemore_fast.upscale.runner import ExecutionOptions
 
 
 def test_the_shipped_model_is_the_default(photos, capsys):
     assert main(["upscale", str(photos / "photo.png"), "-o", str(photos / "big.png"), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 of 1 image upscaled 2x in " in printed and f"backend {chosen_backend()})" in printed
     expected = Upscaler("seemore_t_x2", device="cpu")(pixels(3))
     np.testing.assert_array_equal(np.asarray(Image.open(photos / "big.png")), expected)
+
+
+@pytest.mark.parametrize(("old", "new"), [(["--tile", "exact"], ["--stream"]), ([], [])])
+def test_old_spellings_are_aliases(photos, upscale, monkeypatch, old, new):
+    streamed = []
+    monkeypatch.setattr(ExecutionOptions, "__post_init__", lambda self: streamed.append(self.stream))
+    for options in (old, new):
+        assert upscale(photos / "photo.png", "-o", photos / "big.png", *options)[0] == 0
+    assert streamed[0] == streamed[-1] == bool(new)
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
@@ -50,8 +53,9 @@ USAGE_ERRORS = {
     "over itself": (["photo.png", "-o", "photo.png"], "also read or written"),
     "no such model": (["photo.png", "-o", "big.png", "--model", "seemore_q"], "seemore_q.*seemore_t_x2"),
     "no such weights": (["photo.png", "-o", "big.png", "--model", "none.pth"], "none.pth does not exist"),
+    "two kinds of size": (["photo.png", "-o", "big.png", "--outscale", "2", "--width", "9"], "only one of them"),
     "no such scale": (["photo.png", "-o", "big.png", "--scale", "5"], "invalid choice"),
-    "another scale": (["photo.png", "-o", "big.png", "--scale", "3"], "enlarges 2 times, expected scale 3"),
+    "another scale": (["photo.png", "-o", "big.png", "--scale", "3"], "has scale 2, expected 3"),
     "no such device": (["photo.png", "-o", "big.png", "--device", "gpu"], "device is 'gpu'"),
     "an empty input": (["", "-o", "out"], "INPUT: the name is empty"),
     "an empty output": (["photo.png", "-o", ""], "OUT is empty"),
@@ -90,25 +94,23 @@ def test_each_of_torchruns_processes_has_a_gpu_of_its_own(photos, upscale, monke
     assert upscale(photos / "photo.png", "-o", photos / "big.png")[0] == 0
 
 
-def test_weights_of_another_network(photos, upscale):
-    torch.save({"conv.weight": torch.zeros(3, 3, 1, 1)}, photos / "other.pth")
-    status, printed = upscale(photos / "photo.png", "-o", photos / "big.png", model=photos / "other.pth")
-    assert status == 1
-    assert "other.pth: holds no conv_1.weight, so it is no SeemoRe" in printed
-
-
-def test_code_in_weights(photos, upscale, monkeypatch):
-    monkeypatch.chdir(photos)
-    torch.save({"params": Exploit()}, photos / "evil.pth")
-    status, printed = upscale(photos / "photo.png", "-o", photos / "big.png", model=photos / "evil.pth")
-    assert status == 1
-    assert "could run code" in printed
-    assert not (photos / "pwned").exists()
-
-
 class Exploit:
     def __reduce__(self):
         return os.system, ("touch pwned",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"conv.weight": torch.zeros(3, 3, 1, 1)}, "bad.pth: holds no conv_1.weight, so it is no SeemoRe"),
+        ({"params": Exploit()}, "could run code"),
+    ],
+)
+def test_bad_weights(photos, upscale, monkeypatch, content, message):
+    monkeypatch.chdir(photos)
+    torch.save(content, photos / "bad.pth")
+    status, printed = upscale(photos / "photo.png", "-o", photos / "big.png", model=photos / "bad.pth")
+    assert status == 1 and message in printed and not (photos / "pwned").exists()
 
 
 def test_read_only_targets(photos, upscale):
@@ -143,10 +145,7 @@ def test_running_out_of_memory_is_one_line(photos, upscale, monkeypatch):
 
     monkeypatch.setattr(Upscaler, "__call__", fail)
     status, printed = upscale(photos / "photo.png", "-o", photos / "big.png")
-    assert status == 1
-    assert "failed: " in printed
-    assert "not enough memory" in printed
-    assert "more lines" not in printed
+    assert status == 1 and "photo.png: not enough memory" in printed and "more lines" not in printed
 
 
 def test_interrupt_leaves_nothing(photos, upscale, monkeypatch):

@@ -24,7 +24,7 @@ def test_the_page_shows_each_image_before_and_after(photos, upscale):
     Image.fromarray(pixels(4)).save(photos / "a <b> & c.png")
     page = photos / "page.html"
     status, printed = upscale(photos / "photo.png", photos / "a <b> & c.png", "-o", photos / "out/", "--compare", page)
-    assert status == 0 and f"before and after: {page}" in printed
+    assert status == 0 and f"comparison page: {page}" in printed
     shown = images_of(page)
     assert [name for name, _ in shown] == 2 * ["before", "after"]
     assert {image.size for _, image in shown} == {(40, 32)}
@@ -53,21 +53,21 @@ def test_of_a_large_image_the_part_with_most_detail_is_shown(tmp_path):
     assert not compare.write_page(tmp_path / "page.html", [(tmp_path / "small.png", tmp_path / "large.png")])
     shown = dict(images_of(tmp_path / "page.html"))
     for image in shown.values():
-        assert image.size == (compare.WIDEST, compare.HIGHEST)
+        assert image.size == (compare.MAX_WIDTH, compare.MAX_HEIGHT)
         noisy = np.abs(np.diff(np.asarray(image.convert("L"), int), axis=0)) > 8
-        assert noisy.mean() > 0.2  # 400 of 720 lines and 800 of 960 columns at best
-    assert "of which 960x720 are shown" in (tmp_path / "page.html").read_text()
+        assert noisy.mean() > 0.2  # 400 of 720 rows and 800 of 960 columns at best
+    assert "960x720 of them shown" in (tmp_path / "page.html").read_text()
     before, after = (np.asarray(shown[name].convert("L"), float) for name in ("before", "after"))
     assert np.corrcoef(before.ravel(), after.ravel())[0, 1] > 0.8  # the same part
 
 
 def test_many_images_and_files_that_are_gone(photos, monkeypatch):
-    monkeypatch.setattr(compare, "MOST_IMAGES", 2)
+    monkeypatch.setattr(compare, "MAX_IMAGES", 2)
     pairs = [(photos / "photo.png", photos / name) for name in ("photo.png", "none.png", "c.png", "d.png")]
-    told = []
-    (complaint,) = compare.write_page(photos / "page.html", pairs, done=lambda: told.append(1))
-    assert complaint == f"{photos / 'none.png'}: not on the page: does not exist"
-    assert len(images_of(photos / "page.html")) == 2 and len(told) == 2
+    calls = []
+    (warning,) = compare.write_page(photos / "page.html", pairs, done=lambda: calls.append(1))
+    assert warning == f"not on the page: {photos / 'none.png'}: does not exist"
+    assert len(images_of(photos / "page.html")) == 2 and len(calls) == 2
     assert "And 2 more" in (photos / "page.html").read_text()
 
 

@@ -87,7 +87,7 @@ def test_what_cannot_be_measured_costs_the_others_nothing(sets, capsys):
     told = ["--model", "bicubic", "--scale", 2, "--data", sets / "plain", "--csv", sets / "rows.csv"]
     status, out, err = run(capsys, *told)
     assert status == 1 and re.search("plain +3 ", out)
-    assert "small.png has 14x40 pixels, expected at least 15x15" in err and "x.png is no PNG" in err
+    assert "small.png has 14x40 pixels, expected at least 15x15" in err and "x.png: is not a PNG" in err
     assert len((sets / "rows.csv").read_text().splitlines()) == 6
 
 
@@ -194,7 +194,7 @@ def test_an_image_that_fails_inside_costs_the_others_nothing(sets, capsys, monke
         (["--model", "bicubic", "--data", "plain"], "bicubic has no scale of its own"),
         (["--model", "bicubic", "--scale", 2, "--data", "nowhere"], "nowhere does not exist"),
         (["--model", "bicubic", "--scale", 2, "--data", "empty"], "empty holds no image"),
-        (["--model", "bicubic", "--scale", 2, "--data", "plain", "--lr", "a", "--lr", "b"], "--lr is given 2 times"),
+        (["--model", "bicubic", "--scale", 2, "--data", "plain", "--lr", "a", "--lr", "b"], "got 2 --lr for 1 --data"),
         (["--model", "seemore_q", "--data", "plain"], "there is no shipped model"),
         (["--model", "bicubic", "--scale", 2, "--data", "plain", "--csv", "no/rows.csv"], "no does not exist"),
     ],

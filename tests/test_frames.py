@@ -7,7 +7,7 @@ from PIL import Image
 
 from seemore_fast import Upscaler, memory
 from seemore_fast.network import engine
-from seemore_fast.upscale import running
+from seemore_fast.upscale import runner
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_an_animated_image_is_taken_frame_by_frame_or_told_of(upscaler, tmp_path
         assert len(frames) == 2 and all(frame.size == (38, 34) for frame in frames)
         assert np.abs(np.asarray(frames[1]).astype(int) - np.asarray(upscaler(second))).mean() < 20  # a GIF's colours
         animated.seek(0)
-        with pytest.warns(UserWarning, match=r"2 frames, this is the first: see Upscaler\.frames"):
+        with pytest.warns(UserWarning, match=r"2 frames; only the first is upscaled: see Upscaler\.frames"):
             upscaler(animated)
 
 
@@ -94,6 +94,6 @@ def test_memory_for_more_than_the_network_is_looked_for_first(small_model, monke
 def test_pillows_copies_are_counted(small_model, monkeypatch, channels, bytes_made):
     upscaler, image, asked = Upscaler(small_model, device="cpu", stream=True), noise(40, 30, channels or 1), []
     image = image if channels else image[:, :, 0]
-    monkeypatch.setattr(running, "check_memory", lambda needed, what: asked.append(needed))
+    monkeypatch.setattr(runner, "check_memory", lambda needed, what: asked.append(needed))
     np.testing.assert_array_equal(upscaler(image), upscaler(Image.fromarray(image)))
     assert asked[1] - asked[0] == image.nbytes + bytes_made * 80 * 60

@@ -11,7 +11,7 @@ from helpers.networks import CASES, network
 
 from seemore_fast import SeemoRe, Upscaler, backends, memory
 from seemore_fast.network import engine
-from seemore_fast.upscale import running
+from seemore_fast.upscale import runner
 
 pytestmark = pytest.mark.skipif(backends.why_not("cpu") is not None, reason="no CPU library")
 each_cpu = each_kernel("network")
@@ -193,9 +193,9 @@ def test_what_does_not_fit_is_streamed_and_says_so(model, monkeypatch, tmp_path)
     image = noise(80, 60, 3)
     whole = Upscaler(model, device="cpu")(image)
     upscaler = Upscaler(model, device="cpu", scratch=tmp_path)
-    monkeypatch.setattr(running, "_fits", lambda needed, device: False)
+    monkeypatch.setattr(runner, "_fits", lambda needed, device: False)
     if engine.why_not(model, model.mean) is None:
-        with pytest.warns(UserWarning, match=f"60x80 pixels.* through a file in {tmp_path}"):
+        with pytest.warns(UserWarning, match=f"60x80 pixels needs .* through a file in {tmp_path}"):
             result = upscaler(image)
     else:
         result = upscaler(image)
@@ -218,7 +218,7 @@ def test_out_of_memory_steps_down(model, monkeypatch, fails):
         return original(self, *arguments)
 
     monkeypatch.setattr(SeemoRe, "_first", failing)
-    with pytest.warns(UserWarning, match="3 TiB: streamed, group by group|again, in bands of 48 lines"):
+    with pytest.warns(UserWarning, match="3 TiB: streaming the image|again in bands of 48 rows"):
         result = Upscaler(model, device="cpu")(image)
     assert np.abs(result.astype(int) - whole).max() <= 1
 
@@ -228,10 +228,10 @@ def test_features_wait_in_a_file_where_the_result_leaves_no_room(monkeypatch, tm
     monkeypatch.setattr(memory, "available_memory", lambda: 10**6)
     made = []
     monkeypatch.setattr(
-        running, "in_a_file", lambda count, folder: made.append(count) or memory.in_a_file(count, folder)
+        runner, "in_a_file", lambda count, folder: made.append(count) or memory.in_a_file(count, folder)
     )
     for beside, files in ((10**5, 0), (7 * 10**5, 1)):
-        room, _ = running._waiting_room((10, 100, 100), torch.uint8, tmp_path, beside)
+        room, _ = runner._feature_buffer((10, 100, 100), torch.uint8, tmp_path, beside)
         assert room.shape == (10, 100, 100) and len(made) == files
 
 

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.overrides += rest  # that come after an option, where argparse looks for none
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if hasattr(sys.stdout, "reconfigure"):  # a file's name may be no text: a summary is not lost to that
+    if hasattr(sys.stdout, "reconfigure"):  # file names may be undecodable
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return options.run(options)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from ..errors import UsageError
-from ..io.atomic import replacing, why_not_writable
+from ..io.atomic import replacing, unwritable_reason
 from .exits import DONE, FAILED
 
 HELP = "Look inside a network: routing, features, receptive field, operations."
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     if picture and picture.suffix.lower() not in PICTURES:
         raise UsageError(f"{picture} ends in {picture.suffix!r}, expected {', '.join(PICTURES)}")
     for path in (picture, vars(options).get("csv")):
-        if path and (reason := why_not_writable(path)):
+        if path and (reason := unwritable_reason(path)):
             raise UsageError(reason)
     look = {"routing": _routing, "features": _features, "receptive": _receptive, "operations": _operations}
     return look[options.kind](options)

@@ -1,4 +1,4 @@
-"""``seemore-fast evaluate``: PSNR and SSIM of a model on folders of images."""
+"""``seemore-fast evaluate``: PSNR and SSIM of a model on image folders."""
 
 import argparse
 import sys
@@ -6,10 +6,10 @@ import warnings
 from pathlib import Path
 
 from ..errors import UsageError
-from ..io.atomic import why_not_writable
+from ..io.atomic import unwritable_reason
 from .exits import DONE, FAILED
 
-HELP = "Measure Y-PSNR and SSIM of a model on data sets, as the field does."
+HELP = "Measure Y-PSNR and SSIM of a model on data sets."
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -17,26 +17,29 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--model", required=True, metavar="NAME|PATH", help='shipped model, weights file, or "bicubic"')
     parser.add_argument(
         "--data", required=True, action="append", type=Path, metavar="DIR",
-        help="folder of HR images, or one with HR and LR_bicubic/X<scale> in it; again for each data set",
+        help="folder of HR images, or one that contains HR and LR_bicubic/X<scale>; may be repeated",
     )  # fmt: skip
-    parser.add_argument("--lr", action="append", type=Path, metavar="DIR", help="LR images, once for each --data")
+    parser.add_argument(
+        "--lr", action="append", type=Path, metavar="DIR", help="folder of LR images, one for each --data"
+    )
     parser.add_argument("--scale", type=int, choices=(2, 3, 4), help="default: the model's own")
-    parser.add_argument("--ensemble", action="store_true", help="the mean over eight flips and turns of each image")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each image")
+    parser.add_argument("--tta", action="store_true", help="average over eight flips and rotations of each image")
+    parser.add_argument("--ensemble", dest="tta", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write a row per image")
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: auto; also cuda:N")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure every image that can be; print means, and what could not be measured."""
+    """Measure every image; print the means and the failures."""
     from tqdm import tqdm
 
     from ..evaluation.evaluate import Rows, evaluate
     from ..evaluation.pairs import find_pairs, names_of
 
     if options.lr and len(options.lr) != len(options.data):
-        raise UsageError(f"--lr is given {len(options.lr)} times, expected once for each of {len(options.data)} --data")
-    if options.csv and (reason := why_not_writable(options.csv)):
+        raise UsageError(f"got {len(options.lr)} --lr for {len(options.data)} --data, expected one for each")
+    if options.csv and (reason := unwritable_reason(options.csv)):
         raise UsageError(reason)
     upscale, scale = _upscaler(options)
     lr_folders = options.lr or [None] * len(options.data)
@@ -51,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
                     if options.csv:
                         rows.add(result)
                     progress.update()
-    finally:  # what was measured is kept, whatever stopped the rest
+    finally:  # an interrupted run still reports its results
         if results:
             _print_means(options, upscale, scale, sets, results)
         rows.close()
@@ -62,24 +65,24 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _upscaler(options: argparse.Namespace):
-    """Return the function that enlarges an array, and its scale."""
+    """Return the function that upscales an array, and its scale."""
     from ..evaluation.evaluate import bicubic
     from ..upscale import Upscaler
 
     if options.model == "bicubic":
         if options.scale is None:
             raise UsageError("--model bicubic has no scale of its own: give --scale")
-        if options.ensemble:
-            raise UsageError("--model bicubic gives the same for all orientations: leave out --ensemble")
+        if options.tta:
+            raise UsageError("--model bicubic gives the same result for all orientations: leave out --tta")
         return bicubic(options.scale), options.scale
     try:
-        with warnings.catch_warnings(record=True) as doubts:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            upscale = Upscaler(options.model, options.scale, options.device, options.dtype, tta=options.ensemble)
+            upscale = Upscaler(options.model, options.scale, options.device, options.dtype, tta=options.tta)
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from None
-    for doubt in doubts:
-        print(f"note: {doubt.message}", file=sys.stderr)
+    for warning in caught:
+        print(f"note: {warning.message}", file=sys.stderr)
     return upscale, upscale.scale
 
 
@@ -88,7 +91,7 @@ def _print_means(options: argparse.Namespace, upscale, scale: int, sets: dict[st
     from ..evaluation.published import nearest_network, published
 
     network = "SeemoRe-T" if options.model == "bicubic" else nearest_network(upscale.model.config)
-    title = f"{options.model} x{scale}{', eight orientations' if options.ensemble else ''}"
+    title = f"{options.model} x{scale}{', eight orientations' if options.tta else ''}"
     print(
         f"{title:<28} {'images':>6} {'LR':>6} {'Y-PSNR':>8} {'SSIM':>7} {'s/image':>8}   published: bicubic, {network}"
     )

@@ -1,10 +1,10 @@
-"""``seemore-fast export``: a network as a file for other programs."""
+"""``seemore-fast export``: conversion of a network into other file formats."""
 
 import argparse
 from pathlib import Path
 
 from ..errors import CheckpointError, UsageError
-from ..io.atomic import why_not_writable
+from ..io.atomic import unwritable_reason
 from .exits import DONE
 
 HELP = "Write a network as .safetensors, .pth (published layout), .onnx or .pt2 (torch.export)."
@@ -14,19 +14,19 @@ def add_arguments(parser: argparse.ArgumentParser):
     """Declare the command's arguments."""
     parser.add_argument("--model", default="seemore_t_x2", metavar="NAME|PATH", help="shipped model or weights file")
     parser.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="FILE", help="its ending says what to write"
+        "-o", "--output", required=True, type=Path, metavar="FILE", help="its extension selects the format"
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the file, whole or not at all."""
+    """Write the file atomically."""
     from ..network.checkpoint import load_model
     from ..network.export import FORMATS, export, smallest
 
     if options.output.suffix.lower() not in FORMATS:
         kinds = ", ".join(FORMATS)
         raise UsageError(f"{options.output} ends in {options.output.suffix!r}, expected one of {kinds}")
-    if reason := why_not_writable(options.output):
+    if reason := unwritable_reason(options.output):
         raise UsageError(reason)
     try:
         model = load_model(options.model)

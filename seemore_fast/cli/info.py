@@ -1,4 +1,4 @@
-"""``seemore-fast info``: what is available here, and why the rest is not."""
+"""``seemore-fast info``: available backends, with the reasons for unavailable ones, devices, models and versions."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the facts."""
+    """Print them."""
     from .. import backend_info
     from ..network.checkpoint import shipped_models
 

@@ -61,10 +61,7 @@ class Pair:
 
 def read_plain(file: Path) -> np.ndarray:
     """Return an upright image without alpha, uint8 (H, W, 3), or (H, W) if it is grey; ImageError names the file."""
-    try:
-        image = read_image(file, MAX_MEGAPIXELS).image
-    except ImageError as error:
-        raise ImageError(f"{file} {error}") from None
+    image = read_image(file, MAX_MEGAPIXELS).image
     return np.asarray(image.convert("L" if image.mode in ("L", "LA") else "RGB"))
 
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic file writing."""
 
 import atexit
 import contextlib
@@ -8,22 +8,22 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-TEMPORARY = ".seemore-fast."  # how the names of files begin that are being written
+TEMPORARY = ".seemore-fast."  # prefix of temporary files
 _being_written: set[Path] = set()
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; put it in the place of `path` when the block ends without an error.
+    """Yield a temporary path beside `path`, and move it to `path` if the block ends without an error.
 
-    Where `path` is a symbolic link, the file it points to is replaced.
+    If `path` is a symbolic link, the file it points to is replaced.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}.{threading.get_ident()}.tmp{path.suffix}")
     try:
         _being_written.add(temporary)
         temporary.touch()
-        permissions = temporary.stat().st_mode  # those of any new file; some writers make files that are private
+        permissions = temporary.stat().st_mode  # of any new file; some writers make theirs private
         yield temporary
         temporary.chmod(permissions)
         os.replace(temporary, path)
@@ -34,14 +34,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @atexit.register
 def _clear():
-    """Remove what threads are still writing when the process ends, which does not wait for them."""
+    """Remove the temporary files of daemon threads that are still writing when the process ends."""
     for temporary in list(_being_written):
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
-def why_not_writable(path: Path) -> str | None:
-    """Return why `path` cannot be written as a file, or None where it can."""
+def unwritable_reason(path: Path) -> str | None:
+    """Return why `path` cannot be written as a file, or None if it can."""
     try:
         return _obstacle(Path(os.path.realpath(path)))
     except OSError as error:
@@ -65,6 +65,6 @@ def _obstacle(path: Path) -> str | None:
 
 
 def _is_read_only(path: Path) -> bool:
-    # The bits count for the superuser too, who could write but was told not to.
+    # The permission bits also hold for the superuser, who could ignore them.
     writable = path.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
     return not writable or not os.access(path, os.W_OK)

@@ -1,6 +1,5 @@
-"""Image files in and out, through Pillow where 8 bits a channel do: nothing lost in silence, nothing half-written."""
+"""Image files with their metadata: whole-file reads and writes through Pillow, and libvips for 16 bits per channel."""
 
-import contextlib
 import os
 import threading
 import zlib
@@ -13,7 +12,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..errors import ImageError
 from . import png16
-from .atomic import replacing, why_not_writable
+from .atomic import replacing, unwritable_reason
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 MAX_MEGAPIXELS = 50
@@ -31,13 +30,13 @@ _LASTING_TAGS = {
     ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.Software,
     ExifTags.Base.DateTime, ExifTags.Base.Artist, ExifTags.Base.Copyright, ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo,
 }  # fmt: skip
-_ROUNDED = np.rint(np.arange(2**16) / 257).astype(np.uint8)  # 16 bits in 8
 _PIXEL_DIMENSIONS = (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)
+_ROUNDED = np.rint(np.arange(2**16) / 257).astype(np.uint8)  # 16 bits to 8
 
 
 @dataclass
 class Picture:
-    """An upright image, and what its file said beside the pixels.
+    """An upright image with its metadata.
 
     image: 8-bit L, LA, RGB or RGBA; or an array (H, W) or (H, W, C) of uint16, C from 2 to 4.
     """
@@ -45,7 +44,7 @@ class Picture:
     image: Image.Image | np.ndarray
     icc_profile: bytes | None = None
     exif: bytes | None = None
-    notes: list[str] = field(default_factory=list)  # on what was left out
+    notes: list[str] = field(default_factory=list)  # what was left out
 
     @property
     def size(self) -> tuple[int, int]:
@@ -54,52 +53,70 @@ class Picture:
 
     @property
     def is_opaque(self) -> bool:
-        """Whether alpha, if there is any, hides nothing."""
+        """Whether there is no alpha channel, or a fully opaque one."""
         if isinstance(self.image, Image.Image):
             return self.image.mode not in ("LA", "RGBA") or self.image.getchannel("A").getextrema()[0] == 255
         channels = self.image.shape[2] if self.image.ndim == 3 else 1
         return channels % 2 == 1 or self.image[:, :, -1].min() == 65535
 
     def in_8_bits(self, box: tuple[int, int, int, int] | None = None) -> Image.Image:
-        """Return the image, or its part (left, top, right, bottom), rounded where it has 16 bits a channel."""
+        """Return the image, or its part (left, top, right, bottom), with 16 bits per channel rounded to 8."""
         if isinstance(self.image, Image.Image):
             return self.image.crop(box) if box else self.image
         left, top, right, bottom = box or (0, 0, *self.size)
         return Image.fromarray(_ROUNDED[self.image[top:bottom, left:right]])
 
 
-def read_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS, deeper: bool = False) -> Picture:
-    """Read a PNG, JPEG, WebP or TIFF file; turn it upright by its EXIF orientation.
+# Reading
 
-    deeper: also of 16 bits a channel, which are kept.
 
-    Raises ImageError for what is missing, no image, damaged, animated, of more bits a channel, or of more than
-    `max_megapixels` million pixels (seen in the header, before anything is decoded).
+def read_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS, keep_16_bit: bool = False) -> Picture:
+    """Read a PNG, JPEG, WebP or TIFF file and apply its EXIF orientation.
+
+    keep_16_bit: accept 16 bits per channel, and keep them.
+
+    Raises ImageError, which names the file, if it is missing, not an image, damaged, animated, has more bits per
+    channel, or more than `max_megapixels` million pixels. The header decides on the size, before anything is decoded.
     """
     try:
-        if path.is_dir():
-            raise ImageError("is a folder, expected an image file")
-        before = _state(path)
-        if before[0] == 0:
-            raise ImageError("is empty (0 bytes)")
-        with _without_pillows_limit, open(path, "rb") as file:
-            picture = _read(file, max_megapixels, deeper)
-        if _state(path) != before:
-            raise ImageError("changed while it was read: try again")
-        return picture
-    except (ImageError, MemoryError):
+        return _read_file(path, max_megapixels, keep_16_bit)
+    except MemoryError:
         raise
-    except FileNotFoundError:
-        raise ImageError("does not exist") from None
-    except UnidentifiedImageError:
-        raise ImageError("is no PNG, JPEG, WebP or TIFF image, or its header is damaged") from None
     except Exception as error:  # decoders raise all kinds of errors on damaged files
-        if isinstance(error, OSError) and error.errno:
-            raise ImageError(f"cannot be read: {os.strerror(error.errno)}") from None
-        raise ImageError(f"cannot be decoded, it is truncated or damaged: {error}") from None
+        raise ImageError(f"{path}: {_read_failure(error)}") from None
 
 
-def _read(file: BinaryIO, max_megapixels: float, deeper: bool) -> Picture:
+def _read_failure(error: Exception) -> str:
+    if isinstance(error, ImageError):
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return "does not exist"
+    if isinstance(error, UnidentifiedImageError):
+        return "is not a PNG, JPEG, WebP or TIFF image, or its header is damaged"
+    if isinstance(error, OSError) and error.errno:
+        return f"cannot be read: {os.strerror(error.errno)}"
+    return f"cannot be decoded, it is truncated or damaged: {error}"
+
+
+def _read_file(path: Path, max_megapixels: float, keep_16_bit: bool) -> Picture:
+    if path.is_dir():
+        raise ImageError("is a folder, expected an image file")
+    before = _state(path)
+    if before[0] == 0:
+        raise ImageError("is empty (0 bytes)")
+    with _without_pillows_limit, open(path, "rb") as file:
+        picture = _read(file, max_megapixels, keep_16_bit)
+    if _state(path) != before:
+        raise ImageError("changed while it was read: try again")
+    return picture
+
+
+def _state(path: Path) -> tuple[int, int]:
+    state = os.stat(path)
+    return state.st_size, state.st_mtime_ns
+
+
+def _read(file: BinaryIO, max_megapixels: float, keep_16_bit: bool) -> Picture:
     def check(width: int, height: int, pages: int):
         _check_size(width, height, pages, max_megapixels)
 
@@ -107,26 +124,27 @@ def _read(file: BinaryIO, max_megapixels: float, deeper: bool) -> Picture:
     try:
         image = Image.open(file, formats=sorted(set(FORMATS.values())))
     except UnidentifiedImageError:
-        if not (deeper and begin in _TIFF_BEGINS):
+        if not (keep_16_bit and begin in _TIFF_BEGINS):
             raise
-        # Such as grey with alpha of 16 bits, which Pillow does not know.
-        pixels, icc_profile, orientation = png16.read_deep(file, "TIFF", check)
-        return Picture(_turned(pixels, orientation), icc_profile, None, ["its EXIF, if it has any, was left out"])
+        # For example grey with alpha of 16 bits, which Pillow does not know.
+        pixels, icc_profile, orientation = png16.read_16bit(file, "TIFF", check)
+        return Picture(_turned(pixels, orientation), icc_profile, None, ["its EXIF, if any, was left out"])
     with image:
         check(image.width, image.height, frame_count(image))
         bits, notes = _bits(image), []
         _scale_transparency(image)
-        if bits > 8 and not (deeper and bits == 16):
-            raise ImageError(f"has {bits} bits a channel, expected {'8 or 16' if deeper else '8'}: convert it")
-        if bits <= 8 or image.format == "PNG":  # whose EXIF may lie behind the pixels
+        if bits > 8 and not (keep_16_bit and bits == 16):
+            expected = "8 or 16" if keep_16_bit else "8"
+            raise ImageError(f"has {bits} bits per channel, expected {expected}: convert it")
+        if bits <= 8 or image.format == "PNG":  # a PNG's EXIF may follow its pixels
             image.load()
         icc_profile = image.info.get("icc_profile")
         orientation, exif = _read_exif(image, notes)
         if bits == 16:
-            pixels, icc_profile, _ = png16.read_deep(file, image.format, check)
+            pixels, icc_profile, _ = png16.read_16bit(file, image.format, check)
             return Picture(_turned(pixels, orientation), icc_profile, exif, notes)
         if icc_profile and image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
-            notes.append(f"its ICC profile, of {image.mode}, was left out: the result is RGB")
+            notes.append(f"its {image.mode} ICC profile was left out: the result is RGB")
             icc_profile = None
         image = as_8_bit(image)
         if orientation != 1:
@@ -141,37 +159,32 @@ def as_8_bit(image: Image.Image) -> Image.Image:
             return image.convert("LA" if image.mode == "L" else "RGBA")
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        raise ValueError(f"the image has mode {image.mode}, expected 8 bits a channel: give 16 bits as a uint16 array")
+        raise ValueError(f"image has mode {image.mode}, expected 8 bits per channel: pass 16 bits as a uint16 array")
     if image.mode in ("1", "La"):
         return image.convert("L" if image.mode == "1" and "transparency" not in image.info else "LA")
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 def frame_count(image: Image.Image) -> int:
-    """Return the frames or pages of an image. A phone's JPEG (MPO) has one, the photo, whatever lies behind it."""
+    """Return the number of frames or pages; 1 for a phone's JPEG (MPO), whose other frames are previews."""
     return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-
-
-def _state(path: Path) -> tuple[int, int]:
-    state = os.stat(path)
-    return state.st_size, state.st_mtime_ns
 
 
 def _check_size(width: int, height: int, pages: int, max_megapixels: float):
     megapixels = width * height / 1e6
     if megapixels > max_megapixels:
         raise ImageError(
-            f"has {width}x{height}, {megapixels:.1f} megapixels, over the limit of {max_megapixels:g}: "
-            "raise it (upscale's --max-megapixels, max_megapixels) if it is meant"
+            f"has {width}x{height} pixels, {megapixels:.1f} megapixels, over the limit of {max_megapixels:g}: "
+            "raise max_megapixels (--max-megapixels) if this is intended"
         )
     if pages > 1:
         raise ImageError(f"has {pages} frames or pages, expected one: split it first")
 
 
 class _WithoutPillowsLimit:
-    """Lift Pillow's own limit on pixels, which no option could raise; ours is checked on the header instead.
+    """Suspension of Pillow's own pixel limit, which no option can raise; ours is checked on the header instead.
 
-    The limit is of the process: it comes back when the last of the threads that read is done.
+    The limit is global to the process: it returns when the last reading thread is done.
     """
 
     def __init__(self):
@@ -194,12 +207,12 @@ _without_pillows_limit = _WithoutPillowsLimit()
 
 
 def _read_exif(image: Image.Image, notes: list[str]) -> tuple[int, bytes | None]:
-    """Return the orientation and the lasting EXIF; of what is damaged, that of an upright image, and none."""
+    """Return the orientation and the lasting EXIF; of damaged EXIF, what could be read."""
     orientation = 1
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return orientation, _lasting_exif(image)
-    except Exception as error:  # as above; a good photo is not refused for that
+    except Exception as error:  # damaged EXIF is no reason to refuse a good photo
         notes.append(f"its EXIF is damaged and was left out ({error})")
         return orientation, None
 
@@ -216,18 +229,18 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _lasting_exif(image: Image.Image) -> bytes | None:
-    """Return what EXIF says that is true of the upright, larger image too: a TIFF's tags describe even its layout."""
+    """Return the EXIF that is also true of the upright, larger image: a TIFF's tags describe even its layout."""
     exif = image.getexif()
     for tag in set(exif) - _LASTING_TAGS:
         del exif[tag]
     for tag in _PIXEL_DIMENSIONS:
         exif.get_ifd(ExifTags.IFD.Exif).pop(tag, None)
-    exif.bigtiff = False  # a BigTIFF's would be one itself, which nobody reads
+    exif.bigtiff = False  # a BigTIFF's EXIF would be written as BigTIFF, which no reader accepts
     return exif.tobytes() if len(exif) else None
 
 
 def _bits(image: Image.Image) -> int:
-    """Return the bits of a channel in the file. Pillow hands 16-bit RGB over as 8: the decoder's raw mode tells."""
+    """Return the bits per channel of the file. Pillow decodes 16-bit RGB to 8: only its raw mode shows them."""
     if image.format == "TIFF":
         return max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
     if image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in image.tile):
@@ -236,28 +249,37 @@ def _bits(image: Image.Image) -> int:
 
 
 def _scale_transparency(image: Image.Image):
-    """Mend the transparent grey of a PNG of 2 or 4 bits: Pillow gives its pixels in 8, and that as the file has it."""
+    """Scale the transparent grey of a 2 or 4-bit PNG to 8 bits, as Pillow does with the pixels only."""
     transparent = image.info.get("transparency")
     if image.format == "PNG" and isinstance(transparent, int) and image.tile:
         image.info["transparency"] = transparent * {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1)
 
 
+# Writing
+
+
 def check_output(path: Path, picture: Picture, size: tuple[int, int]):
-    """Raise ImageError where `path` cannot hold a picture enlarged to (width, height), before any work is done."""
+    """Raise ImageError if `path` cannot hold a picture upscaled to (width, height), before any work is done."""
+    if reason := _output_obstacle(path, picture, size):
+        raise ImageError(f"{path}: {reason}")
+
+
+def _output_obstacle(path: Path, picture: Picture, size: tuple[int, int]) -> str | None:
     if path.suffix.lower() not in FORMATS:
-        raise ImageError(f"ends in {path.suffix!r}, expected one of {', '.join(FORMATS)}")
-    if reason := why_not_writable(path):
-        raise ImageError(f"cannot be written: {reason}")
+        return f"ends in {path.suffix!r}, expected one of {', '.join(FORMATS)}"
+    if reason := unwritable_reason(path):
+        return f"cannot be written: {reason}"
     format_name = FORMATS[path.suffix.lower()]
     if format_name == "JPEG" and not picture.is_opaque:
-        raise ImageError("is a JPEG, which has no alpha, and the image has: write .png, .webp or .tif")
-    longest, side = max(size), _MAX_SIDE.get(format_name)
-    if side and longest > side:
-        raise ImageError(f"would be {longest} pixels long, and {format_name} ends at {side}: write .png or .tif")
+        return "JPEG has no alpha channel, but the image has one: write .png, .webp or .tif"
+    longest, limit = max(size), _MAX_SIDE.get(format_name)
+    if limit and longest > limit:
+        return f"the result is {longest} pixels long, {format_name} allows {limit}: write .png or .tif"
+    return None
 
 
 def write_image(picture: Picture, path: Path, quality: int | None = None):
-    """Write a picture in the format that the name of `path` asks for: whole, or not at all.
+    """Write a picture atomically, in the format of the file's extension; raises ImageError, which names the file.
 
     quality: of JPEG and WebP, 1 to 100.
     """
@@ -265,18 +287,18 @@ def write_image(picture: Picture, path: Path, quality: int | None = None):
     try:
         with replacing(path) as temporary:
             if isinstance(picture.image, np.ndarray) and format_name in png16.FORMATS:
-                _write_deep(picture, temporary, format_name)
+                _write_16bit(picture, temporary, format_name)
             else:
                 _write_8_bit(picture, temporary, format_name, quality)
     except MemoryError:
         raise
-    except Exception as error:  # encoders, too, raise all kinds
+    except Exception as error:  # encoders, too, raise all kinds of errors
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-        raise ImageError(f"cannot be written: {reason}") from None
+        raise ImageError(f"{path}: cannot be written: {reason}") from None
 
 
 def profile_for(picture: Picture, format_name: str) -> bytes | None:
-    """Return the ICC profile to write with a picture: a WebP is RGB, and one of grey does not describe it."""
+    """Return the ICC profile to write with a picture: a WebP is RGB, which a grey profile does not describe."""
     profile = picture.icc_profile
     return None if format_name == "WEBP" and profile and profile[16:20] == b"GRAY" else profile
 
@@ -284,12 +306,12 @@ def profile_for(picture: Picture, format_name: str) -> bytes | None:
 def _write_8_bit(picture: Picture, path: Path, format_name: str, quality: int | None):
     image, exif = picture.in_8_bits(), picture.exif
     if image is not picture.image:
-        picture.notes.append(f"its 16 bits a channel were rounded to 8, which is all that {format_name} has")
+        picture.notes.append(f"its 16 bits per channel were rounded to the 8 of {format_name}")
     icc_profile = profile_for(picture, format_name)
     if icc_profile != picture.icc_profile:
-        picture.notes.append("its ICC profile, of grey, was left out: a WebP is RGB")
+        picture.notes.append("its grey ICC profile was left out: WebP is RGB")
     if format_name == "JPEG":
-        if image.mode in ("LA", "RGBA"):  # alpha is opaque: check_output saw to it
+        if image.mode in ("LA", "RGBA"):  # check_output made sure that alpha is opaque
             image = image.convert(image.mode[:-1])
         if exif and len(exif) > _MAX_JPEG_EXIF:
             picture.notes.append("its EXIF is too long for a JPEG and was left out")
@@ -303,16 +325,8 @@ def _write_8_bit(picture: Picture, path: Path, format_name: str, quality: int | 
     image.save(path, format_name, **options)
 
 
-def _write_deep(picture: Picture, path: Path, format_name: str):
+def _write_16bit(picture: Picture, path: Path, format_name: str):
     if picture.exif and format_name == "TIFF":
-        picture.notes.append("its EXIF was left out: a TIFF of 16 bits a channel is written without")
+        picture.notes.append("its EXIF was left out: 16-bit TIFFs are written without")
     with open(path, "w+b") as file:
-        png16.write_deep(picture.image, file, format_name, picture.icc_profile, picture.exif, PNG_LEVEL)
-
-
-@contextlib.contextmanager
-def naming(path: Path):
-    try:
-        yield
-    except ImageError as error:
-        raise ImageError(f"{path}: {error}") from None
+        png16.write_16bit(picture.image, file, format_name, picture.icc_profile, picture.exif, PNG_LEVEL)

@@ -1,10 +1,10 @@
-"""MATLAB's antialiased bicubic resize: how the field makes low resolution images, and its baseline upscaler."""
+"""MATLAB's antialiased bicubic resize: the field's downscaling for low resolution images, and baseline upscaler."""
 
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
-AT_ONCE = 2**18  # pixels of the longer lines that are in the making at a time
+BAND_PIXELS = 2**18  # pixels per band, of the wider of image and result
 
 
 def bicubic_resize(image: np.ndarray, scale: float) -> np.ndarray:
@@ -15,8 +15,8 @@ def bicubic_resize(image: np.ndarray, scale: float) -> np.ndarray:
     | image   | (H, W) or (H, W, C)                          | uint8, or floating                |
     | returns | (ceil(H * scale), ceil(W * scale)[, C])      | uint8, rounded after each pass; or float64 |
 
-    Rows first, then columns. When it shrinks, the kernel is widened by 1 / scale (antialiasing). Outside the image
-    lie its mirrored pixels.
+    Rows first, then columns. Downscaling widens the kernel by 1 / scale (antialiasing). The image is mirrored at its
+    borders.
     """
     if not scale > 0:
         raise ValueError(f"scale is {scale}, expected a positive number")
@@ -24,61 +24,58 @@ def bicubic_resize(image: np.ndarray, scale: float) -> np.ndarray:
 
 
 def bicubic_resize_to(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize to a size, each axis by a scale of its own: MATLAB's ``imresize(image, [height, width])``.
-
-    As `bicubic_resize` otherwise.
-    """
+    """Resize each axis by its own scale, as MATLAB's ``imresize(image, [height, width])``; see `bicubic_resize`."""
     sides = zip(image.shape, (height, width), strict=False)
     return _resized(image, tuple((wanted, wanted / side) for side, wanted in sides))
 
 
 def bicubic_bands(image: np.ndarray, height: int, width: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield what `bicubic_resize_to` would return, unrounded, in bands: their first line, and float64 lines.
+    """Yield the result of `bicubic_resize_to`, unrounded, in bands: their first row, and their rows in float64.
 
     image: (H, W) or (H, W, C) of any real type, read band by band.
     """
-    ways = [_taps(side, wanted / side, wanted) for side, wanted in zip(image.shape, (height, width), strict=False)]
-    return _bands(image, ways, lambda lines: lines)
+    taps = [_taps(side, wanted / side, wanted) for side, wanted in zip(image.shape, (height, width), strict=False)]
+    return _bands(image, taps, lambda rows: rows)
 
 
-def _resized(image: np.ndarray, ways: tuple[tuple[int, float], ...]) -> np.ndarray:
+def _resized(image: np.ndarray, axes: tuple[tuple[int, float], ...]) -> np.ndarray:
     if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
         raise TypeError(f"image has dtype {image.dtype}, expected uint8 or a floating type")
     is_rounded = image.dtype == np.uint8
-    size = [count for count, _ in ways]
+    size = [count for count, _ in axes]
     result = np.empty((*size, *image.shape[2:]), np.uint8 if is_rounded else np.float64)
-    taps = [_taps(side, scale, count) for side, (count, scale) in zip(image.shape, ways, strict=False)]
-    for top, lines in _bands(image, taps, _rounded if is_rounded else lambda lines: lines):
-        result[top : top + len(lines)] = lines
+    taps = [_taps(side, scale, count) for side, (count, scale) in zip(image.shape, axes, strict=False)]
+    for top, rows in _bands(image, taps, _rounded if is_rounded else lambda rows: rows):
+        result[top : top + len(rows)] = rows
     return result
 
 
-def _rounded(lines: np.ndarray) -> np.ndarray:
-    return np.floor(lines.clip(0, 255) + 0.5)
+def _rounded(rows: np.ndarray) -> np.ndarray:
+    return np.floor(rows.clip(0, 255) + 0.5)
 
 
 def _bands(image: np.ndarray, taps: list, after_each_pass: Callable) -> Iterator[tuple[int, np.ndarray]]:
     (weights, positions), columns = taps
-    count = max(AT_ONCE // max(image.shape[1], len(columns[0])), 1)
+    count = max(BAND_PIXELS // max(image.shape[1], len(columns[0])), 1)
     for top in range(0, len(weights), count):
         band = slice(top, top + count)
         first, last = positions[band].min(), positions[band].max()
-        lines = image[first : last + 1].astype(np.float64)
-        lines = after_each_pass(_combined(lines, weights[band], positions[band] - first, axis=0))
-        yield top, after_each_pass(_combined(lines, *columns, axis=1))
+        rows = image[first : last + 1].astype(np.float64)
+        rows = after_each_pass(_combined(rows, weights[band], positions[band] - first, axis=0))
+        yield top, after_each_pass(_combined(rows, *columns, axis=1))
 
 
-def _combined(lines: np.ndarray, weights: np.ndarray, positions: np.ndarray, axis: int) -> np.ndarray:
-    """Return the weighted sums of lines, or of columns, of an image."""
-    shape = (-1, *[1] * (lines.ndim - 1 - axis))
+def _combined(rows: np.ndarray, weights: np.ndarray, positions: np.ndarray, axis: int) -> np.ndarray:
+    """Return the weighted sums of rows, or of columns, of an image."""
+    shape = (-1, *[1] * (rows.ndim - 1 - axis))
     total = 0
     for tap in range(weights.shape[1]):
-        total = total + weights[:, tap].reshape(shape) * lines.take(positions[:, tap], axis)
+        total = total + weights[:, tap].reshape(shape) * rows.take(positions[:, tap], axis)
     return total
 
 
 def _taps(length: int, scale: float, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return weights and source positions, both (count, taps), of a line of `length` pixels."""
+    """Return weights and source positions, both (count, taps), of an axis of `length` pixels."""
     shrink = min(scale, 1.0)
     width = 4 / shrink
     centre = (np.arange(count) + 0.5) / scale - 0.5

@@ -1,4 +1,4 @@
-"""One page, which needs nothing else, that shows images before and after, with a slider over each."""
+"""Self-contained HTML page with a before/after slider for each image."""
 
 import base64
 import html
@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..errors import ImageError
+from ..errors import ImageError, file_error
 from ..io.atomic import replacing
-from ..io.images import MAX_MEGAPIXELS, Picture, naming, profile_for, read_image
+from ..io.images import MAX_MEGAPIXELS, Picture, profile_for, read_image
 
-MOST_IMAGES = 100
-LARGEST_SCALE = 4
-WIDEST, HIGHEST = 960, 720  # pixels of a result that are shown, one by one on most screens
+MAX_IMAGES = 100
+MAX_SCALE = 4
+MAX_WIDTH, MAX_HEIGHT = 960, 720  # pixels of a result on the page, unscaled on most screens
 QUALITY = 90
-LOOKED_AT = 512  # pixels of a side, where the part to show is looked for
+SEARCH_SIDE = 512  # pixels, of the thumbnail in which the most detailed part is searched
 
-# An image and its enlargement lie on each other, each cut off at --x. What moves it is a range input over both: that
-# brings the keyboard, touch and screen readers.
+# Two images on top of each other, each clipped at --x. A range input over both moves it: that brings keyboard, touch
+# and screen reader support.
 _HEAD = """<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
@@ -52,13 +52,13 @@ input::-moz-range-thumb { width: 4px; height: 100%; border: 0; border-radius: 0;
 input:focus-visible { outline: 3px solid #d9480f; outline-offset: 3px }
 </style>
 <h1>Before and after</h1>
-<p>Left of the line each image is enlarged by bicubic interpolation, right of it by seemore-fast. Move the line with a
-finger, the mouse or the arrow keys.</p>
+<p>Left of the line: bicubic interpolation. Right of the line: seemore-fast. Move the line with a finger, the mouse or
+the arrow keys.</p>
 """
 _TAIL = """<script>
 const show = slider => slider.parentNode.style.setProperty("--x", slider.value + "%")
 document.addEventListener("input", event => show(event.target))
-document.querySelectorAll("input").forEach(show)  // a browser may remember where they were
+document.querySelectorAll("input").forEach(show)  // a browser may restore their values
 </script>
 </html>
 """
@@ -70,35 +70,34 @@ def write_page(
     max_megapixels: float = MAX_MEGAPIXELS,
     done: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Write the page of files and their enlargements; return what is to be said of those that are not on it.
+    """Write the page for pairs of a file and its result; return a warning for each image that is not on it.
 
-    Of a large image the part with the most detail is shown, of many images the first hundred; `done` is called after
-    each. Raises ImageError where the page cannot be written; what was at `path` is then untouched.
+    Of a large image the page shows the part with the most detail, of many images the first hundred; `done` is called
+    after each. Raises ImageError if the page cannot be written; the file at `path` is then unchanged.
     """
-    pairs, complaints = iter(pairs), []
+    pairs, warnings = iter(pairs), []
     try:
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as page:
             page.write(_HEAD)
-            for source, target in islice(pairs, MOST_IMAGES):
+            for source, target in islice(pairs, MAX_IMAGES):
                 try:
                     figure = _figure(source, target, max_megapixels)
-                except Exception as error:  # one image's, in whatever decodes or encodes it
-                    complaints.append(f"{target}: not on the page: {str(error) or 'out of memory'}")
+                except Exception as error:  # all kinds, from decoders and encoders
+                    warnings.append(f"not on the page: {file_error(target, error)}")
                 else:
                     page.write(figure)
                 done()
             if left := sum(1 for _ in pairs):
-                page.write(f"<p>And {left} more, which are not on this page.</p>\n")
+                page.write(f"<p>And {left} more, which are not shown.</p>\n")
             page.write(_TAIL)
     except OSError as error:
         raise ImageError(f"{path}: cannot be written: {os.strerror(error.errno) if error.errno else error}") from None
-    return complaints
+    return warnings
 
 
 def _figure(source: Path, target: Path, max_megapixels: float) -> str:
-    with naming(source):
-        before = read_image(source, max_megapixels, deeper=True)
-    after = read_image(target, LARGEST_SCALE**2 * max_megapixels, deeper=True)
+    before = read_image(source, max_megapixels, keep_16_bit=True)
+    after = read_image(target, MAX_SCALE**2 * max_megapixels, keep_16_bit=True)
     (width, height), name = after.size, html.escape(source.name)
     small = before.in_8_bits()
     left, top, right, bottom = box = _part(small, after.size)
@@ -106,13 +105,13 @@ def _figure(source: Path, target: Path, max_megapixels: float) -> str:
     enlarged = small.resize(
         (right - left, bottom - top), Image.Resampling.BICUBIC, box=(left * x, top * y, right * x, bottom * y)
     )
-    shown = "" if (right - left, bottom - top) == after.size else f", of which {right - left}x{bottom - top} are shown"
+    shown = "" if (right - left, bottom - top) == after.size else f", {right - left}x{bottom - top} of them shown"
     return (
         f'<figure>\n<div class="pair" style="width: {right - left}px; aspect-ratio: {right - left} / {bottom - top}">\n'
         f'<img class="before" alt="{name}, bicubic" src="{_data(enlarged, before)}">\n'
         f'<img class="after" alt="{name}, seemore-fast" src="{_data(after.in_8_bits(box), after)}">\n'
         f'<span>bicubic</span><span>seemore-fast</span>\n<input type="range" min="0" max="100" step="0.5" value="50" '
-        f'aria-label="{name}: where seemore-fast begins, in percent of the width">\n</div>\n'
+        f'aria-label="{name}: position of the line, in percent of the width">\n</div>\n'
         f"<figcaption>{name}: {small.width}x{small.height} pixels to {width}x{height}{shown}</figcaption>\n"
         "</figure>\n"
     )
@@ -120,16 +119,16 @@ def _figure(source: Path, target: Path, max_megapixels: float) -> str:
 
 def _part(image: Image.Image, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """Return left, top, right, bottom, in a result of `size`, of the part with the most detail."""
-    shape = min(size[0], WIDEST), min(size[1], HIGHEST)
+    shape = min(size[0], MAX_WIDTH), min(size[1], MAX_HEIGHT)
     if shape == size:
         return (0, 0, *size)
     image = image.convert("L")
-    image.thumbnail((LOOKED_AT, LOOKED_AT), Image.Resampling.BOX)
+    image.thumbnail((SEARCH_SIDE, SEARCH_SIDE), Image.Resampling.BOX)
     grey = np.asarray(image, np.float32)
     edges = np.zeros_like(grey)
     edges[1:] += np.abs(np.diff(grey, axis=0))
     edges[:, 1:] += np.abs(np.diff(grey, axis=1))
-    window = [max(round(s * n / whole), 1) for s, n, whole in zip(shape[::-1], grey.shape, size[::-1], strict=True)]
+    window = [max(round(s * n / full), 1) for s, n, full in zip(shape[::-1], grey.shape, size[::-1], strict=True)]
     sums = np.pad(edges.cumsum(0, dtype=np.float64).cumsum(1), ((1, 0), (1, 0)))
     high, wide = window
     detail = sums[high:, wide:] - sums[:-high, wide:] - sums[high:, :-wide] + sums[:-high, :-wide]

@@ -1,4 +1,4 @@
-"""Which files to upscale, and into which: seen before anything is done, and listed again when their turn comes."""
+"""Jobs of a batch: the files to read and to write, checked before any work is done."""
 
 import os
 import tempfile
@@ -6,54 +6,56 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import JobError
 from ..io.atomic import TEMPORARY
 from ..io.images import FORMATS
 
-OTHER_FORMATS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jxl")  # images that are not read, but told of
+OTHER_FORMATS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jxl")  # images that are not read, but reported
 
 
-@dataclass(frozen=True)
-class Job:
-    """A file to read and the one to write. `is_named`: the user gave the latter's very name."""
+class Job(NamedTuple):
+    """A file to read and the file to write, which the user may have named; strings, because there may be a million."""
 
-    source: Path
-    target: Path
+    source: str
+    target: str
     is_named: bool = False
 
 
-@dataclass
-class Jobs:
-    """What the arguments of a command ask for. Folders are walked with their subfolders, links to folders are not.
+class Jobs(list):
+    """The jobs of a command. Folders are searched with their subfolders, but not through links to folders.
 
     inputs      files and folders
-    output      a file for one file; or a folder, existing or with a slash at its end
-    suffix      goes between the name and the ending of files in a folder
-    extension   of the files in a folder, ".png"; None: the input's
+    output      a file, for a single input file; or a folder, existing or with a slash at its end
+    suffix      inserted between name and extension of files in a folder
+    extension   of files in a folder, such as ".png"; None: the input's
+
+    Raises JobError if they do not fit together, or if an output is also another output or an input.
     """
 
-    inputs: list[Path]
-    output: str
-    suffix: str = "_x2"
-    extension: str | None = None
-    notes: list[str] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-    into_folder: bool = field(init=False)
+    def __init__(self, inputs: list[Path], output: str, suffix: str = "_x2", extension: str | None = None):
+        super().__init__()
+        self.inputs, self.output, self.suffix, self.extension = inputs, output, suffix, extension
+        self.notes, self.failures = [], []
+        self.into_folder = self._check_arguments()
+        for given in inputs:
+            self._add(given)
+        self._check_clashes()
 
-    def __post_init__(self):
+    def _check_arguments(self) -> bool:
+        """Return whether the output is a folder."""
         if not self.output:
             raise JobError("OUT is empty: give a file or a folder")
         if os.path.basename(self.suffix) != self.suffix or "\0" in self.suffix:
-            raise JobError(f"the suffix {self.suffix!r} is no part of a file name")
+            raise JobError(f"the suffix {self.suffix!r} cannot be part of a file name")
         if self.extension is not None and self.extension.lower() not in FORMATS:
-            raise JobError(f"the ending {self.extension!r} is none of {', '.join(FORMATS)}")
+            raise JobError(f"the extension is {self.extension!r}, expected one of {', '.join(FORMATS)}")
         folder, has_slash = Path(self.output), self.output.endswith(("/", os.sep))
         holds_folders = any(map(os.path.isdir, self.inputs))
-        self.into_folder = has_slash or os.path.isdir(folder) or holds_folders
-        if not self.into_folder:
+        into_folder = has_slash or os.path.isdir(folder) or holds_folders
+        if not into_folder:
             if len(self.inputs) > 1:
                 raise JobError(
                     f"{self.output} is one file for {len(self.inputs)} inputs: give a folder, existing or ending in a "
@@ -61,60 +63,53 @@ class Jobs:
                 )
             if folder.suffix.lower() not in FORMATS:
                 raise JobError(
-                    f"{self.output} ends in {folder.suffix!r}, expected one of {', '.join(FORMATS)}, or a slash to "
-                    "make it a folder"
+                    f"{self.output} ends in {folder.suffix!r}, expected one of {', '.join(FORMATS)}, or a slash for a "
+                    "folder"
                 )
         if not os.path.isdir(folder.parent):
-            raise JobError(f"the folder {folder.parent} does not exist: create it, or write elsewhere")
+            raise JobError(f"the folder {folder.parent} does not exist: create it, or choose another")
         if holds_folders and os.path.isfile(folder):
-            raise JobError(f"{folder} is a file, expected a folder for what the inputs hold")
+            raise JobError(f"{folder} is a file, expected a folder for the contents of the input folders")
+        return into_folder
 
-    def check(self) -> int:
-        """Return how many there are. Raises JobError where an output is also another's, or an input."""
-        count, taken, sources, folders = 0, set(), set(), {}
-        blind = is_case_blind(Path(self.output))
+    def _check_clashes(self):
+        folders, is_caseless = {}, is_case_insensitive(Path(self.output))
+        sources = {}  # of the jobs, by their target's place
         for job in self:
-            count += 1
-            place = _place(job.target, folders, blind)
-            if place in taken:
-                other = next(o.source for o in self if _place(o.target, folders, blind) == place)
-                raise JobError(f"{job.target}, the output of {job.source}, is also read or written for {other}")
-            taken.add(place)
-            sources.add(_place(job.source, folders, blind))
-        if clash := sources & taken:
-            job = next(job for job in self if _place(job.target, folders, blind) in clash)
-            raise JobError(f"{job.target}, the output of {job.source}, is also read or written for {job.target}")
-        return count
+            place = _place(job.target, folders, is_caseless)
+            if place in sources:
+                raise JobError(_clash(job, sources[place]))
+            sources[place] = job.source
+        inputs = {_place(job.source, folders, is_caseless) for job in self}
+        for job, place in zip(self, sources, strict=True):
+            if place in inputs:
+                raise JobError(_clash(job, job.target))
 
-    def __iter__(self) -> Iterator[Job]:
-        self.notes, self.failures = [], []
-        for given in self.inputs:
-            if not os.path.isdir(given):
-                yield self._job(given, Path(given.name))
-                continue
-            found = False
-            for source, relative in self._walk(given):
-                found = True
-                yield self._job(source, relative)
-            if not found:
-                self.failures.append(f"{given}: holds no file that ends in {', '.join(FORMATS)}")
+    def _add(self, given: Path):
+        if not os.path.isdir(given):
+            self.append(self._job(given, Path(given.name)))
+            return
+        before = len(self)
+        self.extend(self._job(source, relative) for source, relative in self._walk(given))
+        if len(self) == before:
+            self.failures.append(f"{given}: contains no file that ends in {', '.join(FORMATS)}")
 
     def _job(self, source: Path, relative: Path) -> Job:
         if not self.into_folder:
-            return Job(source, Path(self.output), is_named=True)
+            return Job(str(source), str(Path(self.output)), is_named=True)
         name = f"{relative.stem}{self.suffix}{self.extension or relative.suffix}"
-        return Job(source, Path(self.output) / relative.with_name(name))
+        return Job(str(source), str(Path(self.output) / relative.with_name(name)))
 
     def _walk(self, top: Path) -> Iterator[tuple[Path, Path]]:
-        """Yield the images of a folder, by name, and then those of its subfolders, with their paths inside.
+        """Yield the images of a folder, by name, then those of its subfolders, each with its path inside `top`.
 
-        Results of an earlier run are no images where they lie beside their sources.
+        Results of an earlier run beside their sources are left out.
         """
         own, left = os.path.realpath(self.output), [(top, Path())]
         while left:
             folder, relative = left.pop()
             if relative != Path() and os.path.realpath(folder) == own:
-                self.notes.append(f"{folder} is the folder of results: what it holds is not read")
+                self.notes.append(f"{folder} is the output folder: its contents are not read")
                 continue
             try:
                 with os.scandir(folder) as listing:
@@ -123,46 +118,50 @@ class Jobs:
                 self.failures.append(f"{folder}: cannot be listed: {os.strerror(error.errno)}")
                 continue
             is_own = os.path.realpath(folder) == os.path.realpath(Path(self.output) / relative)
-            folders, others, names = [], Counter(), [os.path.splitext(entry.name) for entry in entries]
+            folders, skipped, names = [], Counter(), [os.path.splitext(entry.name) for entry in entries]
             stems = {stem for stem, _ in names} if is_own and self.suffix else ()
-            for entry, (stem, ending) in zip(entries, names, strict=True):
+            for entry, (stem, extension) in zip(entries, names, strict=True):
                 if entry.is_dir(follow_symlinks=False):
                     folders.append((folder / entry.name, relative / entry.name))
                 elif entry.is_symlink() and os.path.isdir(entry.path):
                     self.notes.append(f"{entry.path} is a link to a folder, which is not followed")
-                elif ending.lower() in FORMATS and not entry.name.startswith(TEMPORARY):
+                elif extension.lower() in FORMATS and not entry.name.startswith(TEMPORARY):
                     if not (stems and stem.endswith(self.suffix)):
                         yield Path(entry.path), relative / entry.name
-                    elif stem.removesuffix(self.suffix) not in stems:  # else an earlier run's result
-                        others[f"end in {self.suffix}, which results do"] += 1
-                elif ending.lower() in OTHER_FORMATS:
-                    others[f"end in {ending.lower()}, which is not read"] += 1
-            self.notes += [f"{folder}: left alone, {count} that {reason}" for reason, count in others.items()]
+                    elif stem.removesuffix(self.suffix) not in stems:  # otherwise an earlier run's result
+                        skipped[f"end in {self.suffix}, as results do"] += 1
+                elif extension.lower() in OTHER_FORMATS:
+                    skipped[f"end in {extension.lower()}, which is not supported"] += 1
+            self.notes += [f"{folder}: skipped {count} files that {reason}" for reason, count in skipped.items()]
             left += reversed(folders)
 
 
-def _place(path: Path, folders: dict[str, str], blind: bool) -> int:
-    """Return a number for a place in the file system: a million of them take a tenth of the memory of their names.
+def _clash(job: Job, other: str) -> str:
+    return f"{job.target}, the output of {job.source}, is also read or written for {other}"
 
-    folders: what each folder really is, looked up once. blind: capital letters are as good as small ones.
+
+def _place(path: str, folders: dict[str, str], is_caseless: bool) -> int:
+    """Return a hash of the location of a path, which takes less memory than the path.
+
+    folders: cache of the folders' real paths.
     """
     folder, name = os.path.split(path)
     if folder not in folders:
         folders[folder] = os.path.realpath(folder)
     place = os.path.normcase(os.path.realpath(path) if os.path.islink(path) else os.path.join(folders[folder], name))
-    return hash(unicodedata.normalize("NFC", place).casefold() if blind else place)
+    return hash(unicodedata.normalize("NFC", place).casefold() if is_caseless else place)
 
 
-def is_case_blind(folder: Path) -> bool:
-    """Tell whether A.png and a.png are one file in a folder, or the nearest above it that exists, by a file there."""
-    there = next((path for path in (folder, *folder.parents) if path.is_dir()), Path())
+def is_case_insensitive(folder: Path) -> bool:
+    """Return whether A.png and a.png are one file in a folder or its nearest existing parent; creates a file there."""
+    existing = next((path for path in (folder, *folder.parents) if path.is_dir()), Path())
     try:
-        with tempfile.NamedTemporaryFile(prefix=f"{TEMPORARY}aA.", dir=there) as file:
-            return os.path.exists(os.path.join(there, os.path.basename(file.name).swapcase()))
-    except OSError:  # nothing can be written there, as will be said
+        with tempfile.NamedTemporaryFile(prefix=f"{TEMPORARY}aA.", dir=existing) as file:
+            return os.path.exists(os.path.join(existing, os.path.basename(file.name).swapcase()))
+    except OSError:  # the folder is not writable, which is reported later
         return False
 
 
 def is_share(job: Job, rank: int, world: int) -> bool:
-    """Tell whether a job is that of process `rank` of `world`: by its name, whatever the order of listings."""
-    return zlib.crc32(os.fsencode(str(job.target))) % world == rank
+    """Return whether process `rank` of `world` does a job: by its name, whatever the order of listings."""
+    return zlib.crc32(os.fsencode(job.target)) % world == rank
