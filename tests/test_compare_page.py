@@ -103,7 +103,7 @@ def test_the_slider_in_a_browser(browser, tmp_path, width):
     assert wide == pytest.approx(min(600, width - 32), abs=1) and high == pytest.approx(wide * 2 / 3, abs=1)
 
     def boundary():
-        """Return where the line is, as a share of the width, on a line of the screenshot below the labels."""
+        """Return where the line is, as a share of the width, on a row of the screenshot below the labels."""
         line = np.asarray(browser.screenshot().convert("RGB"), int)[round(top + high / 2)]
         line = line[round(left) : round(left + wide)]  # beside it is the frame that tells what has the focus
         is_red = (line[:, 0] > 200) & (line[:, 2] < 60)
@@ -127,4 +127,4 @@ def test_the_slider_in_a_browser(browser, tmp_path, width):
     assert boundary() == pytest.approx(0.2, abs=0.03)
     values = browser.evaluate("[...document.querySelectorAll('input')].map(input => +input.value)")
     assert values == [pytest.approx(20, abs=3), 50]  # each has its own
-    assert not browser.complaints()
+    assert not browser.errors()

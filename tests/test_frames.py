@@ -1,4 +1,4 @@
-"""Upscaler on frames of videos and animations, what it tells, and the memory that it looks for."""
+"""Upscaler on frames of videos and animations; its progress and its memory checks."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_frames_before_a_failure_are_not_lost(upscaler):
         next(results)
 
 
-def test_an_animated_image_is_taken_frame_by_frame_or_told_of(upscaler, tmp_path):
+def test_an_animated_image_is_upscaled_frame_by_frame_or_warned_about(upscaler, tmp_path):
     first, second = (Image.fromarray(noise(17, 19, 3)[::way]) for way in (1, -1))
     first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
     with Image.open(tmp_path / "a.gif") as animated:
@@ -54,14 +54,14 @@ def test_an_animated_image_is_taken_frame_by_frame_or_told_of(upscaler, tmp_path
             upscaler(animated)
 
 
-# What is told
+# Progress and memory
 
 
 @pytest.mark.parametrize("how", [dict(tta=True), dict(alpha="network"), dict(tta=True, alpha="network", stream=True)])
 def test_progress_is_of_the_whole_image(small_model, how):
-    told = []
-    Upscaler(small_model, device="cpu", progress=told.append, **how)(noise(40, 36, 4))
-    assert told == sorted(told) and told[-1] == pytest.approx(1) and len(told) >= (8 if "tta" in how else 2)
+    shares = []
+    Upscaler(small_model, device="cpu", progress=shares.append, **how)(noise(40, 36, 4))
+    assert shares == sorted(shares) and shares[-1] == pytest.approx(1) and len(shares) >= (8 if "tta" in how else 2)
 
 
 def test_what_progress_raises_is_raised(small_model):

@@ -1,4 +1,4 @@
-"""MATLAB's bicubic resize, against the official low resolution images where the data is at hand."""
+"""MATLAB's bicubic resize, also against the official low resolution images if --data has them."""
 
 import numpy as np
 import pytest

@@ -237,9 +237,9 @@ def test_features_wait_in_a_file_where_the_result_leaves_no_room(monkeypatch, tm
 
 def test_progress_grows_to_one(model, tmp_path):
     for stream in (False, True):
-        told = []
-        Upscaler(model, device="cpu", stream=stream, scratch=tmp_path, progress=told.append)(noise(80, 60, 3))
-        assert told == sorted(told) and told[-1] == pytest.approx(1) and told[0] >= 0
+        shares = []
+        Upscaler(model, device="cpu", stream=stream, scratch=tmp_path, progress=shares.append)(noise(80, 60, 3))
+        assert shares == sorted(shares) and shares[-1] == pytest.approx(1) and shares[0] >= 0
 
 
 def test_changes_inside_are_not_streamed_around():

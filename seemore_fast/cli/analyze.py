@@ -1,4 +1,4 @@
-"""``seemore-fast analyze``: what a network does inside."""
+"""``seemore-fast analyze``: routing, features, receptive field and cost of a network."""
 
 import argparse
 import sys
@@ -8,53 +8,50 @@ from ..errors import UsageError
 from ..io.atomic import replacing, unwritable_reason
 from .exits import DONE, FAILED
 
-HELP = "Look inside a network: routing, features, receptive field, operations."
+HELP = "Analyze a network: routing, features, receptive field, operations."
 PICTURES = (".png", ".svg", ".pdf")
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Declare what can be looked at, and the arguments of each."""
+    """Declare the kinds of analysis, and their arguments."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    routing = kinds.add_parser("routing", help="which experts each group chooses, by data set: a heat map")
-    features = kinds.add_parser("features", help="maps before and after MoRE and SEE, as in the paper's Figure 5")
-    receptive = kinds.add_parser("receptive", help="the effective receptive field, by gradient: a picture")
-    operations = kinds.add_parser("operations", help="parameters and multiply-adds of each operator: a table")
+    routing = kinds.add_parser("routing", help="heat map of the experts each group chooses, by data set")
+    features = kinds.add_parser("features", help="features before and after MoRE and SEE, as in the paper's Figure 5")
+    receptive = kinds.add_parser("receptive", help="picture of the effective receptive field, by gradient")
+    operations = kinds.add_parser("operations", help="table of parameters and multiply-adds by operator")
     for kind in (routing, features, receptive):
         name = kind.prog.rpartition(" ")[2]
         kind.add_argument("--model", default="seemore_t_x2", metavar="NAME|PATH", help="shipped model or weights file")
         kind.add_argument("-o", "--output", type=Path, default=Path(f"{name}.png"), help=f"default: {name}.png")
     routing.add_argument(
         "--data", required=True, action="append", type=Path, metavar="DIR",
-        help="folder of HR images, or one with HR and LR_bicubic/X<scale> in it; again for each data set",
+        help="folder of HR images, or one that contains HR and LR_bicubic/X<scale>; may be repeated",
     )  # fmt: skip
-    routing.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each image and group")
+    routing.add_argument("--csv", type=Path, metavar="FILE", help="also write a row per image and group")
     for kind in (features, receptive):
         kind.add_argument("--image", required=True, type=Path, metavar="FILE", help="the network's input")
     receptive.add_argument(
-        "--size",
-        type=int,
-        metavar="PIXELS",
-        help="side of the middle of the image that is looked at (default: up to 64)",
+        "--size", type=int, metavar="PIXELS", help="side of the analyzed centre of the image (default: up to 64)"
     )
     operations.add_argument("variant", nargs="*", metavar="key=value", help="such as model.global_kernel_size=7")
     operations.add_argument("--model", metavar="NAME|PATH", help="default: --preset")
     operations.add_argument("--preset", choices=("t", "b", "l"), help="default: t")
     operations.add_argument("--scale", type=int, choices=(2, 3, 4), help="of the preset (default: 2)")
     operations.add_argument(
-        "--output-size", default="1280x720", metavar="WxH", help="the enlarged picture (default: 1280x720, the field's)"
+        "--output-size", default="1280x720", metavar="WxH", help="of the upscaled image (default: 1280x720)"
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Look at what was asked for."""
+    """Run one kind of analysis."""
     picture = vars(options).get("output")
     if picture and picture.suffix.lower() not in PICTURES:
         raise UsageError(f"{picture} ends in {picture.suffix!r}, expected {', '.join(PICTURES)}")
     for path in (picture, vars(options).get("csv")):
         if path and (reason := unwritable_reason(path)):
             raise UsageError(reason)
-    look = {"routing": _routing, "features": _features, "receptive": _receptive, "operations": _operations}
-    return look[options.kind](options)
+    kinds = {"routing": _routing, "features": _features, "receptive": _receptive, "operations": _operations}
+    return kinds[options.kind](options)
 
 
 def _routing(options: argparse.Namespace) -> int:
@@ -73,7 +70,7 @@ def _routing(options: argparse.Namespace) -> int:
                 for choice in choices_of(model, name, pairs):
                     choices.append(choice)
                     progress.update()
-    finally:  # what was seen is kept, whatever stopped the rest
+    finally:  # an interrupted run still reports its results
         shares = usage_by_set(choices)
         for name, share in shares.items():
             print(f"{name}: mean rank by group {', '.join(f'{rank:.2f}' for rank in mean_rank(share, ranks))}")
@@ -110,8 +107,8 @@ def _receptive(options: argparse.Namespace) -> int:
     size = min(64, most) if options.size is None else options.size
     if not model.min_size <= size <= most:
         raise UsageError(
-            f"{size} pixels of {options.image} a side are to be looked at, expected {model.min_size}, which the "
-            f"network takes at least, to {most}, which there are: give another --size or image"
+            f"the analyzed part of {options.image} has {size} pixels a side, expected {model.min_size} (the network's "
+            f"minimum) to {most} (the image's): give another --size or image"
         )
     top, left = ((n - size) // 2 for n in x.shape[2:])
     field = receptive_field(model, x[:, :, top : top + size, left : left + size])
@@ -128,7 +125,7 @@ def _operations(options: argparse.Namespace) -> int:
     from ..network.presets import PRESETS
 
     if options.model and (options.preset or options.scale or options.variant):
-        raise UsageError("--model is a whole network: leave out --preset, --scale and key=value")
+        raise UsageError("--model defines the whole network: leave out --preset, --scale and key=value")
     if options.model:
         config, title = _model(options.model).config, _name(options.model)
     else:
@@ -150,7 +147,7 @@ def _operations(options: argparse.Namespace) -> int:
 
 
 def _variant(preset: str, scale: int, overrides: list[str]) -> dict:
-    """Return the arguments of a published network with others of its own, as a recipe takes them."""
+    """Return the arguments of a published network with overrides, in the form of a recipe's."""
     from ..network.model import SeemoRe
     from ..network.presets import PRESETS
 

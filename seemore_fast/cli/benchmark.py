@@ -1,11 +1,11 @@
-"""``seemore-fast benchmark``: the comparisons that come with the package."""
+"""``seemore-fast benchmark``: the package's own comparisons."""
 
 import argparse
 import importlib
 
 from .exits import DONE
 
-HELP = "Measure speeds on this machine, compare and report them; or tune: find the quickest backends of this GPU."
+HELP = "Measure speeds on this machine, compare and report them, or tune the choice of backends for this GPU."
 KINDS = {
     "kernels": "compare_kernels",
     "inference": "compare_peers",
@@ -19,13 +19,13 @@ KINDS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """Declare the command's arguments: the comparison's own are its module's."""
-    parser.add_argument("kind", choices=KINDS, help="what to measure, or what to do with the figures")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its options: add --help for a list")
+    """Declare the kinds of comparison; their modules declare the other arguments."""
+    parser.add_argument("kind", choices=KINDS, help="measurement, or use of its results")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its options: see KIND --help")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run one comparison; it ends the process itself where ours is wrong."""
+    """Run one comparison, which ends the process itself if it fails."""
     module = importlib.import_module(f"seemore_fast.benchmarks.{KINDS[options.kind]}")
     module.main(options.arguments, prog=f"seemore-fast benchmark {options.kind}")
     return DONE

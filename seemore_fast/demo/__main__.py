@@ -1,4 +1,4 @@
-"""Shrink a photo by half, enlarge it again, and see what the network brings back."""
+"""Demonstration: downscale a photo by 2, upscale it again, and compare with the original."""
 
 import argparse
 import statistics
@@ -30,35 +30,35 @@ def main():
     output.mkdir(parents=True, exist_ok=True)
 
     upscaler = Upscaler("seemore_t_x2", device="cpu")
-    truth = np.asarray(Image.open(PHOTO))
-    small = bicubic_resize(truth, 1 / upscaler.scale)
+    original = np.asarray(Image.open(PHOTO))
+    small = bicubic_resize(original, 1 / upscaler.scale)
     pictures = {
         "nearest": small.repeat(2, axis=0).repeat(2, axis=1),
         "bicubic": bicubic_resize(small, upscaler.scale),
         "SeemoRe-T": upscaler(small),
     }
-    quality = {name: psnr_y(picture, truth, crop=upscaler.scale) for name, picture in pictures.items()}
+    quality = {name: psnr_y(picture, original, crop=upscaler.scale) for name, picture in pictures.items()}
     ours, plain = time_against_reference(upscaler.model, small)
 
     save(Image.fromarray(pictures["SeemoRe-T"]), output / "chelsea_x2.png")
     captions = {f"{name}  {quality[name]:.2f} dB": picture for name, picture in pictures.items()}
-    save(side_by_side({**captions, "original": truth}), output / "side_by_side.png")
+    save(side_by_side({**captions, "original": original}), output / "side_by_side.png")
 
     height, width = small.shape[:2]
-    print(f"{width}x{height} photo enlarged to {2 * width}x{2 * height}")
+    print(f"{width}x{height} photo upscaled to {2 * width}x{2 * height}")
     for name, value in quality.items():
         print(f"  {name:10s} {value:6.2f} dB")
     print(f"gain over bicubic: {quality['SeemoRe-T'] - quality['bicubic']:+.2f} dB (PSNR on Y)")
     print(
-        f"time: {1000 * ours:.0f} ms, plain PyTorch reference {1000 * plain:.0f} ms: {plain / ours:.2f} times as fast "
+        f"time: {1000 * ours:.0f} ms, plain PyTorch reference {1000 * plain:.0f} ms: {plain / ours:.2f}x as fast "
         f"(backend {chosen_backend()}, {torch.get_num_threads()} threads, medians of {RUNS})"
     )
-    print(f"look at {output / 'side_by_side.png'} and {output / 'chelsea_x2.png'}")
+    print(f"wrote {output / 'side_by_side.png'} and {output / 'chelsea_x2.png'}")
 
 
 @torch.inference_mode()
 def time_against_reference(model, image: np.ndarray) -> tuple[float, float]:
-    """Return the median seconds of `model` and of the plain reference on an image, run in turn."""
+    """Return the median seconds of `model` and of the plain reference on an image, in alternating runs."""
     plain = PlainSeemoRe(**model.config).eval()
     plain.load_state_dict(model.state_dict())
     x = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
@@ -72,7 +72,7 @@ def time_against_reference(model, image: np.ndarray) -> tuple[float, float]:
 
 
 def side_by_side(pictures: dict[str, np.ndarray]) -> Image.Image:
-    """Return the detail of each picture, enlarged without smoothing, under its caption, two in a row."""
+    """Return the detail of each picture, zoomed without smoothing, under its caption, two per row."""
     font = ImageFont.load_default(size=17)
     left, top, right, bottom = DETAIL
     width, height = ZOOM * (right - left), ZOOM * (bottom - top)

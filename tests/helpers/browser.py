@@ -1,4 +1,4 @@
-"""A browser for the tests of pages, where there is one."""
+"""A browser for tests of pages, if one is installed."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dis
 
 
 class Browser:
-    """Headless Chromium, told what to do over a pair of pipes."""
+    """Headless Chromium, controlled over a pair of pipes."""
 
     def __init__(self, folder):
         (theirs, self.out), (self.into, back) = os.pipe(), os.pipe()
@@ -71,5 +71,5 @@ class Browser:
         self.process.wait(10)
         os.close(self.out), os.close(self.into)
 
-    def complaints(self):
+    def errors(self):
         return [m for m in self.messages if m.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown")]
