@@ -57,8 +57,8 @@ ENVIRONMENT = {
     "SEEMORE_FAST_PREFERENCES": str(PREFERENCES),  # what is tuned here counts here, and nothing else
     "TRITON_CACHE_DIR": str(LOGS / "triton"),
 }
-# Operator: in how many parts its tests of Triton run. A kernel takes 0.4 s to compile, depthwise_gate's backward 6 s:
-# about 700 for striped_conv, 380 for calibrate, and of those of 6 s 60 for depthwise_gate, 12 for gated_ffn.
+# Operator: in how many parts its tests of Triton run. A kernel takes 0.4 s to compile, and 6 s the gradients of
+# gated_ffn's gate: about 700 for striped_conv, 380 for calibrate, and of those of 6 s 12 for gated_ffn.
 PARTS = {
     "norm_pointwise": 1,
     "norm_conv3x3": 4,
@@ -67,7 +67,6 @@ PARTS = {
     "router": 1,
     "calibrate": 3,
     "striped_conv": 4,
-    "depthwise_gate": 6,
 }
 OTHERS = ["layer_norm", "pointwise", "conv3x3_shuffle", "rme_block", "sme_block"]
 PHOTO, BF16 = "1x36x480x640 bf16", ["--case", "bf16"]
@@ -78,7 +77,6 @@ BENCHMARKED = {  # operator, what takes longest first: the case in which torch.c
     "calibrate": "1x36x480x640 recursive=2 bf16",
     "norm_pointwise": PHOTO,
     "low_rank_experts": PHOTO,
-    "depthwise_gate": PHOTO,
     "router": PHOTO,
 }
 INFERENCE = ["--case", "T x4 640x480 bf16"]

@@ -7,7 +7,7 @@ For T at 480x640: x is (1, 36, 480, 640). The table stands in benchmarks/README.
 
 from typing import NamedTuple
 
-from seemore_fast.benchmarks import bench_calibrate, bench_depthwise_gate, bench_router, bench_striped_conv, operators
+from seemore_fast.benchmarks import bench_calibrate, bench_router, bench_striped_conv, operators
 
 CHANNELS = operators.PHOTO[1]
 PIXELS = operators.PHOTO[2] * operators.PHOTO[3]
@@ -68,14 +68,13 @@ def all_work() -> dict[str, Work]:
             f"striped_conv K=3 gelu, {mode}": Work(
                 3 if back else 2, halved(striped, taps=3, activation="gelu"), erfs=n * c
             ),
-            f"depthwise_gate, {mode}": Work(5 if back else 3, halved(bench_depthwise_gate)),
             f"calibrate, {mode}": Work(3 if back else 2, halved(bench_calibrate), erfs=small),
             f"router, {mode}": Work(1, 2 * halved(bench_router)),  # additions, each in the place of a multiply-add
         }
-    striped_gate, striped_gelu, gate, calibrate, router = (
-        table[f"{name}, forward"]
-        for name in ("striped_conv K=11 gate", "striped_conv K=3 gelu", "depthwise_gate", "calibrate", "router")
+    striped_gate, striped_gelu, calibrate, router = (
+        table[f"{name}, forward"] for name in ("striped_conv K=11 gate", "striped_conv K=3 gelu", "calibrate", "router")
     )
+    gate = Work(3, vector=9 * n * c)
     ffn = Work(2) + pointwise(3, 1, 2, gelu=True) + gate + pointwise(2, 1, 1, gelu=True)
     conv = Work(3, matrix=n * 9 * c**2, erfs=n * c) + pointwise(3, 1, 2)
     experts = Work(3, matrix=n * 3 * RANK * c)

@@ -19,8 +19,7 @@ from seemore_fast.backends import preferences
 from seemore_fast.benchmarks import command, harness, operators
 
 STEMS = (
-    "striped_conv", "depthwise_gate", "calibrate", "router", "norm_pointwise", "norm_conv3x3", "gated_ffn",
-    "low_rank_experts",
+    "striped_conv", "calibrate", "router", "norm_pointwise", "norm_conv3x3", "gated_ffn", "low_rank_experts",
 )  # fmt: skip
 REFERENCE = "torch eager"
 

@@ -1,78 +1,40 @@
-"""Triton kernels of `depthwise_gate`; formula and shapes in `seemore_fast.reference.depthwise_gate`.
+"""Triton kernels of the gradients of `gated_ffn`'s gate, y = u * s with s = stencil(g) + bias.
 
-    forward   s = stencil(g) + bias                   y = u * s
-    backward  du = dy * s                             dc = dy * u        dg = transposed stencil(dc)
+    du = dy * s        dc = dy * u        dg = transposed stencil(dc)
 
-One launch each, and backward one more to add up the gradients of the parameters. A program walks down ROWS rows of a
-strip of an image: the row of g that it reads goes into the three rows of s that see it, of which two are held as
-partial sums, and likewise with dc and dg. So every pixel of g is read three times, shifted to both sides, and not
-nine. Shifted rows are not aligned, and threads read them pixel by pixel: few pixels in each thread leave them side by
-side in memory for a warp.
+One launch, and one more to add up the gradients of the parameters. A program goes down ROWS rows of a strip of an
+image: the row of g that it reads goes into the three rows of s that see it, of which two are held as partial sums, and
+likewise with dc and dg. So every pixel of g is read three times, shifted to both sides, and not nine. Shifted rows are
+not aligned, and threads read them pixel by pixel: few pixels in each thread leave them side by side in memory for a
+warp.
 """
 
 from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .images import Tiles, locate_tile, over_planes, pixels_of, store, strided, tiles_of
 from .integers import cdiv, next_power_of_2
-from .launch import Launch, run
+from .launch import Launch
 from .sums import add_parts, new_partial
 
 ROWS = 16  # of a strip, at most
 STRIPS = 512  # pixels of a row of all strips of a program
 EACH = 2  # of these, for a thread
 
-# Public functions: the caller has checked all arguments and allocated the results; weights are contiguous
-
-
-def depthwise_gate(y: Tensor, u: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """Write y (B, C, H, W)."""
-    run(forward(y, u, g, weight, bias), u.device)
-
-
-def depthwise_gate_backward(
-    du: Tensor, dg: Tensor, dweight: Tensor, dbias: Tensor, dy: Tensor,
-    u: Tensor, g: Tensor, weight: Tensor, bias: Tensor,
-) -> None:  # fmt: skip
-    """Write du, dg (B, C, H, W) and the gradients of the parameters."""
-    run(backward(du, dg, dweight, dbias, dy, u, g, weight, bias), u.device)
-
-
-def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
-    """Yield all launches, by name, for images like x; it may be on the meta device."""
-    channels = x.shape[1]
-    image, weight, bias = torch.empty_like(x), x.new_empty(channels, 1, 3, 3), x.new_empty(channels)
-    for number, launch in enumerate(forward(image, x, x, weight, bias)):
-        yield f"forward {number}", launch
-    for number, launch in enumerate(backward(image, image, weight, bias, x, x, x, weight, bias)):
-        yield f"backward {number}", launch
-
-
-# What is launched
-
-
-def forward(y, u, g, weight, bias) -> Iterator[Launch]:
-    if u.numel():
-        yield walk(gate, u, dict(y=y, u=u, g=g), dict(weight=weight, bias=bias))
-
 
 def backward(du, dg, dweight, dbias, dy, u, g, weight, bias) -> Iterator[Launch]:
+    """Yield what writes du, dg (B, C, H, W) and the gradients of the parameters."""
     parts = len(u) * strips_of(u)[1].of_a_plane if u.numel() else 0
     partial = new_partial(parts, [dweight, dbias])
     if u.numel():
-        parameters = dict(weight=weight, bias=bias, partial=partial)
-        yield walk(gate_backward, u, dict(du=du, dg=dg, dy=dy, u=u, g=g), parameters)
+        rows, tiles = strips_of(u)
+        arguments = strided(du=du, dg=dg, dy=dy, u=u, g=g) | dict(weight=weight, bias=bias, partial=partial)
+        arguments |= dict(height=u.shape[2], width=u.shape[3], ROWS=rows)
+        yield over_planes(gate_backward, u, tiles, arguments)
     yield add_parts([dweight, dbias], partial)
-
-
-def walk(kernel, x: Tensor, images: dict[str, Tensor], parameters: dict[str, Tensor]) -> Launch:
-    rows, tiles = strips_of(x)
-    sizes = dict(height=x.shape[2], width=x.shape[3], ROWS=rows)
-    return over_planes(kernel, x, tiles, strided(**images) | parameters | sizes)
 
 
 def strips_of(x: Tensor) -> tuple[int, Tiles]:
@@ -86,34 +48,6 @@ def strips_of(x: Tensor) -> tuple[int, Tiles]:
 
 
 @triton.jit(do_not_specialize=["height"])
-def gate(
-    y, y_strides, u, u_strides, g, g_strides, weight, bias, channels, height, width,
-    ROWS: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """y = u * (stencil(g) + bias)"""
-    WIDE: tl.constexpr = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
-    batch, channel, _, line, column = locate_tile(channels, tl.cdiv(height, ROWS), width, LINES, COLUMNS)
-    row = (line + tl.arange(0, LINES)[:, None]) * ROWS
-    column += tl.arange(0, COLUMNS)[None, :]
-    y_at = pixels_of(y, y_strides, batch, channel, row, column)
-    u_at = pixels_of(u, u_strides, batch, channel, row, column)
-    g_at = pixels_of(g, g_strides, batch, channel, row, column) - g_strides[2]
-    w = load_stencil(weight, channel, WIDE)
-    shift = tl.load(bias + channel).to(WIDE)
-    none = tl.zeros((LINES, COLUMNS), WIDE)
-    sums = none + shift, none + shift  # of s: the row above that of g, and the row of g, so far
-    for r in tl.static_range(-1, ROWS + 1):
-        left, here, right = load_around(g_at, g_strides, row + r, column, height, width)
-        s, sums = next_row(sums, w, left.to(WIDE), here.to(WIDE), right.to(WIDE), shift)
-        g_at += g_strides[2]
-        if r > 0:
-            inside = (row + (r - 1) < height) & (column < width)
-            store(y_at, tl.load(u_at, mask=inside, other=0).to(WIDE) * s, inside)
-            y_at += y_strides[2]
-            u_at += u_strides[2]
-
-
-@triton.jit(do_not_specialize=["height"])
 def gate_backward(
     du, du_strides, dg, dg_strides, dy, dy_strides, u, u_strides, g, g_strides, weight, bias, partial,
     channels, height, width,
@@ -121,7 +55,7 @@ def gate_backward(
 ):  # fmt: skip
     """du = dy * s, dg = transposed stencil(dc), and partial[part] = sums over a part of dc * g at each tap, and of dc.
 
-    As above, s = stencil(g) + bias and dc = dy * u. partial is (parts, 9 C + C).
+    s = stencil(g) + bias and dc = dy * u. partial is (parts, 9 C + C).
     """
     WIDE: tl.constexpr = partial.dtype.element_ty
     batch, channel, part, line, column = locate_tile(channels, tl.cdiv(height, ROWS), width, LINES, COLUMNS)

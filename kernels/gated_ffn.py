@@ -4,7 +4,7 @@
                u = GELU(LN(x) @ W_u);  h = u * (stencil(g) + bias_gate);  y = x + GELU(h @ W_2)             one more
     backward   u and g again                                                     one launch (`norm_pointwise`)
                h and z = h @ W_2 again;  dz = dy * GELU'(z);  dh = dz @ transposed W_2                      one more
-               the gradients of `depthwise_gate`, of weight_2 (`products`) and of `norm_pointwise`
+               the gradients of the gate (`depthwise_gate`), of weight_2 (`products`) and of `norm_pointwise`
 
 What neighbours must see goes through memory: g, in forward. A program of forward has PIXELS pixels and goes over blocks
 of channels; g's workspace has channels innermost, so that all nine shifts of a block are wide, aligned loads.

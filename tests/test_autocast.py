@@ -5,7 +5,6 @@ What each operator casts, and to what, is tested beside it.
 
 import pytest
 import test_calibrate
-import test_depthwise_gate
 import test_gated_ffn
 import test_low_rank_experts
 import test_norm_conv3x3
@@ -22,7 +21,6 @@ from seemore_fast import ops, reference
 IMAGE = (2, 8, 6, 7)  # 42 pixels: of kernels' tiles, one of 16-bit pixels, two of float32
 CASES = {
     "calibrate": (test_calibrate, {"recursive": 1}),
-    "depthwise_gate": (test_depthwise_gate, {}),
     "gated_ffn": (test_gated_ffn, {}),
     "low_rank_experts": (test_low_rank_experts, {"ranks": (2, 4, 8)}),
     "norm_conv3x3": (test_norm_conv3x3, None),  # they go with its tensors

@@ -23,9 +23,6 @@ WARPS = {
     r"striped_conv_walk_backward_\w+Li(3|7|11)ELi[24]E": 12,
     r"striped_conv_walk_backward_row.*Li3ELi[24]E": 16,
     r"striped_conv_walk_\w+ELi1EE": 8,
-    r"depthwise_gate_forward\w+Li[24]E": 20,
-    r"depthwise_gate_\w+Li[24]E": 12,
-    r"depthwise_gate_\w+Li1E": 8,
 }
 BLOCK_WARPS = 2
 SHARED = {75: 64, 80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # KB of a multiprocessor

@@ -14,7 +14,7 @@ from torch import Tensor
 from seemore_fast import backends, ops
 
 # What a multiprocessor holds at once, rows that a strip needs on either side, columns shared by two strips.
-KINDS = {"K = 11": (12, 5, 0), "K = 3": (16, 1, 0), "gate": (20, 1, 0), "row, K = 11": (12, 5, 8)}
+KINDS = {"K = 11": (12, 5, 0), "K = 3": (16, 1, 0), "row, K = 11": (12, 5, 8)}
 PICTURES = [(480, 640), (1080, 1920), (2160, 3840)]
 H200, A100, RTX_3090 = 132, 108, 82
 
@@ -58,7 +58,7 @@ def test_strips_cover_the_image_once(library, kind, multiprocessors):
 
 
 @pytest.mark.parametrize("multiprocessors", [H200, A100, RTX_3090])
-@pytest.mark.parametrize("kind", ["K = 11", "K = 3", "gate"])
+@pytest.mark.parametrize("kind", ["K = 11", "K = 3"])
 def test_large_images_keep_all_multiprocessors_busy(library, kind, multiprocessors):
     """The busiest one goes through hardly more rows than if all shared all rows evenly, without those beside strips."""
     for height, width in PICTURES:
@@ -105,9 +105,7 @@ def tensors_of(name: str, taps: int, dtype: torch.dtype) -> tuple[dict[str, Tens
     """Return an operator's tensors, the names of those that are images, and its options."""
     shapes, options = striped_shapes(2, taps), {"activation": "gelu"}
     images = ["x", "gate"] if name == "striped_conv" else ["x"]
-    if name == "depthwise_gate":
-        images, shapes, options = ["u", "g"], {"weight": (2, 1, 3, 3), "bias": (2,)}, {}
-    elif name == "calibrate":
+    if name == "calibrate":
         images, shapes, options = ["k"], calibrate_shapes(2), {"recursive": 2}
     tensors = random_parameters({image: (1, 2, 37, 72) for image in images} | shapes, "cpu")
     return cast(tensors, dtype), images, options

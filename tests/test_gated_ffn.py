@@ -98,7 +98,9 @@ def test_many_lines(backend, device, shape):
 
 @each_kernel("gated_ffn")
 @pytest.mark.parametrize(
-    "shape", [(1, 36, 7, 41), (1, 48, 3, 9), (1, 64, 3, 5), (3, 1, 1, 1), (2, 17, 1, 33), (1, 5, 70, 1)], ids=str
+    "shape",
+    [(1, 36, 7, 41), (1, 48, 3, 9), (1, 64, 3, 5), (3, 1, 1, 1), (2, 17, 1, 33), (1, 5, 70, 1), (1, 1, 150, 70)],
+    ids=str,
 )
 def test_sizes(backend, device, shape):
     for dtype in (torch.float32,) if shape[1] > 36 else (torch.float32, torch.bfloat16):

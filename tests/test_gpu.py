@@ -48,10 +48,6 @@ class Call(NamedTuple):
         return [*(result.detach() for result in results), *gradients]
 
 
-def gate_shapes(channels: int) -> dict[str, tuple[int, ...]]:
-    return {"weight": (channels, 1, 3, 3), "bias": (channels,)}
-
-
 def router_shapes(channels: int) -> dict[str, tuple[int, ...]]:
     return {"weight": (3, channels)}
 
@@ -84,7 +80,6 @@ CALLS = {
         )
         for taps in (3, 5, 7, 11, 31)
     },
-    "depthwise_gate": Call("depthwise_gate", ("u", "g"), gate_shapes, {}),
     "calibrate 1": Call("calibrate", ("k",), calibrate_shapes, {"recursive": 1}),
     "calibrate 2": Call("calibrate", ("k",), calibrate_shapes, {"recursive": 2}),
     "router": Call("router", ("a",), router_shapes, {"top_k": 1}),

@@ -31,7 +31,7 @@ def test_operations_of_striped_conv():
     assert counted == [2, 5, 6, 6]
 
 
-STEMS = ["striped_conv", "depthwise_gate", "calibrate", "router"]
+STEMS = ["striped_conv", "calibrate", "router"]
 STEMS += ["norm_pointwise", "gated_ffn", "norm_conv3x3", "low_rank_experts"]
 STEMS += ["pointwise", "conv3x3_shuffle", "striped_conv_router", "rme_block", "sme_block"]
 
@@ -161,7 +161,7 @@ def test_pytest_fails_a_wrong_provider(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("operator", ["depthwise_gate", "router"])
+@pytest.mark.parametrize("operator", ["striped_conv", "router"])
 def test_compiled_peers(bench, tmp_path, operator):
     """Not calibrate, whose backward torch 2.13 does not compile for a small map of one pixel."""
     bench(operator, "--results", tmp_path, "--compile")
@@ -203,9 +203,6 @@ def test_work_is_what_torch_counts(work):
     found = {
         "striped_conv K=11, forward": counted(reference.striped_conv, *on_meta(1, striped)),
         "striped_conv K=3 gelu, forward": counted(reference.striped_conv, *on_meta(1, striped_shapes(c, 3))),
-        "depthwise_gate, forward": counted(
-            reference.depthwise_gate, *on_meta(2, {"weight": (c, 1, 3, 3), "bias": (c,)})
-        ),
         "calibrate, forward": counted(reference.calibrate, *on_meta(1, calibrate_shapes(c)), 2) + 4 * c * pixels,
         "norm_pointwise C to 2C gelu": counted(reference.norm_pointwise, *on_meta(1, norm | wide)),
         "norm_conv3x3 C to C gelu to 2C": counted(
@@ -228,9 +225,7 @@ def test_work_of_blocks_is_what_torch_counts(work):
 
 def test_work_of_backward_holds_that_of_its_convolutions(work):
     """What is computed again comes on top."""
-    striped, gate = work["striped_conv K=11, backward"], work["depthwise_gate, backward"]
-    assert striped.vector == 5 / 2 * work["striped_conv K=11, forward"].vector
-    assert gate.vector == 3 * work["depthwise_gate, forward"].vector
+    assert work["striped_conv K=11, backward"].vector == 5 / 2 * work["striped_conv K=11, forward"].vector
 
 
 def test_the_readme_has_the_table():

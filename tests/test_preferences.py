@@ -46,11 +46,11 @@ def test_what_was_measured_goes_first(files, gpu):
     assert backends.choose("calibrate", gpu) == "cuda"
     write(files / "shipped.json", {"calibrate": {"float32": ["triton", "reference", "cuda"]}})
     assert backends.choose("calibrate", gpu) == "triton"
-    assert backends.choose("striped_conv", gpu) == "cuda"
+    assert backends.choose("striped_conv", gpu, 3) == "cuda"
     write(preferences.user_file(), {"calibrate": {"float32": ["reference", "cuda"], "float16": ["cuda"]}})
     assert backends.choose("calibrate", gpu) == "reference"
     with use_backend("reference"):
-        assert backends.choose("striped_conv", gpu) == "reference"
+        assert backends.choose("striped_conv", gpu, 3) == "reference"
 
 
 def test_other_devices_and_dtypes_are_not_concerned(files, gpu):

@@ -11,7 +11,10 @@ inline StripedConv striped_conv_inputs(const Check& check, const Tensor& x, cons
                                        bool gelu, const std::optional<Tensor>& gate) {
   const auto [batch, channels, height, width] = size(x);
   const int64_t taps = weight_row.dim() == 4 ? weight_row.size(3) : 0;
-  if (taps % 2 == 0) check.refuse("weight_row", "has " + std::to_string(taps) + " taps", "an odd number");
+  if (kIsCuda ? taps != 3 && taps != 7 && taps != 11 : taps % 2 == 0) {
+    check.refuse("weight_row", "has " + std::to_string(taps) + " taps", kIsCuda ? "3, 7 or 11" : "an odd number");
+  }
+  if (kIsCuda && check.dtype() == DType::float64) check.refuse("x", "is float64", "float32, float16 or bfloat16");
   check.parameter("weight_row", weight_row, {channels, 1, 1, taps});
   check.parameter("bias_row", bias_row, {channels});
   check.parameter("weight_col", weight_col, {channels, 1, taps, 1});

@@ -115,16 +115,6 @@ void calibrate_backward(const Calibrate& inputs, const CalibrateGradients& gradi
   chosen->calibrate_backward(inputs, gradients, stream);
 }
 
-void depthwise_gate(const DepthwiseGate& inputs, const Image& y, void* stream) {
-  chosen->depthwise_gate(inputs, y, stream);
-}
-
-int64_t depthwise_gate_parts(const DepthwiseGate& inputs) { return chosen->depthwise_gate_parts(inputs); }
-
-void depthwise_gate_backward(const DepthwiseGate& inputs, const DepthwiseGateGradients& gradients, void* stream) {
-  chosen->depthwise_gate_backward(inputs, gradients, stream);
-}
-
 void norm_pointwise(const NormPointwise& inputs, const TypedImage& residual, const TypedImage& y) {
   chosen->norm_pointwise(inputs, residual, y);
 }

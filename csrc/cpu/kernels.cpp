@@ -14,9 +14,6 @@ decltype(seemore::network_sizes) network_sizes;
 decltype(seemore::network_pack) network_pack;
 decltype(seemore::network_memory) network_memory;
 decltype(seemore::network) network;
-decltype(seemore::depthwise_gate) depthwise_gate;
-decltype(seemore::depthwise_gate_parts) depthwise_gate_parts;
-decltype(seemore::depthwise_gate_backward) depthwise_gate_backward;
 decltype(seemore::pool_parts) pool_parts;
 decltype(seemore::pool) pool;
 decltype(seemore::spread) spread;
@@ -43,9 +40,6 @@ const Kernels kernels{SEEMORE_NAME(SEEMORE_ISA),
                       network_pack,
                       network_memory,
                       network,
-                      depthwise_gate,
-                      depthwise_gate_parts,
-                      depthwise_gate_backward,
                       pool_parts,
                       pool,
                       spread,

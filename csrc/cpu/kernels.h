@@ -2,7 +2,6 @@
 #pragma once
 
 #include "calibrate.h"
-#include "depthwise_gate.h"
 #include "gated_ffn.h"
 #include "low_rank_experts.h"
 #include "network.h"
@@ -23,9 +22,6 @@ struct Kernels {
   decltype(&seemore::network_pack) network_pack;
   decltype(&seemore::network_memory) network_memory;
   decltype(&seemore::network) network;
-  decltype(&seemore::depthwise_gate) depthwise_gate;
-  decltype(&seemore::depthwise_gate_parts) depthwise_gate_parts;
-  decltype(&seemore::depthwise_gate_backward) depthwise_gate_backward;
   decltype(&seemore::pool_parts) pool_parts;
   decltype(&seemore::pool) pool;
   decltype(&seemore::spread) spread;

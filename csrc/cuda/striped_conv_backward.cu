@@ -6,7 +6,7 @@
 // times x, are the sums for weight_row. Strips of the second overlap, for nobody stores dr.
 //
 // Predicted for an H200, x (1, 36, 480, 640), K = 11, bytes of both walks, not yet run on a GPU; see
-// striped_conv_forward.cu. The floor is that of one walk, which would not have the registers.
+// striped_conv.cu. The floor is that of one walk, which would not have the registers.
 //
 //                     bytes    floor    instructions   to issue   predicted   registers   shared per block
 //   float32           221 MB   30.9 us  38 + 47        28 us      60 us       168, 166    5,120 and 10,240 bytes
@@ -243,14 +243,14 @@ Walks walks_of(const StripedConv& conv) {
 
 namespace seemore {
 
-StripedConvWorkspace walk_striped_conv_workspace(const StripedConv& conv) {
+StripedConvWorkspace striped_conv_workspace(const StripedConv& conv) {
   const Walks walks = walks_of(conv);
   const Size& size = conv.size;
   return {walks.column.parts(size) + walks.row.parts(size),
           walks.stores_ds ? size.batch * size.channels * size.height * size.width : 0};
 }
 
-void walk_striped_conv_backward(const StripedConv& conv, const StripedConvGradients& gradients, void* stream) {
+void striped_conv_backward(const StripedConv& conv, const StripedConvGradients& gradients, void* stream) {
   const Walks walks = walks_of(conv);
   if (walks.column.strips == 0) return;
   const Size& size = conv.size;

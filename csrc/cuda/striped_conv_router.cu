@@ -7,12 +7,11 @@
 namespace seemore {
 
 int64_t striped_conv_router_parts(const StripedConv& conv) {
-  if (!can_walk(conv)) throw std::runtime_error("striped_conv_router: expected 3, 7 or 11 taps and not float64");
-  return walk_striped_conv_sums(conv);
+  return striped_conv_sum_parts(conv);
 }
 
 void striped_conv_router(const StripedConv& conv, const Image& y, float* sums, void* stream) {
-  walk_striped_conv(conv, y, sums, stream);
+  striped_conv_with_sums(conv, y, sums, stream);
 }
 
 }  // namespace seemore

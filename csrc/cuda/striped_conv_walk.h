@@ -1,4 +1,4 @@
-// The fast kernels of striped_conv, for K = 3, 7, 11 in float32, float16 and bfloat16, and what they share.
+// The kernels of striped_conv, for K = 3, 7, 11 in float32, float16 and bfloat16: what they share.
 #pragma once
 
 #include "striped_conv.h"
@@ -6,16 +6,9 @@
 
 namespace seemore {
 
-// Whether the fast kernels serve these; else those of striped_conv.cu do, which serve all.
-inline bool can_walk(const StripedConv& conv) {
-  return conv.dtype != DType::float64 && (conv.taps == 3 || conv.taps == 7 || conv.taps == 11);
-}
-
-// Writes (parts, B, C) sums of y, too, as many parts as walk_striped_conv_sums tells, unless `sums` is null.
-void walk_striped_conv(const StripedConv& conv, const Image& y, float* sums, void* stream);
-int64_t walk_striped_conv_sums(const StripedConv& conv);
-StripedConvWorkspace walk_striped_conv_workspace(const StripedConv& conv);
-void walk_striped_conv_backward(const StripedConv& conv, const StripedConvGradients& gradients, void* stream);
+// Writes (parts, B, C) sums of y, too, as many parts as striped_conv_sum_parts, unless `sums` is null.
+void striped_conv_with_sums(const StripedConv& conv, const Image& y, float* sums, void* stream);
+int64_t striped_conv_sum_parts(const StripedConv& conv);
 
 }  // namespace seemore
 

@@ -118,14 +118,3 @@ __device__ A gelu_slope(A s) {
   constexpr A kInverseSqrtTwoPi = 0.39894228040143267794;
   return normal_cdf(s) + s * kInverseSqrtTwoPi * exp(A(-0.5) * s * s);
 }
-
-// For a result of type T.
-template <typename T, typename A>
-__device__ A activate(A s, seemore::Activation activation) {
-  return activation == seemore::Activation::gelu ? gelu_to<T>(s) : s;
-}
-
-template <typename A>
-__device__ A activation_slope(A s, seemore::Activation activation) {
-  return activation == seemore::Activation::gelu ? gelu_slope(s) : A(1);
-}

@@ -17,13 +17,6 @@ constexpr dim3 kBlock(kWarp, kBlockWarps);
 template <typename T>
 using Quad = Pack<T, kQuad>;
 
-__device__ inline Quad<float> product(const Quad<float>& a, const Quad<float>& b) {
-  Quad<float> result;
-#pragma unroll
-  for (int v = 0; v < kQuad; ++v) result.value[v] = a.value[v] * b.value[v];
-  return result;
-}
-
 __device__ inline float sum_of_quad(const Quad<float>& quad) {
   return (quad.value[0] + quad.value[1]) + (quad.value[2] + quad.value[3]);
 }
@@ -231,13 +224,6 @@ class Feed {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) stage.row(half, r)[place_] = widen(rows[r]);
     if (edge_row_ < kRows) stage.row(half, edge_row_)[edge_place_] = widen(edge);
-  }
-
-  // The same of the products with another image's rows.
-  __device__ void put_product(const Feed& other, Stage<kRows, kHalo>& stage, int half) const {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) stage.row(half, r)[place_] = product(widen(rows[r]), widen(other.rows[r]));
-    if (edge_row_ < kRows) stage.row(half, edge_row_)[edge_place_] = product(widen(edge), widen(other.edge));
   }
 
   Words<T, kQuad> rows[kRows], edge;

@@ -25,7 +25,7 @@ MATRIX = dict(capability=(8, 0), most=64)
 
 
 class Kernel(NamedTuple):
-    """A backend that has an operator: on which devices, for which dtypes, up to how many taps or channels.
+    """A backend that has an operator: on which devices, for which dtypes, up to how many channels, for which taps.
 
     For fewer than `least` elements of x ``"auto"`` takes the reference, which has less overhead (measured:
     benchmarks/bench_<op>.py).
@@ -34,7 +34,8 @@ class Kernel(NamedTuple):
     backend: str
     device: str
     dtypes: tuple[torch.dtype, ...] = ALL
-    most: int = 2**31  # taps of the kernel; channels, where these are summed over
+    most: int = 2**31  # channels, where these are summed over
+    taps: tuple[int, ...] = ()  # of a convolution; none for any number
     least: int = 0
     capability: tuple[int, int] = (0, 0)  # least compute capability of a GPU
 
@@ -44,18 +45,13 @@ class Kernel(NamedTuple):
 KERNELS = {
     "striped_conv": [
         Kernel("cpu", "cpu", CPU),
-        Kernel("cuda", "cuda", most=31),
+        Kernel("cuda", "cuda", FLOATS, taps=(3, 7, 11)),
         Kernel("triton", "cuda", **STENCIL),
     ],
     "striped_conv_router": [
         Kernel("cpu", "cpu", (torch.float32, torch.bfloat16)),
         Kernel("cuda", "cuda", FLOATS),
         Kernel("triton", "cuda", FLOATS, **STENCIL),
-    ],
-    "depthwise_gate": [
-        Kernel("cpu", "cpu", CPU),
-        Kernel("cuda", "cuda", FLOATS),
-        Kernel("triton", "cuda", **STENCIL),
     ],
     "calibrate": [Kernel("cpu", "cpu", CPU), Kernel("cuda", "cuda"), Kernel("triton", "cuda", **STENCIL)],
     "router": [Kernel("cpu", "cpu", CPU), Kernel("cuda", "cuda"), Kernel("triton", "cuda", **STENCIL)],
@@ -202,6 +198,7 @@ def _serving(operator: str, x: Tensor, size: int, dtypes: set[torch.dtype]) -> l
         if (kernel.device == x.device.type or (kernel.backend == "triton" and interpreted()))
         and dtypes <= set(kernel.dtypes)
         and size <= kernel.most
+        and (not kernel.taps or size in kernel.taps)
         and why_not(kernel.backend, x.device) is None
         and _has_capability(kernel, x.device)
     ]

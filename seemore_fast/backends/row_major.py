@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-OPERATORS = ("striped_conv", "striped_conv_router", "depthwise_gate", "calibrate")
+OPERATORS = ("striped_conv", "striped_conv_router", "calibrate")
 
 
 def in_rows(image: Tensor) -> bool:

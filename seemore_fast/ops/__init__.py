@@ -2,7 +2,6 @@
 
 from .calibrate import calibrate
 from .conv3x3_shuffle import conv3x3_shuffle
-from .depthwise_gate import depthwise_gate
 from .gated_ffn import gated_ffn
 from .low_rank_experts import low_rank_experts
 from .norm_conv3x3 import norm_conv3x3
@@ -17,7 +16,6 @@ from .striped_conv_router import striped_conv_router
 __all__ = [
     "calibrate",
     "conv3x3_shuffle",
-    "depthwise_gate",
     "gated_ffn",
     "low_rank_experts",
     "norm_conv3x3",

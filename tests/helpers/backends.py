@@ -31,14 +31,17 @@ calls: set[tuple[str, str]] = set()  # (backend, operator) of all kernels, and f
 
 
 class Backend(str):
-    """The name of a backend, for tests of one operator, and the dtypes that it has kernels of that operator for."""
+    """The name of a backend, for tests of one operator, and what it has kernels of that operator for."""
 
     operator: str
     dtypes: tuple[torch.dtype, ...]
+    taps: tuple[int, ...]  # none for any number
 
-    def __new__(cls, name: str, operator: str, dtypes: tuple[torch.dtype, ...] = backends.ALL):
+    def __new__(
+        cls, name: str, operator: str, dtypes: tuple[torch.dtype, ...] = backends.ALL, taps: tuple[int, ...] = ()
+    ):
         backend = super().__new__(cls, name)
-        backend.operator, backend.dtypes = operator, dtypes
+        backend.operator, backend.dtypes, backend.taps = operator, dtypes, taps
         return backend
 
     @property
@@ -78,7 +81,7 @@ def each_backend(operator: str, interpreted: bool = True, dtype: torch.dtype | N
     """Parametrise `backend` over the backends that have `operator`, in `dtype` if given, and can be tested here.
 
     With `interpreted` false, Triton's interpreter is left out, which takes minutes for some tests. Where a test has a
-    parameter `dtype` as well, conftest.py leaves out the pairs that have no kernel.
+    parameter `dtype` or `taps` as well, conftest.py leaves out the pairs that have no kernel.
     """
     return pytest.mark.parametrize(
         "backend", [Backend("reference", operator), *kernels_of(operator, interpreted, dtype)]
@@ -91,11 +94,11 @@ def each_kernel(operator: str, interpreted: bool = True, dtype: torch.dtype | No
 
 
 def kernels_of(operator: str, interpreted: bool = True, dtype: torch.dtype | None = None) -> list[Backend]:
-    have = {kernel.backend: kernel.dtypes for kernel in backends.KERNELS.get(operator, ())}
+    have = {kernel.backend: kernel for kernel in backends.KERNELS.get(operator, ())}
     if backends.interpreted() and not interpreted:
         have.pop("triton", None)
     names = [name for name, reason in usable().items() if reason is None and family(name) in have]
-    found = [Backend(name, operator, have[family(name)]) for name in names]
+    found = [Backend(name, operator, have[family(name)].dtypes, have[family(name)].taps) for name in names]
     return [backend for backend in found if dtype is None or dtype in backend.dtypes]
 
 

@@ -132,14 +132,10 @@ def naive_conv3x3_shuffle(x, weight, bias, mean, scale, img_range=1.0):
     return torch.stack(rows, dim=-2).flatten(2, 3) / img_range + mean
 
 
-def naive_depthwise_gate(u, g, weight, bias):
-    return u * naive_depthwise(g, weight, bias)
-
-
 def naive_gated_ffn(x, norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2, eps=1e-6):
     channels = x.shape[1]
     ug = naive_gelu(naive_conv1x1(naive_layer_norm(x, norm_weight, norm_bias, eps), weight_1, bias_1))
-    gated = naive_depthwise_gate(ug[:, :channels], ug[:, channels:], weight_gate, bias_gate)
+    gated = ug[:, :channels] * naive_depthwise(ug[:, channels:], weight_gate, bias_gate)
     return x + naive_gelu(naive_conv1x1(gated, weight_2, bias_2))
 
 

@@ -17,15 +17,8 @@ STRIPS = {
 
 def walk(name: str, shape: tuple[int, ...], taps: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return y and the gradients of an operator, by the library that is loaded."""
-    images = {"u": shape, "g": shape} if name == "depthwise_gate" else {"x": shape}
-    channels, options = shape[1], {}
-    if name == "depthwise_gate":
-        shapes = {"weight": (channels, 1, 3, 3), "bias": (channels,)}
-    else:
-        shapes, options = striped_shapes(channels, taps), {"activation": "gelu"}
-        images |= {"gate": shape} if name == "striped_conv" else {}
-    tensors = cast(random_parameters(images | shapes, "cpu"), dtype)
-    return value_and_gradients(getattr(ops, name), tensors, **options)
+    shapes = {"x": shape, "gate": shape} | striped_shapes(shape[1], taps)
+    return value_and_gradients(getattr(ops, name), cast(random_parameters(shapes, "cpu"), dtype), activation="gelu")
 
 
-WALKS = [("depthwise_gate", 3), ("striped_conv", 3), ("striped_conv", 7), ("striped_conv", 11)]
+WALKS = [("striped_conv", 3), ("striped_conv", 7), ("striped_conv", 11)]
