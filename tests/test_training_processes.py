@@ -1,7 +1,6 @@
-"""Runs as processes: stopped by signals and by force, two at once, started anew."""
+"""Runs as processes: stopped by signals, killed, two at once, restarted."""
 
 import contextlib
-import csv
 import os
 import random
 import signal
@@ -12,15 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.training import arguments, newest, trainer
+from helpers.training import arguments, newest, rows, trainer
 
 from seemore_fast.training.checkpoints import Checkpoints
 
-pytest.importorskip("yaml", reason="configurations are YAML")
+LONG = ["steps=100000", "validation.every=100000", "log.every=1"]
+OUTPUT = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 
 
-def command(work, *more, out="run"):
-    return [sys.executable, "-m", "seemore_fast.cli", "train", *arguments(work, *more, out=out), "--device", "cpu"]
+def command(work, *overrides):
+    return [sys.executable, "-m", "seemore_fast.cli", "train", *arguments(work, *overrides), "--device", "cpu"]
+
+
+def torchrun(module, *arguments, options=()):
+    """Return the command line of two processes."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return [*start, *options, *module, *arguments]
 
 
 def wait_for(condition, process, seconds=60):
@@ -29,18 +35,15 @@ def wait_for(condition, process, seconds=60):
             return
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    raise AssertionError("it took too long")
+    raise AssertionError("timeout")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_signal_finishes_the_step_and_saves(work, number, workers):
-    """To the process, or, as a scheduler or a terminal sends it, to all of its group, workers included."""
-    told = ["steps=100000", "validation.every=100000", "checkpoint.every=100000", "log.every=1"]
-    process = subprocess.Popen(
-        command(work, *told, f"data.workers={workers}"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+    """To the process or, as from a scheduler or a terminal, to its process group with all workers."""
+    overrides = [*LONG, "checkpoint.every=100000", f"data.workers={workers}"]
+    process = subprocess.Popen(command(work, *overrides), **OUTPUT, start_new_session=True)
     table = work / "run" / "steps.csv"
     try:
         wait_for(lambda: table.exists() and len(table.read_text().splitlines()) > 3, process)
@@ -55,63 +58,54 @@ def test_a_signal_finishes_the_step_and_saves(work, number, workers):
     assert trainer(work, "steps=100000", resume="auto").step == step
 
 
-def test_a_step_that_fails_ends_the_workers_too(work):
+def test_a_failed_step_ends_the_workers(work):
     code = (
         "import sys\nfrom seemore_fast.training.trainer import Trainer\n"
         "def fail(*batch):\n    raise RuntimeError('out of luck')\n"
         "Trainer.train_step = fail\nfrom seemore_fast.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
-    told = ["train", *arguments(work, "data.workers=2"), "--device", "cpu"]
-    ended = subprocess.run([sys.executable, "-c", code, *told], capture_output=True, text=True, timeout=120)
+    line = [sys.executable, "-c", code, *command(work, "data.workers=2")[3:]]
+    ended = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1 and "RuntimeError: out of luck" in ended.stderr
 
 
-def test_killed_at_any_moment_it_loses_the_steps_since_a_checkpoint_alone(work):
-    told = ["steps=100000", "validation.every=100000", "checkpoint.every=2", "log.every=1", "data.batch=2"]
-    rng, reached = random.Random(0), 0
+def test_a_killed_run_loses_only_the_steps_since_its_checkpoint(work):
+    overrides = [*LONG, "checkpoint.every=2", "data.batch=2"]
+    rng, reached, folder = random.Random(0), 0, Checkpoints(work / "run" / "checkpoints", 2)
     for _ in range(4):
         process = subprocess.Popen(
-            [*command(work, *told), "--resume", "auto"], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+            [*command(work, *overrides), "--resume", "auto"], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
         )
-        folder = Checkpoints(work / "run" / "checkpoints", 2)
         wait_for(lambda: folder.steps() and folder.steps()[-1] > reached, process)  # noqa: B023
         time.sleep(rng.uniform(0, 0.4))
         process.kill()
         process.wait()
         with contextlib.suppress(FileNotFoundError):
-            rows = (work / "run" / "steps.csv").read_text().splitlines()
-        done = int(rows[-1].split(",")[0]) if rows[-1].count(",") == rows[0].count(",") else 0
+            lines = (work / "run" / "steps.csv").read_text().splitlines()
+        done = int(lines[-1].split(",")[0]) if lines[-1].count(",") == lines[0].count(",") else 0
         state = newest(work)
         assert state["step"] > reached and state["step"] >= done - 2
         reached = state["step"]
     for path in (work / "run" / "checkpoints", work / "run"):
         (path / ".seemore-fast.1.tmp.pt").write_bytes(b"half of a file")
-    assert trainer(work, *told, resume="auto").step == reached
+    assert trainer(work, *overrides, resume="auto").step == reached
     assert not list((work / "run").rglob(".seemore-fast*"))
 
 
-def in_two(work, *more, out, torchrun=()):
-    """Return the command line and environment of a run in two processes."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *torchrun]
-    told = [*start, "-m", "seemore_fast.training", *arguments(work, *more, out=out), "--device", "cpu"]
-    return told, {**os.environ, "OMP_NUM_THREADS": "1"}
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def test_two_processes_with_half_the_batch_give_the_weights_of_one(work):
-    told = ["precision=fp64", "steps=20", "validation.every=20", "loss.fft=0.1", "optimizer.lr=1e-3"]
-    assert trainer(work, *told, out="one").run()
-    line, environment = in_two(work, *told, out="two")
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+def test_two_processes_give_the_weights_of_one(work):
+    overrides = ["precision=fp64", "steps=20", "validation.every=20", "loss.fft=0.1", "optimizer.lr=1e-3"]
+    assert trainer(work, *overrides, out="one").run()
+    line = torchrun(["-m", "seemore_fast.training"], *arguments(work, *overrides, out="two"), "--device", "cpu")
+    done = subprocess.run(line, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     one, two = newest(work, "one"), newest(work, "two")
     for kind in ("model", "average"):
         for name, weight in one[kind].items():
             torch.testing.assert_close(two[kind][name], weight, rtol=1e-9, atol=1e-9)
-    rows = []
-    for out in ("one", "two"):
-        with (work / out / "validation.csv").open() as file:
-            rows.append(next(csv.DictReader(file)))
-    assert rows[0] == rows[1]
+    assert rows(work / "one" / "validation.csv")[0] == rows(work / "two" / "validation.csv")[0]
 
 
 RUN_IF = """
@@ -131,23 +125,23 @@ world.close()
 """
 
 
-def test_what_one_of_two_processes_finds_wrong_both_raise(tmp_path):
+def test_an_error_in_one_process_is_raised_in_both(tmp_path):
     (tmp_path / "run_if.py").write_text(RUN_IF)
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "run_if.py"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(torchrun([tmp_path / "run_if.py"]), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    for said in ("<ConfigError of 0: the disk is full>", "<OSError of 1: the disk is full>"):
-        assert said in done.stdout
+    for line in ("<ConfigError of 0: the disk is full>", "<OSError of 1: the disk is full>"):
+        assert line in done.stdout
 
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_run_that_lost_a_process(work):
-    """Elastic: all processes are started anew, and go on from the last checkpoint to the end."""
-    told = ["steps=60", "validation.every=60", "checkpoint.every=5", "data.batch=2", "log.every=1"]
-    line, environment = in_two(work, *told, out="run", torchrun=["--max-restarts=1", "--monitor-interval=0.2"])
-    process = subprocess.Popen(
-        [*line, "--resume", "auto"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    """Elastic: all processes are restarted, and continue from the last checkpoint to the end."""
+    overrides = ["steps=60", "validation.every=60", "checkpoint.every=5", "data.batch=2", "log.every=1"]
+    line = torchrun(
+        ["-m", "seemore_fast.cli", "train"], *arguments(work, *overrides), "--device", "cpu", "--resume", "auto",
+        options=["--max-restarts=1", "--monitor-interval=0.2"],
+    )  # fmt: skip
+    process = subprocess.Popen(line, env=ONE_THREAD, **OUTPUT)
     folder = Checkpoints(work / "run" / "checkpoints", 2)
     wait_for(lambda: folder.steps(), process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -156,5 +150,4 @@ def test_torchrun_restarts_a_run_that_lost_a_process(work):
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert killed_at < 60 and newest(work)["step"] == 60
-    rows = [int(line.split(",")[0]) for line in (work / "run" / "steps.csv").read_text().splitlines()[1:]]
-    assert rows == list(range(1, 61))
+    assert [int(row["step"]) for row in rows(work / "run" / "steps.csv")] == list(range(1, 61))

@@ -1,10 +1,17 @@
 """A tiny run, for the tests of training; the fixture `work` makes its images."""
 
+import csv
+
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from seemore_fast.io.resize import bicubic_resize
+
+pytest.importorskip("pydantic", reason="needs the train extra")
+pytest.importorskip("yaml", reason="needs the train extra")
+
 from seemore_fast.training.checkpoints import Checkpoints
 from seemore_fast.training.config import load_config
 from seemore_fast.training.trainer import Trainer
@@ -34,22 +41,39 @@ def make_work(tmp_path):
 
 
 def arguments(work, *overrides, out="run"):
-    told = [f"data.train={work}/photos", f"validation.data.held={work}/held_out", f"out={work}/{out}"]
-    return [str(work / "tiny.yml"), *told, f"data.cache={work}/cache", *overrides]
+    folders = [f"data.train={work}/photos", f"validation.data.held={work}/held_out", f"out={work}/{out}"]
+    return [str(work / "tiny.yml"), *folders, f"data.cache={work}/cache", *overrides]
 
 
 def trainer(work, *overrides, out="run", resume=None):
-    path, *told = arguments(work, *overrides, out=out)
-    return Trainer(load_config(path, told)[0], resume=resume)
+    path, *overrides = arguments(work, *overrides, out=out)
+    return Trainer(load_config(path, overrides)[0], resume=resume)
 
 
-def everything(state):
-    """Return all tensors of a checkpoint, in one order."""
-    optimizer = [v for of in state["optimizer"]["state"].values() for v in of.values()]
-    return [*state["model"].values(), *state["average"].values(), *map(torch.as_tensor, optimizer), state["random"]]
+def stopped(work, *overrides, step=5, **options):
+    """Return a trainer that has run to a step, after which the run can be resumed."""
+    run = trainer(work, *overrides, **options)
+    run.run(until=step)
+    return run
+
+
+def checkpoint(work, step, out="run"):
+    return work / out / "checkpoints" / f"step_{step:09d}.pt"
 
 
 def newest(work, out="run"):
-    state, complaints = Checkpoints(work / out / "checkpoints", 9).newest()
-    assert not complaints
+    state, errors = Checkpoints(work / out / "checkpoints", 9).newest()
+    assert not errors
     return state
+
+
+def tensors(state):
+    """Return all tensors of a checkpoint, in one order."""
+    optimizer = [value for moments in state["optimizer"]["state"].values() for value in moments.values()]
+    return [*state["model"].values(), *state["average"].values(), *map(torch.as_tensor, optimizer), state["random"]]
+
+
+def rows(path):
+    """Return the rows of a CSV file."""
+    with path.open() as file:
+        return list(csv.DictReader(file))
