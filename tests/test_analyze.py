@@ -1,66 +1,59 @@
-"""What the analysis says of a network, against counts and gradients made another way; and its command."""
-
-import csv
+"""Analysis of networks, against counts and gradients computed another way; and its command."""
 
 import numpy as np
 import pytest
 import torch
+from helpers.images import noise
+from helpers.tables import read_csv
 from PIL import Image
 
-import seemore_fast
-from seemore_fast import cli
+from seemore_fast import SeemoRe, cli
 from seemore_fast.analysis import features, operations, receptive, routing
 from seemore_fast.evaluation.pairs import find_pairs
 from seemore_fast.network.checkpoint import save_model
+from seemore_fast.network.inspection import forward_hooks
 from seemore_fast.network.presets import PRESETS
 from seemore_fast.reference.rme_block import channel_shuffle
 
 plots = pytest.importorskip("seemore_fast.analysis.plots", reason="needs matplotlib")
 
 
-def network(**overrides) -> seemore_fast.SeemoRe:
+def network(**overrides) -> SeemoRe:
     torch.manual_seed(3)
-    return seemore_fast.SeemoRe(
-        **{"scale": 2, **PRESETS["t"], "num_layers": 2, "embedding_dim": 12, **overrides}
-    ).eval()
+    return SeemoRe(**{"scale": 2, **PRESETS["t"], "num_layers": 2, "embedding_dim": 12, **overrides}).eval()
 
 
 @pytest.fixture
-def folder(tmp_path, rng):
+def folder(tmp_path):
     """Two images of a data set called Noise."""
     (tmp_path / "Noise").mkdir()
     for name in ("one", "two"):
-        Image.fromarray(rng.integers(0, 256, (50, 44, 3), dtype=np.uint8)).save(tmp_path / "Noise" / f"{name}.png")
+        Image.fromarray(noise(50, 44, 3)).save(tmp_path / "Noise" / f"{name}.png")
     return tmp_path / "Noise"
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(5)
 
 
 # Operations
 
 
 @pytest.mark.parametrize(("preset", "scale"), operations.PUBLISHED)
-def test_operations_add_up_to_what_was_published(preset, scale):
-    """A crop of rows that the scale does not divide changes the last digit at most."""
+def test_operations_add_up_to_the_published_totals(preset, scale):
+    """Rows cut off because the scale does not divide them change the last digit at most."""
     config = {"scale": scale, **PRESETS[preset]}
     parameters, macs = operations.total(operations.operations(config, 720 // scale, 1280 // scale))
     published = operations.PUBLISHED[preset, scale]
-    assert parameters == published[0] == sum(p.numel() for p in seemore_fast.SeemoRe(**config).parameters())
+    assert parameters == published[0] == sum(p.numel() for p in SeemoRe(**config).parameters())
     assert macs / 1e9 == pytest.approx(published[1], abs=0.06)
 
 
-def test_operations_count_the_largest_experts_that_an_image_can_choose():
+def test_operations_count_the_largest_experts():
     c, pixels = 12, 32 * 48
     for topk, ranks in ((1, 8), (2, 8 + 4), (3, 8 + 4 + 2)):
         config = network(topk=topk).config
         macs = operations.operations(config, 32, 48)["low_rank_experts"].macs
-        assert macs == config["num_layers"] * pixels * (3 * c * ranks + c * c)  # with the projection that follows
+        assert macs == config["num_layers"] * pixels * (3 * c * ranks + c * c)  # with the projection
 
 
-def test_operations_of_small_maps_are_those_of_their_sizes():
+def test_operations_of_small_maps():
     config = network(num_layers=1).config
     small = (35 // 4) * (50 // 4) * 12 * 16 + (35 // 16) * (50 // 16) * 12 * (16 + 9 + 12)
     assert operations.operations(config, 35, 50)["calibrate"].macs == small
@@ -69,7 +62,7 @@ def test_operations_of_small_maps_are_those_of_their_sizes():
 # Routing
 
 
-def test_usage_is_what_the_router_chooses():
+def test_usage_is_the_choice_of_the_router():
     model, x = network(topk=2), torch.rand(3, 3, 40, 36)
     usage = routing.expert_usage(model, x)
     assert usage.shape == (2, 3) and usage.sum(dim=1).tolist() == [6, 6]
@@ -81,7 +74,7 @@ def test_usage_is_what_the_router_chooses():
     assert usage[0].tolist() == torch.bincount(chosen.flatten(), minlength=3).tolist()
 
 
-def test_forward_hooks_leaves_the_model_as_it_was():
+def test_hooks_leave_the_model_unchanged():
     model, x = network(), torch.rand(1, 3, 32, 32)
     with torch.no_grad():
         before = model(x)
@@ -106,43 +99,35 @@ def test_shares_ranks_and_trend():
     assert np.isnan(routing.trend(torch.ones(1, 3) / 3, [2, 4, 8]))
 
 
-def test_a_damaged_image_is_named_and_the_rest_goes_on(folder):
-    (folder / "bad.png").write_bytes(b"no image")
-    choices = list(routing.choices_of(network(), "Noise", find_pairs(folder, 2)))
-    assert [choice.name for choice in choices if choice.usage is None] == ["bad"]
-    assert "bad.png" in choices[0].error and len(choices) == 3
-
-
-def test_an_image_that_is_too_large_is_named_and_the_rest_goes_on(folder, monkeypatch):
+def test_a_damaged_and_a_too_large_image_do_not_affect_the_rest(folder, monkeypatch):
     def usage(model, x, real=routing.expert_usage):
         return real(model, x) if calls.append(x) or len(calls) > 1 else x.new_empty(2**60)
 
     calls = []
     monkeypatch.setattr(routing, "expert_usage", usage)
-    first, *rest = routing.choices_of(network(), "Noise", find_pairs(folder, 2))
-    assert first.usage is None and first.error.startswith(f"{folder}") and "memory" in first.error
+    (folder / "bad.png").write_bytes(b"no image")
+    bad, large, *rest = routing.choices_of(network(), "Noise", find_pairs(folder, 2))
+    assert bad.usage is None and "bad.png" in bad.error
+    assert large.usage is None and large.error.startswith(f"{folder}") and "memory" in large.error
     assert rest and all(choice.usage is not None for choice in rest)
 
 
 # Features and receptive field
 
 
-def test_feature_maps_are_of_what_goes_in_and_out():
+def test_feature_maps_are_of_inputs_and_outputs():
     model, x = network(), torch.rand(1, 3, 40, 36)
     maps = features.feature_maps(model, x)
     assert {name: (len(m.before), len(m.after)) for name, m in maps.items()} == {"MoRE": (2, 2), "SEE": (2, 2)}
-    heard = []
-    see = model.body[1].global_block.block
-    handle = see.register_forward_hook(lambda module, inputs, output: heard.extend((inputs[0], output)))
-    with torch.no_grad():
+    seen, see = [], model.body[1].global_block.block
+    with torch.no_grad(), forward_hooks([see], lambda module, inputs, output: seen.extend((inputs[0], output))):
         model(x)
-    handle.remove()
-    for kept, feature in zip((maps["SEE"].before[1], maps["SEE"].after[1]), heard, strict=True):
-        torch.testing.assert_close(kept, feature[0].abs().mean(dim=0))
+    for recorded, feature in zip((maps["SEE"].before[1], maps["SEE"].after[1]), seen, strict=True):
+        torch.testing.assert_close(recorded, feature[0].abs().mean(dim=0))
 
 
 class Blur(torch.nn.Module):
-    """A mean over so many pixels around, whose field is known; enlarged by two."""
+    """A mean over side x side pixels, whose receptive field is known, upscaled 2x."""
 
     def __init__(self, side: int):
         super().__init__()
@@ -153,7 +138,7 @@ class Blur(torch.nn.Module):
         return torch.nn.functional.interpolate(y, scale_factor=2, mode="nearest")
 
 
-def test_the_field_of_a_mean_is_its_square():
+def test_receptive_field_of_a_mean():
     field = receptive.receptive_field(Blur(5), torch.rand(2, 3, 33, 33))
     wanted = torch.zeros(33, 33)
     wanted[14:19, 14:19] = 1 / 25
@@ -161,8 +146,8 @@ def test_the_field_of_a_mean_is_its_square():
     assert [receptive.side_of(field, share) for share in (0.03, 0.5, 1.0)] == [1, 5, 5]
 
 
-def test_the_field_of_a_network_is_that_of_differences():
-    """By moving one input pixel at a time: float64, so that differences are exact enough."""
+def test_receptive_field_of_a_network_against_differences():
+    """One input pixel at a time, in float64, so that differences are exact enough."""
     model, x = network(num_layers=1).double(), torch.rand(1, 3, 17, 17, dtype=torch.float64)
     model.requires_grad_(False)
     field = receptive.receptive_field(model, x)
@@ -196,7 +181,7 @@ def test_routing_command(folder, weights, tmp_path, capsys):
     assert "Noise: mean rank by group" in capsys.readouterr().out
     with Image.open(picture) as image:
         assert min(image.size) > 200
-    rows = list(csv.DictReader(table.open()))
+    rows = read_csv(table)
     assert [(row["image"], row["group"]) for row in rows] == [("one", "1"), ("one", "2"), ("two", "1"), ("two", "2")]
     assert all(sum(int(row[f"rank_{rank}"]) for rank in (2, 4, 8)) == 1 for row in rows)
 
@@ -211,14 +196,14 @@ def test_picture_commands(kind, folder, weights, tmp_path):
 
 
 def test_operations_of_a_variant_and_of_a_model(capsys):
-    def told(*arguments):
+    def parameters(*arguments):
         assert cli.main(["analyze", "operations", *arguments]) == 0
         lines = capsys.readouterr().out.splitlines()
         return {line[:30].strip(): int(line[30:41].replace(",", "")) for line in lines[2:]}
 
-    whole = told()
-    assert whole["published"] == whole["all"] and whole == told("--model", "seemore_t_x2")
-    narrow = told("model.global_kernel_size=7", "model.num_layers=3")
+    whole = parameters()
+    assert whole["published"] == whole["all"] and whole == parameters("--model", "seemore_t_x2")
+    narrow = parameters("model.global_kernel_size=7", "model.num_layers=3")
     assert narrow.keys() == whole.keys() - {"published"}
     assert narrow["striped_conv (SEE)"] < whole["striped_conv (SEE)"] / 2
 

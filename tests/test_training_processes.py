@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.training import arguments, newest, rows, trainer
+from helpers.tables import read_csv
+from helpers.training import arguments, newest, trainer
 
 from seemore_fast.training.checkpoints import Checkpoints
 
@@ -105,7 +106,7 @@ def test_two_processes_give_the_weights_of_one(work):
     for kind in ("model", "average"):
         for name, weight in one[kind].items():
             torch.testing.assert_close(two[kind][name], weight, rtol=1e-9, atol=1e-9)
-    assert rows(work / "one" / "validation.csv")[0] == rows(work / "two" / "validation.csv")[0]
+    assert read_csv(work / "one" / "validation.csv")[0] == read_csv(work / "two" / "validation.csv")[0]
 
 
 RUN_IF = """
@@ -150,4 +151,4 @@ def test_torchrun_restarts_a_run_that_lost_a_process(work):
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert killed_at < 60 and newest(work)["step"] == 60
-    assert [int(row["step"]) for row in rows(work / "run" / "steps.csv")] == list(range(1, 61))
+    assert [int(row["step"]) for row in read_csv(work / "run" / "steps.csv")] == list(range(1, 61))

@@ -9,7 +9,8 @@ import shutil
 import pytest
 import safetensors
 import torch
-from helpers.training import arguments, checkpoint, newest, rows, stopped, tensors, trainer
+from helpers.tables import read_csv
+from helpers.training import arguments, checkpoint, newest, stopped, tensors, trainer
 from PIL import Image
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -26,7 +27,7 @@ def test_files_of_a_run(work):
     assert trainer(work).run()
     run = work / "run"
     assert Checkpoints(run / "checkpoints", 2).steps() == [10, 12]
-    logged, validated = rows(run / "steps.csv"), rows(run / "validation.csv")
+    logged, validated = read_csv(run / "steps.csv"), read_csv(run / "validation.csv")
     assert [int(row["step"]) for row in logged] == [3, 6, 9, 12] and all(float(row["loss"]) > 0 for row in logged)
     assert [int(row["step"]) for row in validated] == [6, 12]
     assert all(float(row["held_psnr"]) > 20 and 0.5 < float(row["held_ssim"]) < 1 for row in validated)
@@ -44,7 +45,7 @@ def test_experts_are_counted_without_a_validation_set(work):
     path, *overrides = arguments(work)
     overrides = [one for one in overrides if not one.startswith("validation.data")]
     Trainer(load_config(path, overrides)[0]).run()
-    validated = rows(work / "run" / "validation.csv")
+    validated = read_csv(work / "run" / "validation.csv")
     assert [row["step"] for row in validated] == ["6", "12"] and not any("psnr" in name for name in validated[0])
     assert all(sum(float(row[f"group_0_expert_{e}"]) for e in range(3)) == 4 for row in validated)
 
@@ -53,7 +54,7 @@ def test_tensorboard_has_the_values_of_the_tables(work):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     trainer(work, "log.tensorboard=true").run()
     board = accumulator.EventAccumulator(str(work / "run" / "tensorboard")).Reload()
-    losses = [float(row["loss"]) for row in rows(work / "run" / "steps.csv")]
+    losses = [float(row["loss"]) for row in read_csv(work / "run" / "steps.csv")]
     assert [event.value for event in board.Scalars("training/loss")] == pytest.approx(losses, rel=1e-5)
     assert len(board.Scalars("validation/held_psnr")) == 2
 
@@ -92,7 +93,7 @@ def test_stop_during_validation_saves_at_once(work, monkeypatch, capsys):
             patch.setattr(Upscaler, "__call__", request_stop)
             assert not running.run() and running.step == step and newest(work)["step"] == step
         assert f"stopped after step {step}" in capsys.readouterr().out
-        assert len(rows(work / "run" / "validation.csv")) == (step > 6)  # half a set is not recorded
+        assert len(read_csv(work / "run" / "validation.csv")) == (step > 6)  # half a set is not recorded
     assert trainer(work, resume="auto").run()
     trainer(work, out="whole").run()
     assert_same_run(work, "run", "whole")
@@ -105,7 +106,7 @@ def test_pending_validation_is_done_first(work, key):
     del state["validation_pending"]
     torch.save({**state, key: True}, checkpoint(work, 5))
     stopped(work, resume="auto", step=6)
-    assert [row["step"] for row in rows(work / "run" / "validation.csv")] == ["5", "6"]
+    assert [row["step"] for row in read_csv(work / "run" / "validation.csv")] == ["5", "6"]
 
 
 def test_errors_of_resume(work):

@@ -1,7 +1,5 @@
 """A tiny run, for the tests of training; the fixture `work` makes its images."""
 
-import csv
-
 import numpy as np
 import pytest
 import torch
@@ -71,9 +69,3 @@ def tensors(state):
     """Return all tensors of a checkpoint, in one order."""
     optimizer = [value for moments in state["optimizer"]["state"].values() for value in moments.values()]
     return [*state["model"].values(), *state["average"].values(), *map(torch.as_tensor, optimizer), state["random"]]
-
-
-def rows(path):
-    """Return the rows of a CSV file."""
-    with path.open() as file:
-        return list(csv.DictReader(file))
