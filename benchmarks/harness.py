@@ -1,7 +1,7 @@
-"""What the benchmarks share: a check before any timing, providers that take turns, and clocks.
+"""Shared measurement: correctness checks before any timing, interleaved runs, machine limits and clocks.
 
-A provider is a function of one input set (tensors by name) that returns the call to time; what it does before it
-returns, another layout or an autograd graph, is not timed. A text in its place says why a provider is absent.
+A provider is a function from one input set (tensors by name) to the call to time. What it does before it returns, such
+as a change of layout or building an autograd graph, is not timed. A string in its place is why a provider is absent.
 """
 
 import ctypes
@@ -10,7 +10,6 @@ import math
 import platform
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -26,12 +25,12 @@ import seemore_fast
 
 OURS = "seemore-fast"
 IN_A_GRAPH = ", in a graph"
-SERVES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # backend: type of the device that it is timed on
+BACKEND_DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # the device type on which each one is timed
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-MATMUL = "matmul "  # and in what
-LEAST_CACHE = 64 * 2**20  # of a CPU that does not tell
+COPY, MATMUL = "clone", "matmul "  # names of the machine's limits; the second one is followed by a precision
+MIN_CACHE = 64 * 2**20  # bytes, for a CPU that does not report its cache
 WARM_UP, MAX_SETS = 3, 32
-SLEEPS = 10**6, 8 * 10**6, 64 * 10**6  # cycles of a GPU: half a millisecond to a thirtieth of a second
+SLEEPS = 10**6, 8 * 10**6, 64 * 10**6  # GPU cycles: half a millisecond to a thirtieth of a second
 MODES = ("forward", "backward", "both")
 
 InputSet = dict[str, Tensor]
@@ -40,37 +39,41 @@ Provider = Callable[[InputSet], Callable[[], object]]
 
 @dataclass
 class Case:
-    """One table: what runs, on which inputs, and what the results should be.
+    """One table: providers, their inputs and the expected results.
 
-    A result may miss the truth by twice what eager PyTorch in the same dtype misses it by, plus `atol`, all relative to
-    the largest value of that result. Names of eager providers begin with `yardstick`; the worst of them counts.
-    A list of tensors within `truth`, as the gradients of a network, is one result. `bytes` has each tensor once.
-    Without a yardstick, `()`, `atol` is all that is allowed.
+    The allowed error of a result is `atol` plus twice the error of eager PyTorch in the same dtype, all relative to the
+    largest expected value. Names of eager providers begin with `baseline`; the largest of their errors counts. Without
+    a baseline, `()`, `atol` alone is allowed. A list of tensors within `expected`, such as a network's gradients, is
+    one result. `bytes` counts each tensor once.
     """
 
     providers: dict[str, Provider | str]
     inputs: list[InputSet]
-    truth: list[Tensor | list[Tensor]]
-    yardstick: str | tuple[()]
+    expected: list[Tensor | list[Tensor]]
+    baseline: str | tuple[()]
     atol: float
     bytes: int | None = None
     operations: int | None = None
-    pixels: int | None = None  # of the input, where time per pixel is the question
-    kernels_only: bool = True  # not the host's launches on CUDA, not fresh pages on the CPU
-    pause: float = 0  # seconds between turns, for other runtimes' threads to stop spinning
-    first_is_lost: bool = False  # a turn is two calls, the second one timed: what others left in memory is their matter
-    images: int | None = None  # of a call, where images per second are the question
-    kind: str | None = None  # in what the providers compute, "bf16" say, where neither names nor inputs tell
-    patience: float = math.inf  # seconds that one provider may take in all its turns; then it gets no more of them
-    more: dict[str, dict] = field(
-        default_factory=dict
-    )  # further figures of a provider, which it may fill when it is made
+    pixels: int | None = None  # of the input, for tables of time per pixel
+    images: int | None = None  # per call, for tables of images per second
+    kernels_only: bool = True  # leave out the host's launches on CUDA, and fresh pages on the CPU
+    pause: float = 0  # seconds between calls, until other runtimes' threads stop spinning
+    discard_first: bool = False  # call twice and time the second: memory freed by other providers does not matter
+    precision: str | None = None  # "bf16", for example, where neither names nor inputs say it
+    timeout: float = math.inf  # seconds for all calls of one provider, which is then called no more
+    figures: dict[str, dict] = field(default_factory=dict)  # more figures by provider, filled when they are prepared
 
 
-def operator(function: Callable, mode: str = "forward", layout: torch.memory_format | None = None) -> Provider:
-    """Return a provider of an operator's forward, of its backward alone, or of both in one call.
+def operator(
+    function: Callable,
+    mode: str = "forward",
+    layout: torch.memory_format | None = None,
+    parameters: Iterable[Tensor] = (),
+) -> Provider:
+    """Return a provider of a function's forward, of its backward alone, or of both in one call.
 
-    With a backward, input sets have "upstream...", the gradient of each floating result in order.
+    For a backward, input sets have "upstream...", the gradient of each floating-point result in order. Gradients are
+    those of the inputs and of `parameters`.
     """
 
     def prepare(tensors: InputSet) -> Callable:
@@ -80,7 +83,7 @@ def operator(function: Callable, mode: str = "forward", layout: torch.memory_for
             return torch.no_grad()(partial(function, **tensors))
         tensors = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
         upstream = [tensors.pop(name).detach() for name in list(tensors) if name.startswith("upstream")]
-        leaves = [t for t in tensors.values() if t.requires_grad]
+        leaves = [*(t for t in tensors.values() if t.requires_grad), *parameters]
 
         def both() -> list[Tensor]:
             y = as_list(function(**tensors))
@@ -95,7 +98,7 @@ def operator(function: Callable, mode: str = "forward", layout: torch.memory_for
 
 
 def inside(context: Callable, provider: Provider) -> Provider:
-    """Return a provider that prepares and runs inside of `context()`."""
+    """Return a provider that prepares and runs inside `context()`."""
 
     def run(function: Callable, *arguments):
         with context():
@@ -104,12 +107,34 @@ def inside(context: Callable, provider: Provider) -> Provider:
     return lambda tensors: partial(run, run(provider, tensors))
 
 
+def in_a_graph(provider: Provider) -> Provider:
+    """Return a provider whose call replays a CUDA graph of the given one's call."""
+
+    def prepare(tensors: InputSet) -> Callable:
+        call, stream = provider(tensors), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()  # loads kernels, which is not allowed during a capture
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = call()
+
+        def replay() -> object:
+            graph.replay()
+            return results
+
+        return replay
+
+    return prepare
+
+
 def ours(provider: Provider, device: torch.device, instruction_sets: bool = False) -> dict[str, Provider | str]:
-    """Return `provider` on each backend that serves `device` and, if asked, on each of the CPU's instruction sets."""
+    """Return `provider` on each backend for `device` and, on request, on each of the CPU's instruction sets."""
     info, table = seemore_fast.backend_info(), {}
-    for backend in (name for name, kind in SERVES.items() if kind == device.type):
-        there = inside(partial(seemore_fast.use_backend, backend), provider)
-        table[f"{OURS} {backend}"] = info["unavailable"].get(backend, there)
+    for backend in (name for name, kind in BACKEND_DEVICES.items() if kind == device.type):
+        on_backend = inside(partial(seemore_fast.use_backend, backend), provider)
+        table[f"{OURS} {backend}"] = info["unavailable"].get(backend, on_backend)
     if instruction_sets and callable(table.get(f"{OURS} cpu")):
         for name in info["cpu"].get("instruction_sets", []):
             table[f"{OURS} cpu {name}"] = inside(partial(instruction_set, name), table[f"{OURS} cpu"])
@@ -118,6 +143,7 @@ def ours(provider: Provider, device: torch.device, instruction_sets: bool = Fals
 
 @contextmanager
 def instruction_set(name: str):
+    """Use one of the CPU library's instruction sets within a `with` block."""
     native = seemore_fast.backends.native
     before = native.instruction_set()
     native.use_instruction_set(name)
@@ -128,23 +154,12 @@ def instruction_set(name: str):
 
 
 def missing(module: str) -> str | None:
-    """Return None for a module that can be imported, else why not and what installs it."""
+    """Return None for a module that can be imported, otherwise the error and the command that installs it."""
     try:
         importlib.import_module(module)
     except ImportError as error:
         more = " and pip install --no-deps seemore" if module.startswith("seemore") else ""
         return f"{error}: pip install 'seemore-fast[bench]'{more}"
-
-
-def published() -> type | str:
-    """Return the SeemoRe of PyPI's `seemore`, a port of the published code, or why it cannot be imported."""
-    return missing("seemore.module") or sys.modules["seemore.module"].SeemoRe
-
-
-def memory_format(model: torch.nn.Module) -> torch.memory_format:
-    """Return the layout that a SeemoRe's dense convolutions have, for its input."""
-    channels_last = model.conv_2.weight.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device, seed: int) -> InputSet:
@@ -155,44 +170,54 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, devic
     return {name: (scale[name] * t).to(dtype) for name, t in tensors.items()}
 
 
-def input_sets(make: Callable[[int], InputSet], device: torch.device, most: int | None = None) -> list[InputSet]:
-    """Return make(0), make(1), ..., over twice the last-level cache together: none is there from its last use."""
+def input_sets(make: Callable[[int], InputSet], device: torch.device, most: int = MAX_SETS) -> list[InputSet]:
+    """Return make(0), make(1), ..., together more than twice the last-level cache: no input is cached when reused."""
     first = make(0)
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else cpu_cache()
-    count = min(2 * cache // sum(t.nbytes for t in first.values()) + 1, most or MAX_SETS)
+    count = min(2 * cache // sum(t.nbytes for t in first.values()) + 1, most)
     return [first, *map(make, range(1, count))]
 
 
 def cpu_cache(folder: str = "/sys/devices/system/cpu/cpu0/cache") -> int:
-    """Return the bytes of the CPU's last-level cache, as Linux tells them, and at least LEAST_CACHE."""
-    units, largest = {"K": 2**10, "M": 2**20, "G": 2**30}, LEAST_CACHE
+    """Return the size of the CPU's last-level cache as Linux reports it, at least MIN_CACHE."""
+    units, largest = {"K": 2**10, "M": 2**20, "G": 2**30}, MIN_CACHE
     for file in Path(folder).glob("index*/size"):
         text = file.read_text().strip()
         largest = max(largest, int(text.rstrip("KMG")) * units.get(text[-1:], 1))
     return largest
 
 
-def operator_case(
-    providers: dict, inputs: list, reference: Callable, mode: str, operations: int, traffic: int | None = None
-) -> Case:
-    """Return the Case of one operator; its yardstick is "torch eager".
+# Correctness
 
-    Unless `traffic` tells the bytes, every input and every result counts once; in one call of both, forward and
-    backward each read the inputs.
+
+def operator_case(
+    providers: dict,
+    inputs: list[InputSet],
+    exact: Provider,
+    mode: str,
+    operations: int,
+    traffic: int | None = None,
+    parameters: int = 0,
+) -> Case:
+    """Return the Case of one operator, whose baseline is "torch eager"; `exact` runs in float64.
+
+    Without `traffic` in bytes, every input, result and parameter counts once; `parameters` are the bytes of those that
+    are not inputs. With mode "both", forward and backward each read inputs and parameters.
     """
     wide = {name: t.double().contiguous() if t.is_floating_point() else t for name, t in inputs[0].items()}
-    truth = as_list(operator(reference, mode)(wide)())
+    expected = as_list(exact(wide)())
     dtype = next(iter(inputs[0].values())).dtype
     if traffic is None:
-        reads = {name: 2 if mode == "both" and not name.startswith("upstream") else 1 for name in inputs[0]}
-        traffic = sum(reads[name] * t.nbytes for name, t in inputs[0].items())
-        traffic += sum(t.numel() for t in truth) * dtype.itemsize
+        passes = 2 if mode == "both" else 1
+        traffic = passes * parameters
+        traffic += sum(t.nbytes * (1 if name.startswith("upstream") else passes) for name, t in inputs[0].items())
+        traffic += sum(t.numel() for t in expected) * dtype.itemsize
     atol = max(torch.finfo(dtype).eps / 2, 1e-6)  # half a rounding step; in float32, another order of summation
-    return Case(providers, inputs, truth, "torch eager", atol, traffic, operations)
+    return Case(providers, inputs, expected, "torch eager", atol, traffic, operations)
 
 
 def as_list(results: object) -> list:
-    """Return results as a list, without those of integers: a router's choice is judged by its probabilities."""
+    """Return results as a list without integers: a router's choice is checked by its probabilities."""
     results = [results] if isinstance(results, Tensor) else list(results)
     return [r for r in results if not isinstance(r, Tensor) or r.is_floating_point()]
 
@@ -203,126 +228,136 @@ def deviation(actual: Tensor | list[Tensor], exact: Tensor | list[Tensor]) -> fl
     return (actual - exact).abs().max().item() / (exact.abs().max().item() or 1)
 
 
-def check(case: Case) -> tuple[dict, dict]:
-    """Return every provider's line of figures and, of those that are right, the calls, one per input set."""
-    lines, calls, allowed = {}, {}, [case.atol] * len(case.truth)
-    for name, provider in sorted(case.providers.items(), key=lambda item: not item[0].startswith(case.yardstick)):
+def check(case: Case) -> tuple[dict[str, dict], dict[str, list[Callable]]]:
+    """Return every provider's row of figures and, for correct ones, the calls, one per input set."""
+    rows, calls, allowed = {}, {}, [case.atol] * len(case.expected)
+    for name, provider in sorted(case.providers.items(), key=lambda item: not item[0].startswith(case.baseline)):
         if isinstance(provider, str):
-            lines[name] = {"absent": provider}
+            rows[name] = {"absent": provider}
             continue
         try:
             ready = [provider(tensors) for tensors in case.inputs]
-            errors = [deviation(*pair) for pair in zip(as_list(ready[0]()), case.truth, strict=True)]
-        except Exception as failure:  # a provider that breaks is a result, not the end of the benchmark
-            lines[name] = {"failed": f"{type(failure).__name__}: {failure}".splitlines()[0]}
+            errors = [deviation(*pair) for pair in zip(as_list(ready[0]()), case.expected, strict=True)]
+        except Exception as failure:  # reported as a result: the other providers are still timed
+            rows[name] = {"failed": f"{type(failure).__name__}: {failure}".splitlines()[0]}
             continue
-        if name.startswith(case.yardstick) and all(map(math.isfinite, errors)):
+        if name.startswith(case.baseline) and all(map(math.isfinite, errors)):
             allowed = [max(limit, case.atol + 2 * error) for limit, error in zip(allowed, errors, strict=True)]
-        # not <=: NaN is wrong, too
+        # `not e <=` rather than `e >`: NaN is wrong, too
         wrong = [f"result {i} errs by {e:.1e} > {allowed[i]:.1e}" for i, e in enumerate(errors) if not e <= allowed[i]]
-        lines[name] = {"wrong": "; ".join(wrong)} if wrong else {"max_error": max(errors)}
+        rows[name] = {"wrong": "; ".join(wrong)} if wrong else {"max_error": max(errors)}
         calls |= {} if wrong else {name: ready}
-    return {name: lines[name] for name in case.providers}, calls
+    return {name: rows[name] for name in case.providers}, calls
+
+
+# Timing
 
 
 def keep_memory():
-    """Have glibc keep freed memory: results on fresh pages, which only some calls get, can take five times as long."""
+    """Make glibc keep freed memory: results on fresh pages, which only some calls get, can take five times as long."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def run_case(cases: Case | list[Case], device: torch.device, runs: int) -> dict:
-    """Return every provider's line of figures: checked, then timed in turns; the median of `runs` counts.
+def run_case(cases: Case | list[Case], device: torch.device, runs: int) -> dict[str, dict]:
+    """Return every provider's row of figures: checked, then timed in turns; the median of `runs` counts.
 
-    Several cases take turns together, each with providers, inputs, truth and tolerance of its own.
+    Several cases are timed together, each with providers, inputs, expected results and tolerance of its own.
     """
     cases = [cases] if isinstance(cases, Case) else cases
     first = cases[0]
     if first.kernels_only:
         keep_memory()
         functorch_config.donated_buffer = False  # lets a compiled backward run more than once on a graph
-    lines, calls, case_of = {}, {}, {}
+    rows, calls, case_of = {}, {}, {}
     for case in cases:
         checked, ready = check(case)
-        lines, calls, case_of = lines | checked, calls | ready, case_of | dict.fromkeys(ready, case)
-    work = {name: (case.bytes, case.operations) for name, case in case_of.items()}
-    kinds = {kind_of(name, case) for case in cases for name in case.providers}
-    for name, (ready, *amounts) in floors(first, device, kinds).items():
-        calls[name], work[name] = ready, amounts
-    times, peaks, shuffled = {name: [] for name in calls}, {}, random.Random(0)
-    # Each round has its own order, so that nobody always runs after the same other; each turn has the next inputs.
-    turns = [name for _ in range(WARM_UP + runs) for name in shuffled.sample(list(calls), len(calls))]
-    for turn, name in enumerate(turns):
-        if sum(times[name]) * (1 + first.first_is_lost) > 1000 * first.patience:
-            continue
-        time.sleep(first.pause)
-        call = calls[name][turn % len(calls[name])]
-        if first.first_is_lost:
-            call()
-        milliseconds, peaks[name] = measure(call, device, first.kernels_only)
-        times[name].append(milliseconds)
-    times = {name: values[WARM_UP:] or values[-1:] for name, values in times.items()}
-    best = {}  # of ours, among those that did the same work
+        rows, calls, case_of = rows | checked, calls | ready, case_of | dict.fromkeys(ready, case)
+    precisions = {precision_of(name, case) for case in cases for name in case.providers}
+    limits = machine_limits(first, device, precisions)
+    times, peaks = take_turns(calls | {name: ready for name, (ready, *_) in limits.items()}, first, device, runs)
+    best = {}  # of ours, by case
     for name, case in case_of.items():
-        if name.startswith(OURS) and not name.endswith(IN_A_GRAPH):  # the peers are not in one
+        if name.startswith(OURS) and not name.endswith(IN_A_GRAPH):  # the others run without a graph
             best[id(case)] = min(statistics.median(times[name]), best.get(id(case), math.inf))
     for name, values in times.items():
-        ms, (traffic, operations) = statistics.median(values), work[name]
-        case = case_of.get(name, first)
-        same_work = id(case) in best and not case.pixels and not name.startswith(MATMUL)
-        line = summary(values) | {"x_ours": ms / best[id(case)] if same_work else None}
-        line |= {"gb_s": traffic and traffic / ms / 1e6, "gflop_s": operations and operations / ms / 1e6}
-        line |= {"images_s": 1000 * case.images / ms if case.images and name in case_of else None}
-        line |= {"ns_pixel": ms / case.pixels * 1e6 if case.pixels and name in case_of else None}
-        lines[name] = lines.get(name, {}) | line | {"peak_mb": peaks[name]} | case.more.get(name, {})
-    relate(lines, lambda name: kind_of(name, case_of.get(name, first)))
-    return lines
+        ms, case, is_limit = statistics.median(values), case_of.get(name, first), name in limits
+        traffic, operations = limits[name][1:] if is_limit else (case.bytes, case.operations)
+        is_comparable = id(case) in best and not case.pixels and not name.startswith(MATMUL)
+        row = summary(values) | {"x_ours": ms / best[id(case)] if is_comparable else None}
+        row |= {"gb_s": traffic and traffic / ms / 1e6, "gflop_s": operations and operations / ms / 1e6}
+        row |= {"images_s": 1000 * case.images / ms if case.images and not is_limit else None}
+        row |= {"ns_pixel": ms / case.pixels * 1e6 if case.pixels and not is_limit else None}
+        rows[name] = rows.get(name, {}) | row | {"peak_mb": peaks[name]} | case.figures.get(name, {})
+    add_shares(rows, lambda name: precision_of(name, case_of.get(name, first)))
+    return rows
 
 
-def kind_of(name: str, case: Case) -> str:
-    """Return in what a provider computes, "fp32" say: as its name tells, else the case, else its inputs."""
-    told = [kind for kind in SHORT.values() if kind in name.split()]
-    return told[0] if told else case.kind or SHORT.get(next(iter(case.inputs[0].values())).dtype, "fp32")
+def take_turns(
+    calls: dict[str, list[Callable]], case: Case, device: torch.device, runs: int
+) -> tuple[dict[str, list[float]], dict[str, float | None]]:
+    """Return each name's milliseconds after the warm-up and its peak memory.
+
+    Every round has an order of its own, so that no provider always follows the same one; inputs change at every turn.
+    """
+    times, peaks, shuffled = {name: [] for name in calls}, {}, random.Random(0)
+    turns = [name for _ in range(WARM_UP + runs) for name in shuffled.sample(list(calls), len(calls))]
+    for turn, name in enumerate(turns):
+        if sum(times[name]) * (1 + case.discard_first) > 1000 * case.timeout:
+            continue
+        time.sleep(case.pause)
+        call = calls[name][turn % len(calls[name])]
+        if case.discard_first:
+            call()
+        milliseconds, peaks[name] = measure(call, device, case.kernels_only)
+        times[name].append(milliseconds)
+    return {name: values[WARM_UP:] or values[-1:] for name, values in times.items()}, peaks
 
 
-def floors(case: Case, device: torch.device, kinds: Iterable[str]) -> dict[str, tuple]:
-    """Return (calls, bytes, operations) by name, to see what this machine reaches in the same minutes.
+def precision_of(name: str, case: Case) -> str:
+    """Return a provider's precision, "fp32" for example: from its name, its case or its inputs."""
+    named = [precision for precision in SHORT.values() if precision in name.split()]
+    return named[0] if named else case.precision or SHORT.get(next(iter(case.inputs[0].values())).dtype, "fp32")
 
-    A copy that moves as many bytes, if the case tells them: half of them read, half written, from sources that exceed
-    the cache as the inputs do. Multiplying matrices, in each of `kinds`, if the case tells its operations.
+
+def machine_limits(case: Case, device: torch.device, precisions: Iterable[str]) -> dict[str, tuple]:
+    """Return (calls, bytes, operations) by name of what shows the machine's speed during the same minutes.
+
+    A copy moves the bytes of the case, half read and half written, from sources that exceed the cache as the inputs do.
+    Matrices are multiplied in each precision.
     """
     found = {}
     if case.bytes:
         dtype = next(iter(case.inputs[0].values())).dtype
         count = max(case.bytes // 2 // dtype.itemsize, 1)
         sources = input_sets(lambda seed: {"x": torch.ones(count, dtype=dtype, device=device)}, device)
-        found["clone"] = [tensors["x"].clone for tensors in sources], 2 * count * dtype.itemsize, None
+        found[COPY] = [tensors["x"].clone for tensors in sources], 2 * count * dtype.itemsize, None
     if case.operations:
         size = 64 if case.operations < 1e6 else 4096 if device.type == "cuda" else 1024
-        for kind in sorted(kinds):
-            dtype = next(dtype for dtype, short in SHORT.items() if short == kind)
+        for precision in sorted(precisions):
+            dtype = next(dtype for dtype, short in SHORT.items() if short == precision)
             matrix = torch.rand(size, size, device=device).to(dtype)
-            found[f"{MATMUL}{kind}"] = [partial(torch.mm, matrix, matrix)], None, 2 * size**3
+            found[MATMUL + precision] = [partial(torch.mm, matrix, matrix)], None, 2 * size**3
     return found
 
 
-def relate(lines: dict, kind_of: Callable[[str], str]):
-    """Add what relates lines: to the copy, to the best product of matrices in their dtype, to the first per pixel."""
-    copy = lines.get("clone", {})
-    pixel = next((line["ns_pixel"] for line in lines.values() if line.get("ns_pixel")), None)
-    for name, line in lines.items():
-        matmul = lines.get(MATMUL + kind_of(name))
-        if line.get("gb_s") and copy:
-            line["of_copy"] = line["gb_s"] / copy["gb_s"]
-        if line.get("gflop_s") and matmul:
-            line["of_matmul"] = line["gflop_s"] / (matmul["gflop_s"] * matmul["ms"] / matmul["ms_min"])
-        if line.get("ns_pixel"):
-            line["x_pixel"] = line["ns_pixel"] / pixel
+def add_shares(rows: dict[str, dict], precision_of: Callable[[str], str]):
+    """Add each row's share of the copy and of the best matrix product, and its ratio to the first time per pixel."""
+    copy = rows.get(COPY, {})
+    pixel = next((row["ns_pixel"] for row in rows.values() if row.get("ns_pixel")), None)
+    for name, row in rows.items():
+        matmul = rows.get(MATMUL + precision_of(name))
+        if row.get("gb_s") and copy:
+            row["of_copy"] = row["gb_s"] / copy["gb_s"]
+        if row.get("gflop_s") and matmul:
+            row["of_matmul"] = row["gflop_s"] / (matmul["gflop_s"] * matmul["ms"] / matmul["ms_min"])
+        if row.get("ns_pixel"):
+            row["x_pixel"] = row["ns_pixel"] / pixel
 
 
 def summary(values: list[float]) -> dict:
-    """Return the figures of the milliseconds of several runs."""
+    """Return the statistics of several runs in milliseconds."""
     quartiles = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.75], dtype=torch.float64))
     return {
         "ms": statistics.median(values),
@@ -334,7 +369,7 @@ def summary(values: list[float]) -> dict:
 
 
 def measure(call: Callable, device: torch.device, kernels_only: bool) -> tuple[float, float | None]:
-    """Return milliseconds of one call and, on CUDA, how many MB it added to those in use at most."""
+    """Return the milliseconds of one call and, on CUDA, the peak memory that it adds in MB."""
     if device.type != "cuda":
         start = time.perf_counter()
         kept = call()  # noqa: F841 - freed after the clock has stopped
@@ -348,39 +383,7 @@ def measure(call: Callable, device: torch.device, kernels_only: bool) -> tuple[f
         begin.record()
         call()
         end.record()
-        if not begin.query():  # the host had queued it all before the GPU woke up: no launch is in the time
+        if not begin.query():  # the host queued everything before the GPU woke up: launches are not in the time
             break
     end.synchronize()
     return begin.elapsed_time(end), (torch.cuda.max_memory_allocated(device) - before) / 2**20
-
-
-def weighed(name: str, provider: Provider | str, figures: dict[str, dict]) -> Provider | str:
-    """Return a provider that notes in figures[name], when it is made, the memory of a call (`Case.more`)."""
-
-    def prepare(tensors: InputSet) -> Callable:
-        call = provider(tensors)
-        if name not in figures:
-            call()  # the first loads what it needs
-            figures[name] = {"step_mb": grown_megabytes(call)}
-        return call
-
-    return provider if isinstance(provider, str) else prepare
-
-
-def grown_megabytes(call: Callable) -> float | None:
-    """Return by how much resident memory grows in a call at most, in MB; None where Linux does not tell."""
-    try:
-        if platform.libc_ver()[0] == "glibc":
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again, and not be seen
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
-        before = resident("VmRSS")
-        call()
-        return (resident("VmHWM") - before) / 1e3
-    except OSError:
-        return None
-
-
-def resident(field: str) -> int:
-    """Return a field of /proc/self/status, in kB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))

@@ -7,12 +7,12 @@ from .exits import DONE
 
 HELP = "Measure speeds on this machine, compare and report them, or tune the choice of backends for this GPU."
 KINDS = {
-    "kernels": "compare_kernels",
-    "inference": "compare_peers",
-    "training": "compare_training",
-    "loop": "training_loop",
+    "kernels": "operators",
+    "inference": "inference",
+    "training": "training",
+    "loop": "loop",
     "upscaling": "upscaling",
-    "compare": "compare_results",
+    "compare": "compare",
     "report": "report",
     "tune": "tune_backends",
 }  # the modules of seemore_fast.benchmarks
