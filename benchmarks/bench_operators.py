@@ -26,8 +26,8 @@ def pytest_generate_tests(metafunc):
     cases = [
         pytest.param(name, title, id=f"{name}-{title}") for name in OPERATORS for title in OPERATORS[name].cases()[kind]
     ]
-    metafunc.parametrize("provider", providers)
     metafunc.parametrize(("operator", "title"), cases)  # outermost: a case is made once
+    metafunc.parametrize("provider", providers)
 
 
 class Checked:

@@ -79,8 +79,8 @@ def bars_of(facts: dict, title: str):
         labels = [label if value <= end else f"cut: {label}" for value, label in zip(values, labels, strict=True)]
         colours = [OURS if provider.startswith(harness.OURS) else OTHERS for provider in names]
         shown = [min(value, end) for value in values]
-        errors = [[max(0, sign * (min(spread[side], end) - value)) for spread, value in zip(spreads, shown, strict=True)]
-                  for side, sign in ((0, -1), (1, 1))]  # fmt: skip
+        least, most = ([min(end, spread[side]) for spread in spreads] for side in (0, 1))
+        errors = [[b - a for a, b in zip(low, high, strict=True)] for low, high in ((least, shown), (shown, most))]
         container = axes.barh(names, shown, xerr=errors, ecolor=INK, color=colours, height=0.75)
         axes.bar_label(container, labels, padding=5, color=INK, fontsize=8)
         for tick, colour in zip(axes.get_yticklabels(), colours, strict=True):
@@ -147,9 +147,9 @@ def roofline(operators: dict[str, dict]) -> Chart | None:
         axes.plot([], [], marker, color=INK, fillstyle="none", label=mode)
     axes.legend(fontsize=8, ncols=2, loc="lower right")
     caption = (
-        "Each operator at each of its sizes, on the fastest backend. The roofs are the median of the copies and the best "
-        "of the matrix products that were timed with them. Operations are those of the plain formulas: 3x3 layers need "
-        "fewer with Winograd's method, and may lie above."
+        "Each operator at each of its sizes, on the fastest backend. The roofs are the median of the copies and the "
+        "best of the matrix products that were timed with them. Operations are those of the plain formulas: 3x3 layers "
+        "need fewer with Winograd's method, and may lie above."
     )
     return Chart("roofline", figure, caption)
 
@@ -171,10 +171,9 @@ def growth(facts: dict) -> Iterator[Chart]:
             for provider, points in plotted.items():
                 colour = OURS if provider.startswith(harness.OURS) else QUIET
                 axes.loglog([p[0] for p in points], [p[2][key] for p in points], "o-", color=colour, label=provider)
+                style = {"textcoords": "offset points", "fontsize": 8, "color": colour}
                 for pixels, size, row in points:
-                    axes.annotate(
-                        size, (pixels, row[key]), (4, -12), textcoords="offset points", fontsize=8, color=colour
-                    )
+                    axes.annotate(size, (pixels, row[key]), (4, -12), **style)
             axes.margins(x=0.12)
             axes.legend()
             yield Chart(f"{name}_{slug(title)}", figure, f"On {machine_of(facts)}, a batch of one.")

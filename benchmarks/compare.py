@@ -3,8 +3,8 @@
     seemore-fast benchmark compare before.json after.json       (or: python benchmarks/compare.py ...)
 
 A provider is slower, or faster, if its median changed by more than `--threshold` and the interquartile ranges of its
-runs do not overlap; otherwise it is the same. Exit status: 0, nothing got slower; 1, one of ours got slower, is wrong or
-is gone; 2, the files cannot be compared. Differences in machine, versions and threads are printed first.
+runs do not overlap; otherwise it is the same. Exit status: 0, nothing got slower; 1, one of ours got slower, is wrong
+or is gone; 2, the files cannot be compared. Differences in machine, versions and threads are printed first.
 """
 
 import sys

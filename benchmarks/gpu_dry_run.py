@@ -1,20 +1,21 @@
-"""Count what a call on a GPU launches and compiles, and time its host, without a GPU.
+"""Count the launches and compiled kernels of a call on a GPU, and time its host code, without a GPU.
 
     python benchmarks/gpu_dry_run.py              two cases: inference and a training step of T
     python benchmarks/gpu_dry_run.py --json       the same as JSON
     python benchmarks/gpu_dry_run.py --launches   all launches by kernel and grid, too
 
-The real model runs its real host code on CPU tensors, and Triton's real binder decides which kernels to compile. The
-driver says sm_90; nothing is compiled and nothing is launched, so results are uninitialised memory.
+The model runs its host code on CPU tensors, and Triton's binder decides which kernels to compile. The driver reports
+sm_90; nothing is compiled and nothing is launched, so results are uninitialised memory.
 
 | figure            | meaning                                                                                     |
 |-------------------|---------------------------------------------------------------------------------------------|
-| launches          | launches of this package's kernels, per call                                                |
-| torch_kernels     | operators of torch that would launch kernels, inside of this package's operators, too       |
-| variants_40_sizes | kernels compiled for the case's size and 40 random ones together                            |
+| launches          | launches of this package's kernels per call                                                 |
+| torch_kernels     | operators of torch that would launch kernels, including those in this package's operators   |
+| variants          | kernels compiled for the case's size                                                        |
+| variants_40_sizes | kernels compiled for that size and 40 random ones together                                  |
 | host_ms           | processor time of the calling thread for tiny images, the minimum of many calls             |
 
-Launching itself is missing from `host_ms`: some 3 us a kernel for the driver.
+`host_ms` does not contain the launches themselves: about 3 us a kernel in the driver.
 """
 
 import contextlib
@@ -43,7 +44,7 @@ WARM_UPS, REPEATS = 5, 60
 
 
 class Variant(NamedTuple):
-    """A kernel as Triton's binder specialises it, and as it would be compiled."""
+    """A kernel as specialised by Triton's binder, with the options of its compilation."""
 
     kernel: Any  # triton.JITFunction
     signature: dict
@@ -56,7 +57,7 @@ class Variant(NamedTuple):
         return self.kernel.__name__
 
     def compile(self, capability: int = ARCHITECTURE):
-        """Compile it for real, by the ptxas that Triton brings."""
+        """Compile it with Triton's ptxas."""
         import triton
 
         source = triton.compiler.ASTSource(self.kernel, self.signature, self.constexprs, self.attrs)
@@ -71,7 +72,7 @@ class Launched(NamedTuple):
 
 
 class Driver:
-    """Stands for Triton's driver: one device of an architecture, whose stream is 0."""
+    """Stand-in for Triton's driver: one device of an architecture, whose stream is 0."""
 
     def __init__(self, architecture: int):
         self._architecture = architecture
@@ -89,7 +90,7 @@ class Driver:
 
 
 class Stub:
-    """Stands for a compiled kernel; notes its launches in `launched`, if that is a list."""
+    """Stand-in for a compiled kernel, which appends its launches to `launched`, if that is a list."""
 
     function, packed_metadata = 0, ()
     launched: list[Launched] | None = None
@@ -107,7 +108,7 @@ class Stub:
 
 @contextlib.contextmanager
 def dry_run(architecture: int = ARCHITECTURE) -> Iterator[dict[Any, Variant]]:
-    """Let operators on CPU tensors choose Triton and launch nothing; yield the kernels compiled so far, by key."""
+    """Make operators on CPU tensors choose Triton and launch nothing; yield the compiled kernels by key."""
     import triton.runtime.driver
     from triton.runtime.jit import JITFunction
 
@@ -148,7 +149,7 @@ def launches() -> Iterator[list[Launched]]:
 
 
 def torch_kernels(run: Callable[[], Any]) -> Counter:
-    """Return how often a call runs operators of torch that launch kernels, inside of this package's, too, by name."""
+    """Count a call's operators of torch that launch kernels by name, including those in this package's operators."""
     from seemore_fast.network import replay
 
     class Count(replay.InsideOperators):
@@ -168,14 +169,14 @@ class Case(NamedTuple):
 
     run: Callable[[torch.Tensor], Any]
     size: tuple[int, int, int]  # batch, height, width
-    sides: tuple[int, int, int]  # of random images: least, most, and of what they are multiples
+    sides: tuple[int, int, int]  # of random images: minimum, limit and step
     batch: int  # of random images
 
     def image(self, batch: int, height: int, width: int) -> torch.Tensor:
         return torch.rand(batch, 3, height, width)
 
     def sizes(self) -> list[tuple[int, int, int]]:
-        """Return SIZES random sizes, always the same ones."""
+        """Return SIZES random sizes, the same ones in every run."""
         chosen, (least, most, step) = random.Random(SEED), self.sides
         return [(self.batch, *(chosen.randrange(least, most, step) for _ in range(2))) for _ in range(SIZES)]
 
@@ -202,7 +203,7 @@ def cases() -> dict[str, Case]:
 
 
 def measure(case: Case, compiled: dict) -> tuple[dict, Counter]:
-    """Return the figures of a case, and what it launches; `compiled` is what `dry_run` yields."""
+    """Return the figures of a case and its launches; `compiled` comes from `dry_run`."""
     compiled.clear()
     x = case.image(*case.size)
     with launches() as found:
@@ -228,7 +229,7 @@ def host_ms(case: Case) -> float:
 
 
 def lay_out(folder: Path):
-    """Make the checkout importable as the package, as an installation would."""
+    """Make the checkout importable as the package."""
     package = folder / "seemore_fast"
     package.mkdir()
     for path in [*(ROOT / "seemore_fast").iterdir(), ROOT / "kernels", ROOT / "benchmarks"]:
@@ -241,7 +242,7 @@ def main():
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--launches", action="store_true", help="print all launches by kernel and grid")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # the host is one thread; others would wait for it
+    torch.set_num_threads(1)  # the host code is one thread
     with tempfile.TemporaryDirectory() as folder:
         try:
             import seemore_fast.kernels  # noqa: F401

@@ -1,6 +1,6 @@
-"""Commands with limits of time, alone or side by side, whose logs and outcomes outlive them: what gpu_check is made of.
+"""Commands with time limits, one at a time or in parallel, with their logs and outcomes; the parts of gpu_check.
 
-Imports nothing of the package, which may be what a step is there to build.
+Imports nothing of the package, which a step may have to build.
 """
 
 import atexit
@@ -16,31 +16,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-GRACE = 10  # seconds between the interrupt, after which a step may still say what it knows, and the kill
-LEAST = 5  # seconds, with fewer of which nothing is started
-SAVED_EVERY = 15  # seconds, while no step ends
-SHOWN = 60  # lines of a log
+GRACE_S = 10  # between the interrupt of a step, which may still print its results, and its kill
+MIN_S = 5  # left to start a step
+SAVE_EVERY_S = 15  # while no step ends
+SHOWN = 60  # last lines of a log that are printed
 
 
 class Step(NamedTuple):
     name: str
     command: list[str] | str  # or why it cannot run here
-    seconds: int  # at most
-    optional: bool = False  # left out, which is no failure, where its seconds are not there
+    seconds: int  # limit
+    optional: bool = False  # skipped, which is not a failure, if fewer seconds are left
     environment: dict[str, str] | None = None
-    after: str = ""  # the step beside it that is to have ended, however, before this one starts
+    after: str = ""  # a parallel step that has to end, with any outcome, before this one starts
 
 
 class Run:
-    """A step that has been started, or why not."""
+    """A started step, or the reason why it was not started."""
 
     def __init__(self, step: Step, log: Path, deadline: float, folder: Path, environment: dict[str, str]):
         self.step, self.log, self.start = step, log, time.monotonic()
         self.process, self.interrupted = None, False
-        self.limit = min(step.seconds, deadline - GRACE - self.start)
+        self.limit = min(step.seconds, deadline - GRACE_S - self.start)
         if isinstance(step.command, str):
             self.outcome = f"skipped: {step.command}"
-        elif self.limit < (step.seconds if step.optional else min(step.seconds, LEAST)):
+        elif self.limit < (step.seconds if step.optional else min(step.seconds, MIN_S)):
             left = f"{max(self.limit, 0):.0f} s left"
             self.outcome = f"skipped: {left}" if step.optional else f"failed: no time, {left}"
         else:
@@ -52,20 +52,20 @@ class Run:
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **environment, **(step.environment or {})},
-                    process_group=0,  # all that it starts ends with it
+                    process_group=0,  # its own processes end with it
                 )
-            atexit.register(self.signal, signal.SIGKILL)  # if we are stopped
+            atexit.register(self.signal, signal.SIGKILL)
 
     def signal(self, number: int):
         if self.process.poll() is None:
             os.killpg(self.process.pid, number)
 
     def has_ended(self) -> bool:
-        """Tell whether it has ended; interrupt it when its time is over, and kill it GRACE seconds later."""
+        """Return whether it has ended; interrupt it at its limit, and kill it GRACE_S later."""
         if self.process is None:
             return True
         over = time.monotonic() - self.start - self.limit
-        if over > GRACE:
+        if over > GRACE_S:
             self.signal(signal.SIGKILL)
             self.process.wait()
         elif over > 0 and not self.interrupted:
@@ -74,7 +74,7 @@ class Run:
         return self.process.poll() is not None
 
     def result(self) -> dict:
-        """Return what came of it: outcome, seconds and the last line that it printed; print that and more of it."""
+        """Return outcome, seconds and last line of the log; print the end of the log."""
         seconds, lines = 0, []
         if self.process:
             atexit.unregister(self.signal)
@@ -93,24 +93,24 @@ class Run:
 
 @dataclass
 class Runner:
-    """Runs steps in `folder` until `deadline`; calls save(results) when one ends, and now and then in between."""
+    """Runner of steps in `folder` until `deadline`, with save(results) after each step and at intervals."""
 
     folder: Path
     logs: Path
     deadline: float  # of time.monotonic()
     environment: dict[str, str]
     save: Callable[[list[dict]], None]
-    most: int = os.cpu_count() or 1  # steps at a time
+    workers: int = os.cpu_count() or 1
     results: list[dict] = field(default_factory=list)
 
     def run(self, steps: list[Step], share: float = 1) -> list[dict]:
-        """Run steps side by side within a share of the time that is left; return what came of them, as they ended."""
+        """Run steps in parallel within a share of the time left; return their results in the order of their ends."""
         now = time.monotonic()
         deadline, first = now + share * (self.deadline - now), len(self.results)
         waiting, running, saved = list(steps), [], now
         while waiting or running:
             unfinished = {step.name for step in waiting} | {run.step.name for run in running}
-            for step in [step for step in waiting if step.after not in unfinished][: self.most - len(running)]:
+            for step in [step for step in waiting if step.after not in unfinished][: self.workers - len(running)]:
                 waiting.remove(step)
                 log = self.logs / f"{slug(step.name)}.log"
                 running.append(Run(step, log, deadline, self.folder, self.environment))
@@ -118,7 +118,7 @@ class Runner:
             for run in ended:
                 running.remove(run)
                 self.results.append(run.result())
-            if ended or time.monotonic() - saved > SAVED_EVERY:
+            if ended or time.monotonic() - saved > SAVE_EVERY_S:
                 self.save(self.results)
                 saved = time.monotonic()
             time.sleep(0.05)
@@ -126,15 +126,15 @@ class Runner:
 
 
 def slug(name: str) -> str:
-    """Return a name as that of a file."""
+    """Return a name in a form for files."""
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
 
 
 def archive(target: Path, root: Path, paths: Iterable[Path]):
-    """Write an archive of files under `root`, whole or not at all: a kill leaves the one before."""
+    """Write an archive of files under `root` atomically: a kill leaves the previous one."""
     part = target.with_name(f"{target.name}.part")
     with tarfile.open(part, "w:gz", compresslevel=3) as tar:
         for path in paths:
-            with contextlib.suppress(FileNotFoundError):  # a temporary file of a step that runs
+            with contextlib.suppress(FileNotFoundError):  # a temporary file of a running step
                 tar.add(path, path.relative_to(root))
     os.replace(part, target)

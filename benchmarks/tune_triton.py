@@ -1,12 +1,12 @@
 """Choose the tiles of Triton's kernels and write them to kernels/configurations.json.
 
-    python benchmarks/tune_triton.py                            on a GPU: the quickest of all, timed there, for it
-    python benchmarks/tune_triton.py --seconds 300              the same, what counts most first, in that time
-    python benchmarks/tune_triton.py --architectures 80 90      anywhere: the first that fits the registers, by what the
-                                                                compiler says; nothing is timed
+    python benchmarks/tune_triton.py                            on a GPU: the fastest configurations for it
+    python benchmarks/tune_triton.py --seconds 300              the same, the most important ones first, in that time
+    python benchmarks/tune_triton.py --architectures 80 90      anywhere: the first configurations that fit the
+                                                                registers, by compilation alone
 
-The table is written after each kernel, whose configurations compile side by side. What `fits` prefers is an estimate
-until a GPU has timed it: tiles as large as registers allow, two warps each.
+The table is written after each kernel, whose configurations compile in parallel. Without timing, the order of
+preference is an estimate: tiles as large as registers allow, two warps each.
 """
 
 import argparse
@@ -39,16 +39,16 @@ TIMED = [
     for stages in (1, 2)
     if pixels >= 8 * warps
 ]
-SHARED = 99 * 1024  # bytes that a block can have on every architecture
+MAX_SHARED = 99 * 1024  # bytes per block on every architecture
 DTYPES = {"2 bytes": torch.bfloat16, "4 bytes": torch.float32}
 CHANNELS = {"": 36, ", many channels": 64}
 SIZE = (480, 640)
-FIRST = ("gated_ffn forward", "norm_conv3x3 forward", "norm_pointwise forward")  # most of inference, by compiled code
+FIRST = ("gated_ffn forward", "norm_conv3x3 forward", "norm_pointwise forward")  # most of the time of inference
 
 
 @contextmanager
 def override(name: str, chosen: Configuration):
-    """Give kernel `name` a configuration, whatever stands in the table."""
+    """Replace the table's configuration of kernel `name`."""
     choose = configurations.choose
     configurations.choose = lambda kernel, *rest: chosen if kernel == name else choose(kernel, *rest)
     try:
@@ -66,57 +66,57 @@ def launches(x: torch.Tensor) -> Iterator[tuple[str, Launch]]:
 
 
 def launches_of(name: str, chosen: Configuration, x: torch.Tensor) -> list[Launch]:
-    """Return the different launches that the configuration of kernel `name` is for."""
+    """Return the different launches that use the configuration of kernel `name`."""
     found = {}
     with override(name, chosen):
-        mine = list(launches(x))
-    with override(name, Configuration(chosen.pixels * 2, chosen.warps * 2)):  # what differs is its
-        for (_, launch), (_, other) in zip(mine, launches(x), strict=True):
+        chosen_launches = list(launches(x))
+    with override(name, Configuration(chosen.pixels * 2, chosen.warps * 2)):  # launches that differ use it
+        for (_, launch), (_, other) in zip(chosen_launches, launches(x), strict=True):
             if (launch.num_warps, launch.arguments.get("PIXELS")) != (other.num_warps, other.arguments.get("PIXELS")):
                 found.setdefault(repr((launch.kernel.__name__, launch.specialization())), launch)
     return list(found.values())
 
 
 def fits(launch: Launch, architecture: int) -> bool:
-    """Tell whether a kernel compiles, does not spill and wants no more shared memory than there is.
+    """Return whether a kernel compiles, does not spill and fits the shared memory.
 
-    Products are mma.sync: for matrices this small wgmma and tcgen05 gain nothing, and compilers err in them.
+    Products have to be mma.sync: for matrices this small wgmma and tcgen05 gain nothing, and compilers err in them.
     """
     try:
         compiled = launch.compile_for(architecture)
-    except Exception as error:  # the compiler's own: of ptxas, say, which has its own type in each version
+    except Exception as error:  # of the compiler, whose type depends on its version
         print(f"  {launch.kernel.__name__}: {error}".splitlines()[0])
         return False
-    takes = compiled.resources()
+    resources = compiled.resources()
     uses_mma = not any(name in compiled.ptx for name in ("wgmma", "tcgen05"))
-    return takes.local == 0 and takes.shared <= SHARED and uses_mma
+    return resources.local == 0 and resources.shared <= MAX_SHARED and uses_mma
 
 
-def first_that_fits(name: str, x: torch.Tensor, architecture: int, now: Configuration) -> Configuration | None:
+def first_that_fits(name: str, x: torch.Tensor, architecture: int, current: Configuration) -> Configuration | None:
     for chosen in PREFERRED:
         if all(fits(launch, architecture) for launch in launches_of(name, chosen, x)):
             return chosen
     return None
 
 
-def quickest(name: str, x: torch.Tensor, architecture: int, now: Configuration) -> Configuration | None:
-    """Return the configuration with the smallest sum of times, `now` among them; None where none fits."""
+def fastest(name: str, x: torch.Tensor, architecture: int, current: Configuration) -> Configuration | None:
+    """Return the configuration with the smallest sum of times, among them the current one; None if none fits."""
     from triton.testing import do_bench
 
-    every = {chosen: launches_of(name, chosen, x) for chosen in dict.fromkeys([now, *TIMED])}
+    candidates = {chosen: launches_of(name, chosen, x) for chosen in dict.fromkeys([current, *TIMED])}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        fitting = {c: [pool.submit(fits, launch, architecture) for launch in every[c]] for c in every}
+        fitting = {c: [pool.submit(fits, launch, architecture) for launch in candidates[c]] for c in candidates}
     times = {}
     for chosen, found in fitting.items():
         if all(future.result() for future in found):
-            timed = (do_bench(launch.run, warmup=5, rep=20, return_mode="median") for launch in every[chosen])
+            timed = (do_bench(launch.run, warmup=5, rep=20, return_mode="median") for launch in candidates[chosen])
             times[chosen] = sum(timed)
     print("  ", {tuple(chosen): round(ms, 4) for chosen, ms in sorted(times.items(), key=lambda item: item[1])[:4]})
     return min(times, key=times.get, default=None)
 
 
 def by_value(entries: dict[str, dict], names: list[str] | None) -> list[tuple[str, str, str]]:
-    """Return (kernel, size, tier) of all entries: 16 bits and T's channels first, and forward, which is half of all."""
+    """Return (kernel, size, tier) of all entries, the most important first: 16 bits, T's channels and forward."""
     rank = {name: number for number, name in enumerate(FIRST)}
     ordered = sorted(names or entries, key=lambda name: (rank.get(name, len(rank)), not name.endswith("forward")))
     keys = [(size, tier) for tier in CHANNELS for size in DTYPES]
@@ -126,10 +126,10 @@ def by_value(entries: dict[str, dict], names: list[str] | None) -> list[tuple[st
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--architectures", type=int, nargs="*", help="such as 90: by the compiler alone, no GPU is used"
+        "--architectures", type=int, nargs="*", help="90, for example: choose by compilation, without a GPU"
     )
-    parser.add_argument("--kernels", nargs="*", help="the names in the table to choose for; all are the default")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no other kernel is begun")
+    parser.add_argument("--kernels", nargs="*", help="names in the table (default: all)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="time limit, after which no kernel is started")
     parser.add_argument("--output", type=Path, default=configurations.FILE, help="default: %(default)s")
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
@@ -144,12 +144,12 @@ def main():
         configurations.MEANT = architecture
         for name, size, tier in by_value(entries, options.kernels):
             if time.monotonic() > deadline:
-                print(f"no time for sm_{architecture} {name}, {size}{tier}")
+                print(f"no time left for sm_{architecture} {name}, {size}{tier}")
                 continue
             x = torch.empty(1, CHANNELS[tier], *SIZE, dtype=DTYPES[size], device="cuda" if measured else "meta")
-            now = Configuration(*entries[name][size + tier])
-            chosen = (quickest if measured else first_that_fits)(name, x, architecture, now)
-            print(f"sm_{architecture} {name}, {size}{tier}: {chosen}, before: {now}", flush=True)
+            current = Configuration(*entries[name][size + tier])
+            chosen = (fastest if measured else first_that_fits)(name, x, architecture, current)
+            print(f"sm_{architecture} {name}, {size}{tier}: {chosen}, before: {current}", flush=True)
             if chosen:
                 entries[name][size + tier] = list(chosen)
             with replacing(options.output) as temporary:

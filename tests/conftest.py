@@ -3,13 +3,10 @@
 import importlib.util
 import operator
 import os
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import BENCHMARKS
 from helpers.backends import Backend, assert_computed, calls
 from helpers.images import pixels
 from helpers.networks import SMALL
@@ -172,19 +169,6 @@ def harness(monkeypatch):
     with harness.functorch_config.patch(donated_buffer=True):
         yield harness
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def bench(harness, monkeypatch, capsys):
-    """Run benchmarks/bench_<name>.py on tiny cases; return what it printed."""
-
-    def run(name, *arguments):
-        arguments = ["--device", "cpu", "--quick", "--runs", "1", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", [f"bench_{name}.py", *arguments])
-        runpy.run_path(str(BENCHMARKS / f"bench_{name}.py"), run_name="__main__")
-        return capsys.readouterr().out
-
-    return run
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The command lines of the benchmarks: what they run, write and refuse."""
+"""Command lines of the benchmarks: what they run, write and refuse; operators, and the table of their work."""
 
 import json
 import os
@@ -8,34 +8,50 @@ import sys
 import pytest
 import torch
 from helpers import BENCHMARKS
-from helpers.benchmarks import figures
+from helpers.benchmarks import figures, scaled_sum
+from helpers.networks import T
+from helpers.ops import calibrate_shapes, expert_shapes, ffn_shapes, norm_shapes, striped_shapes
+from torch.utils.flop_counter import FlopCounterMode
 
+from seemore_fast import ops, reference
+from seemore_fast.benchmarks import intensity, operators
+from seemore_fast.benchmarks.cases import OPERATORS, Setting, in_mode
 from seemore_fast.cli import main
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_bench_model(bench, tmp_path, compiled):
-    printed = bench("model", "--results", tmp_path, "--compile" if compiled else "--no-compile")
-    cases = figures(next(tmp_path.glob("*/model.json")))
-    assert len(cases) == 2
-    for title, lines in cases.items():
-        assert title in printed
-        assert lines["seemore-fast"]["ms"] > 0
-        assert lines["seemore-fast"]["max_error"] < 1e-5
-        assert lines["reference eager"]["x_ours"] > 0
-        assert set(lines["published eager"]) & {"ms", "absent"}
-        assert ("reference torch.compile" in lines) == compiled
+@pytest.fixture
+def bench(harness, capsys):
+    """Run `seemore-fast benchmark kernels` on tiny cases of operators; return its output."""
+
+    def run(names, *arguments):
+        options = ["--device", "cpu", "--quick", "--runs", "1", "--threads", "1", "--operators", *names.split()]
+        main(["benchmark", "kernels", *options, *map(str, arguments)])
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_a_partial_run_writes_only_where_it_is_told(bench):
-    results = {path: path.stat().st_mtime_ns for path in BENCHMARKS.glob("results/*/*")}
+def written(folder):
+    return [path.name for path in folder.glob("*/*")]
+
+
+# The command line
+
+
+def test_a_partial_run_writes_only_with_results(bench, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in BENCHMARKS.glob("results/*/*")}
     printed = bench("striped_conv", "--case", "K=3")
-    assert printed.count("torch eager channels_last") == 3
-    assert "figures in" not in printed
-    assert {path: path.stat().st_mtime_ns for path in BENCHMARKS.glob("results/*/*")} == results
+    assert printed.count("torch eager channels_last") == 3 and "figures in" not in printed
+    assert {path: path.stat().st_mtime_ns for path in BENCHMARKS.glob("results/*/*")} == before
+    bench("router pointwise", "--results", tmp_path, "--case", "forward 1x5x9x14 fp32")
+    assert sorted(written(tmp_path)) == ["pointwise.json", "router.json"]
+    bench("router calibrate", "--results", tmp_path / "some", "--case", "forward 1x5x9x14 fp32")  # calibrate has none
+    assert written(tmp_path / "some") == ["router.json"]
+    bench("router", "--results", tmp_path / "named", "--case", "forward", "--name", "router_forward")
+    assert written(tmp_path / "named") == ["router_forward.json"]
 
 
-def test_what_was_timed_before_a_run_ends_early_is_kept(harness, bench, monkeypatch, tmp_path):
+def test_an_interrupted_run_keeps_its_figures(harness, bench, monkeypatch, tmp_path):
     run_case, done = harness.run_case, []
 
     def breaks(*arguments):
@@ -50,58 +66,237 @@ def test_what_was_timed_before_a_run_ends_early_is_kept(harness, bench, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "message"),
+    ("options", "message"),
     [
-        ("striped_conv", ["--case", "K=4"], "no case has 'K=4' in its title"),
-        ("striped_conv", ["--device", "gpu"], "--device is 'gpu', expected auto, cpu, cuda"),
-        ("striped_conv", ["--runs", "-3"], "--runs is -3, expected at least 1"),
-        ("striped_conv", ["--threads", "0"], "--threads is 0, expected at least 1"),
-        ("kernels", ["--device", "mps"], "--device is 'mps', but torch finds no Apple GPU here"),
-        ("kernels", ["--case", "K=4"], "no case has 'K=4' in its title"),
-        ("training", ["--device", "cuda:99"], "--device is 'cuda:99', "),
-        ("training", ["--runs", "0"], "--runs is 0, expected at least 1"),
+        (["kernels", "--case", "K=4"], "no case has 'K=4' in its title"),
+        (["kernels", "--device", "gpu"], "--device is 'gpu', expected auto, cpu, cuda"),
+        (["kernels", "--device", "mps"], "--device is 'mps', but torch finds no Apple GPU here"),
+        (["kernels", "--device", "cpu", "--runs", "-3"], "--runs is -3, expected at least 1"),
+        (["kernels", "--device", "cpu", "--threads", "0"], "--threads is 0, expected at least 1"),
+        (["kernels", "--name", "all"], "choose one of the --operators"),
+        (["training", "--device", "cuda:99"], "--device is 'cuda:99', "),
+        (["training", "--runs", "0"], "--runs is 0, expected at least 1"),
+        (["upscaling", "--turns", "0"], "--turns is 0, expected at least 1"),
+        (["loop", "--data", "nowhere", "--device", "cpu"], "data.train: "),
+        (["lunch"], "inference"),
     ],
 )
-def test_options_that_cannot_be(bench, capsys, name, options, message):
+def test_invalid_options(capsys, options, message):
     with pytest.raises(SystemExit) as stopped:
-        main(["benchmark", name, *options]) if name in ("kernels", "training") else bench(name, *options)
+        main(["benchmark", *options])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_ours_being_wrong_is_an_exit_status(harness, bench, monkeypatch, tmp_path):
-    wrong = harness.operator(lambda **tensors: tensors["x"])
-    monkeypatch.setattr(harness, "ours", lambda *arguments: {"seemore-fast cpu": wrong})
-    with pytest.raises(SystemExit, match="seemore-fast is wrong or fails"):
-        bench("striped_conv", "--case", "forward", "--results", tmp_path)
-    lines = next(iter(figures(next(tmp_path.glob("*/*.json"))).values()))
-    assert "errs by" in lines["seemore-fast cpu"]["wrong"]
+def test_help_lists_the_options(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["benchmark", "inference", "--help"])
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0 and printed.startswith("usage: seemore-fast benchmark inference")
+    assert {"--threads", "--instruction-sets", "--case", "--quick"} <= set(printed.split())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_without_a_gpu_it_says_so():
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "bench_model.py"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)},
-    )
-    assert done.returncode == 2
-    assert "no CUDA device here" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_script_without_a_gpu_reports_it():
+    command, path = [sys.executable, BENCHMARKS / "training.py", "--device", "cuda"], str(BENCHMARKS.parent)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 2 and "no CUDA device here" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_upscaling_is_timed_beside_the_network(tmp_path, capsys):
-    told = ["benchmark", "upscaling", "--quick", "--device", "cpu", "--turns", "1"]
-    assert main([*told, "--results", str(tmp_path)]) == 0
+    options = ["--quick", "--device", "cpu", "--turns", "1", "--results", str(tmp_path)]
+    assert main(["benchmark", "upscaling", *options]) == 0
     cases = figures(next(tmp_path.glob("*/upscaling.json")))
-    few, large = cases["T x2 6 images 24x24"], cases["T x2 64x48"]
-    assert set(few) == {f"seemore-fast {name}" for name in ("network alone", "folder of PNG", "folder of JPEG")}
+    small, large = cases["T x2 6 images 24x24"], cases["T x2 64x48"]
+    assert set(small) == {f"seemore-fast {name}" for name in ("network alone", "folder of PNG", "folder of JPEG")}
     assert set(large) == {"seemore-fast whole", "seemore-fast streamed"}
     printed = capsys.readouterr().out
-    share = few["seemore-fast network alone"]["ms"] / few["seemore-fast folder of PNG"]["ms"]
-    assert share > 0 and f"folder of PNG: {share:.1%} of the network's own speed" in printed
-    times = large["seemore-fast streamed"]["ms"] / large["seemore-fast whole"]["ms"]
-    assert f"streamed: {times:.2f} times the whole image's time" in printed
-    with pytest.raises(SystemExit):
-        main([*told[:-1], "0"])
-    assert "--turns is 0, expected at least 1" in capsys.readouterr().err
+    share = small["seemore-fast network alone"]["ms"] / small["seemore-fast folder of PNG"]["ms"]
+    assert f"folder of PNG: {share:.1%} of the network's own speed" in printed
+    ratio = large["seemore-fast streamed"]["ms"] / large["seemore-fast whole"]["ms"]
+    assert f"streamed: {ratio:.2f}x the whole image's time" in printed
+
+
+def test_the_loop_is_timed_beside_its_step(work, tmp_path, capsys):
+    options = ["--quick", "--device", "cpu", "--turns", "2", "--steps", "3", "--data", str(work / "photos")]
+    assert main(["benchmark", "loop", *options, "--results", str(tmp_path / "out")]) == 0
+    rows = figures(next((tmp_path / "out").glob("*/loop.json")))["tiny"]
+    bare, loop = (rows[f"seemore-fast {name}"] for name in ("bare step", "loop"))
+    assert len(rows) == 2 and bare["runs"] == loop["runs"] == 2
+    assert f"the loop reaches {bare['ms'] / loop['ms']:.1%} of the bare step's speed" in capsys.readouterr().out
+
+
+# Operators
+
+
+def test_every_operator_has_cases():
+    assert set(ops.__all__) - set(OPERATORS) <= {"depthwise_gate"}
+
+
+def test_operations_of_striped_conv():
+    convolution = 2 * 5 * 24  # a multiply-add counts two
+    for backward, more in ((5, {}), (6, {"gated": True}), (6, {"activation": "gelu"})):
+        counted = OPERATORS["striped_conv"].operations(Setting((1, 2, 3, 4), taps=5, **more))
+        assert counted == (2 * convolution, backward * convolution)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operators_are_checked_and_timed(harness, bench, tmp_path, operator):
+    bench(operator, "--results", tmp_path)
+    cases, is_block = figures(next(tmp_path.glob(f"*/{operator}.json"))), operator.endswith("block")
+    count = 3 if operator == "striped_conv" else 2
+    assert [title.split()[0] for title in cases] == [mode for mode in harness.MODES for _ in range(count)]
+    for title, rows in cases.items():
+        assert is_block or set(rows["seemore-fast cpu"]) & {"ms", "absent"}
+        assert any("ms" in row for name, row in rows.items() if name.startswith("seemore-fast"))
+        for provider in ("torch eager", "torch eager channels_last"):
+            row = rows[provider]
+            assert min(row["ms"], row["gb_s"], row["of_copy"]) > 0
+            assert (row["gflop_s"] or 0) > 0 or title.startswith("backward")  # a router's has no operations
+            assert row["max_error"] < (0.5 if is_block else 0.05)
+        assert rows["clone"]["gb_s"] > 0 and "max_error" not in rows["clone"]
+
+
+def test_a_wrong_operator_fails_after_the_others_have_run(monkeypatch, bench, tmp_path, capsys):
+    def on_backends(name, provider, *rest, right=operators.on_backends):
+        wrong = {"seemore-fast cpu": lambda tensors: lambda: torch.zeros(1, 1)}
+        return wrong if name == "router" else right(name, provider, *rest)
+
+    monkeypatch.setattr(operators, "on_backends", on_backends)
+    with pytest.raises(SystemExit, match="seemore-fast is wrong or fails in router: see above"):
+        bench("router pointwise", "--case", "forward 1x5", "--results", tmp_path)
+    assert "\npointwise\n" in capsys.readouterr().out
+    rows = next(iter(figures(next(tmp_path.glob("*/router.json"))).values()))
+    assert "errs by" in rows["seemore-fast cpu"]["wrong"]
+
+
+def test_on_cuda_ours_is_timed_in_a_graph_too(harness, monkeypatch):
+    def table(mode, name="router"):
+        return operators.on_backends(name, harness.operator(scaled_sum, mode), mode, torch.device("cuda"), False)
+
+    info = {"available": ["reference", "cuda", "triton"], "unavailable": {}, "operators": {"router": ["cuda"]}}
+    monkeypatch.setattr(harness.seemore_fast, "backend_info", lambda: info)
+    names = ["seemore-fast cuda", "seemore-fast triton"]
+    assert list(table("forward")) == [*names, "seemore-fast cuda, in a graph"]
+    assert table("forward")["seemore-fast triton"] == "this backend has no kernel of router"
+    assert list(table("both")) == names
+    info["operators"] = {"norm_pointwise": ["triton"]}
+    assert callable(table("both", "pointwise")[names[1]])
+    info |= {"operators": {"router": ["cuda"]}, "unavailable": {"cuda": "no GPU", "triton": "no GPU"}}
+    rows = table("forward")
+    assert rows["seemore-fast cuda, in a graph"] == "no GPU" and list(rows)[-1] == "seemore-fast reference"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", ["norm_pointwise", "router"])
+def test_compiled_peers(bench, tmp_path, operator):
+    """Not calibrate, whose backward torch 2.13 does not compile for a small map of one pixel."""
+    bench(operator, "--results", tmp_path, "--compile")
+    for rows in figures(next(tmp_path.glob("*/*.json"))).values():
+        assert rows["torch.compile"]["ms"] > 0
+
+
+def run_pytest(tmp_path, *arguments, **environment):
+    """Run `pytest benchmarks/` on tiny cases; return its process, and pytest-benchmark's JSON by test."""
+    path = tmp_path / "benchmark.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(BENCHMARKS), "--bench-quick"]
+    command += ["--bench-device", "cpu", "--benchmark-json", str(path), *map(str, arguments)]
+    environment |= {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent, env=os.environ | environment)
+    return done, {test["name"]: test for test in json.loads(path.read_text())["benchmarks"]}
+
+
+def test_pytest_runs_every_benchmark(tmp_path):
+    done, tests = run_pytest(tmp_path)
+    assert done.returncode == 0, done.stdout
+    for name, test in tests.items():
+        extra = test["extra_info"]
+        assert extra["gb_s"] > 0 and extra["of_copy"] > 0 and extra["max_error"] < 0.5
+        assert extra.get("gflop_s", 0) > 0 or ("[router" in name and "backward" in name)
+    expected = {
+        f"test_speed[{name}-{title}-{provider}]"
+        for name, operator in OPERATORS.items()
+        for title in operator.cases()["quick"]
+        for provider in (f"seemore-fast {'auto' if operator.block else 'cpu'}", *operators.EAGER)
+    }
+    assert set(tests) == expected
+
+
+def test_pytest_fails_a_wrong_provider(tmp_path):
+    (tmp_path / "break_it.py").write_text(
+        "import seemore_fast.ops as ops\n"
+        "router = ops.router\n"
+        "def wrong(*arguments, **options):\n"
+        "    index, probability = router(*arguments, **options)\n"
+        "    return index, 1.1 * probability\n"
+        "ops.router = wrong\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    options = ["-p", "break_it", "-k", "router and forward and not striped and not rme"]
+    done, tests = run_pytest(tmp_path, *options, PYTHONPATH=path)
+    assert done.returncode == 1 and "result 0 errs by" in done.stdout
+    assert tests and not any("seemore-fast" in name for name in tests)
+
+
+# The table of work
+
+
+@pytest.fixture(scope="module")
+def all_work():
+    return intensity.all_work()
+
+
+def counted(function, *arguments, **options):
+    """Return the multiply-adds of convolutions and matrices, as torch counts them."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function(*arguments, **options)
+    return counter.get_total_flops() / 2
+
+
+def on_meta(images, shapes):
+    """Return the arguments: images of T at 480x640, parameters."""
+    shapes = [*[(1, 36, 480, 640)] * images, *shapes.values()]
+    return [torch.empty(shape, device="meta") for shape in shapes]
+
+
+def test_work_is_as_torch_counts(all_work):
+    c, elements = 36, 36 * 480 * 640
+    norm, wide = norm_shapes(c), {"weight": (2 * c, c, 1, 1), "bias": (2 * c,)}
+    dense = {"weight": (c, c, 3, 3), "bias": (c,)}
+    x, *conv_parameters = on_meta(1, norm | dense)
+    index, probability = torch.zeros(1, 1, dtype=torch.int64, device="meta"), torch.zeros(1, 1, device="meta")
+    a, k, *experts = on_meta(2, expert_shapes(c, [2, 4, 8]))
+    found = {
+        "striped_conv K=11, forward": counted(reference.striped_conv, *on_meta(1, striped_shapes(c, 11))),
+        "striped_conv K=3 gelu, forward": counted(reference.striped_conv, *on_meta(1, striped_shapes(c, 3))),
+        "calibrate, forward": counted(reference.calibrate, *on_meta(1, calibrate_shapes(c)), 2) + 4 * elements,
+        "norm_pointwise C to 2C gelu": counted(reference.norm_pointwise, *on_meta(1, norm | wide)),
+        "norm_conv3x3 C to C gelu to 2C": counted(
+            reference.norm_conv3x3, x, *conv_parameters, *on_meta(0, wide), activation="gelu"
+        ),
+        "gated_ffn": counted(reference.gated_ffn, *on_meta(1, norm | ffn_shapes(c))),
+        "low_rank_experts, rank 8": counted(
+            reference.low_rank_experts, a, k, index, probability, *experts, ranks=[2, 4, 8]
+        ),
+    }
+    assert {name: elements * (all_work[name].vector + all_work[name].matrix) for name in found} == found
+
+
+def test_work_of_blocks_is_as_torch_counts(all_work):
+    group, elements = reference.SeemoRe(scale=2, **T).eval().body[0], 36 * 480 * 640
+    in_torch = 100 * (counted(group, torch.rand(1, 36, 48, 64)) - 36 * 3)  # without the router's matrix
+    ours = elements * sum(all_work[name].vector + all_work[name].matrix for name in ("rme_block", "sme_block"))
+    assert ours == in_torch + 4 * elements + elements  # interpolation and pool, which torch does not count
+
+
+def test_costs_of_operators_agree_with_the_table(all_work):
+    """Blocks differ by the interpolation and by the pool's additions, which count as multiply-adds in the table."""
+    setting = Setting((1, 36, 480, 640))
+    for name, row in (("norm_pointwise", "norm_pointwise C to 2C gelu"), ("gated_ffn", "gated_ffn"),
+                      ("low_rank_experts", "low_rank_experts, rank 8"), ("sme_block", "sme_block"),
+                      ("norm_conv3x3", "norm_conv3x3 C to C gelu to 2C")):  # fmt: skip
+        operations = in_mode(OPERATORS[name].operations(setting), "forward")
+        assert operations == 2 * 36 * 480 * 640 * (all_work[row].vector + all_work[row].matrix), name
+
+
+def test_the_readme_has_the_table():
+    assert intensity.table() in (BENCHMARKS / "README.md").read_text()

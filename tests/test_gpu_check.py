@@ -163,7 +163,7 @@ def test_without_nvcc_all_the_rest_runs_and_tests_that_fail_again_with_another_c
     assert_order(list(outcomes), [again])
     failed = {step for step, outcome in outcomes.items() if outcome != "passed" and "check" not in step}
     assert failed == {"build", name, again}
-    assert "there is no CUDA library, Triton's kernels do its work: there is no nvcc" in tree.log("build")
+    assert "no CUDA library, Triton's kernels are used instead: there is no nvcc" in tree.log("build")
     assert "mma v3 is off: None ptxas: None" in tree.log(name)
     assert f"mma v3 is off: 1 ptxas: {ptxas}" in tree.log(again)
     assert "--last-failed --last-failed-no-failures none" in tree.log(again)
@@ -173,7 +173,7 @@ def test_without_nvcc_all_the_rest_runs_and_tests_that_fail_again_with_another_c
 
 def test_a_library_that_does_not_load_is_left_out(tree):
     assert tree.run("--only", "build", lacks="symbol") == 1
-    assert "it has an undefined symbol" in tree.log("build") and "cannot be used" in tree.log("build")
+    assert "it has an undefined symbol" in tree.log("build") and "does not load" in tree.log("build")
     assert not list(tree.root.glob("**/seemore_fast/libseemore_cuda.so"))
 
 
@@ -211,7 +211,7 @@ def test_a_kill_at_any_moment_leaves_the_archive(tree):
 
 def test_a_request_to_stop_ends_the_steps_too(tree):
     process, log = (
-        tree.start(STUB_HANGS="compare_peers"),
+        tree.start(STUB_HANGS="inference.py"),
         tree.root / "build/gpu-check/benchmark-of-inference-first.log",
     )
     while not (log.exists() and "arguments" in log.read_text()):
@@ -256,7 +256,7 @@ def test_the_build_goes_by_what_there_is(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "LOGS", tmp_path)
     monkeypatch.setattr(gpu_check, "PACKAGE", tmp_path)
     monkeypatch.setattr(gpu_check.native(), "find_nvcc", lambda: None)
-    with pytest.raises(SystemExit, match=r"no CUDA library, Triton's kernels do its work: there is no nvcc"):
+    with pytest.raises(SystemExit, match=r"no CUDA library, Triton's kernels are used instead: there is no nvcc"):
         gpu_check.build()
     monkeypatch.setattr(gpu_check.native(), "find_cuda", dict)
     asked = []
@@ -277,7 +277,7 @@ def test_every_file_of_a_step_exists_and_every_name_is_one():
 
 
 def test_the_network_comes_first_and_within_three_minutes():
-    assert sum(step.seconds + steps.GRACE for step in gpu_check.figures()) < 180
+    assert sum(step.seconds + steps.GRACE_S for step in gpu_check.figures()) < 180
 
 
 def test_a_test_that_does_not_fit_the_memory_with_its_workspaces_is_skipped(monkeypatch):

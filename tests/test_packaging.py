@@ -53,7 +53,7 @@ def test_contents(archives):
         "kernels/__init__.py",
         "kernels/striped_conv.py",
         "kernels/configurations.json",
-        "benchmarks/compare_peers.py",
+        "benchmarks/inference.py",
         "libseemore_cpu.so",
         "build_info.json",
     ):

@@ -8,6 +8,7 @@ import torch
 from seemore_fast import backends, use_backend
 from seemore_fast.backends import preferences
 from seemore_fast.benchmarks import tune_backends
+from seemore_fast.benchmarks.cases import OPERATORS
 from seemore_fast.cli import main
 
 X = torch.empty(1, 4, 8, 8, device="meta")
@@ -118,7 +119,7 @@ def test_the_command_needs_a_gpu_and_a_place(capsys):
         (): "torch finds no CUDA device here",
         ("--device", "gpu"): "--device is 'gpu', expected",
         ("--device", "cpu", "--runs", "0"): "--runs is 0",
-        ("--device", "cpu", "--quick"): "--quick measures nothing",
+        ("--device", "cpu", "--quick"): "--quick does not measure real sizes",
     }.items():
         with pytest.raises(SystemExit) as stopped:
             main(["benchmark", "tune", *options])
@@ -133,7 +134,6 @@ def test_what_the_user_did_not_measure_is_as_shipped(files, gpu):
 
 
 def test_settings_are_photos_and_patches():
-    for stem in tune_backends.STEMS:
-        module = __import__(f"seemore_fast.benchmarks.bench_{stem}", fromlist=["x"])
-        modes = {(s.mode, s.dtype) for s in tune_backends.settings_of(module, quick=False)}
+    for name in tune_backends.TUNED:
+        modes = {(s.mode, s.dtype) for s in tune_backends.settings_of(OPERATORS[name], quick=False)}
         assert {("forward", torch.bfloat16), ("both", torch.bfloat16), ("forward", torch.float16)} <= modes

@@ -54,7 +54,7 @@ def test_what_takes_too_long_says_first_what_failed(run, tmp_path):
 
 
 def test_what_does_not_listen_is_killed_with_all_that_it_started(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "GRACE", 1)
+    monkeypatch.setattr(steps, "GRACE_S", 1)
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)"
     child = f"{deaf}; print('started'); time.sleep(1000)  # {tmp_path}"
     code = f"{deaf}\nimport subprocess, sys\nsubprocess.run([sys.executable, '-u', '-c', {child!r}])"
@@ -104,12 +104,12 @@ def test_steps_side_by_side_do_not_wait_but_for_whom_they_name(tmp_path):
 
 def test_no_more_steps_at_a_time_than_processors(tmp_path):
     code = f"import os, time; os.mkdir({str(tmp_path / 'one')!r}); time.sleep(0.2); os.rmdir({str(tmp_path / 'one')!r})"
-    runner = Runner(tmp_path, tmp_path, time.monotonic() + 1000, {}, lambda results: None, most=1)
+    runner = Runner(tmp_path, tmp_path, time.monotonic() + 1000, {}, lambda results: None, workers=1)
     assert all(result["outcome"] == "passed" for result in runner.run([python(code, name=str(i)) for i in range(3)]))
 
 
 def test_a_share_of_the_time_leaves_the_rest(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "GRACE", 0)
+    monkeypatch.setattr(steps, "GRACE_S", 0)
     runner = Runner(tmp_path, tmp_path, time.monotonic() + 100, {}, lambda results: None)
     (result,) = runner.run([python("1", seconds=60, optional=True)], share=0.5)
     assert result["outcome"].startswith("skipped: ")

@@ -28,8 +28,8 @@ def do_bench(run, **options):
 triton.testing.do_bench = do_bench
 tune_triton.TIMED = [Configuration(32, 2), Configuration(64, 4)]
 x = torch.empty(1, 36, 480, 640, dtype=torch.bfloat16, device="meta")
-print(tune_triton.quickest("norm_conv3x3 pack", x, 90, Configuration(16, 2)))
-print(tune_triton.quickest("norm_pointwise forward", x, 90, Configuration(16, 2)))
+print(tune_triton.fastest("norm_conv3x3 pack", x, 90, Configuration(16, 2)))
+print(tune_triton.fastest("norm_pointwise forward", x, 90, Configuration(16, 2)))
 """
 
 
@@ -75,7 +75,7 @@ def test_no_kernel_is_begun_after_its_time_and_each_is_written(tmp_path, monkeyp
     assert len(written) == 3 and not written[0]
     assert written[1][first]["2 bytes"] == [16, 8, 1, 0] and written[2][second]["2 bytes"] == [16, 8, 1, 0]
     assert json.loads(output.read_text())["90"][third]["2 bytes"] == [16, 8, 1, 0]
-    assert "no time for sm_90 low_rank_experts forward, 2 bytes" in capsys.readouterr().out
+    assert "no time left for sm_90 low_rank_experts forward, 2 bytes" in capsys.readouterr().out
     assert configurations.FILE.read_text() == before and list(tmp_path.iterdir()) == [output]
 
 
