@@ -40,7 +40,7 @@ format: $(VENV)/.lints
 
 # On a machine with an NVIDIA GPU, with the Python that has torch there: measures, builds for that GPU, tests and tunes in
 # under ten minutes; leaves that Python as it is and needs no network. QUICK=1: what matters most, in three. OUTPUT=folder
-# gets one archive of all that comes of it. SECONDS=300 and ONLY="bench_ tune" shorten it: see its --help.
+# gets one archive of all that comes of it. SECONDS=300 and ONLY="kernels tune" shorten it: see its --help.
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(if $(QUICK),--quick) $(if $(OUTPUT),--output "$(OUTPUT)") \
 		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(ONLY),--only $(ONLY))

@@ -28,7 +28,7 @@ class Kernel(NamedTuple):
     """A backend that has an operator: on which devices, for which dtypes, up to how many channels, for which taps.
 
     For fewer than `least` elements of x ``"auto"`` takes the reference, which has less overhead (measured:
-    benchmarks/bench_<op>.py).
+    benchmarks/cases.py).
     """
 
     backend: str

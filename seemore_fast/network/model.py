@@ -303,7 +303,7 @@ class SeemoRe(Fused, plain.SeemoRe):
         has_kernels = kernels != "reference"
         if has_kernels:  # which take lines
             x = x.contiguous()
-        elif x.device.type == "cpu":  # faster there (benchmarks/bench_model.py); on GPUs it is the other way round
+        elif x.device.type == "cpu":  # faster there (benchmarks/training.py); on GPUs it is the other way round
             # A copy, though it may have the layout already: a view of one image can have strides, of the batch's
             # dimension, that torch's convolutions do not take for channels_last.
             x = x.clone(memory_format=torch.channels_last)
