@@ -36,15 +36,6 @@ def test_old_spellings_are_aliases(photos, upscale, monkeypatch, old, new):
     assert streamed[0] == streamed[-1] == bool(new)
 
 
-@pytest.mark.parametrize("slash", ["", "/"])
-def test_folders(photos, upscale, slash):
-    Image.fromarray(pixels(1)).save(photos / "grey.jpg")
-    folder = photos / ("out" if not slash else "new")
-    assert upscale(photos / "photo.png", photos / "grey.jpg", "-o", f"{folder}{slash}")[0] == 0
-    assert sorted(os.listdir(folder)) == ["grey_x2.jpg", "photo_x2.png"]
-    assert Image.open(folder / "grey_x2.jpg").mode == "L"
-
-
 USAGE_ERRORS = {
     "no such folder": (["photo.png", "-o", "none/big.png"], "folder .*none does not exist"),
     "no such parent of a folder": (["photo.png", "-o", "none/deeper/"], "folder .*none does not exist"),
@@ -77,13 +68,6 @@ def test_usage_errors(photos, upscale, monkeypatch, arguments, message):
     assert re.search(message, printed)
     assert sorted(os.listdir(photos)) == before
     assert not os.listdir(photos / "out")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_cuda_without_cuda(photos, upscale):
-    status, printed = upscale(photos / "photo.png", "-o", photos / "big.png", "--device", "cuda")
-    assert status == 2
-    assert "no CUDA device" in printed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
