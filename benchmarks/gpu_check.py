@@ -69,7 +69,7 @@ PARTS = {
     "calibrate": 3,
     "striped_conv": 4,
 }
-OTHERS = ["layer_norm", "pointwise", "conv3x3_shuffle", "rme_block", "sme_block"]
+OTHERS = ["layer_norm", "pointwise", "conv3x3_shuffle", "blocks"]
 PHOTO, BF16 = "1x36x480x640 bf16", ["--case", "bf16"]
 BENCHMARKED = {  # operator, the slowest first: the case in which torch.compile is timed, too
     "gated_ffn": PHOTO,
@@ -244,7 +244,7 @@ def build():
     info = native().facts(toolchain, cuda) | {"left_out": {"libseemore_cpu": "gpu-check builds for the GPU alone"}}
     (PACKAGE / "build_info.json").write_text(json.dumps(info, indent=2) + "\n")
     question = "import torch; from seemore_fast import backends"
-    question += "; raise SystemExit(backends.why_not('cuda', torch.device('cuda', 0)))"
+    question += "; raise SystemExit(backends.unsupported_reason('cuda', torch.device('cuda', 0)))"
     if subprocess.run([sys.executable, "-c", question]).returncode:
         (PACKAGE / f"{LIBRARY}.so").unlink()
         raise SystemExit(f"{LIBRARY}.so was built but does not load, Triton's kernels are used instead")

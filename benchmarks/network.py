@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import seemore_fast
 from seemore_fast.benchmarks import harness
-from seemore_fast.network.presets import PRESETS
+from seemore_fast.network.config import PRESETS
 
 Size = tuple[int, int]  # width, height
 MAX_FLOAT64_PIXELS = 10**6  # beyond, float64 does not fit into memory, and the expected result is float32

@@ -40,7 +40,8 @@ def crops(count: int, side: int) -> list[Image.Image]:
 
 def folder_turns(upscaler, folder: Path, count: int, side: int) -> dict[str, Callable]:
     """Return calls that upscale the same images alone, as PNG files and as JPEG files in `folder`."""
-    from seemore_fast.upscale.batch import BatchOptions, upscale_files
+    from seemore_fast.upscale.batch import upscale_files
+    from seemore_fast.upscale.files import FileOptions
     from seemore_fast.upscale.jobs import Jobs
 
     images = crops(count, side)
@@ -51,7 +52,7 @@ def folder_turns(upscaler, folder: Path, count: int, side: int) -> dict[str, Cal
 
     def as_files(source: Path):
         target = folder / "out"
-        failures = [o.error for o in upscale_files([upscaler], Jobs([source], f"{target}/"), BatchOptions()) if o.error]
+        failures = [o.error for o in upscale_files([upscaler], Jobs([source], f"{target}/"), FileOptions()) if o.error]
         if failures or len(list(target.iterdir())) != count:
             raise SystemExit(f"not all images of {source} were upscaled: {failures[:1]}")
         shutil.rmtree(target)

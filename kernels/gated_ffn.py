@@ -4,7 +4,7 @@
                u = GELU(LN(x) @ W_u);  h = u * (stencil(g) + bias_gate);  y = x + GELU(h @ W_2)             one more
     backward   u and g again                                                     one launch (`norm_pointwise`)
                h and z = h @ W_2 again;  dz = dy * GELU'(z);  dh = dz @ transposed W_2                      one more
-               the gradients of the gate (`depthwise_gate`), of weight_2 (`products`) and of `norm_pointwise`
+               the gradients of the gate (`gate_gradients`), of weight_2 (`products`) and of `norm_pointwise`
 
 What neighbours must see goes through memory: g, in forward. A program of forward has PIXELS pixels and goes over blocks
 of channels; g's workspace has channels innermost, so that all nine shifts of a block are wide, aligned loads.
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends.planes import new_image
-from . import depthwise_gate, norm_pointwise
+from . import gate_gradients, norm_pointwise
 from .activation import activate, slope
 from .images import strided
 from .launch import Launch, run
@@ -118,7 +118,7 @@ def backward(
     if x.numel():
         yield products(partial, dz, h)
     yield add_parts([dweight_2, dbias_2], partial)
-    yield from depthwise_gate.backward(du, dg, dweight_gate, dbias_gate, dh, u, g, weight_gate, bias_gate)
+    yield from gate_gradients.backward(du, dg, dweight_gate, dbias_gate, dh, u, g, weight_gate, bias_gate)
     inputs = x, norm_weight, norm_bias, weight_1, bias_1, "gelu", eps
     yield from norm_pointwise.backward(dx, first, dug, *inputs, residual=dy)
 

@@ -1,16 +1,17 @@
 """SeemoRe super-resolution, fast: a drop-in PyTorch module whose operators are checked against a plain reference."""
 
 from . import ops, reference
-from .backends import backend_info, use_backend
+from ._version import __version__
+from .backends import backend_info, set_backend, use_backend
 from .network.accelerate import accelerate
 from .network.checkpoint import load_model
 from .network.model import SeemoRe
 from .network.presets import seemore_b, seemore_l, seemore_t
 
-__version__ = "0.1.0"
 __all__ = [
     "SeemoRe",
     "Upscaler",
+    "__version__",
     "accelerate",
     "backend_info",
     "load_model",
@@ -19,6 +20,7 @@ __all__ = [
     "seemore_b",
     "seemore_l",
     "seemore_t",
+    "set_backend",
     "use_backend",
 ]
 

@@ -6,14 +6,14 @@ import torch
 from helpers.images import noise
 from helpers.tables import read_csv
 from PIL import Image
+from torch.nn.functional import channel_shuffle
 
 from seemore_fast import SeemoRe, cli
 from seemore_fast.analysis import features, operations, receptive, routing
 from seemore_fast.evaluation.pairs import find_pairs
 from seemore_fast.network.checkpoint import save_model
+from seemore_fast.network.config import PRESETS
 from seemore_fast.network.inspection import forward_hooks
-from seemore_fast.network.presets import PRESETS
-from seemore_fast.reference.rme_block import channel_shuffle
 
 plots = pytest.importorskip("seemore_fast.analysis.plots", reason="needs matplotlib")
 
@@ -68,7 +68,7 @@ def test_usage_is_the_choice_of_the_router():
     assert usage.shape == (2, 3) and usage.sum(dim=1).tolist() == [6, 6]
     f = model.conv_1(x - model.mean)
     block = model.body[0].local_block
-    u = channel_shuffle(block.block.conv_1(block.norm_1(f)))
+    u = channel_shuffle(block.block.conv_1(block.norm_1(f)), 2)
     a = block.block.conv_2(u.chunk(2, dim=1)[0])
     chosen = block.block.moe_layer.gate.body[2](a.mean(dim=(2, 3))).topk(2).indices
     assert usage[0].tolist() == torch.bincount(chosen.flatten(), minlength=3).tolist()
@@ -81,7 +81,7 @@ def test_hooks_leave_the_model_unchanged():
         routing.expert_usage(model, x)
         features.feature_maps(model, x)
         assert torch.equal(model(x), before)
-    assert model.is_untouched()
+    assert model.is_unmodified()
 
 
 def test_shares_ranks_and_trend():

@@ -9,8 +9,6 @@ import test_gated_ffn
 import test_low_rank_experts
 import test_norm_conv3x3
 import test_norm_pointwise
-import test_rme_block
-import test_sme_block
 import test_striped_conv
 import torch
 from helpers.backends import kernels_of, running_on
@@ -25,8 +23,6 @@ CASES = {
     "low_rank_experts": (test_low_rank_experts, {"ranks": (2, 4, 8)}),
     "norm_conv3x3": (test_norm_conv3x3, None),  # they go with its tensors
     "norm_pointwise": (test_norm_pointwise, {"activation": "gelu"}),
-    "rme_block": (test_rme_block, test_rme_block.OPTIONS),
-    "sme_block": (test_sme_block, {}),
     "striped_conv": (test_striped_conv, {"activation": "gelu"}),
 }
 each_case = pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,11 @@ import torch
 from helpers.backends import usable
 
 import seemore_fast
-from seemore_fast import backends, ops, reference, use_backend
-from seemore_fast.backends import Kernel, choose, chosen_backend, native
+from seemore_fast import backends, ops, reference, set_backend, use_backend
+from seemore_fast.backends import Kernel, backend_for_device, current_backend, native, select_backend, selection
 
-HERE = "cpu" if backends.why_not("cpu") is None else "reference"
-has_cpu_library = pytest.mark.skipif(HERE == "reference", reason=str(backends.why_not("cpu")))
+HERE = "cpu" if backends.unsupported_reason("cpu") is None else "reference"
+has_cpu_library = pytest.mark.skipif(HERE == "reference", reason=str(backends.unsupported_reason("cpu")))
 
 
 def striped_tensors(dtype=torch.float32):
@@ -34,11 +35,11 @@ def recorded(monkeypatch):
             calls.append(inputs)
             y.fill_(7)
 
-    functions = backends._functions
-    monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, "other"))
-    why_not = backends.why_not
-    monkeypatch.setattr(backends, "why_not", lambda name, *device: None if name == "other" else why_not(name, *device))
-    monkeypatch.setattr(backends, "_functions", lambda name, op: Other if name == "other" else functions(name, op))
+    functions = selection._functions
+    monkeypatch.setattr(selection, "BACKENDS", (*backends.BACKENDS, "other"))
+    reason = selection.unsupported_reason
+    monkeypatch.setattr(selection, "unsupported_reason", lambda name, *d: None if name == "other" else reason(name, *d))
+    monkeypatch.setattr(selection, "_functions", lambda name, op: Other if name == "other" else functions(name, op))
     kernels = [Kernel("other", "cpu", (torch.float32,), least=18), *backends.KERNELS["striped_conv"]]
     monkeypatch.setitem(backends.KERNELS, "striped_conv", kernels)
     return calls
@@ -48,22 +49,22 @@ def test_setter_and_context_manager(recorded):
     x = striped_tensors()[0]
     with use_backend("auto"):
         use_backend("other")
-        assert chosen_backend() == choose("striped_conv", x) == "other"
+        assert backend_for_device() == select_backend("striped_conv", x) == "other"
         with use_backend("reference"):
-            assert chosen_backend() == choose("striped_conv", x) == "reference"
+            assert backend_for_device() == select_backend("striped_conv", x) == "reference"
             with use_backend("other"):
-                assert chosen_backend() == "other"
-            assert chosen_backend() == "reference"
-        assert chosen_backend() == "other"
+                assert backend_for_device() == "other"
+            assert backend_for_device() == "reference"
+        assert backend_for_device() == "other"
         use_backend("auto")
-        assert choose("striped_conv", x) == "other"
+        assert select_backend("striped_conv", x) == "other"
     assert seemore_fast.backend_info()["backend"] == "auto"
 
 
 def test_context_restores_the_outer_choice_also_after_an_error():
     with pytest.raises(KeyError), use_backend("reference"):
         raise KeyError
-    assert chosen_backend() == HERE
+    assert backend_for_device() == HERE
 
 
 def test_operators_run_the_chosen_kernel(recorded):
@@ -76,14 +77,14 @@ def test_operators_run_the_chosen_kernel(recorded):
 
 
 def test_what_a_backend_lacks_runs_elsewhere(recorded):
-    assert choose("striped_conv", torch.rand(1, 2, 3, 3, dtype=torch.float64)) == HERE
-    assert choose("striped_conv", torch.rand(1, 1, 1, 3)) == HERE  # fewer than `least` elements
+    assert select_backend("striped_conv", torch.rand(1, 2, 3, 3, dtype=torch.float64)) == HERE
+    assert select_backend("striped_conv", torch.rand(1, 1, 1, 3)) == HERE  # fewer than `least` elements
     with use_backend("other"):
-        assert choose("striped_conv", torch.rand(1, 1, 1, 3)) == "other"  # asked for by name
-        assert choose("striped_conv", torch.rand(1, 2, 3, 3, dtype=torch.float64)) == "reference"
-        assert choose("gated_ffn", torch.rand(1, 2, 3, 3)) == "reference"
-    assert choose("striped_conv", torch.rand(1, 2, 3, 3, dtype=torch.float16)) == "reference"
-    assert choose("striped_conv", torch.rand(1, 2, 3, 3, device="meta")) == "reference"
+        assert select_backend("striped_conv", torch.rand(1, 1, 1, 3)) == "other"  # asked for by name
+        assert select_backend("striped_conv", torch.rand(1, 2, 3, 3, dtype=torch.float64)) == "reference"
+        assert select_backend("gated_ffn", torch.rand(1, 2, 3, 3)) == "reference"
+    assert select_backend("striped_conv", torch.rand(1, 2, 3, 3, dtype=torch.float16)) == "reference"
+    assert select_backend("striped_conv", torch.rand(1, 2, 3, 3, device="meta")) == "reference"
 
 
 @has_cpu_library
@@ -98,7 +99,9 @@ def test_backward_of_a_kernel_runs_on_a_kernel_whatever_is_chosen_then():
 
 @pytest.mark.parametrize("name", [n for n, why in usable().items() if why and n in backends.BACKENDS])
 def test_a_missing_backend_gives_its_reason(name):
-    with pytest.raises(RuntimeError, match=f"^backend '{name}' is not available: {re.escape(backends.why_not(name))}"):
+    with pytest.raises(
+        RuntimeError, match=f"^backend '{name}' is not available: {re.escape(backends.unsupported_reason(name))}"
+    ):
         use_backend(name)
 
 
@@ -218,3 +221,50 @@ def test_import_brings_nothing_that_takes_long():
         "print(*sorted(m for m in set(sys.modules) - before if not m.startswith('seemore_fast')))"
     )
     assert not {"PIL", "safetensors", "tqdm", "onnx", "triton"} & set(printed_by(code).split())
+
+
+def test_a_choice_is_its_threads_own():
+    """`use_backend` holds in its thread, `set_backend` in all that have no choice of their own."""
+    seen = {}
+
+    def look(name):
+        seen[name] = current_backend()
+
+    def run(name):
+        thread = threading.Thread(target=look, args=(name,))
+        thread.start()
+        thread.join()
+
+    with use_backend("reference"):
+        look("here")
+        run("in another thread")
+    try:
+        set_backend("reference")
+        look("after set_backend")
+        run("in another thread after set_backend")
+        with use_backend("auto"):
+            look("with a choice of its own")
+    finally:
+        set_backend("auto")
+    assert seen == {
+        "here": "reference",
+        "in another thread": "auto",
+        "after set_backend": "reference",
+        "in another thread after set_backend": "reference",
+        "with a choice of its own": "auto",
+    }
+
+
+def test_a_compiled_graph_is_compiled_again_for_another_backend():
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    x = torch.rand(1, 2, 5, 5)
+    call = torch.compile(lambda x: ops.router(x, x.new_ones(3, 2), 1)[1], backend=compiler, fullgraph=True)
+    for name in ("reference", "auto", "reference"):
+        with use_backend(name):
+            call(x)
+    assert len(graphs) == 2

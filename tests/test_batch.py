@@ -15,12 +15,14 @@ import torch
 from helpers.images import listing, pixels
 from PIL import Image, ImageCms
 
-from seemore_fast import Upscaler, backends, memory
+from seemore_fast import Upscaler, backends, memory, use_backend
+from seemore_fast.backends import current_backend
 from seemore_fast.cli import main
 from seemore_fast.errors import ImageError
 from seemore_fast.io import images
 from seemore_fast.io.images import Picture, read_image, write_image
 from seemore_fast.upscale import batch
+from seemore_fast.upscale.files import FileOptions
 from seemore_fast.upscale.jobs import Jobs, is_share
 
 RESULTS = ["a_x2.png", "b_x2.JPG", "deep/a_x2.png"]
@@ -155,7 +157,9 @@ def test_files_that_change_or_vanish(tree, upscale, tmp_path, monkeypatch):
     assert "a.png: changed while it was read" in printed and "b.JPG: does not exist" in printed
 
 
-@pytest.mark.skipif(backends.why_not("cpu") is not None, reason="only the engine knows its memory in advance")
+@pytest.mark.skipif(
+    backends.unsupported_reason("cpu") is not None, reason="only the engine knows its memory in advance"
+)
 def test_a_photo_too_large_for_the_memory_is_one_failure(tree, upscale, tmp_path, monkeypatch):
     Image.new("RGB", (3000, 2000)).save(tree / "large.png")
     monkeypatch.setattr(memory, "available_memory", lambda: 2**25)
@@ -249,7 +253,7 @@ def outcomes(watched, tmp_path):
     for i in range(12):
         Image.fromarray(pixels(3) + i).save(tmp_path / "many" / f"{i}.png")
     jobs = Jobs([tmp_path / "many"], f"{tmp_path / 'out'}/")
-    return lambda *stop: batch.upscale_files([watched], jobs, batch.BatchOptions(), *stop)
+    return lambda *stop: batch.upscale_files([watched], jobs, FileOptions(), *stop)
 
 
 def check_all(outcomes, upscaler, folder):
@@ -274,20 +278,20 @@ def test_a_single_image_has_all_threads_and_one_worker(watched, tree, tmp_path, 
     workers, Worker = [], batch.Worker
     monkeypatch.setattr(batch, "Worker", lambda *given: workers.append(Worker(*given)) or workers[-1])
     jobs = Jobs([tree / "a.png"], f"{tmp_path / 'out'}/")
-    assert len(list(batch.upscale_files([watched], jobs, batch.BatchOptions()))) == 1
+    assert len(list(batch.upscale_files([watched], jobs, FileOptions()))) == 1
     assert watched.seen == [(4,)] and len(workers) == 1
 
 
 def test_few_large_images_are_in_memory_at_once(watched, outcomes, tmp_path, monkeypatch):
     monkeypatch.setattr(batch, "SMALL", 1)
     there, counts, lock = set(), [], threading.Lock()
-    read, write = batch._read, batch.write_image
+    read, write = batch.read, batch.write_image
 
-    def reading(job, *arguments):
+    def reading(upscaler, source, *arguments):
         with lock:
-            there.add(os.path.basename(job.source).removesuffix(".png"))
+            there.add(source.stem)
             counts.append(len(there))
-        return read(job, *arguments)
+        return read(upscaler, source, *arguments)
 
     def writing(picture, target, quality):
         time.sleep(0.2)  # slower than the computation
@@ -295,7 +299,7 @@ def test_few_large_images_are_in_memory_at_once(watched, outcomes, tmp_path, mon
         with lock:
             there.discard(target.stem.removesuffix("_x2"))
 
-    monkeypatch.setattr(batch, "_read", reading)
+    monkeypatch.setattr(batch, "read", reading)
     monkeypatch.setattr(batch, "write_image", writing)
     check_all(outcomes(), watched, tmp_path / "out")
     assert 1 < max(counts) <= 3
@@ -359,3 +363,11 @@ def test_torchrun_shares_the_files_and_one_process_reports(tree, tmp_path, weigh
     assert (tmp_path / "page.html").exists()
     shares = [is_share(job, 0, 2) for job in Jobs([tree], f"{tmp_path / 'out'}/")]
     assert any(shares) and not all(shares)
+
+
+def test_workers_compute_on_the_backend_of_their_caller(outcomes, watched, monkeypatch):
+    seen = []
+    monkeypatch.setattr(type(watched), "__call__", lambda self, image, **size: seen.append(current_backend()) or image)
+    with use_backend("reference"):
+        list(outcomes())
+    assert set(seen) == {"reference"}

@@ -14,7 +14,7 @@ from helpers.networks import SMALL
 from PIL import Image
 
 from seemore_fast import SeemoRe, Upscaler
-from seemore_fast.backends import chosen_backend
+from seemore_fast.backends import backend_for_device
 from seemore_fast.cli import main
 from seemore_fast.upscale.runner import ExecutionOptions
 
@@ -22,7 +22,7 @@ from seemore_fast.upscale.runner import ExecutionOptions
 def test_the_shipped_model_is_the_default(photos, capsys):
     assert main(["upscale", str(photos / "photo.png"), "-o", str(photos / "big.png"), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
-    assert "1 of 1 image upscaled 2x in " in printed and f"backend {chosen_backend()})" in printed
+    assert "1 of 1 image upscaled 2x in " in printed and f"backend {backend_for_device()})" in printed
     expected = Upscaler("seemore_t_x2", device="cpu")(pixels(3))
     np.testing.assert_array_equal(np.asarray(Image.open(photos / "big.png")), expected)
 

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from seemore_fast import SeemoRe, reference, use_backend
-from seemore_fast.backends import why_not
+from seemore_fast.backends import unsupported_reason
 
 CONFIG = {"scale": 2, "num_layers": 2, "embedding_dim": 12, "num_experts": 3, "topk": 2}
-pytestmark = pytest.mark.skipif(why_not("cpu") is not None, reason=f"no CPU library: {why_not('cpu')}")
+pytestmark = pytest.mark.skipif(
+    unsupported_reason("cpu") is not None, reason=f"no CPU library: {unsupported_reason('cpu')}"
+)
 
 
 def pair(**options) -> tuple[SeemoRe, reference.SeemoRe]:

@@ -11,7 +11,8 @@ from helpers.cuda_host.strips import STRIPS, WALKS, walk
 from helpers.ops import calibrate_shapes, cast, random_parameters, striped_shapes, value_and_gradients
 from torch import Tensor
 
-from seemore_fast import backends, ops
+from seemore_fast import ops
+from seemore_fast.backends import selection
 
 # What a multiprocessor holds at once, rows that a strip needs on either side, columns shared by two strips.
 KINDS = {"K = 11": (12, 5, 0), "K = 3": (16, 1, 0), "row, K = 11": (12, 5, 8)}
@@ -143,7 +144,7 @@ def test_kernels_are_given_rows(monkeypatch, name, taps):
     tensors, images, options = tensors_of(name, taps, torch.float32)
     laid = {n: t.to(memory_format=torch.channels_last) if n in images else t for n, t in tensors.items()}
     given = []
-    functions = backends._functions
+    functions = selection._functions
 
     class Watched:
         def __init__(self, backend, operator):
@@ -163,7 +164,7 @@ def test_kernels_are_given_rows(monkeypatch, name, taps):
 
     with running_on("cuda_host", "cpu"):
         expected = value_and_gradients(getattr(ops, name), tensors, **options)
-        monkeypatch.setattr(backends, "_functions", Watched)
+        monkeypatch.setattr(selection, "_functions", Watched)
         found = value_and_gradients(getattr(ops, name), laid, **options)
     assert given
     assert set(given) == {1}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from seemore_fast import backends
-from seemore_fast.backends import native, preferences
+from seemore_fast.backends import native, preferences, report, selection
 from seemore_fast.benchmarks import tune_backends
 
 UNFIT = "the driver or the GPU does not fit: no kernel image"
@@ -32,8 +32,8 @@ class OnGpu:
 def gpus(monkeypatch):
     """GPU 0 is a T4 that the CUDA library was not built for, GPU 1 an H200 that it was."""
     asked = []
-    monkeypatch.setattr(backends, "_why_not_installed", lambda name: None)
-    monkeypatch.setattr(backends, "interpreted", lambda: False)
+    monkeypatch.setattr(selection, "_missing_reason", lambda name: None)
+    monkeypatch.setattr(selection, "interpreted", lambda: False)
     monkeypatch.setattr(native, "cuda_unsupported_reason", lambda i: asked.append(i) or [UNFIT, None][i])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(7, 5), (9, 0)][i])
@@ -42,34 +42,36 @@ def gpus(monkeypatch):
 
 
 def test_each_gpu_is_judged_by_itself(gpus):
-    assert backends.why_not("cuda", torch.device("cuda", 0)) == UNFIT
-    assert backends.why_not("cuda", torch.device("cuda", 1)) is None
-    assert [backends.choose("calibrate", OnGpu(i)) for i in (0, 1)] == ["triton", "cuda"]
-    assert [backends.chosen_backend(f"cuda:{i}") for i in (0, 1)] == ["triton", "cuda"]
+    assert backends.unsupported_reason("cuda", torch.device("cuda", 0)) == UNFIT
+    assert backends.unsupported_reason("cuda", torch.device("cuda", 1)) is None
+    assert [backends.select_backend("calibrate", OnGpu(i)) for i in (0, 1)] == ["triton", "cuda"]
+    assert [backends.backend_for_device(f"cuda:{i}") for i in (0, 1)] == ["triton", "cuda"]
 
 
 def test_no_gpu_is_asked_but_that_of_the_tensor(gpus):
-    assert backends.why_not("cuda") is None and not gpus
-    backends.choose("calibrate", OnGpu(1))
+    assert backends.unsupported_reason("cuda") is None and not gpus
+    backends.select_backend("calibrate", OnGpu(1))
     assert set(gpus) == {1}
 
 
 def test_triton_multiplies_matrices_only_where_it_uses_matrix_units(gpus):
     for operator, kernels in backends.KERNELS.items():
         if any(kernel.backend == "triton" and kernel.most == 64 for kernel in kernels):
-            assert [backends.choose(operator, OnGpu(i)) for i in (0, 1)] == ["reference", "triton"], operator
+            assert [backends.select_backend(operator, OnGpu(i)) for i in (0, 1)] == ["reference", "triton"], operator
 
 
 def test_a_gpu_that_is_older_than_tritons_kernels_takes_the_reference(gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (6, 1))
-    assert {backends.choose(operator, OnGpu(0)) for operator in backends.KERNELS} == {"reference"}
+    assert {backends.select_backend(operator, OnGpu(0)) for operator in backends.KERNELS} == {"reference"}
 
 
 def test_a_gpu_may_become_usable(gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no usable NVIDIA GPU" in backends.why_not("cuda") and "TRITON_INTERPRET" in backends.why_not("triton")
+    assert "no usable NVIDIA GPU" in backends.unsupported_reason(
+        "cuda"
+    ) and "TRITON_INTERPRET" in backends.unsupported_reason("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert backends.why_not("cuda") is backends.why_not("triton") is None
+    assert backends.unsupported_reason("cuda") is backends.unsupported_reason("triton") is None
 
 
 def test_rocm_is_told_apart_from_cuda(monkeypatch):
@@ -77,14 +79,15 @@ def test_rocm_is_told_apart_from_cuda(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(backends, "interpreted", lambda: False)
+    monkeypatch.setattr(selection, "interpreted", lambda: False)
     monkeypatch.setattr(preferences, "preferred", lambda *_: None)
-    backends._why_not_installed.cache_clear()
+    selection._missing_reason.cache_clear()
     try:
-        assert "ROCm" in backends.why_not("triton") and backends.why_not("cuda") == "torch is built without CUDA"
-        assert backends.choose("calibrate", OnGpu(0)) == "reference"
+        assert "ROCm" in backends.unsupported_reason("triton")
+        assert backends.unsupported_reason("cuda") == "torch is built without CUDA"
+        assert backends.select_backend("calibrate", OnGpu(0)) == "reference"
     finally:
-        backends._why_not_installed.cache_clear()
+        selection._missing_reason.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["triton", "triton-windows", "pytorch-triton"])
@@ -94,8 +97,8 @@ def test_triton_is_known_by_the_name_of_its_package(monkeypatch, name):
             raise importlib.metadata.PackageNotFoundError(asked)
         return "3.6.0"
 
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    assert backends._triton_info() == "3.6.0"
+    monkeypatch.setattr(report, "version", version)
+    assert report._triton_info() == "3.6.0"
 
 
 # Switches of torch's precision

@@ -13,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from seemore_fast import SeemoRe, backends, use_backend
 from seemore_fast.network import engine
 
-pytestmark = pytest.mark.skipif(backends.why_not("cpu") is not None, reason="no CPU library")
+pytestmark = pytest.mark.skipif(backends.unsupported_reason("cpu") is not None, reason="no CPU library")
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_changed_models_are_computed_as_they_are(calls, change):
             model.prepare()
         else:
             change(model)
-        assert "not one that the model was built with" in engine.why_not(model, x)
+        assert "not one that the model was built with" in engine.unsupported_reason(model, x)
         y = model(x)
         with use_backend("reference"):
             torch.testing.assert_close(y, model(x), rtol=0, atol=1e-5)
@@ -155,13 +155,13 @@ def test_a_hook_on_the_model_itself_runs_around_it(calls):
     ],
 )
 def test_reasons_not_to_serve(situation, reason):
-    assert reason in engine.why_not(*situation(network(), torch.rand(1, 3, 20, 20)))
+    assert reason in engine.unsupported_reason(*situation(network(), torch.rand(1, 3, 20, 20)))
 
 
 def test_the_reference_is_run_where_it_is_chosen(calls):
     model, x = network(), torch.rand(1, 3, 20, 20)
     with use_backend("reference"):
-        assert "not chosen" in engine.why_not(model, x)
+        assert "not chosen" in engine.unsupported_reason(model, x)
         model(x)
     assert not calls
 
@@ -169,11 +169,11 @@ def test_the_reference_is_run_where_it_is_chosen(calls):
 def test_derivatives_forward_and_by_transforms_are_not_lost():
     model, x = network(), torch.rand(1, 3, 16, 16)
     reasons = []
-    torch.func.vmap(lambda x: reasons.append(engine.why_not(model, x)) or x)(x)
+    torch.func.vmap(lambda x: reasons.append(engine.unsupported_reason(model, x)) or x)(x)
     assert "torch.func" in reasons[0]
     direction, small = torch.randn_like(x), 1e-3
     with torch.no_grad(), torch.autograd.forward_ad.dual_level():
-        assert "forward-mode" in engine.why_not(model, x)
+        assert "forward-mode" in engine.unsupported_reason(model, x)
         with use_backend("reference"):
             dual = torch.autograd.forward_ad.make_dual(x, direction)
             _, derivative = torch.autograd.forward_ad.unpack_dual(model(dual))
@@ -209,7 +209,7 @@ def test_compiles_to_one_graph_with_one_operator():
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_the_dispatcher_finds_the_operator_consistent(is_packed, dtype):
     model, x = network(num_layers=1), torch.rand(1, 3, 16, 17).to(dtype)
-    config, weights = engine.config_of(model), model.built_weights()
+    config, weights = engine.config_of(model), model.ordered_parameters()
     weights = [engine.pack(weights, config)] if is_packed else weights
     arguments = (x, weights, is_packed, model.mean, 1.0, config)
     torch.library.opcheck(torch.ops.seemore_fast.network.default, arguments)
@@ -238,7 +238,7 @@ def assert_follows(model, x, change):
     before = model(x)
     with torch.no_grad():
         model = change(model) or model
-    assert engine.why_not(model, x) is None
+    assert engine.unsupported_reason(model, x) is None
     expected = fresh(model)(x)
     assert not torch.equal(expected, before)
     assert torch.equal(model(x), expected)

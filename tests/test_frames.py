@@ -77,7 +77,7 @@ def test_what_progress_raises_is_raised(small_model):
 )
 def test_memory_for_more_than_the_network_is_looked_for_first(small_model, monkeypatch, how, size, channels):
     upscaler, image = Upscaler(small_model, device="cpu", **how), np.zeros((400, 400, channels), np.uint8)
-    if engine.why_not(upscaler.model, upscaler.model.mean) is not None:
+    if engine.unsupported_reason(upscaler.model, upscaler.model.mean) is not None:
         pytest.skip("needs the CPU engine, whose needs are known")
     monkeypatch.setattr(engine, "IN_MEMORY", 0)
     needed = [engine.needs(upscaler.model, (1, 3, 400, 400), itemsize=1, streamed=way).memory for way in (False, True)]

@@ -107,8 +107,8 @@ USES = [(name, backend) for name, call in CALLS.items() for backend in backends_
 def call(request):
     """A use of an operator, on one of the backends that have a kernel of it; the test runs on that."""
     name, backend = request.param
-    if backends.why_not(backend):
-        pytest.skip(backends.why_not(backend))
+    if backends.unsupported_reason(backend):
+        pytest.skip(backends.unsupported_reason(backend))
     with use_backend(backend):
         yield CALLS[name]
 

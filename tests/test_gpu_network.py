@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from helpers.networks import SMALL
 
 from seemore_fast import SeemoRe, Upscaler, reference, use_backend
-from seemore_fast.memory import gpu_memory_needed
+from seemore_fast.network.gpu_memory import gpu_memory_needed
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -20,7 +20,7 @@ from helpers.ops import assert_close_to_naive, cast, largest_difference, largest
 from test_norm_pointwise import tensors_of
 
 from seemore_fast import backends
-from seemore_fast.backends import choose
+from seemore_fast.backends import select_backend
 from seemore_fast.ops import norm_pointwise
 
 NAMES = [name for name in kernels_of("norm_pointwise") if name in ("triton", "cpu portable", "cpu avx2")]
@@ -32,7 +32,7 @@ def test_kernels_serve_the_dtypes_that_tests_take_and_the_reference_the_rest(ope
     for name in kernels_of(operator):
         with running_on(name, device):
             for dtype in backends.ALL:
-                found = choose(operator, torch.empty(1, 2, 4, 4, dtype=dtype, device=device), *name.taps[:1])
+                found = select_backend(operator, torch.empty(1, 2, 4, 4, dtype=dtype, device=device), *name.taps[:1])
                 served = "cpu" if name.family == "cpu" else name
                 assert found == (served if dtype in name.dtypes else "reference"), (name, dtype)
         assert name.widest in name.dtypes
@@ -101,7 +101,7 @@ def test_a_name_whose_work_the_reference_did_fails(name, device):
 def test_a_kernel_that_was_looked_up_before_is_noted(name, device):
     x = tensors_of(device)["x"].float()
     with running_on(name, device):
-        kept = backends.kernel_for("norm_pointwise", x)
+        kept = backends.lookup_kernel("norm_pointwise", x)
         calls.clear()
         kept(torch.empty_like(x), x, None, None, x.new_ones(3, 3, 1, 1), x.new_ones(3), None, 1e-6, None)
     assert calls == {(name, "norm_pointwise")}

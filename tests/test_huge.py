@@ -16,7 +16,7 @@ from seemore_fast import Upscaler, backends
 from seemore_fast.network import engine
 from seemore_fast.reference import SeemoRe as PlainSeemoRe
 
-pytestmark = pytest.mark.skipif(backends.why_not("cpu") is not None, reason="no CPU library")
+pytestmark = pytest.mark.skipif(backends.unsupported_reason("cpu") is not None, reason="no CPU library")
 
 
 class MeanOfMany(nn.Module):

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import seemore_fast
 from seemore_fast import accelerate, reference
-from seemore_fast.network.presets import PRESETS
+from seemore_fast.network.config import PRESETS
 
 pytestmark = pytest.mark.slow
 

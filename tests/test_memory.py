@@ -12,9 +12,9 @@ import torch
 from helpers.networks import SMALL, T, network
 
 from seemore_fast import SeemoRe, backends, memory
-from seemore_fast.memory import gpu_memory_needed, or_explain
+from seemore_fast.network.gpu_memory import gpu_memory_needed, with_oom_hint
 
-pytestmark = pytest.mark.skipif(backends.why_not("cpu") is not None, reason="no CPU library")
+pytestmark = pytest.mark.skipif(backends.unsupported_reason("cpu") is not None, reason="no CPU library")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,8 @@ def test_the_first_bytes_of_a_file_may_be_in_memory(monkeypatch, tmp_path):
 
 PEAK = """
 import sys, torch
-from seemore_fast import SeemoRe, engine
+from seemore_fast import SeemoRe
+from seemore_fast.network import engine
 
 def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
@@ -120,7 +121,7 @@ y_shape = [*shape[:2], *(config["scale"] * side for side in shape[2:])]
 def run(x):
     if dtype == torch.float32:
         return model(x)
-    assert engine.why_not(model, model.mean) is None
+    assert engine.unsupported_reason(model, model.mean) is None
     y = torch.empty(y_shape, dtype=dtype)
     engine.run_into(model, x, y)
     return y
@@ -156,9 +157,9 @@ def test_out_of_memory_on_a_gpu_is_explained(training):
         raise torch.OutOfMemoryError("tried to allocate 3 TiB\nand a long story")
 
     with pytest.raises(torch.OutOfMemoryError, match=said) as caught:
-        or_explain(fail, model, x)
+        with_oom_hint(fail, model, x)
     assert caught.value.__context__ is None  # which would hold on to memory
-    assert or_explain(model, model, x).shape == (2, 3, 80, 100)
+    assert with_oom_hint(model, model, x).shape == (2, 3, 80, 100)
 
 
 def test_memory_on_a_gpu_grows_with_what_is_kept():

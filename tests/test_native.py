@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from seemore_fast import backends
-from seemore_fast.backends import native
+from seemore_fast.backends import native, report
 
 
 class Devices:
@@ -186,7 +185,7 @@ def test_architectures_are_compared_and_no_device_asked(info, devices, monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9 - index, 0))
-    cuda = backends._cuda_info()
+    cuda = report._cuda_info()
     assert cuda["devices"] == ["GPU 0", "GPU 1"]
     assert cuda["without_cuda_library"] == {1: "built for 9.0, the GPU is 8.0"}
     assert devices.asked == []

@@ -71,7 +71,7 @@ def precision(request, monkeypatch):
 
 def serve(model: SeemoRe, x: torch.Tensor) -> torch.Tensor:
     """Return model(x), by the engine for certain."""
-    assert engine.why_not(model, x) is None
+    assert engine.unsupported_reason(model, x) is None
     return model(x)
 
 
@@ -184,10 +184,10 @@ def test_only_the_result_is_written_and_all_of_it(backend, precision, in_bfloat1
 
 FINGERPRINTS = """
 import torch
-from seemore_fast import native
+from seemore_fast.backends import native
 from helpers.networks import backends, engine, network
 
-assert backends.why_not("cpu") is None
+assert backends.unsupported_reason("cpu") is None
 torch.manual_seed(0)
 for config, shape in ({}, (1, 3, 20, 130)), (dict(embedding_dim=5, global_kernel_size=31), (2, 3, 40, 20)):
     model, x = network(**config), torch.rand(shape)
@@ -196,12 +196,12 @@ for config, shape in ({}, (1, 3, 20, 130)), (dict(embedding_dim=5, global_kernel
         for in_bfloat16 in (0, 1):
             options = engine.config_of(model)
             options[8] = in_bfloat16
-            y = torch.ops.seemore_fast.network(x, model.built_weights(), False, model.mean, 1.0, options).double()
+            y = torch.ops.seemore_fast.network(x, model.ordered_parameters(), False, model.mean, 1.0, options).double()
             print(y.sum().item(), y.square().sum().item())
 """
 
 
-@pytest.mark.skipif(backends.why_not("cpu") is not None, reason="no CPU library")
+@pytest.mark.skipif(backends.unsupported_reason("cpu") is not None, reason="no CPU library")
 def test_memory_that_nobody_filled_is_not_used():
     """Where the library allocates by itself; glibc fills that with a byte, here floats of 3e38."""
     command, here = [sys.executable, "-c", FINGERPRINTS], Path(__file__).parent

@@ -14,7 +14,7 @@ from seemore_fast import SeemoRe
 from seemore_fast.analysis.operations import PUBLISHED
 from seemore_fast.benchmarks import charts, command, inference, network, training
 from seemore_fast.cli import main
-from seemore_fast.network.presets import PRESETS
+from seemore_fast.network.config import PRESETS
 
 TINY = network.TINY
 PEERS = ["OpenVINO fp32", "ONNX Runtime", "published eager", "published channels_last", "published bf16 autocast"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from seemore_fast import backends, use_backend
-from seemore_fast.backends import preferences
+from seemore_fast.backends import preferences, selection
 from seemore_fast.benchmarks import tune_backends
 from seemore_fast.benchmarks.cases import OPERATORS
 from seemore_fast.cli import main
@@ -27,7 +27,7 @@ def files(tmp_path, monkeypatch):
 def gpu(monkeypatch):
     """A GPU by name, on which both backends are."""
     monkeypatch.setattr(preferences, "device_name", lambda index: "NVIDIA H200")
-    monkeypatch.setattr(backends, "why_not", lambda name, *device: None)
+    monkeypatch.setattr(selection, "unsupported_reason", lambda name, *device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
 
     class OnGpu:
@@ -44,42 +44,42 @@ def write(path, operators, device="NVIDIA H200"):
 
 
 def test_what_was_measured_goes_first(files, gpu):
-    assert backends.choose("calibrate", gpu) == "cuda"
+    assert backends.select_backend("calibrate", gpu) == "cuda"
     write(files / "shipped.json", {"calibrate": {"float32": ["triton", "reference", "cuda"]}})
-    assert backends.choose("calibrate", gpu) == "triton"
-    assert backends.choose("striped_conv", gpu, 3) == "cuda"
+    assert backends.select_backend("calibrate", gpu) == "triton"
+    assert backends.select_backend("striped_conv", gpu, 3) == "cuda"
     write(preferences.user_file(), {"calibrate": {"float32": ["reference", "cuda"], "float16": ["cuda"]}})
-    assert backends.choose("calibrate", gpu) == "reference"
+    assert backends.select_backend("calibrate", gpu) == "reference"
     with use_backend("reference"):
-        assert backends.choose("striped_conv", gpu, 3) == "reference"
+        assert backends.select_backend("striped_conv", gpu, 3) == "reference"
 
 
 def test_other_devices_and_dtypes_are_not_concerned(files, gpu):
     write(files / "shipped.json", {"calibrate": {"float16": ["triton"]}})
     write(files / "shipped.json", {"calibrate": {"float32": ["triton"]}}, device="another")
     assert set(json.loads((files / "shipped.json").read_text())) == {"NVIDIA H200", "another"}
-    assert backends.choose("calibrate", gpu) == "cuda"
+    assert backends.select_backend("calibrate", gpu) == "cuda"
     assert preferences.preferred("calibrate", torch.device("cpu"), torch.float32) is None
 
 
 def test_a_backend_that_cannot_serve_is_passed_over(files, gpu):
     write(files / "shipped.json", {"norm_pointwise": {"float32": ["cuda", "triton", "reference"]}})
-    assert backends.choose("norm_pointwise", gpu) == "triton"
-    assert backends.choose("norm_pointwise", gpu, size=65) == "reference"
+    assert backends.select_backend("norm_pointwise", gpu) == "triton"
+    assert backends.select_backend("norm_pointwise", gpu, size=65) == "reference"
 
 
 def test_a_backward_goes_by_it_too(files, gpu, monkeypatch):
     write(files / "shipped.json", {"calibrate": {"float32": ["reference", "triton", "cuda"]}})
-    monkeypatch.setattr(backends, "_functions", lambda name, operator: {"triton": 3}[name] and backends)
+    monkeypatch.setattr(selection, "_functions", lambda name, operator: {"triton": 3}[name] and backends)
     monkeypatch.setattr(backends, "calibrate_backward", "found", raising=False)
-    assert backends.kernel_for("calibrate", gpu, part="_backward") == "found"
+    assert backends.lookup_kernel("calibrate", gpu, part="_backward") == "found"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": {"b": {"c": [1]}}}', '{"a": {"b": {"c": 1}}}'])
 def test_a_file_that_is_no_table_is_left_out(files, gpu, text):
     (files / "shipped.json").write_text(text)
     with pytest.warns(UserWarning, match=r"shipped\.json is no table of backends.*tune again"):
-        assert backends.choose("calibrate", gpu) == "cuda"
+        assert backends.select_backend("calibrate", gpu) == "cuda"
 
 
 def test_tune_orders_by_time_and_leaves_out_what_is_wrong():

@@ -89,7 +89,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.skipif(backends.why_not("cpu") is not None, reason="no CPU library")
+@pytest.mark.skipif(backends.unsupported_reason("cpu") is not None, reason="no CPU library")
 @pytest.mark.parametrize("prepare", [striped_conv, norm_pointwise, network_memory, instruction_set])
 def test_calls_keep_no_memory(prepare, one_thread):
     call = prepare()

@@ -14,8 +14,8 @@ from PIL import Image
 from seemore_fast import backends, seemore_t
 from seemore_fast.cli import main
 from seemore_fast.evaluation.published import published
-from seemore_fast.memory import gpu_memory_needed
 from seemore_fast.network import engine
+from seemore_fast.network.gpu_memory import gpu_memory_needed
 
 ROOT = Path(__file__).parent.parent
 RESULTS, WEIGHTS = ROOT / "benchmarks" / "results", ROOT / "seemore_fast" / "weights"
@@ -77,7 +77,7 @@ def figures(name):
     return json.loads((RESULTS / "x86-64" / f"{name}.json").read_text())["cases"]
 
 
-@pytest.mark.skipif(backends.why_not("cpu") is not None, reason="no CPU library")
+@pytest.mark.skipif(backends.unsupported_reason("cpu") is not None, reason="no CPU library")
 def test_the_bytes_of_a_pixel(monkeypatch):
     text = " ".join(README.split())
     assert f"what exceeds {engine.IN_MEMORY >> 30} GiB" in text

@@ -9,7 +9,7 @@ from helpers.networks import SMALL
 from torch import nn
 
 from seemore_fast import SeemoRe, backends, use_backend
-from seemore_fast.network.recompute import CHOICES
+from seemore_fast.network.checkpointing import CHOICES
 
 TINY = {**SMALL, "num_layers": 1}
 
@@ -71,7 +71,7 @@ def test_triton_makes_sees_inside_again(backend, model, device):
         y.square().mean().backward()
     found = [p.grad for p in model.parameters()]  # of kernels, if not of the same ones
     torch.testing.assert_close(found, expected[2:], rtol=1e-3, atol=1e-6)
-    assert backends.current() == "auto"
+    assert backends.current_backend() == "auto"
 
 
 def test_blocks_in_a_wider_life(model, device):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.backends import each_backend, each_kernel, running_on
-from helpers.faults import FAULTS, assert_refused, assert_sizes_refused, each_fault
+from helpers.faults import assert_refused, assert_sizes_refused, each_fault
 from helpers.naive import naive_expert_weight, naive_router
 from helpers.ops import (
     LAYOUTS,
@@ -15,9 +15,9 @@ from helpers.ops import (
     each_narrow_dtype,
     each_shape,
 )
-from helpers.router import means_of, tensors_of, weight_of
+from helpers.router import tensors_of
 
-from seemore_fast.ops.router import route, router
+from seemore_fast.ops import router
 
 
 def assert_routes_like_naive(routed, a, weight, top_k, tolerance):
@@ -159,47 +159,6 @@ def test_gradcheck(backend, device, top_k):
 def test_compiles(backend, device):
     with running_on(backend, device):
         assert_compiles(router, tensors_of(device), tensors_of(device, (2, 5, 9, 4)), top_k=2)
-
-
-# route: the same without the pool
-
-
-@each_backend("router")
-@pytest.mark.parametrize("batch, channels, experts, top_k", [(3, 5, 4, 2), (1, 1, 1, 1), (0, 3, 2, 1), (2, 7, 5, 5)])
-def test_route(backend, device, batch, channels, experts, top_k):
-    tensors = means_of(device, batch, channels, experts)
-    with running_on(backend, device):
-        routed = route(**tensors, top_k=top_k)
-        if batch:
-            assert_gradcheck(weight_of(route), tensors, top_k=top_k)
-        assert_compiles(route, tensors, top_k=top_k)
-    assert_routes_like_naive(routed, tensors["mean"][:, :, None, None], tensors["weight"], top_k, 1e-10)
-
-
-@each_backend("router")
-def test_route_is_what_follows_the_pool(backend, device):
-    tensors = cast(tensors_of(device), torch.bfloat16)
-    mean = tensors["a"].mean(dim=(2, 3), dtype=torch.float32)
-    with running_on(backend, device):
-        for given in (mean, mean.t().contiguous().t()):
-            routed = route(given, tensors["weight"], 2)
-            assert_routes_like_naive(routed, mean[:, :, None, None], tensors["weight"], 2, tolerance=1e-6)
-        index, weight = router(**tensors, top_k=2)
-    assert torch.equal(index, routed[0])
-    torch.testing.assert_close(weight, routed[1], rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "dtype"])
-def test_route_refuses_bad_tensors(device, fault):
-    assert_refused(fault, route, means_of(device), top_k=1)
-
-
-def test_route_refuses_bad_sizes(device):
-    assert_sizes_refused(route, means_of(device), [("mean", 0), ("weight", 0)], top_k=1)
-    with pytest.raises(ValueError, match=r"^route: top_k is 5, expected 1 to 4, the number of experts"):
-        route(**means_of(device), top_k=5)
-    with pytest.raises(ValueError, match=r"^route: weight is on meta, expected"):
-        route(means_of(device)["mean"], means_of("meta")["weight"], top_k=1)
 
 
 @each_fault

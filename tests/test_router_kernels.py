@@ -17,11 +17,10 @@ from helpers.ops import (
     each_layout,
     largest_difference,
 )
-from helpers.router import means_of, tensors_of, weight_of
+from helpers.router import tensors_of, weight_of
 
 from seemore_fast import reference
-from seemore_fast.ops.router import MOST_EXPERTS, route, router
-from seemore_fast.reference.router import route as reference_route
+from seemore_fast.ops.router import MOST_EXPERTS, router
 
 
 def dense(mean, weight, top_k):
@@ -82,14 +81,11 @@ def assert_chooses(backend, device, shape, experts, top_k):
 
 @each_kernel("router")
 @pytest.mark.falls_back("cpu", "cuda", "triton", reason="kernels take MOST_EXPERTS")
-@pytest.mark.parametrize("operator", [router, route], ids=lambda operator: operator.__name__)
-def test_more_experts_are_left_to_the_reference(backend, device, operator):
+def test_more_experts_are_left_to_the_reference(backend, device):
     tensors = tensors_of(device, (2, 3, 4, 5), MOST_EXPERTS + 1)
-    if operator is route:
-        tensors = {"mean": tensors["a"][:, :, 0, 0], "weight": tensors["weight"]}
     with running_on(backend, device):
-        routed = operator(**tensors, top_k=2)
-    expected = (reference.router if operator is router else reference_route)(**tensors, top_k=2)
+        routed = router(**tensors, top_k=2)
+    expected = reference.router(**tensors, top_k=2)
     assert all(torch.equal(actual, value) for actual, value in zip(routed, expected, strict=True))
 
 
@@ -182,7 +178,6 @@ def test_opcheck(backend, device):
     narrow["a"] = LAYOUTS["channels_last"](narrow["a"])
     with running_on(backend, device):
         assert_opcheck(router, narrow, top_k=2)
-        assert_opcheck(route, means_of(device), top_k=2)
 
 
 @each_kernel("router")
@@ -224,4 +219,3 @@ def test_double_backward(backend, device):
             )
         else:
             assert_refuses_double_backward(weight_of(router), tensors)
-            assert_refuses_double_backward(weight_of(route), means_of(device))

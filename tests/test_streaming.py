@@ -13,7 +13,7 @@ from seemore_fast import SeemoRe, Upscaler, backends, memory
 from seemore_fast.network import engine
 from seemore_fast.upscale import runner
 
-pytestmark = pytest.mark.skipif(backends.why_not("cpu") is not None, reason="no CPU library")
+pytestmark = pytest.mark.skipif(backends.unsupported_reason("cpu") is not None, reason="no CPU library")
 each_cpu = each_kernel("network")
 
 
@@ -131,7 +131,7 @@ def status(name):
 torch.set_num_threads(2)
 engine.IN_MEMORY, engine.AT_ONCE, engine.LEAST_LINES = int(sys.argv[2]), 0, 64
 model = SeemoRe(scale=2, num_experts=3, num_layers=2, embedding_dim=36, lr_space="exp", topk=1)
-assert engine.why_not(model.eval().requires_grad_(False), model.mean) is None
+assert engine.unsupported_reason(model.eval().requires_grad_(False), model.mean) is None
 x, y = torch.ones(1, 3, 4000, 1000, dtype=torch.uint8), torch.ones(1, 3, 8000, 2000, dtype=torch.uint8)
 engine.run_into(model, x[:, :, :32, :32], y[:, :, :64, :64], sys.argv[1])
 open("/proc/self/clear_refs", "w").write("5")
@@ -161,7 +161,7 @@ def model(request, monkeypatch):
     if request.param == "engine":
         request.getfixturevalue("low_bands")
     else:
-        monkeypatch.setattr(engine, "why_not", lambda model, x: "not now")
+        monkeypatch.setattr(engine, "unsupported_reason", lambda model, x: "not now")
         monkeypatch.setattr(engine, "AT_ONCE", 0)
     return network()
 
@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_streamed_and_says_so(model, monkeypatch, tmp_path)
     whole = Upscaler(model, device="cpu")(image)
     upscaler = Upscaler(model, device="cpu", scratch=tmp_path)
     monkeypatch.setattr(runner, "_fits", lambda needed, device: False)
-    if engine.why_not(model, model.mean) is None:
+    if engine.unsupported_reason(model, model.mean) is None:
         with pytest.warns(UserWarning, match=f"60x80 pixels needs .* through a file in {tmp_path}"):
             result = upscaler(image)
     else:
@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_streamed_and_says_so(model, monkeypatch, tmp_path)
 @pytest.mark.parametrize("fails", [1, 3])
 def test_out_of_memory_steps_down(model, monkeypatch, fails):
     """First the whole image fails, then bands, which get lower."""
-    if engine.why_not(model, model.mean) is None:
+    if engine.unsupported_reason(model, model.mean) is None:
         pytest.skip("on a CPU what is needed is known exactly")
     image, original, left = noise(80, 60, 3), SeemoRe._first, [fails]
     whole = Upscaler(model, device="cpu")(image)

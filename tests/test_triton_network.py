@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from seemore_fast import SeemoRe, ops, reference, use_backend
 from seemore_fast.kernels.launch import Launch
-from seemore_fast.memory import gpu_memory_needed
+from seemore_fast.network.gpu_memory import gpu_memory_needed
 from seemore_fast.network.replay import ALLOCATIONS, InsideOperators, computes, launching, name_of
 
 each_backend = each_kernel("gated_ffn")

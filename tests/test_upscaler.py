@@ -89,7 +89,7 @@ def test_one_channel_models_take_colour_plane_by_plane(device):
     np.testing.assert_allclose(upscaler(image).astype(int), np.dstack(planes).astype(int), atol=1)
 
 
-needs_engine = pytest.mark.skipif(backends.why_not("cpu") is not None, reason="no CPU library")
+needs_engine = pytest.mark.skipif(backends.unsupported_reason("cpu") is not None, reason="no CPU library")
 
 
 @needs_engine

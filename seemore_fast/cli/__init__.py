@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from .._version import __version__
 from ..errors import CheckpointError, SeemoreError, TrainingError
 from . import analyze, benchmark, evaluate, export, info, train, upscale
 from .exits import FAILED, INTERRUPTED, USAGE
@@ -10,7 +11,6 @@ from .exits import FAILED, INTERRUPTED, USAGE
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit status: 0 done, 1 something failed, 2 wrong usage, 130 interrupted."""
-    from .. import __version__
 
     parser = argparse.ArgumentParser(prog="seemore-fast", description="Fast SeemoRe super-resolution.")
     parser.add_argument("--version", action="version", version=__version__)

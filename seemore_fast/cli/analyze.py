@@ -122,7 +122,7 @@ def _receptive(options: argparse.Namespace) -> int:
 
 def _operations(options: argparse.Namespace) -> int:
     from ..analysis.operations import PUBLISHED, operations, total
-    from ..network.presets import PRESETS
+    from ..network.config import PRESETS
 
     if options.model and (options.preset or options.scale or options.variant):
         raise UsageError("--model defines the whole network: leave out --preset, --scale and key=value")
@@ -148,8 +148,8 @@ def _operations(options: argparse.Namespace) -> int:
 
 def _variant(preset: str, scale: int, overrides: list[str]) -> dict:
     """Return the arguments of a published network with overrides, in the form of a recipe's."""
+    from ..network.config import PRESETS
     from ..network.model import SeemoRe
-    from ..network.presets import PRESETS
 
     if not overrides:
         return {"scale": scale, **PRESETS[preset]}

@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(options: argparse.Namespace) -> int:
     """Print them."""
-    from .. import backend_info
+    from ..backends import backend_info
     from ..network.checkpoint import shipped_models
 
     print(json.dumps({**backend_info(), "models": shipped_models()}, indent=2))

@@ -60,10 +60,10 @@ class Summary:
 
     def print_text(self, dtype: str):
         """Print the summary, with warnings and failures on standard error."""
-        from ..backends import chosen_backend
+        from ..backends import backend_for_device
 
         done, skipped, total = self.counts["done"], self.counts["skipped"], self.counts.total()
-        backend = chosen_backend(self.device.split(", ")[0])
+        backend = backend_for_device(self.device.split(", ")[0])
         print(
             f"{done} of {total} image{'s' * (total != 1)} upscaled {self.scale}x in {self.seconds:.1f} s "
             f"({self.device}, {dtype}, backend {backend}): {self.output}"

@@ -132,7 +132,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _batch_options(options: argparse.Namespace):
-    from ..upscale.batch import BatchOptions
+    from ..upscale.files import FileOptions
 
     size = {name: getattr(options, name) for name in ("outscale", "width", "height") if getattr(options, name)}
     if "outscale" in size and len(size) > 1:
@@ -140,7 +140,7 @@ def _batch_options(options: argparse.Namespace):
     if options.quality is not None and not 1 <= options.quality <= 100:
         raise UsageError(f"--quality is {options.quality}, expected 1 to 100")
     limit = {"max_megapixels": options.max_megapixels} if "max_megapixels" in options else {}
-    return BatchOptions(**limit, overwrite=options.overwrite, quality=options.quality, size=size)
+    return FileOptions(**limit, overwrite=options.overwrite, quality=options.quality, size=size)
 
 
 def _upscalers(options: argparse.Namespace, bars) -> list:

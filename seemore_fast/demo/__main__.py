@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..backends import chosen_backend
+from ..backends import backend_for_device
 from ..evaluation import psnr_y
 from ..io.atomic import replacing
 from ..io.resize import bicubic_resize
@@ -51,7 +51,7 @@ def main():
     print(f"gain over bicubic: {quality['SeemoRe-T'] - quality['bicubic']:+.2f} dB (PSNR on Y)")
     print(
         f"time: {1000 * ours:.0f} ms, plain PyTorch reference {1000 * plain:.0f} ms: {plain / ours:.2f}x as fast "
-        f"(backend {chosen_backend()}, {torch.get_num_threads()} threads, medians of {RUNS})"
+        f"(backend {backend_for_device()}, {torch.get_num_threads()} threads, medians of {RUNS})"
     )
     print(f"wrote {output / 'side_by_side.png'} and {output / 'chelsea_x2.png'}")
 

@@ -1,6 +1,6 @@
 """Published Y-PSNR in dB and SSIM by network, scale and data set (SeemoRe, ICML 2024, table 1)."""
 
-from ..network.presets import PRESETS
+from ..network.config import PRESETS
 
 PUBLISHED = {
     ("bicubic", 2): {"Set5": (33.66, 0.9299), "Set14": (30.24, 0.8688), "B100": (29.56, 0.8431),

@@ -4,7 +4,6 @@ import torch
 import torch.nn as nn
 
 from ..errors import CheckpointError
-from ..reference import SeemoRe as PlainSeemoRe
 from .checkpoint import check_keys, detect_config
 from .model import SeemoRe
 
@@ -57,7 +56,7 @@ def _read_config(module: nn.Module, parameters: dict) -> dict:
     try:
         block = module.body[0].local_block.block
         moe = block.moe_layer
-        top_k = moe.gate.top_k if isinstance(module, PlainSeemoRe) else moe.num_expert
+        top_k = moe.gate.top_k if hasattr(moe.gate, "top_k") else moe.num_expert  # ours, or the published name
         attributes = {
             "use_shuffle": block.use_shuffle,
             "recursive": block.recursive,

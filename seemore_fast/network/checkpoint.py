@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError, first_line, some_of
 from ..io.atomic import replacing
-from ..reference.model import LR_SPACES, expert_ranks
+from .config import LR_SPACES, PRESETS, expert_ranks
 from .model import SeemoRe
-from .presets import PRESETS
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 _WRAPPERS = ("params_ema", "params", "state_dict", "model")

@@ -1,7 +1,7 @@
 """The CPU library's fused inference: the whole network as one operator.
 
-`SeemoRe` takes it by itself where `why_not` finds nothing against it. The weights are packed at every call, so that
-they are never stale, unless `SeemoRe.prepare` froze them.
+`SeemoRe` takes it where `unsupported_reason` is None. The weights are packed at every call, so that they are never
+stale, unless `SeemoRe.prepare` froze them.
 """
 
 import math
@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import memory
-from ..backends import choose, native
+from .._torch_compat import has_forward_gradients, is_transformed
+from ..backends import native, select_backend
 from ..memory import check_memory, in_a_file
-from ..ops.library import define
-from ..reference.model import body_dtype
+from ..ops.operator import define
+from .blocks import body_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IN_MEMORY = 6 * 2**30  # bytes that a streamed image takes before any of its features go through a file
@@ -34,21 +34,21 @@ class Needs(NamedTuple):
     lines: int = 0  # of a band, where there are features on the disk
 
 
-def why_not(model, x: Tensor) -> str | None:
+def unsupported_reason(model, x: Tensor) -> str | None:
     """Return None if `run` can compute model(x) now, else the reason why not."""
-    if choose("network", x) != "cpu":
+    if select_backend("network", x) != "cpu":
         return "the CPU library is not there or not chosen, or x is not on the CPU or not float32, bfloat16 or float16"
     if model.training:
         return "the model is in training mode"
-    weights = model.built_weights()
+    weights = model.ordered_parameters()
     if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)):
         return "gradients are wanted"
-    if torch._C._functorch.get_dynamic_layer_stack_depth() or forward_ad._current_level >= 0:
+    if is_transformed() or has_forward_gradients():
         return "a transform of torch.func or forward-mode differentiation is at work"
     dtype = weights[0].dtype
     if dtype not in DTYPES or any(w.dtype != dtype or w.device != x.device for w in weights):
         return "the parameters are not all of one dtype (float32, bfloat16 or float16) and on the CPU"
-    if not model.is_untouched():
+    if not model.is_unmodified():
         return "a module has a hook, or is not one that the model was built with"
     return None
 
@@ -77,7 +77,7 @@ def run(model, x: Tensor) -> Tensor:
     Raises MemoryError, before anything is allocated, where what it takes is not there.
     """
     config = config_of(model)
-    return torch.ops.seemore_fast.network(x, *model.weights_now(config), model.mean, model.img_range, config)
+    return torch.ops.seemore_fast.network(x, *model.engine_weights(config), model.mean, model.img_range, config)
 
 
 def run_into(model, x: Tensor, y: Tensor, folder: Path | None = None, progress: Tensor | None = None) -> bool:
@@ -91,7 +91,7 @@ def run_into(model, x: Tensor, y: Tensor, folder: Path | None = None, progress: 
     progress: two int64 that tell other threads meanwhile how much is done, and of how much.
     """
     config = config_of(model)
-    return _run(y, x, *model.weights_now(config), model.mean, model.img_range, config, folder, progress)
+    return _run(y, x, *model.engine_weights(config), model.mean, model.img_range, config, folder, progress)
 
 
 def pack(parameters: list[Tensor], config: list[int]) -> Tensor:

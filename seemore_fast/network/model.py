@@ -1,215 +1,119 @@
-"""SeemoRe whose two experts are one fused operator each; tree, keys and arguments are the reference's."""
+"""SeemoRe, the drop-in network: tree, keys and arguments are the published ones, the operators are fused."""
+
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .. import backends, ops
+from .. import ops
+from .._torch_compat import has_forward_gradients, is_observed, is_transformed
+from ..backends import select_backend
 from ..backends.planes import new_image, new_packed
-from ..memory import or_explain
-from ..ops.library import laid_out, takes_planes
+from ..ops.autocast import without_autocast
 from ..ops.norm_conv3x3 import norm_conv3x3_into
-from ..reference import model as plain
-from ..reference.rme_block import channel_shuffle
 from . import engine
+from .blocks import Block, Fused, ResGroup, body_dtype, frozen, parameters_of
+from .checkpointing import check_recompute
+from .config import RGB_MEAN, check_config, expert_ranks
+from .gpu_memory import with_oom_hint
 from .graphs import Graphs
-from .recompute import again_in_backward, check_recompute, is_transformed
+from .modules import LayerNorm
 from .replay import Recorded
+
+
+class Ends(NamedTuple):
+    """Weights around the blocks, as the operators take them."""
+
+    first: list[Tensor]  # conv_1
+    features: list[Tensor]  # norm and conv_2
+    last: list[Tensor]  # the upsampler's convolution
+    mean: Tensor
+
 
 MOST_REPLAYS = 64  # sizes whose calls are recorded: each takes some 100 KB of the host's memory
 
 
-def _affine(*modules: nn.Module) -> list[Tensor]:
-    return [parameter for module in modules for parameter in (module.weight, module.bias)]
+def check_image(x: Tensor, in_chans: int):
+    """Raise for an input that the network cannot take: what was got, what was expected, how to mend it."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}, expected a torch.Tensor of shape (B, {in_chans}, H, W)")
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, {in_chans}, H, W)")
+    if not x.is_floating_point():
+        raise TypeError(f"x has dtype {x.dtype}, expected a floating type with values in [0, 1]: x.float() / 255")
+    if 0 in x.shape[2:]:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected a height and a width of at least 1")
 
 
-class Fused(nn.Module):
-    """What can be computed by one operator, or by its plain modules where someone changed them.
+class SeemoRe(Fused):
+    """Drop-in SeemoRe: (B, in_chans, H, W) in [0, 1] -> (B, in_chans, scale * H, scale * W), at least float32.
 
-    A hook, a `forward` of its own, a parametrization or another module put in place of one of those that it was built
-    with sends it down the plain path: the same result, and everything that was added runs. Attributes that a module
-    was built with (padding, stride, ...) are not looked at again: to change one, put in another module.
+    Arguments, state dict, outputs and gradients are the published ones. `lr_space` is the growth of the experts'
+    ranks: "linear" i + 2, "exp" 2^(i+1), "double" 2i + 2. Images smaller than 4^recursive pixels on a side are
+    extended at the right and the bottom by their last column and row, and the result is cropped back.
 
-    What was frozen of its parameters thaws in train(), load_state_dict() and to() (any conversion), and is not copied.
+    In eval mode, on a CPU and without gradients, the whole network is one operator; otherwise each block is a few fused
+    ones. Weights are packed at every call; `prepare` freezes them. `recompute` trades time for memory in training.
     """
 
-    def _remember(self):
-        self._frozen = {}
-        # A tuple is no submodule to torch; copying or pickling a module copies it with the modules it names.
-        self._built_with = tuple((m, type(m), tuple(m._modules.values())) for m in self.modules())
+    def __init__(
+        self,
+        scale: int = 4,
+        in_chans: int = 3,
+        num_experts: int = 6,
+        num_layers: int = 6,
+        embedding_dim: int = 64,
+        img_range: float = 1.0,
+        use_shuffle: bool = False,
+        global_kernel_size: int = 11,
+        recursive: int = 2,
+        lr_space: str = "linear",
+        topk: int = 2,
+    ):
+        super().__init__()
+        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        check_config(**self.config)
+        self.scale = scale
+        self.in_chans = in_chans
+        self.img_range = img_range
+        self.min_size = 4**recursive
+        self.register_buffer("mean", self.mean_of(in_chans), persistent=False)
 
-    def is_untouched(self) -> bool:
-        return all(
-            type(module) is built_as
-            and tuple(module._modules.values()) == children
-            and (module is self or not plain.has_additions(module))
-            and (built_as is not plain.LayerNorm or module.eps == 1e-6)
-            for module, built_as, children in self._built_with
+        self.conv_1 = nn.Conv2d(in_chans, embedding_dim, 3, padding=1)
+        self.body = nn.ModuleList(
+            ResGroup(
+                embedding_dim,
+                global_kernel_size,
+                ranks=expert_ranks(lr_space, num_experts),
+                top_k=topk,
+                recursive=recursive,
+                use_shuffle=use_shuffle,
+            )
+            for _ in range(num_layers)
         )
-
-    def train(self, mode: bool = True):
-        if mode:
-            self._frozen = {}
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self._frozen = {}
-        return super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, *args, **kwargs):  # to(), float(), cuda(), ...
-        self._frozen = {}
-        return super()._apply(*args, **kwargs)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_frozen": {}}
-
-    def built_weights(self) -> list[Tensor]:
-        """Return the parameters in the state dict's order; one that two modules share comes twice."""
-        weights = (weight for module, _, _ in self._built_with for weight in module._parameters.values())
-        return [weight for weight in weights if weight is not None]
-
-
-class FusedBlock(Fused):
-    """What RME and SME share: x (B, C, H, W) -> the same."""
-
-    recompute = "auto"  # SeemoRe.recompute sets it
-
-    def is_untouched(self) -> bool:
-        return super().is_untouched() and not plain.has_additions(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.is_untouched():
-            return super().forward(x)
-        return again_in_backward(self.fused, x) if self.recompute == "block" else self.fused(x)
-
-    def freeze(self):
-        """Keep a packed copy of the parameters, for calls without gradients, until something unfreezes it."""
-        with torch.inference_mode(False), torch.no_grad():
-            kept = [(frozen(weight, self.stencils()), is_wide) for weight, is_wide in self._arguments()]
-            self._frozen = {"arguments": kept}
-
-    def stencils(self) -> list[Tensor]:
-        """Return the weights of 3x3 layers that kernels of layers read."""
-        return [self.ffn.gate.weight]
-
-    def arguments_now(self) -> list[Tensor]:
-        """Return the tensors that the operator takes after x: frozen, or as they are now."""
-        if not self._frozen or (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
-            return [tensor for tensor, _ in self._arguments()]
-        dtype = plain.body_dtype(self.norm_1.weight)
-        if dtype in self._frozen:
-            return self._frozen[dtype]
-        # Under autocast, all at once what operators would cast at every call.
-        cast = [t if is_wide else t.to(dtype) for t, is_wide in self._frozen["arguments"]]
-        if not torch.compiler.is_compiling():
-            self._frozen[dtype] = cast
-        return cast
-
-
-def frozen(weight: Tensor, stencils: list[Tensor], is_wide: bool = False) -> Tensor:
-    """Return a copy of a weight as kernels read it: in float32 at least, if it is wide, and 3x3 layers laid out."""
-    copy = weight.detach().to(torch.promote_types(weight.dtype, torch.float32) if is_wide else weight.dtype, copy=True)
-    return laid_out(copy) if takes_planes(weight) and any(weight is one for one in stencils) else copy
-
-
-def _wide(*modules: nn.Module) -> list[tuple[Tensor, bool]]:
-    return [(tensor, True) for tensor in _affine(*modules)]
-
-
-def _narrow(*modules: nn.Module) -> list[tuple[Tensor, bool]]:
-    return [(tensor, False) for tensor in _affine(*modules)]
-
-
-class RME(FusedBlock, plain.RME):
-    """Rank Modulating Expert."""
-
-    def __init__(self, channels: int, **moe_options):
-        super().__init__(channels, **moe_options)
-        self._remember()
-
-    def stencils(self) -> list[Tensor]:
-        return [self.block.conv_1[0].weight, *super().stencils()]
-
-    def _arguments(self) -> list[tuple[Tensor, bool]]:
-        """Return what `ops.rme_block` takes after x, and of which of it autocast leaves the dtype alone."""
-        block, moe = self.block, self.block.moe_layer
-        expand = _affine(block.conv_1[2])
-        if block.use_shuffle:  # of the channels that it makes: the same as of its rows
-            expand = [channel_shuffle(parameter[None])[0] for parameter in expand]
-        return [
-            *_wide(self.norm_1),
-            *_narrow(block.conv_1[0]),
-            *((tensor, False) for tensor in expand),
-            *_narrow(block.agg_conv[0], *block.conv, *block.conv_2[0].conv),
-            (moe.gate.body[2].weight, True),
-            *((tensor, False) for tensor in moe.packed_experts()),
-            *_narrow(block.proj),
-            *_wide(self.norm_2),
-            *_narrow(self.ffn.fn_1[0], self.ffn.gate, self.ffn.fn_2[0]),
-        ]
-
-    def fused(self, x: Tensor) -> Tensor:
-        block, moe = self.block, self.block.moe_layer
-        return ops.rme_block(
-            x,
-            *self.arguments_now(),
-            ranks=moe.ranks,
-            top_k=moe.gate.top_k,
-            recursive=block.recursive,
-            use_shuffle=False,
+        self.norm = LayerNorm(embedding_dim)
+        self.conv_2 = nn.Conv2d(embedding_dim, embedding_dim, 3, padding=1)
+        self.upsampler = nn.Sequential(
+            nn.Conv2d(embedding_dim, scale**2 * in_chans, 3, padding=1), nn.PixelShuffle(scale)
         )
-
-
-class SME(FusedBlock, plain.SME):
-    """Spatial Modulating Expert."""
-
-    def __init__(self, channels: int, kernel_size: int = 11):
-        super().__init__(channels, kernel_size)
-        self._remember()
-
-    def _arguments(self) -> list[tuple[Tensor, bool]]:
-        """Return what `ops.sme_block` takes after x, and of which of it autocast leaves the dtype alone."""
-        block, ffn = self.block, self.ffn
-        see = _wide(self.norm_1) + _narrow(block.to_qv[0], *block.attn.conv, block.proj)
-        return see + _wide(self.norm_2) + _narrow(ffn.fn_1[0], ffn.gate, ffn.fn_2[0])
-
-    def fused(self, x: Tensor) -> Tensor:
-        # Making q and v again costs a layer and a stencil, keeping them a quarter of all that a group keeps.
-        again = self.recompute == "auto" and backends.choose("norm_pointwise", x, x.shape[1]) != "reference"
-        return ops.sme_block(x, *self.arguments_now(), recompute=again)
-
-
-class ResGroup(plain.ResGroup):
-    """Residual group: RME, then SME."""
-
-    local_class, global_class = RME, SME
-
-
-class SeemoRe(Fused, plain.SeemoRe):
-    """The drop-in SeemoRe: same arguments, state dict, outputs and gradients as the published one.
-
-    (B, in_chans, H, W) in [0, 1] -> (B, in_chans, scale * H, scale * W), at least float32. The arguments and what is
-    done with small images are described at `seemore_fast.reference.SeemoRe`.
-
-    In eval mode, on a CPU and without gradients, the whole network is one operator; else each block is made of few
-    fused ones. Weights are packed at every call; `prepare` freezes them. `recompute` is about memory in training.
-    """
-
-    group_class = ResGroup
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
         self._recompute = "auto"
-        self._remember()
-        self._built_shapes = [weight.shape for weight in self.built_weights()]
+        self._snapshot_structure()
+
+    @staticmethod
+    def mean_of(in_chans: int) -> Tensor:
+        """Return the mean that the network subtracts, (1, in_chans, 1, 1): that of DIV2K for RGB, else 0."""
+        mean = torch.tensor(RGB_MEAN) if in_chans == 3 else torch.zeros(in_chans)
+        return mean.view(1, in_chans, 1, 1)
 
     @property
     def recompute(self) -> str:
-        """What is made again in backward instead of being kept from forward; results are the same.
+        """Activations that backward recomputes instead of reading stored ones; results are the same.
 
-        "auto": what is cheap to make for the memory that it takes, the inside of SEE, where kernels make it. "none":
-        nothing, for speed. "block": all but the inputs of blocks, for a third more time and the least memory.
+        "auto": those of little cost for the memory that they take, inside of SEE, where kernels compute them. "none":
+        none, for speed. "block": all but the inputs of blocks, for a third more time and the least memory.
         """
         return self._recompute
 
@@ -217,7 +121,7 @@ class SeemoRe(Fused, plain.SeemoRe):
     def recompute(self, how: str):
         check_recompute(how)
         self._recompute = how
-        for block in (block for group in self.body for block in group.children() if isinstance(block, FusedBlock)):
+        for block in (block for group in self.body for block in group.children() if isinstance(block, Block)):
             block.recompute = how
 
     def prepare(self, graph: bool = False) -> "SeemoRe":
@@ -234,28 +138,27 @@ class SeemoRe(Fused, plain.SeemoRe):
         """
         if self.training:
             raise RuntimeError("the model is in training mode, expected inference: model.eval().prepare()")
-        stencils = [self.conv_1.weight, self.conv_2.weight, self.upsampler[0].weight]
         with torch.inference_mode(False), torch.no_grad():
             self._frozen = {
-                "parameters": [weight.detach().clone() for weight in self.built_weights()],
-                "ends": [frozen(weight, stencils, is_wide) for weight, is_wide in self._ends()],
+                "parameters": [weight.detach().clone() for weight in self.ordered_parameters()],
+                "ends": self._frozen_ends(),
             }
             for group in self.body:
                 for block in group.children():
-                    if isinstance(block, FusedBlock) and block.is_untouched():
+                    if isinstance(block, Block) and block.is_unmodified():
                         block.freeze()
-            if engine.why_not(self, self.mean) is None:
-                self.weights_now(engine.config_of(self))
+            if engine.unsupported_reason(self, self.mean) is None:
+                self.engine_weights(engine.config_of(self))
         ends = self._frozen["ends"]
         self._frozen["replays"] = Graphs(lambda x: self._launch(x, ends), MOST_REPLAYS, Recorded, "recording")
         if graph:
-            self._frozen["graphs"] = Graphs(super().forward)
+            self._frozen["graphs"] = Graphs(self._padded)
         return self
 
-    def weights_now(self, config: list[int]) -> tuple[list[Tensor], bool]:
+    def engine_weights(self, config: list[int]) -> tuple[list[Tensor], bool]:
         """Return what the engine computes with, and whether it is packed: frozen by `prepare`, or as it is now."""
         if not self._frozen:
-            return self.built_weights(), False
+            return self.ordered_parameters(), False
         key = tuple(config)
         if key not in self._frozen:
             if torch.compiler.is_compiling():
@@ -263,96 +166,111 @@ class SeemoRe(Fused, plain.SeemoRe):
             self._frozen[key] = engine.pack(self._frozen["parameters"], config)
         return [self._frozen[key]], True
 
-    def is_untouched(self) -> bool:
-        """Tell whether all modules and parameters inside are those it was built with, as they were built."""
+    def is_unmodified(self) -> bool:
+        """Return whether all modules, parameters and routing options inside are those it was built with."""
         c = self.config
-        return (
-            super().is_untouched()
-            and self._built_shapes == [weight.shape for weight in self.built_weights()]
-            and all(
-                (block.recursive, block.use_shuffle, block.moe_layer.gate.top_k)
-                == (c["recursive"], c["use_shuffle"], c["topk"])
-                for block in (group.local_block.block for group in self.body)
-            )
+        return super().is_unmodified() and all(
+            (block.recursive, block.use_shuffle, block.moe_layer.gate.top_k)
+            == (c["recursive"], c["use_shuffle"], c["topk"])
+            for block in (group.local_block.block for group in self.body)
         )
 
     def wants_gradients(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in self.built_weights()))
+        return torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in self.ordered_parameters()))
 
     def forward(self, x: Tensor) -> Tensor:
-        plain.check_image(x, self.in_chans)
+        check_image(x, self.in_chans)
         if x.device != self.mean.device:
             raise ValueError(
                 f"x is on {x.device}, expected {self.mean.device}, where the model is: move one of them with .to()"
             )
-        if engine.why_not(self, x) is None:
+        if engine.unsupported_reason(self, x) is None:
             return engine.run(self, x)
         if "graphs" in self._frozen and self._can_capture(x):
             return self._frozen["graphs"](x)
         if x.device.type != "cuda" or torch.compiler.is_compiling():
-            return super().forward(x)
-        return or_explain(super().forward, self, x)
+            return self._padded(x)
+        return with_oom_hint(self._padded, self, x)
 
     def _can_capture(self, x: Tensor) -> bool:
         if x.device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
             return False
-        return self.is_untouched() and not self.wants_gradients(x) and x.numel() > 0
+        return self.is_unmodified() and not self.wants_gradients(x) and x.numel() > 0
 
-    def _forward(self, x: Tensor) -> Tensor:
-        kernels = backends.choose("norm_conv3x3", x, self.conv_1.out_channels)
+    def _padded(self, x: Tensor) -> Tensor:
+        """Return the result for x of any size: images that are too small are extended, and the result cropped."""
+        height, width = x.shape[-2:]
+        missing = (0, max(0, self.min_size - width), 0, max(0, self.min_size - height))
+        if not any(missing):
+            return self._by_operators(x)
+        y = self._by_operators(F.pad(x, missing, mode="replicate"))
+        return y[..., : height * self.scale, : width * self.scale]
+
+    def _by_operators(self, x: Tensor) -> Tensor:
+        """Return the result for x of at least `min_size` pixels a side, block by block."""
+        kernels = select_backend("norm_conv3x3", x, self.conv_1.out_channels)
         has_kernels = kernels != "reference"
-        if has_kernels:  # which take lines
+        if has_kernels:  # which take rows
             x = x.contiguous()
         elif x.device.type == "cpu":  # faster there (benchmarks/training.py); on GPUs it is the other way round
             # A copy, though it may have the layout already: a view of one image can have strides, of the batch's
             # dimension, that torch's convolutions do not take for channels_last.
             x = x.clone(memory_format=torch.channels_last)
-        if not self.is_untouched():
-            return super()._forward(x)
+        if not self.is_unmodified():
+            return self._by_modules(x)
         keeps = self.wants_gradients(x)
-        weights = self._frozen["ends"] if self._frozen and not keeps else [weight for weight, _ in self._ends()]
-        if kernels == "triton" and not keeps and not is_transformed() and forward_ad._current_level < 0:
-            return self._forward_in_place(x, weights)
+        ends = self._ends_now() if keeps else self.ends()
+        if kernels == "triton" and not keeps and not is_transformed() and not has_forward_gradients():
+            return self._in_place(x, ends)
         x = (x.to(torch.promote_types(x.dtype, torch.float32)) - self.mean) * self.img_range
-        f = self._first(x, *weights[:2])
-        y = f.to(plain.body_dtype(self.conv_1.weight))
-        # f is a fifth of the memory that a call takes, and next to no work for a kernel: made again rather than kept.
-        again = not keeps and has_kernels
-        if again:
+        f = self.first(x, ends)
+        y = f.to(body_dtype(self.conv_1.weight))
+        recompute_f = not keeps and has_kernels  # it is 1/5 of the peak memory, and cheap
+        if recompute_f:
             del f
         for group in self.body:  # not as modules: a group would hold on to its input until its end
             y = group.local_block(y)
             y = group.global_block(y)
-        y = ops.norm_conv3x3(y, *weights[2:6])
-        if again:
+        y = ops.norm_conv3x3(y, *ends.features)
+        if recompute_f:
             x = x.contiguous(memory_format=torch.channels_last)  # so that f is as the last convolution reads it
-            f = self._first(x, *weights[:2])
-        y = f.add_(y) if again else f + y
-        return ops.conv3x3_shuffle(y, *weights[6:], scale=self.scale, img_range=self.img_range)
+            f = self.first(x, ends)
+        y = f.add_(y) if recompute_f else f + y
+        return self.last(y, ends)
 
-    def _forward_in_place(self, x: Tensor, weights: list[Tensor]) -> Tensor:
+    def _by_modules(self, x: Tensor) -> Tensor:
+        """Return the result by calling the submodules, so that all that was added to them runs."""
+        # The picture itself travels through f and the upsampler: those stay wide when the body is narrow.
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        f = call_wide(self.conv_1, (x - self.mean) * self.img_range)
+        y = f.to(body_dtype(self.conv_1.weight))
+        for group in self.body:
+            y = group(y)
+        y = self.conv_2(self.norm(y)) + f
+        return call_wide(self.upsampler, y) / self.img_range + self.mean
+
+    def _in_place(self, x: Tensor, ends: Ends) -> Tensor:
         """Return the same by Triton's kernels, without gradients: images lie as kernels read and write them best."""
         x = self._shifted(x)
-        is_observed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-        if "replays" in self._frozen and not is_observed and x.numel() > 0:
+        if "replays" in self._frozen and not is_observed() and x.numel() > 0:
             return self._frozen["replays"](x)
-        return self._launch(x, weights)
+        return self._launch(x, ends)
 
-    def _launch(self, x: Tensor, weights: list[Tensor]) -> Tensor:
+    def _launch(self, x: Tensor, ends: Ends) -> Tensor:
         """Return the network's result for x, shifted, by kernels alone.
 
         The first convolution writes the body's dtype, and what is added to f is added where it is made.
         """
-        y = new_image(x, self.conv_1.out_channels, plain.body_dtype(self.conv_1.weight))
-        with plain.without_autocast(x.device.type):
-            norm_conv3x3_into(y, x, None, None, *(weight.to(x.dtype) for weight in weights[:2]))
+        y = new_image(x, self.conv_1.out_channels, body_dtype(self.conv_1.weight))
+        with without_autocast(x.device.type):
+            norm_conv3x3_into(y, x, None, None, *(weight.to(x.dtype) for weight in ends.first))
         for group in self.body:
             y = group.local_block(y)
             y = group.global_block(y)
-        f = self._first(x, *weights[:2])  # as x with channels innermost, as the last convolution reads it
-        norm_conv3x3_into(f, y, *weights[2:6], add=True)
+        f = self.first(x, ends)  # as x with channels innermost, as the last convolution reads it
+        norm_conv3x3_into(f, y, *ends.features, add=True)
         del y
-        return ops.conv3x3_shuffle(f, *weights[6:], scale=self.scale, img_range=self.img_range)
+        return self.last(f, ends)
 
     def _shifted(self, x: Tensor) -> Tensor:
         """Return (x - mean) * img_range with channels innermost, for Triton's kernels."""
@@ -363,11 +281,35 @@ class SeemoRe(Fused, plain.SeemoRe):
         torch.sub(x, self.mean, out=room)
         return room if self.img_range == 1 else room.mul_(self.img_range)
 
-    def _first(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        with plain.without_autocast(x.device.type):
-            return ops.norm_conv3x3(x, None, None, weight.to(x.dtype), bias.to(x.dtype))
+    def first(self, x: Tensor, ends: Ends) -> Tensor:
+        """Return conv_1 of x, shifted, in at least float32."""
+        with without_autocast(x.device.type):
+            return ops.norm_conv3x3(x, None, None, *(weight.to(x.dtype) for weight in ends.first))
 
-    def _ends(self) -> list[tuple[Tensor, bool]]:
-        """Return the weights of all that is no block and the mean, and which of them are used in float32 at least."""
-        first, last = _wide(self.conv_1), _wide(self.upsampler[0])
-        return [*first, *_narrow(self.norm, self.conv_2), *last, (self.mean, True)]
+    def last(self, y: Tensor, ends: Ends) -> Tensor:
+        """Return the image of the features y."""
+        return ops.conv3x3_shuffle(y, *ends.last, ends.mean, scale=self.scale, img_range=self.img_range)
+
+    def ends(self) -> Ends:
+        """Return the weights around the blocks: frozen, or as they are now."""
+        return self._frozen["ends"] if self._frozen else self._ends_now()
+
+    def _frozen_ends(self) -> Ends:
+        stencils = [self.conv_1.weight, self.conv_2.weight, self.upsampler[0].weight]
+        copy, (first, features, last, mean) = partial(frozen, stencils=stencils), self._ends_now()
+        wide = partial(copy, is_wide=True)
+        return Ends([*map(wide, first)], [*map(copy, features)], [*map(wide, last)], wide(mean))
+
+    def _ends_now(self) -> Ends:
+        first, last = parameters_of(self.conv_1), parameters_of(self.upsampler[0])
+        return Ends(first, parameters_of(self.norm, self.conv_2), last, self.mean)
+
+
+def call_wide(module: nn.Module, x: Tensor) -> Tensor:
+    """Call `module` in at least float32, whatever the type of its weights and of autocast."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with without_autocast(x.device.type):
+        if all(parameter.dtype == wide for parameter in module.parameters()):
+            return module(x.to(wide))
+        parameters = {name: parameter.to(wide) for name, parameter in module.named_parameters()}
+        return torch.func.functional_call(module, parameters, (x.to(wide),))

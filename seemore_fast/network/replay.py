@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..ops.library import IMPLEMENTATIONS
+from ..ops.operator import IMPLEMENTATIONS
 
 VECTOR = 16  # bytes, to which kernels were compiled to find pointers aligned
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}

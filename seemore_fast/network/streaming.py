@@ -16,16 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..ops.rme_block import of_parts
-from ..ops.router import route
 from ..reference.calibrate import aggregate, mix
-from ..reference.model import body_dtype
+from .blocks import body_dtype
+from .fused import RMEParams, SMEParams, sme
 
 END = 2  # lines that the convolutions before a pool look around, and those before the pixels
 
 
 @dataclass
-class Routes:
+class RoutingState:
     """What is known of a whole image: `experts` of each group so far, index and weight; `map`, calibrate's of the next.
 
     map     (1, C, H / 4^recursive, W / 4^recursive)
@@ -35,62 +34,57 @@ class Routes:
     map: Tensor | None = None
 
 
-class Pieces:
-    """A SeemoRe's parts between its pools, for images (1, C, H, W) that may be parts of a larger one.
+class StagedNetwork:
+    """Parts of a SeemoRe between its pools, for images (1, C, H, W) that may be parts of a larger one.
 
     ValueError where the model has hooks, other modules or is in training: then it is not what these parts compute.
     """
 
     def __init__(self, model):
-        if model.training or not model.is_untouched():
+        if model.training or not model.is_unmodified():
             raise ValueError("the model is in training mode, or was changed inside: its parts cannot be streamed")
         self.model = model
-        self.groups = [self._group(group) for group in model.body]
-        self.ends = [weight for weight, _ in model._ends()]
-        self.around = 4 + model.config["global_kernel_size"] // 2  # lines that a group looks around
+        self.ends = model.ends()
+        self.halo = 4 + model.config["global_kernel_size"] // 2  # rows that a group reads above and below
         self.dtype = body_dtype(model.conv_1.weight)
-
-    @staticmethod
-    def _group(group) -> tuple:
-        rme, sme = group.local_block, group.global_block
-        return of_parts(rme.arguments_now()), rme.block.moe_layer.ranks, sme.arguments_now()
+        self.params: list[tuple[RMEParams, SMEParams]] = [
+            (group.local_block.params(), group.global_block.params()) for group in model.body
+        ]
 
     def first(self, x: Tensor) -> Tensor:
         """conv_1 of an image in [0, 1], float32."""
-        return self.model._first((x - self.model.mean) * self.model.img_range, *self.ends[:2])
+        return self.model.first((x - self.model.mean) * self.model.img_range, self.ends)
 
     def widen(self, group: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The first half of a group's MoE block: a, k. Looks two pixels around."""
-        (expand, _, stripes, *_), _, _ = self.groups[group]
-        a, k = ops.norm_conv3x3(x, *expand, activation="gelu").chunk(2, dim=1)
-        return ops.striped_conv(a, *stripes, activation="gelu"), k
+        """The first half of a group's MoE block: a, k. Reads two pixels around."""
+        rme, _ = self.params[group]
+        a, k = ops.norm_conv3x3(x, *rme.expand, activation="gelu").chunk(2, dim=1)
+        return ops.striped_conv(a, *rme.stripes, activation="gelu"), k
 
     def aggregate(self, group: int, k: Tensor) -> Tensor:
         """k at 1 / 4^recursive of its size; a part must begin at a multiple of that."""
-        weight, bias = (t.to(k.dtype) for t in self.groups[group][0][1][:2])
+        weight, bias = (t.to(k.dtype) for t in self.params[group][0].calibrate[:2])
         return aggregate(k, weight, bias, self.model.config["recursive"])
 
-    def route(self, group: int, mean: Tensor, gathered: Tensor, routes: Routes):
-        """Choose the group's experts from the mean of a, (1, C), and make the map of what was aggregated of k."""
-        calibrate = self.groups[group][0][1]
-        routes.map = mix(gathered, *(t.to(gathered.dtype) for t in calibrate[2:]))
-        routes.experts.append(self.choose(group, mean))
-
-    def choose(self, group: int, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """Return indices and weights of the group's experts, from the mean of a, (1, C)."""
-        return route(mean.float(), self.groups[group][0][3], self.model.config["topk"])
+    def route(self, group: int, mean: Tensor, gathered: Tensor, state: RoutingState):
+        """Choose the group's experts from the mean of a, (1, C), and compute the map of what was aggregated of k."""
+        rme, _ = self.params[group]
+        state.map = mix(gathered, *(t.to(gathered.dtype) for t in rme.calibrate[2:]))
+        state.experts.append(ops.router(mean.float()[:, :, None, None], *rme.router, self.model.config["topk"]))
 
     def finish(self, group: int, x: Tensor, a: Tensor, k: Tensor, experts: tuple[Tensor, Tensor]) -> Tensor:
-        """The rest of a group, from its calibrated k. Looks `around` - 2 pixels around."""
-        (*_, of_experts, project, ffn), ranks, of_sme = self.groups[group]
-        options = dict(zip(("weight_proj", "bias_proj"), project, strict=True), residual=x)
-        x = ops.low_rank_experts(a, k, *experts, *of_experts, ranks, **options)
-        return ops.sme_block(ops.gated_ffn(x, *ffn), *of_sme)
+        """The rest of a group, from its calibrated k. Reads `halo` - 2 pixels around."""
+        rme, of_sme = self.params[group]
+        *weights, weight_proj, bias_proj = rme.experts
+        ranks = self.model.body[group].local_block.block.moe_layer.ranks
+        x = ops.low_rank_experts(
+            a, k, *experts, *weights, ranks, weight_proj=weight_proj, bias_proj=bias_proj, residual=x
+        )
+        return sme(ops.gated_ffn(x, *rme.ffn), of_sme)
 
     def last(self, y: Tensor, f: Tensor) -> Tensor:
-        """The image of the last features and of conv_1's. Looks two pixels around."""
-        y = ops.norm_conv3x3(y, *self.ends[2:6]) + f
-        return ops.conv3x3_shuffle(y, *self.ends[6:], scale=self.model.scale, img_range=self.model.img_range)
+        """The image of the last features and of conv_1's. Reads two pixels around."""
+        return self.model.last(ops.norm_conv3x3(y, *self.ends.features) + f, self.ends)
 
 
 def spread(small: Tensor, size: tuple[int, int], top: int, bottom: int) -> Tensor:
@@ -121,33 +115,33 @@ def stream(
     release     is told which lines of `features` are not needed for a while
     progress    is told the share of the work that is done
     """
-    pieces, routes = Pieces(model), Routes()
+    network, state = StagedNetwork(model), RoutingState()
     height, _, width = features.shape
-    groups = len(pieces.groups)
+    groups = len(network.params)
     for group in range(groups + 1):
         total, gathered, above = 0, [], None
         for top in range(0, height, lines):
             bottom = min(top + lines, height)
             first, last = max(top - END, 0), min(bottom + END, height)
             if group == 0:
-                x = _lines_of(pieces.first, read, first, last, height).to(pieces.dtype)
+                x = _lines_of(network.first, read, first, last, height).to(network.dtype)
             else:
-                x, above = _finished(pieces, routes, features, above, (first, top, bottom, last))
+                x, above = _finished(network, state, features, above, (first, top, bottom, last))
             inner = slice(top - first, bottom - first)
             if group < groups:
                 features[top:bottom].copy_(x[0, :, inner].permute(1, 0, 2))
                 release(top, bottom)
-                a, k = pieces.widen(group, x)
+                a, k = network.widen(group, x)
                 total = total + a[:, :, inner].sum((2, 3), dtype=torch.float64)
                 if bottom - top >= model.min_size:  # else the end of an image, too low for a line of the map
-                    gathered.append(pieces.aggregate(group, k[:, :, inner].contiguous()))
+                    gathered.append(network.aggregate(group, k[:, :, inner].contiguous()))
             else:
-                f = _lines_of(pieces.first, read, first, last, height)
+                f = _lines_of(network.first, read, first, last, height)
                 scale = model.scale
-                write(top * scale, pieces.last(x, f)[:, :, inner.start * scale : inner.stop * scale])
+                write(top * scale, network.last(x, f)[:, :, inner.start * scale : inner.stop * scale])
             progress((group + bottom / height) / (groups + 1))
         if group < groups:
-            pieces.route(group, total / (height * width), torch.cat(gathered, dim=2), routes)
+            network.route(group, total / (height * width), torch.cat(gathered, dim=2), state)
 
 
 def _lines_of(first: Callable, read: Callable, top: int, bottom: int, height: int) -> Tensor:
@@ -157,23 +151,23 @@ def _lines_of(first: Callable, read: Callable, top: int, bottom: int, height: in
 
 
 def _finished(
-    pieces: Pieces, routes: Routes, features: Tensor, above: Tensor | None, edges: Sequence[int]
+    network: StagedNetwork, state: RoutingState, features: Tensor, above: Tensor | None, edges: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Return the last group's result for the lines [first, last), and what of `features` the next band looks back at.
 
     `above` are lines of `features` that end at `top`, as they were before the band before overwrote them.
     """
     first, top, bottom, last = edges
-    group = len(routes.experts) - 1
+    group = len(state.experts) - 1
     height, _, width = features.shape
-    begin, end = max(first - pieces.around, 0), min(last + pieces.around, height)
-    device = pieces.model.mean.device
+    begin, end = max(first - network.halo, 0), min(last + network.halo, height)
+    device = network.model.mean.device
     x = features[top:end].to(device)
     if above is not None:
         x = torch.cat([above[begin - top :], x])
-    kept = x[: bottom - begin][-(END + pieces.around) :].clone()
+    kept = x[: bottom - begin][-(END + network.halo) :].clone()
     x = x.permute(1, 0, 2)[None].contiguous()
-    a, k = pieces.widen(group, x)
-    k = k + spread(routes.map, (height, width), begin, end)
-    x = pieces.finish(group, x, a, k, routes.experts[group])
+    a, k = network.widen(group, x)
+    k = k + spread(state.map, (height, width), begin, end)
+    x = network.finish(group, x, a, k, state.experts[group])
     return x[:, :, first - begin : last - begin], kept

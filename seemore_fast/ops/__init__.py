@@ -1,15 +1,12 @@
-"""Every fused operator, checked and run by the backend chosen now; usable alone in other networks."""
+"""Fused operators: arguments are checked, and the selected backend computes; usable alone in other networks."""
 
 from .calibrate import calibrate
 from .conv3x3_shuffle import conv3x3_shuffle
 from .gated_ffn import gated_ffn
 from .low_rank_experts import low_rank_experts
 from .norm_conv3x3 import norm_conv3x3
-from .norm_pointwise import norm_pointwise
-from .pointwise import pointwise
-from .rme_block import rme_block
+from .norm_pointwise import norm_pointwise, pointwise
 from .router import router
-from .sme_block import sme_block
 from .striped_conv import striped_conv
 from .striped_conv_router import striped_conv_router
 
@@ -21,9 +18,7 @@ __all__ = [
     "norm_conv3x3",
     "norm_pointwise",
     "pointwise",
-    "rme_block",
     "router",
-    "sme_block",
     "striped_conv",
     "striped_conv_router",
 ]

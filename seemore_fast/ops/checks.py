@@ -1,80 +1,104 @@
-"""One checker for the arguments of every operator, so that every backend refuses with the same words."""
+"""Checks of arguments, the same for every operator and backend."""
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .autocast import autocast_dtype
+
+WORDS = ("?", "int64", "mixed", "autocast")
+
+
+class Spec(NamedTuple):
+    """Shape and type that an operator wants of a tensor, written as ``"C 1 1 K"`` with words behind it.
+
+    Numbers are themselves, a letter stands for the size that it first met, ``2C`` for 2 times that of C. ``?`` allows
+    None, ``int64`` asks for that dtype, ``mixed`` allows a floating dtype other than that of the first tensor,
+    ``autocast`` does so under autocast.
+    """
+
+    sizes: tuple[tuple[int, str], ...]  # factor and letter of each, the letter empty for a number
+    words: frozenset[str]
+    text: str  # of the sizes, as messages give it
+
+    @staticmethod
+    @functools.cache
+    def parse(text: str) -> "Spec":
+        symbols = [symbol for symbol in text.split() if symbol not in WORDS]
+        words = frozenset(text.split()) - frozenset(symbols)
+        sizes = ((int(s), "") if s.isdigit() else (2, s[1:]) if s[0] == "2" else (1, s) for s in symbols)
+        return Spec(tuple(sizes), words, f"({', '.join(symbols)})")
+
+    @property
+    def is_optional(self) -> bool:
+        return "?" in self.words
+
+    @property
+    def is_floating(self) -> bool:
+        return "int64" not in self.words
+
+    @property
+    def is_image(self) -> bool:
+        return len(self.sizes) == 4 and self.sizes[-2:] == ((1, "H"), (1, "W"))
+
 
 def check_tensors(operator: str, one_dtype: bool = False, **arguments: tuple[Tensor | None, str]) -> dict[str, int]:
-    """Check shapes, dtypes and devices of an operator's tensors; return what the letters of the shapes stand for.
+    """Check shapes, dtypes and devices of an operator's tensors; return the sizes that the letters stand for.
 
-    Each argument is ``name=(tensor, "C 1 1 K")``: numbers are themselves, a letter stands for the size that it
-    first met, ``2C`` for twice that of C. Sizes are at least 1, but B may be 0. A question mark at the end, as in
-    ``"C ?"``, allows None.
+    Each argument is ``name=(tensor, "C 1 1 K")``, see `Spec`. Sizes are at least 1, but B may be 0.
 
-    Raises TypeError for what is no floating tensor or differs in dtype from the first one (under autocast dtypes
-    may differ, unless `one_dtype`), ValueError for a shape or device that does not fit.
+    Raises TypeError for anything but a floating tensor or for a dtype other than that of the first one (under autocast
+    dtypes may differ, unless `one_dtype`), ValueError for a shape or device that does not fit.
     """
     sizes: dict[str, int] = {}
     first_name, first = None, None
-    for name, (tensor, spec) in arguments.items():
-        if tensor is None and spec.endswith("?"):
+    for name, (tensor, text) in arguments.items():
+        spec = Spec.parse(text)
+        if tensor is None and spec.is_optional:
             continue
-        spec = spec.removesuffix(" ?")
-        check_is_tensor(operator, name, tensor, spec)
+        if not isinstance(tensor, Tensor):
+            got = "None" if tensor is None else f"a {type(tensor).__name__}"
+            raise TypeError(f"{operator}: {name} is {got}, expected a tensor of shape {spec.text}")
         _check_shape(operator, name, tensor, spec, sizes)
-        if not tensor.is_floating_point():
+        if not spec.is_floating and tensor.dtype != torch.int64:
+            raise TypeError(f"{operator}: {name} has dtype {tensor.dtype}, expected torch.int64")
+        if spec.is_floating and not tensor.is_floating_point():
             raise TypeError(f"{operator}: {name} has dtype {tensor.dtype}, expected a floating type")
         if first is None:
             first_name, first = name, tensor
-        else:
-            check_device(operator, name, tensor, first_name, first)
-        if tensor.dtype != first.dtype and (one_dtype or not torch.is_autocast_enabled(first.device.type)):
+        elif tensor.device != first.device:
+            raise ValueError(
+                f"{operator}: {name} is on {tensor.device}, expected {first.device}, where {first_name} is"
+            )
+        differs = tensor.dtype != first.dtype and not spec.words & {"int64", "mixed"}
+        if differs and (autocast_dtype(first) is None or (one_dtype and "autocast" not in spec.words)):
             raise TypeError(
                 f"{operator}: {name} has dtype {tensor.dtype}, expected {first.dtype}, which {first_name} has"
             )
     return sizes
 
 
-def check_is_tensor(operator: str, name: str, tensor, spec: str):
-    """Raise TypeError unless `tensor` is one; `spec` says of what shape it should be."""
-    if not isinstance(tensor, Tensor):
-        got = "None" if tensor is None else f"a {type(tensor).__name__}"
-        raise TypeError(f"{operator}: {name} is {got}, expected a tensor of shape ({', '.join(spec.split())})")
-
-
-def check_device(operator: str, name: str, tensor: Tensor, first_name: str, first: Tensor):
-    """Raise ValueError unless both tensors are on one device."""
-    if tensor.device != first.device:
-        raise ValueError(f"{operator}: {name} is on {tensor.device}, expected {first.device}, where {first_name} is")
-
-
-def _check_shape(operator: str, name: str, tensor: Tensor, spec: str, sizes: dict[str, int]):
-    expected = _parse(spec)
-    fits = tensor.dim() == len(expected)
-    for size, (factor, letter) in zip(tensor.shape, expected, strict=False):
+def _check_shape(operator: str, name: str, tensor: Tensor, spec: Spec, sizes: dict[str, int]):
+    fits = tensor.dim() == len(spec.sizes)
+    for size, (factor, letter) in zip(tensor.shape, spec.sizes, strict=False):
         wanted = factor * sizes.setdefault(letter, size) if letter else factor
         if size == 0 and letter not in ("", "B", "K"):  # no image is a batch; the taps K are checked to be odd
             raise ValueError(f"{operator}: {name} has shape {tuple(tensor.shape)}, expected no size of 0 but B's")
         fits = fits and size == wanted
     if not fits:
         known = ", ".join(f"{letter} = {size}" for letter, size in sizes.items())
-        raise ValueError(
-            f"{operator}: {name} has shape {tuple(tensor.shape)}, expected ({', '.join(spec.split())}) with {known}"
-        )
+        raise ValueError(f"{operator}: {name} has shape {tuple(tensor.shape)}, expected {spec.text} with {known}")
 
 
-@functools.cache
-def _parse(spec: str) -> list[tuple[int, str]]:
-    """Return the factor and the letter of each size, the letter empty for a number."""
-    sizes = []
-    for symbol in spec.split():
-        if symbol.isdigit():
-            sizes.append((int(symbol), ""))
-        else:
-            sizes.append((2, symbol[1:]) if symbol[0] == "2" else (1, symbol))
-    return sizes
+def check_shapes(operator: str, **arguments: tuple[Tensor | None, str]):
+    """Check that sizes of one letter agree, as a compiler has to know it."""
+    sizes: dict[str, int] = {}
+    for name, (tensor, text) in arguments.items():
+        for size, (factor, letter) in zip(() if tensor is None else tensor.shape, Spec.parse(text).sizes, strict=False):
+            wanted = factor * sizes.setdefault(letter, size) if letter else factor
+            torch._check(size == wanted, lambda name=name: f"{operator}: the shape of {name} does not fit the others'")
 
 
 def check_choice(operator: str, name: str, value, choices: tuple):

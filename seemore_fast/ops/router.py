@@ -1,42 +1,15 @@
-"""Public operator `router`, and `route`, its second half; formula and shapes in `seemore_fast.reference.router`."""
+"""Operator `router`: the choice of experts of MoRE, once an image."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import choose, kernel_for
-from ..reference.router import route as reference_route
-from .checks import check_device, check_tensors
-from .library import define, differentiate
+from ..backends import lookup_kernel, select_backend
+from .operator import Operator, Values
 
-MOST_EXPERTS = 1024  # kernels compare every expert with every other; beyond, torch's sort wins
-
-
-def router(a: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Indices (int64) and probabilities (float32) of each image's `top_k` experts, both (B, top_k)."""
-    sizes = check_tensors("router", a=(a, "B C H W"), weight=(weight, "E C"))
-    check_top_k("router", top_k, sizes["E"])
-    if sizes["E"] > MOST_EXPERTS or choose("router", a) == "reference":
-        return reference.router(a, weight, top_k)
-    expert_weight, expert_index, *_ = torch.ops.seemore_fast.router(a, weight, top_k)
-    return expert_index, expert_weight
-
-
-def route(mean: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Do what `router` does after the pool, for who has each image's mean (B, C) already; of any floating types."""
-    sizes = check_tensors("route", mean=(mean, "B C"))
-    experts = check_tensors("route", weight=(weight, "E C"))
-    if experts["C"] != sizes["C"]:
-        raise ValueError(
-            f"route: weight has shape {tuple(weight.shape)}, expected (E, C) with C = {sizes['C']}, as mean has it"
-        )
-    check_device("route", "weight", weight, "mean", mean)
-    check_top_k("route", top_k, experts["E"])
-    if experts["E"] > MOST_EXPERTS or choose("router", mean) == "reference":
-        return reference_route(mean, weight, top_k)
-    wide = torch.promote_types(mean.dtype, torch.float32)
-    expert_weight, expert_index, _ = torch.ops.seemore_fast.route(mean.to(wide), weight, top_k)
-    return expert_index, expert_weight
+MOST_EXPERTS = 64  # of the kernels
 
 
 def check_top_k(operator: str, top_k: int, num_experts: int):
@@ -45,116 +18,74 @@ def check_top_k(operator: str, top_k: int, num_experts: int):
         raise ValueError(f"{operator}: top_k is {top_k!r}, expected 1 to {num_experts}, the number of experts")
 
 
-def _decision(like: Tensor, batch: int, experts: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return room for expert_weight, expert_index and probability."""
-    wide = torch.promote_types(like.dtype, torch.float32)
-    return (
-        like.new_empty((batch, top_k), dtype=wide),
-        like.new_empty((batch, top_k), dtype=torch.int64),
-        like.new_empty((batch, experts), dtype=wide),
+def empty_decision(x: Tensor, weight: Tensor, top_k: int) -> dict[str, Tensor]:
+    """Return room for a router's results on images x (B, C, H, W), in at least float32 but for the int64 index."""
+    (batch, channels), wide = x.shape[:2], torch.promote_types(x.dtype, torch.float32)
+    return {
+        "index": x.new_empty((batch, top_k), dtype=torch.int64),
+        "weight": x.new_empty((batch, top_k), dtype=wide),
+        "mean": x.new_empty((batch, channels), dtype=wide),
+        "probability": x.new_empty((batch, len(weight)), dtype=wide),
+    }
+
+
+def gradients_of_decision(dweight, index, mean, probability, weight_router) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the mean (B, C) and of the router's weight (E, C); dweight is that of the experts'."""
+    mean, weight_router = mean.contiguous(), weight_router.contiguous()
+    gradients = torch.empty_like(mean), torch.empty_like(weight_router)
+    kernel = lookup_kernel("router", mean, part="_from_sums_backward")
+    kernel(*gradients, dweight, index, mean, probability, weight_router)
+    return gradients
+
+
+class Router(Operator):
+    """`router`, whose backward needs nothing of the image but its shape, type and layout."""
+
+    RESULTS = ("weight", "index", "mean", "probability")  # weight first: opcheck adds up all in the first one's dtype
+    returns = 4
+    backward_schema = (
+        "(Tensor dweight, Tensor index, Tensor mean, Tensor probability, Tensor weight, SymInt[] size, "
+        "ScalarType dtype, bool channels_last) -> (Tensor, Tensor)"
     )
 
+    def compute(self, values: Values) -> Any:
+        if len(values["weight"]) > MOST_EXPERTS or select_backend("router", values["a"]) == "reference":
+            return reference.router(**values)
+        weight, index, *_ = self.packet(*values.values())
+        return index, weight
 
-def _router(a, weight, top_k):
-    expert_weight, expert_index, mean, probability = results = _router_fake(a, weight, top_k)
-    kernel_for("router", a)(expert_index, expert_weight, mean, probability, a, weight.contiguous(), top_k)
-    return results
+    def forward(self, a, weight, top_k):
+        made = empty_decision(a, weight, top_k)
+        lookup_kernel("router", a)(*made.values(), a, weight.contiguous(), top_k)
+        return tuple(made[name] for name in self.RESULTS)
 
+    def backward(self, dweight, index, mean, probability, weight, size, dtype, channels_last):
+        da, dweight_router = self.fake_backward(dweight, index, mean, probability, weight, size, dtype, channels_last)
+        kernel = lookup_kernel("router", da, part="_backward")
+        kernel(da, dweight_router, dweight, index, mean, probability, weight.contiguous())
+        return da, dweight_router
 
-def _router_fake(a, weight, top_k):
-    torch._check(weight.shape[1] == a.shape[1], lambda: "router: weight and a differ in channels")
-    expert_weight, expert_index, probability = _decision(a, a.shape[0], weight.shape[0], top_k)
-    mean = a.new_empty(a.shape[:2], dtype=probability.dtype)
-    return expert_weight, expert_index, mean, probability
+    def fake_backward(self, dweight, index, mean, probability, weight, size, dtype, channels_last):
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        da = torch.empty(size, dtype=dtype, device=mean.device, memory_format=layout)
+        return da, torch.empty_like(weight, memory_format=torch.contiguous_format)
 
+    def _save(self, ctx, inputs, output):
+        a, weight, _ = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:], weight)
+        # Of `a` no more than the form of its gradient: in-place changes of `a` are allowed.
+        ctx.size, ctx.dtype = a.shape, a.dtype
+        ctx.channels_last = not a.is_contiguous() and a.is_contiguous(memory_format=torch.channels_last)
 
-def _router_backward(dexpert_weight, expert_index, mean, probability, weight, size, dtype, channels_last):
-    weight = weight.contiguous()
-    da, dweight = _room_for_da(mean, size, dtype, channels_last), torch.empty_like(weight)
-    run = kernel_for("router", da, part="_backward")
-    run(da, dweight, dexpert_weight, expert_index, mean, probability, weight)
-    return da, dweight
-
-
-def _router_backward_fake(dexpert_weight, expert_index, mean, probability, weight, size, dtype, channels_last):
-    return _room_for_da(mean, size, dtype, channels_last), weight.new_empty(weight.shape)
-
-
-def _room_for_da(mean, size, dtype, channels_last):
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(size, dtype=dtype, device=mean.device, memory_format=layout)
-
-
-def _route(mean, weight, top_k):
-    expert_weight, expert_index, probability = results = _route_fake(mean, weight, top_k)
-    run = kernel_for("router", mean, part="_from_sums")
-    run(expert_index, expert_weight, None, probability, mean.contiguous()[None], weight.contiguous(), 1, top_k)
-    return results
+    def _differentiate(self, ctx, dweight, *_):
+        return *self.backward_packet(dweight, *ctx.saved_tensors, ctx.size, ctx.dtype, ctx.channels_last), None
 
 
-def _route_fake(mean, weight, top_k):
-    torch._check(weight.shape[1] == mean.shape[1], lambda: "route: weight and mean differ in channels")
-    return _decision(mean, mean.shape[0], weight.shape[0], top_k)
-
-
-def route_backward(dexpert_weight, expert_index, mean, probability, weight):
-    mean, weight = mean.contiguous(), weight.contiguous()
-    dmean, dweight = torch.empty_like(mean), torch.empty_like(weight)
-    run = kernel_for("router", mean, part="_from_sums_backward")
-    run(dmean, dweight, dexpert_weight, expert_index, mean, probability, weight)
-    return dmean, dweight
-
-
-def _route_backward_fake(dexpert_weight, expert_index, mean, probability, weight):
-    return mean.new_empty(mean.shape), weight.new_empty(weight.shape)
-
-
-def _save_router(ctx, inputs, output):
-    a, weight, _ = inputs
-    _, expert_index, mean, probability = output
-    ctx.mark_non_differentiable(expert_index, mean, probability)
-    ctx.save_for_backward(expert_index, mean, probability, weight)
-    # of `a` no more than what its gradient looks like: who overwrites `a` may
-    ctx.size, ctx.dtype = a.shape, a.dtype
-    ctx.channels_last = not a.is_contiguous() and a.is_contiguous(memory_format=torch.channels_last)
-
-
-def _router_gradients(ctx, dexpert_weight, *_):
-    saved = ctx.saved_tensors
-    backward = torch.ops.seemore_fast.router_backward
-    return *backward(dexpert_weight, *saved, ctx.size, ctx.dtype, ctx.channels_last), None
-
-
-def _save_route(ctx, inputs, output):
-    mean, weight, _ = inputs
-    _, expert_index, probability = output
-    ctx.mark_non_differentiable(expert_index, probability)
-    ctx.save_for_backward(expert_index, mean, probability, weight)
-
-
-def _route_gradients(ctx, dexpert_weight, *_):
-    return *torch.ops.seemore_fast.route_backward(dexpert_weight, *ctx.saved_tensors), None
-
-
-_SAVED = "Tensor dexpert_weight, Tensor expert_index, Tensor mean, Tensor probability, Tensor weight"
-# expert_weight, expert_index, mean, probability: the last two for the gradient. torch's opcheck adds up all results in
-# the dtype of the first one.
-define(
-    "router",
-    "(Tensor a, Tensor weight, int top_k) -> (Tensor, Tensor, Tensor, Tensor)",
-    _router,
-    _router_fake,
+router = Router(
+    reference.router,
+    {"a": "B C H W", "weight": "E C"},
+    {"top_k": "int"},
+    results=lambda v: tuple(empty_decision(v["a"], v["weight"], v["top_k"])[name] for name in Router.RESULTS),
+    validate=lambda values, sizes: check_top_k("router", values["top_k"], sizes["E"]),
 )
-# da, dweight
-define(
-    "router_backward",
-    f"({_SAVED}, SymInt[] size, ScalarType dtype, bool channels_last) -> (Tensor, Tensor)",
-    _router_backward,
-    _router_backward_fake,
-)
-differentiate("router", _save_router, _router_gradients)
-# expert_weight, expert_index, probability
-define("route", "(Tensor mean, Tensor weight, int top_k) -> (Tensor, Tensor, Tensor)", _route, _route_fake)
-# dmean, dweight
-define("route_backward", f"({_SAVED}) -> (Tensor, Tensor)", route_backward, _route_backward_fake)
-differentiate("route", _save_route, _route_gradients)

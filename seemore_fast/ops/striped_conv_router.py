@@ -1,102 +1,90 @@
-"""Public operator `striped_conv_router`; formula and shapes in `seemore_fast.reference.striped_conv_router`."""
+"""Operator `striped_conv_router`: a striped convolution, and the router that pools its result, in one pass."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import choose, kernel_for
-from .checks import check_choice, check_odd, check_tensors
-from .library import LIBRARY, cast_for_autocast, define, empty_like
-from .router import MOST_EXPERTS, check_top_k, router
-from .striped_conv import striped_conv
+from .. import reference
+from ..backends import lookup_kernel, select_backend
+from .allocation import empty_like
+from .checks import check_odd
+from .operator import Operator, Values
+from .router import MOST_EXPERTS, check_top_k, empty_decision, gradients_of_decision, router
+from .striped_conv import STRIPES, striped_conv
 
 TAPS = (3, 7, 11)  # of the kernels
 
 
-def striped_conv_router(
-    x: Tensor,
-    weight_row: Tensor,
-    bias_row: Tensor,
-    weight_col: Tensor,
-    bias_col: Tensor,
-    weight_router: Tensor,
-    top_k: int,
-    *,
-    activation: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y of `striped_conv`, and indices and probabilities of `router` for y.
+def has_kernel(taps: int, experts: int) -> bool:
+    """Return whether kernels are made for so many taps and experts."""
+    return taps in TAPS and experts <= MOST_EXPERTS
 
-    Under autocast the convolution is done in autocast's dtype; the router stays float32.
-    """
-    x, weight_row, bias_row, weight_col, bias_col = cast_for_autocast(x, weight_row, bias_row, weight_col, bias_col)
-    sizes = check_tensors(
-        "striped_conv_router",
-        one_dtype=True,
-        x=(x, "B C H W"),
-        weight_row=(weight_row, "C 1 1 K"),
-        bias_row=(bias_row, "C"),
-        weight_col=(weight_col, "C 1 K 1"),
-        bias_col=(bias_col, "C"),
-    )
-    sizes |= check_tensors("striped_conv_router", x=(x, "B C H W"), weight_router=(weight_router, "E C"))
+
+def _validate(values: Values, sizes: dict[str, int]):
     check_odd("striped_conv_router", "weight_row", sizes["K"])
-    check_choice("striped_conv_router", "activation", activation, (None, "gelu"))
-    check_top_k("striped_conv_router", top_k, sizes["E"])
-    convolution = x, weight_row, bias_row, weight_col, bias_col
-    no_kernel = sizes["K"] not in TAPS or sizes["E"] > MOST_EXPERTS or sizes["B"] == 0
-    if no_kernel or choose("striped_conv_router", x) == "reference":
-        y = striped_conv(*convolution, activation=activation)
-        return y, *router(y, weight_router, top_k)
-    return torch.ops.seemore_fast.striped_conv_router(*convolution, weight_router, activation, top_k)[:3]
+    check_top_k("striped_conv_router", values["top_k"], sizes["E"])
 
 
-def forward(x, weight_row, bias_row, weight_col, bias_col, weight_router, activation, top_k):
-    y, index, weight, mean, probability = results = _forward_fake(
-        x, weight_row, bias_row, weight_col, bias_col, weight_router, activation, top_k
-    )
-    parameters = (p.contiguous() for p in (weight_row, bias_row, weight_col, bias_col))
-    sums = kernel_for("striped_conv_router", x)(y, x, *parameters, activation == "gelu")
-    pixels = x.shape[2] * x.shape[3]
-    run = kernel_for("router", x, part="_from_sums")
-    run(index, weight, mean, probability, sums, weight_router.contiguous(), pixels, top_k)
-    return results
+class StripedConvRouter(Operator):
+    """`striped_conv_router`; where it has no kernel, its two operators by themselves."""
 
+    returns = 5  # y, index, weight, mean, probability: the last two for backward
 
-def _forward_fake(x, weight_row, bias_row, weight_col, bias_col, weight_router, activation, top_k):
-    torch._check(weight_row.shape[0] == x.shape[1], lambda: "striped_conv_router: weight_row and x differ in channels")
-    batch, wide = x.shape[0], dict(dtype=torch.float32)
-    return (
-        empty_like(x),
-        x.new_empty((batch, top_k), dtype=torch.int64),
-        x.new_empty((batch, top_k), **wide),
-        x.new_empty(x.shape[:2], **wide),
-        x.new_empty((batch, weight_router.shape[0]), **wide),
+    def compute(self, values: Values) -> Any:
+        x, *stripes, weight_router, top_k, activation = values.values()
+        is_made = has_kernel(stripes[0].shape[3], len(weight_router)) and len(x) > 0
+        if not is_made or select_backend(self.name, x) == "reference":
+            y = striped_conv(x, *stripes, activation=activation)
+            return y, *router(y, weight_router, top_k)
+        return self.packet(*values.values())[:3]
+
+    def forward(self, x, weight_row, bias_row, weight_col, bias_col, weight_router, top_k, activation):
+        y, made = empty_like(x), empty_decision(x, weight_router, top_k)
+        stripes = (p.contiguous() for p in (weight_row, bias_row, weight_col, bias_col))
+        sums = lookup_kernel(self.name, x)(y, x, *stripes, activation == "gelu")
+        decide = lookup_kernel("router", x, part="_from_sums")
+        decide(*made.values(), sums, weight_router.contiguous(), x.shape[2] * x.shape[3], top_k)
+        return y, *made.values()
+
+    backward_schema = (
+        "(Tensor dy, Tensor dweight, Tensor index, Tensor mean, Tensor probability, Tensor x, Tensor weight_row, "
+        "Tensor bias_row, Tensor weight_col, Tensor bias_col, Tensor weight_router, str? activation) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
 
+    def backward(self, dy, dweight, index, mean, probability, x, *args):
+        """Return the gradients of x, of the stripes and of the router's weight."""
+        *stripes, weight_router, activation = args
+        dmean, dweight_router = gradients_of_decision(dweight, index, mean, probability, weight_router)
+        dy = dy + spread_over_pixels(dmean, x)
+        dx, _, *gradients = striped_conv.backward(dy, x, *stripes, activation, None)
+        return dx, *gradients, dweight_router
 
-def _save(ctx, inputs, output):
-    *tensors, ctx.activation, _ = inputs
-    _, expert_index, _, mean, probability = output
-    ctx.mark_non_differentiable(expert_index, mean, probability)
-    ctx.save_for_backward(*tensors, expert_index, mean, probability)
+    def fake_backward(self, dy, dweight, index, mean, probability, x, *args):
+        return empty_like(x), *(torch.empty_like(p, memory_format=torch.contiguous_format) for p in args[:5])
+
+    def _save(self, ctx, inputs, output):
+        *tensors, _, ctx.activation = inputs
+        _, index, _, mean, probability = output
+        ctx.mark_non_differentiable(index, mean, probability)
+        ctx.save_for_backward(index, mean, probability, *tensors)
+
+    def _differentiate(self, ctx, dy, _, dweight, *rest):
+        return *self.backward_packet(dy, dweight, *ctx.saved_tensors, ctx.activation), None, None
 
 
-def _gradients(ctx, dy, _, dexpert_weight, *rest):
-    *convolution, weight_router, expert_index, mean, probability = ctx.saved_tensors
-    dmean, dweight_router = torch.ops.seemore_fast.route_backward(
-        dexpert_weight, expert_index, mean, probability, weight_router
-    )
-    x = convolution[0]
-    dy = dy + (dmean / (x.shape[2] * x.shape[3])).to(dy.dtype)[:, :, None, None]
-    gradients = torch.ops.seemore_fast.striped_conv_backward(dy, *convolution, ctx.activation, None)
-    return *gradients[:5], dweight_router, None, None
+def spread_over_pixels(dmean: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient (B, C, 1, 1) of each pixel of x from that of the mean over them (B, C)."""
+    return (dmean / (x.shape[2] * x.shape[3])).to(x.dtype)[:, :, None, None]
 
 
-# y, expert_index, expert_weight, mean, probability: the last two for the gradient, which is that of two operators
-define(
-    "striped_conv_router",
-    "(Tensor x, Tensor weight_row, Tensor bias_row, Tensor weight_col, Tensor bias_col, Tensor weight_router, "
-    "str? activation, int top_k) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    forward,
-    _forward_fake,
+striped_conv_router = StripedConvRouter(
+    reference.striped_conv_router,
+    {"x": "B C H W", **STRIPES, "weight_router": "E C autocast"},
+    {"top_k": "int", "activation": "str?"},
+    results=lambda v: (empty_like(v["x"]), *empty_decision(v["x"], v["weight_router"], v["top_k"]).values()),
+    autocast=("x", *STRIPES),
+    one_dtype=True,
+    validate=_validate,
 )
-torch.library.register_autograd("seemore_fast::striped_conv_router", _gradients, setup_context=_save, lib=LIBRARY)

@@ -1,8 +1,10 @@
-"""Every operator in plain PyTorch: the truth that the tests compare with, and the fallback everywhere."""
+"""Reference: every operator and the network in plain PyTorch. The tests compare with it; it runs where no kernel does.
+
+It imports nothing of the package.
+"""
 
 from .calibrate import calibrate
 from .conv3x3_shuffle import conv3x3_shuffle
-from .depthwise_gate import depthwise_gate
 from .gated_ffn import gated_ffn
 from .layer_norm import layer_norm
 from .low_rank_experts import low_rank_experts
@@ -10,9 +12,7 @@ from .model import SeemoRe
 from .norm_conv3x3 import norm_conv3x3
 from .norm_pointwise import norm_pointwise
 from .pointwise import pointwise
-from .rme_block import rme_block
 from .router import router
-from .sme_block import sme_block
 from .striped_conv import striped_conv
 from .striped_conv_router import striped_conv_router
 
@@ -20,16 +20,13 @@ __all__ = [
     "SeemoRe",
     "calibrate",
     "conv3x3_shuffle",
-    "depthwise_gate",
     "gated_ffn",
     "layer_norm",
     "low_rank_experts",
     "norm_conv3x3",
     "norm_pointwise",
     "pointwise",
-    "rme_block",
     "router",
-    "sme_block",
     "striped_conv",
     "striped_conv_router",
 ]

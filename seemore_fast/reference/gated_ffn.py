@@ -6,7 +6,6 @@ In the paper: "GatedFFN".
 import torch.nn.functional as F
 from torch import Tensor
 
-from .depthwise_gate import depthwise_gate
 from .norm_pointwise import norm_pointwise
 
 
@@ -39,4 +38,5 @@ def gated_ffn(
     | bias_gate, bias_2      | (C,)          |
     """
     u, g = norm_pointwise(x, norm_weight, norm_bias, weight_1, bias_1, activation="gelu", eps=eps).chunk(2, dim=1)
-    return x + F.gelu(F.conv2d(depthwise_gate(u, g, weight_gate, bias_gate), weight_2, bias_2))
+    gated = u * F.conv2d(g, weight_gate, bias_gate, padding=1, groups=g.shape[1])
+    return x + F.gelu(F.conv2d(gated, weight_2, bias_2))

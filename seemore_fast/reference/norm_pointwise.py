@@ -12,24 +12,29 @@ from .layer_norm import layer_norm
 
 def norm_pointwise(
     x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     *,
     activation: str | None = None,
     eps: float = 1e-6,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Mix the normalised channels of each pixel.
+    """Mix the normalised channels of each pixel and add the result to `residual`.
 
-        y = activation(weight @ LN(x) + bias)
+        y = residual + activation(weight @ LN(x) + bias)
 
-    | tensor                 | shape        |
-    |------------------------|--------------|
-    | x                      | (B, C, H, W) |
-    | norm_weight, norm_bias | (C,)         |
-    | weight                 | (D, C, 1, 1) |
-    | bias                   | (D,)         |
-    | returns                | (B, D, H, W) |
+    | tensor                 | shape        |                        |
+    |------------------------|--------------|------------------------|
+    | x                      | (B, C, H, W) |                        |
+    | norm_weight, norm_bias | (C,)         | None: no LayerNorm     |
+    | weight                 | (D, C, 1, 1) |                        |
+    | bias                   | (D,)         |                        |
+    | residual               | (B, D, H, W) | None: nothing is added |
+    | returns                | (B, D, H, W) |                        |
     """
-    return activate(F.conv2d(layer_norm(x, norm_weight, norm_bias, eps), weight, bias), activation)
+    if norm_weight is not None:
+        x = layer_norm(x, norm_weight, norm_bias, eps)
+    y = activate(F.conv2d(x, weight, bias), activation)
+    return y if residual is None else residual + y

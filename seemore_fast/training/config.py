@@ -28,7 +28,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from ..errors import ConfigError
-from ..network.presets import PRESETS
+from ..network.config import PRESETS
 from .recipes import RECIPES
 
 

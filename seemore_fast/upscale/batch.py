@@ -6,33 +6,24 @@ import os
 import queue
 import threading
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from .. import memory
-from ..errors import ImageError, file_error
-from ..io.images import MAX_MEGAPIXELS, Picture, check_output, read_image, write_image
+from ..errors import file_error
+from ..io.images import write_image
+from .files import FileOptions, read
 from .jobs import Job
 from .upscaler import Upscaler
 
 MIN_WORKERS, MAX_WORKERS = 2, 8  # per device; each holds an image
 WORKER_BYTES = 2**29  # memory of a small image: L takes about 2 KB per pixel
 SMALL, SMALL_RESULT = 2**18, 2**22  # pixels up to which images are computed side by side
-
-
-@dataclass(frozen=True)
-class BatchOptions:
-    """Reading and writing of files; `size` are `Upscaler`'s keywords."""
-
-    max_megapixels: float = MAX_MEGAPIXELS
-    overwrite: bool = False
-    quality: int | None = None
-    size: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -54,7 +45,7 @@ class Outcome:
 def upscale_files(
     upscalers: list[Upscaler],
     jobs: Collection[Job],
-    options: BatchOptions,
+    options: FileOptions,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Outcome]:
     """Yield the outcome of each job when it is done, in any order; after `stop()`, only of images in progress.
@@ -89,7 +80,8 @@ def upscale_files(
 
     count = min(_worker_count(threads), len(jobs))
     workers = [Worker(one, slots[one.model.mean.device], options) for one in upscalers for _ in range(count)]
-    running = [threading.Thread(target=work, args=(worker,), daemon=True) for worker in workers]
+    # Each in a copy of this context, which holds the choice of `use_backend`.
+    running = [threading.Thread(target=copy_context().run, args=(work, worker), daemon=True) for worker in workers]
     try:
         for thread in running:
             thread.start()
@@ -160,7 +152,7 @@ class DeviceSlots:
 class Worker:
     """Reader, upscaler and writer of one image at a time."""
 
-    def __init__(self, upscaler: Upscaler, slots: DeviceSlots, options: BatchOptions):
+    def __init__(self, upscaler: Upscaler, slots: DeviceSlots, options: FileOptions):
         self.upscaler, self.slots, self.options = upscaler, slots, options
         self.silent_upscaler = copy.copy(upscaler)  # for images side by side, whose progress would be mixed up
         self.silent_upscaler.options = replace(upscaler.options, progress=None)
@@ -180,7 +172,7 @@ class Worker:
         with ExitStack() as until_written:
             with ExitStack() as until_computed:
                 until_computed.enter_context(slots.reading_or_computing)
-                picture, (width, height) = _read(job, self.upscaler, self.options)
+                picture, (width, height) = read(self.upscaler, Path(job.source), Path(job.target), self.options)
                 is_small = math.prod(picture.size) <= SMALL and width * height <= SMALL_RESULT
                 if is_small:
                     until_computed.close()
@@ -195,28 +187,3 @@ class Worker:
                         until_written.enter_context(slots.writing)
             write_image(picture, Path(job.target), self.options.quality)
         return Outcome(job.source, job.target, seconds=seconds, notes=picture.notes)
-
-
-def _read(job: Job, upscaler: Upscaler, options: BatchOptions) -> tuple[Picture, tuple[int, int]]:
-    """Return the picture, and the width and height of its result, for which there is room in the target's format."""
-    target = Path(job.target)
-    picture = read_image(Path(job.source), options.max_megapixels, keep_16_bit=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    width, height = picture.size
-    size = upscaler.size_of(height, width, **options.size)[::-1]
-    check_output(target, picture, size)
-    return picture, size
-
-
-def upscale_file(upscaler: Upscaler, source: Path, target: Path, options: BatchOptions):
-    """Upscale one file in the calling thread; see `Upscaler.upscale_file`."""
-    if os.path.realpath(source) == os.path.realpath(target):
-        raise ImageError(f"{target}: is also the input, expected another file")
-    try:
-        picture, _ = _read(Job(str(source), str(target), is_named=True), upscaler, options)
-    except Exception as error:
-        raise ImageError(file_error(source, error)) from None
-    picture.image = upscaler(picture.image, **options.size)
-    write_image(picture, target, options.quality)
-    for note in picture.notes:
-        warnings.warn(f"{source}: {note}", stacklevel=3)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .. import memory
 from ..errors import first_line
-from ..memory import check_memory, folder_of_large_files, gpu_memory_needed, in_a_file
+from ..memory import check_memory, folder_of_large_files, in_a_file
 from ..network import engine
+from ..network.blocks import body_dtype
+from ..network.gpu_memory import gpu_memory_needed
 from ..network.streaming import stream
-from ..reference.model import body_dtype
 
 NOT_FINITE = "the network returned NaN or infinity: check the image, the weights and the dtype"
 POLL_SECONDS = 0.1
@@ -64,7 +65,7 @@ def must_stream(model, shape: tuple[int, ...], itemsize: int, options: Execution
     suffice, before anything is allocated.
     """
     task, device = f"{model.scale}x upscaling of {shape[3]}x{shape[2]} pixels", model.mean.device
-    if engine.why_not(model, model.mean) is not None:
+    if engine.unsupported_reason(model, model.mean) is not None:
         check_memory(extra_bytes + itemsize * math.prod(shape) * model.scale**2, task)
         return options.stream or not _fits(gpu_memory_needed(model, shape), device)
     extra_bytes += 4 * math.prod(shape) if itemsize == 4 else 0  # floats are copied, integers are not
@@ -90,7 +91,7 @@ def run(model, x: Tensor, y: Tensor, options: ExecutionOptions, streamed: bool =
     Raises RuntimeError for NaN or infinite results, torch.OutOfMemoryError if nothing fits on a GPU, OSError if the
     disk is full.
     """
-    if engine.why_not(model, model.mean) is None:
+    if engine.unsupported_reason(model, model.mean) is None:
         with _polled(options.progress) as counts:
             folder = options.scratch_folder if streamed else None
             is_finite = engine.run_into(model, x, y, folder, progress=counts)
@@ -132,7 +133,7 @@ def _polled(progress: Callable[[float], None] | None):
 
 def _run_image(model, x: Tensor, y: Tensor, options: ExecutionOptions, streamed: bool) -> bool:
     """Compute one image with the model's own backends and device; return whether the result is finite."""
-    can_stream = min(x.shape[2:]) >= model.min_size and model.is_untouched()  # streaming would bypass hooks
+    can_stream = min(x.shape[2:]) >= model.min_size and model.is_unmodified()  # streaming would bypass hooks
     if not (streamed and can_stream):
         writer = _ResultWriter(y)
         try:

@@ -20,6 +20,7 @@ from ..io.images import as_8_bit, frame_count
 from ..network.accelerate import accelerate
 from ..network.checkpoint import load_model, shipped_models
 from .arrays import as_tensor, check_array, from_unit, resized, to_unit
+from .files import FileOptions, upscale_file
 from .runner import ExecutionOptions, must_stream, run
 
 DTYPES = {
@@ -150,14 +151,12 @@ class Upscaler:
         Raises ValueError or TypeError for these arguments, and otherwise `errors.ImageError`, which names the file.
         `target` is then unchanged. Metadata that its format cannot hold is reported in a UserWarning.
         """
-        from .batch import BatchOptions, upscale_file
-
         size = {"outscale": outscale, "width": width, "height": height}
         self.size_of(1, 1, **size)
         if quality is not None and not 1 <= _integer("quality", quality) <= 100:
             raise ValueError(f"quality is {quality}, expected 1 to 100")
         limit = {} if max_megapixels is None else {"max_megapixels": _positive("max_megapixels", max_megapixels)}
-        upscale_file(self, Path(source), Path(target), BatchOptions(**limit, quality=quality, size=size))
+        upscale_file(self, Path(source), Path(target), FileOptions(**limit, quality=quality, size=size))
 
     def size_of(
         self,

@@ -12,7 +12,6 @@ of it (`assert_computed`, which conftest.py calls after each test).
 
 import contextlib
 import functools
-import importlib
 import math
 import shutil
 from functools import partial
@@ -22,8 +21,8 @@ import pytest
 import torch
 
 from seemore_fast import backends, reference, use_backend
-from seemore_fast.backends import native
-from seemore_fast.ops import library
+from seemore_fast.backends import native, selection
+from seemore_fast.ops import allocation
 
 from . import cuda_host
 
@@ -61,14 +60,14 @@ def family(name: str) -> str:
 @functools.cache
 def usable() -> dict[str, str | None]:
     """Return the backends by name, each with None or the reason why it cannot be tested here."""
-    reasons = {name: backends.why_not(name) for name in ("cuda", "triton")}
+    reasons = {name: selection.unsupported_reason(name) for name in ("cuda", "triton")}
     try:
         cuda_host.cuda_headers()
         reasons["cuda_host"] = None if shutil.which("g++") else "no g++ on PATH"
     except cuda_host.Unavailable as missing:
         reasons["cuda_host"] = str(missing)
-    if backends.why_not("cpu"):
-        reasons["cpu"] = backends.why_not("cpu")
+    if selection.unsupported_reason("cpu"):
+        reasons["cpu"] = selection.unsupported_reason("cpu")
     else:
         known = native.build_info()
         for name in known["instruction_sets"] if isinstance(known, dict) else native.instruction_sets():
@@ -149,7 +148,7 @@ def _on_the_host():
         op: [kernel._replace(backend="cuda_host", device="cpu") for kernel in kernels if kernel.backend == "cuda"]
         for op, kernels in backends.KERNELS.items()
     }
-    usable = mock.patch.object(backends, "why_not", lambda *_: None)
+    usable = mock.patch.object(selection, "unsupported_reason", lambda *_: None)
     with mock.patch.dict(backends.KERNELS, hosted), usable, use_backend("auto"):
         note_kernels("cuda_host")
         yield
@@ -176,10 +175,10 @@ class Noted:
 @functools.cache
 def note_kernels(backend: str):
     """Make all functions of a backend's kernels note their calls from now on, if the backend can be used."""
-    if backends.why_not(backend):
+    if selection.unsupported_reason(backend):
         return
     for operator in [op for op, kernels in backends.KERNELS.items() if backend in {k.backend for k in kernels}]:
-        functions = backends._functions(backend, operator)
+        functions = selection._functions(backend, operator)
         for part in ("", "_backward", "_into", "_from_sums", "_from_sums_backward"):
             if function := getattr(functions, operator + part, None):
                 setattr(functions, operator + part, Noted(function, backend, operator))
@@ -195,18 +194,14 @@ def noted_fallbacks():
     def noted(name: str, function):
         @functools.wraps(function)
         def fallback(*arguments, **options):
-            if not torch.compiler.is_compiling() and backends.current() != "reference":
+            if not torch.compiler.is_compiling() and backends.current_backend() != "reference":
                 calls.add(("reference", name))
             return function(*arguments, **options)
 
         return fallback
 
-    names = [name for name in (*backends.KERNELS, "pointwise") if hasattr(reference, name)]
-    router = importlib.import_module("seemore_fast.ops.router")  # the attribute of that name is the operator
-    with (
-        mock.patch.multiple(reference, **{name: noted(name, getattr(reference, name)) for name in names}),
-        mock.patch.object(router, "reference_route", noted("route", router.reference_route)),
-    ):
+    names = [name for name in backends.KERNELS if hasattr(reference, name)]
+    with mock.patch.multiple(reference, **{name: noted(name, getattr(reference, name)) for name in names}):
         yield
 
 
@@ -264,7 +259,7 @@ def guarded_results():
         return made[-1][1]
 
     with contextlib.ExitStack() as patches:
-        for module, name in ((torch, "empty_like"), (library, "new_image"), (library, "new_packed")):
+        for module, name in ((torch, "empty_like"), (allocation, "new_image"), (allocation, "new_packed")):
             patches.enter_context(mock.patch.object(module, name, partial(guarded, getattr(module, name))))
         yield
     assert made, "the operator allocated no result"

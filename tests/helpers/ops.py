@@ -202,7 +202,8 @@ def assert_within_yardstick(
     narrow = cast(tensors, dtype)
     truth = value_and_gradients(naive, cast(narrow, torch.float64), **options)
     laid_out = {name: LAYOUTS[layout](t) for name, t in narrow.items()} if layout else narrow
-    eager = value_and_gradients(getattr(reference, operator.__name__), laid_out, **options)
+    eager_operator = getattr(operator, "reference", None) or getattr(reference, operator.__name__)
+    eager = value_and_gradients(eager_operator, laid_out, **options)
     failures = {}
     for found, value in results(backend, operator, narrow, layout, **options).items():
         what = found.removesuffix(" without autograd")

@@ -20,7 +20,3 @@ def weight_of(operator):
         return operator(*tensors, **named, top_k=top_k)[1]
 
     return expert_weight
-
-
-def means_of(device, batch=3, channels=5, experts=4):
-    return random_parameters({"mean": (batch, channels), "weight": (experts, channels)}, device)

@@ -1,4 +1,4 @@
-"""Memory for time in training: what a part of the network made is not kept for backward but made again there."""
+"""Activation checkpointing: recomputing in backward instead of storing."""
 
 from collections.abc import Callable
 
@@ -7,29 +7,25 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import backends
+from .._torch_compat import is_transformed
 
 CHOICES = ("auto", "none", "block")
 
 
 def check_recompute(how: str):
-    """Raise ValueError for what is no choice."""
+    """Raise ValueError for an unknown choice."""
     if how not in CHOICES:
         raise ValueError(f"recompute is {how!r}, expected one of {', '.join(map(repr, CHOICES))}")
 
 
-def is_transformed() -> bool:
-    """Tell whether this runs inside a transform of torch.func."""
-    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+def checkpointed(function: Callable[..., Tensor], *inputs) -> Tensor:
+    """Return function(*inputs), of which only the inputs are stored: backward calls the function again, on its backend.
 
-
-def again_in_backward(function: Callable[..., Tensor], *inputs) -> Tensor:
-    """Return function(*inputs), of which backward keeps the inputs alone: it calls the function again, on its backend.
-
-    Where no gradient is recorded, or in a transform of torch.func, which allows no such thing, it is a call as any.
+    Where no gradient is recorded, or in a transform of torch.func, which does not allow it, this is a plain call.
     """
     if not torch.is_grad_enabled() or is_transformed():
         return function(*inputs)
-    chosen = backends.current()
+    chosen = backends.current_backend()
 
     def run(*inputs) -> Tensor:
         if torch.compiler.is_compiling():  # a graph has its backends in it already

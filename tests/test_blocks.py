@@ -1,9 +1,8 @@
-"""rme_block: Rank Modulating Expert, a routed mixture of low-rank experts and then GatedFFN."""
+"""Blocks: RME, a routed mixture of low-rank experts, and SME, spatial enhancement, each with its GatedFFN."""
 
 import pytest
 import torch
 from helpers.backends import each_backend, each_kernel, running_on
-from helpers.faults import BATCH_AND_PIXELS, assert_refused, assert_sizes_refused, each_fault
 from helpers.naive import (
     naive_calibrate,
     naive_conv1x1,
@@ -11,6 +10,7 @@ from helpers.naive import (
     naive_gated_ffn,
     naive_low_rank_experts,
     naive_norm_conv3x3,
+    naive_norm_pointwise,
     naive_router,
     naive_striped_conv,
 )
@@ -23,6 +23,7 @@ from helpers.ops import (
     cast,
     each_layout,
     each_narrow_dtype,
+    each_shape,
     expert_shapes,
     ffn_shapes,
     norm_shapes,
@@ -31,7 +32,10 @@ from helpers.ops import (
     value_and_gradients,
 )
 
-from seemore_fast.ops import rme_block
+from seemore_fast import use_backend
+from seemore_fast.network.blocks import RME, SME
+from seemore_fast.network.fused import RMEParams, SMEParams, rme, sme, unflatten
+from seemore_fast.network.modules import shuffle_channels
 
 STEM = ("norm_1_weight", "norm_1_bias", "weight_conv", "bias_conv", "weight_expand", "bias_expand")
 CALIBRATE = ("weight_agg", "bias_agg", "weight_dw", "bias_dw", "weight_pw", "bias_pw")
@@ -44,6 +48,29 @@ each_mixture = pytest.mark.parametrize(
     "ranks, top_k", [((3,), 1), ((2, 4, 8), 1), ((2, 4, 8), 3), ((2, 3, 4, 5), 2)], ids=str
 )
 each_shuffle = pytest.mark.parametrize("use_shuffle", [False, True])
+
+
+def rme_block(x, *, ranks, top_k, recursive, use_shuffle, **p):
+    """`rme` of parameters by name, in the order of its parts."""
+    if use_shuffle:
+        p |= {name: shuffle_channels(p[name], dim=0) for name in ("weight_expand", "bias_expand")}
+    return rme(x, unflatten(RMEParams, p.values()), list(ranks), top_k, recursive)
+
+
+def sme_block(x, *, recompute=False, **p):
+    """`sme` of parameters by name, in the order of its parts."""
+    return sme(x, unflatten(SMEParams, p.values()), recompute)
+
+
+def by_reference(block):
+    def eager(**arguments):
+        with use_backend("reference"):
+            return block(**arguments)
+
+    return eager
+
+
+rme_block.reference, sme_block.reference = by_reference(rme_block), by_reference(sme_block)
 
 
 def naive_inputs_of_the_experts(x, p, recursive, use_shuffle):
@@ -64,7 +91,7 @@ def naive_rme_block(x, ranks, top_k, recursive, use_shuffle, **p):
     return naive_gated_ffn(x, *(p[name] for name in FFN))
 
 
-def tensors_of(device, shape=(3, 4, 6, 7), ranks=(2, 4, 8), use_shuffle=False):
+def rme_tensors(device, shape=(3, 4, 6, 7), ranks=(2, 4, 8), use_shuffle=False):
     """Random tensors whose images choose different experts."""
     channels = shape[1]
     shapes = {"x": shape} | norm_shapes(channels, "norm_1")
@@ -100,7 +127,7 @@ def tensors_of(device, shape=(3, 4, 6, 7), ranks=(2, 4, 8), use_shuffle=False):
 @each_shuffle
 def test_values(backend, device, shape, recursive, use_shuffle):
     options = OPTIONS | {"recursive": recursive, "use_shuffle": use_shuffle}
-    tensors = tensors_of(device, shape, use_shuffle=use_shuffle)
+    tensors = rme_tensors(device, shape, use_shuffle=use_shuffle)
     assert_close_to_naive(backend, rme_block, naive_rme_block, tensors, **options)
 
 
@@ -109,14 +136,14 @@ def test_values(backend, device, shape, recursive, use_shuffle):
 @each_shuffle
 def test_mixtures(backend, device, ranks, top_k, use_shuffle):
     options = OPTIONS | {"ranks": ranks, "top_k": top_k, "use_shuffle": use_shuffle}
-    tensors = tensors_of(device, ranks=ranks, use_shuffle=use_shuffle)
+    tensors = rme_tensors(device, ranks=ranks, use_shuffle=use_shuffle)
     assert_close_to_naive(backend, rme_block, naive_rme_block, tensors, **options)
 
 
 @each_backend("rme_block")
 @pytest.mark.parametrize("taps", [1, 7])
 def test_other_striped_kernels(backend, device, taps):
-    tensors = tensors_of(device)
+    tensors = rme_tensors(device)
     tensors |= random_parameters(striped_shapes(4, taps), device)
     assert_close_to_naive(backend, rme_block, naive_rme_block, tensors, **OPTIONS)
 
@@ -125,7 +152,7 @@ def test_other_striped_kernels(backend, device, taps):
 @each_shuffle
 def test_each_image_is_routed_alone(backend, device, use_shuffle):
     """Images of a batch that choose different experts come out as they do one by one."""
-    tensors = tensors_of(device, (6, 4, 6, 7), use_shuffle=use_shuffle)
+    tensors = rme_tensors(device, (6, 4, 6, 7), use_shuffle=use_shuffle)
     options = OPTIONS | {"use_shuffle": use_shuffle}
     a, _ = naive_inputs_of_the_experts(tensors["x"], tensors, 1, use_shuffle)
     assert len(set(naive_router(a, tensors["weight_router"], 1)[0][:, 0].tolist())) > 1
@@ -140,7 +167,7 @@ def test_each_image_is_routed_alone(backend, device, use_shuffle):
 @each_shuffle
 def test_layouts(backend, device, layout, use_shuffle):
     options = OPTIONS | {"use_shuffle": use_shuffle}
-    tensors = tensors_of(device, use_shuffle=use_shuffle)
+    tensors = rme_tensors(device, use_shuffle=use_shuffle)
     assert_close_to_naive(backend, rme_block, naive_rme_block, tensors, layout, **options)
 
 
@@ -151,7 +178,7 @@ def test_layouts(backend, device, layout, use_shuffle):
 def test_narrow_dtypes(backend, device, dtype, layout, spread):
     """Squares of 300 overflow float16: the statistics must not be computed in it."""
     options = OPTIONS | {"top_k": 2, "use_shuffle": True}
-    tensors = tensors_of(device, (2, 8, 17, 19), use_shuffle=True)
+    tensors = rme_tensors(device, (2, 8, 17, 19), use_shuffle=True)
     tensors["x"] *= spread
     a, _ = naive_inputs_of_the_experts(tensors["x"], tensors, 1, use_shuffle=True)
     p = naive_router(a, tensors["weight_router"], 3)[1]
@@ -165,12 +192,12 @@ def test_narrow_dtypes(backend, device, dtype, layout, spread):
 def test_gradcheck(backend, device, use_shuffle, top_k):
     options = OPTIONS | {"ranks": (1, 2), "top_k": top_k, "use_shuffle": use_shuffle}
     with running_on(backend, device):
-        assert_gradcheck(rme_block, tensors_of(device, (2, 2, 4, 4), (1, 2), use_shuffle), **options)
+        assert_gradcheck(rme_block, rme_tensors(device, (2, 2, 4, 4), (1, 2), use_shuffle), **options)
 
 
 @each_backend("rme_block")
 def test_experts_not_chosen_get_zero_gradients(backend, device):
-    tensors = tensors_of(device, (1, 4, 6, 7))
+    tensors = rme_tensors(device, (1, 4, 6, 7))
     with running_on(backend, device):
         gradients = value_and_gradients(rme_block, tensors, **OPTIONS)
     used = gradients["gradient of bias_out"].abs().sum(dim=1) > 0
@@ -184,44 +211,8 @@ def test_experts_not_chosen_get_zero_gradients(backend, device):
 def test_compiles(backend, device):
     with running_on(backend, device):
         assert_compiles(
-            rme_block, tensors_of(device), tensors_of(device, (2, 4, 9, 5)), **OPTIONS | {"use_shuffle": True}
+            rme_block, rme_tensors(device), rme_tensors(device, (2, 4, 9, 5)), **OPTIONS | {"use_shuffle": True}
         )
-
-
-@each_fault
-def test_bad_tensors(device, fault):
-    assert_refused(fault, rme_block, tensors_of(device), **OPTIONS)
-
-
-def test_bad_sizes(device):
-    assert_sizes_refused(rme_block, tensors_of(device), free=BATCH_AND_PIXELS, **OPTIONS)
-
-
-@pytest.mark.parametrize(
-    "option, says",
-    [
-        ({"ranks": (2, 4, 7)}, "ranks are .*expected 3 positive integers .* add up to 14"),
-        ({"ranks": (6, 8)}, "ranks are .*expected 3 positive integers .* add up to 14"),
-        ({"top_k": 0}, "top_k is 0, expected 1 to 3"),
-        ({"top_k": 4}, "top_k is 4, expected 1 to 3"),
-        ({"recursive": 0}, "recursive is 0, expected an integer of at least 1"),
-        ({"recursive": 2}, "x is 6x7 pixels, expected at least 16x16"),
-    ],
-    ids=str,
-)
-def test_bad_options_are_refused(device, option, says):
-    with pytest.raises(ValueError, match=f"^rme_block: {says}"):
-        rme_block(**tensors_of(device), **OPTIONS | option)
-
-
-@pytest.mark.parametrize("taps", [0, 2, 4])
-def test_even_kernels_are_refused(device, taps):
-    tensors = tensors_of(device) | random_parameters(striped_shapes(4, taps), device)
-    with pytest.raises(ValueError, match=f"^rme_block: weight_row has {taps} taps, expected an odd number"):
-        rme_block(**tensors, **OPTIONS)
-
-
-# On the kernels of its parts
 
 
 @each_kernel("low_rank_experts")
@@ -229,7 +220,7 @@ def test_even_kernels_are_refused(device, taps):
 @pytest.mark.parametrize("layout", [None, "channels_last"])
 def test_of_kernels(backend, device, dtype, layout):
     options = OPTIONS | {"use_shuffle": True}
-    tensors = tensors_of(device, (2, 12, 7, 18), use_shuffle=True)
+    tensors = rme_tensors(device, (2, 12, 7, 18), use_shuffle=True)
     a, _ = naive_inputs_of_the_experts(tensors["x"], tensors, 1, use_shuffle=True)
     p = naive_router(a, tensors["weight_router"], 2)[1]
     assert (p[:, 0] / p[:, 1]).log().min() > 0.1, "rounding may flip the choice: errors then mean nothing"
@@ -238,6 +229,101 @@ def test_of_kernels(backend, device, dtype, layout):
 
 @each_kernel("low_rank_experts")
 def test_of_kernels_is_one_graph(backend, device):
-    calls = (cast(tensors_of(device, shape), torch.float32) for shape in [(2, 4, 6, 7), (3, 4, 9, 5)])
+    calls = (cast(rme_tensors(device, shape), torch.float32) for shape in [(2, 4, 6, 7), (3, 4, 9, 5)])
     with running_on(backend, device):
         assert_compiles(rme_block, *calls, **OPTIONS | {"use_shuffle": True})
+
+
+def naive_sme_block(x, **p):
+    channels = x.shape[1]
+    qv = naive_norm_pointwise(x, p["norm_1_weight"], p["norm_1_bias"], p["weight_qv"], p["bias_qv"], "gelu")
+    q = naive_striped_conv(qv[:, :channels], *(p[name] for name in STRIPED))
+    x = x + naive_conv1x1(q * qv[:, channels:], p["weight_proj"], p["bias_proj"])
+    return naive_gated_ffn(x, *(p[name] for name in FFN))
+
+
+def sme_tensors(device, shape=(2, 3, 6, 7), taps=5):
+    channels = shape[1]
+    shapes = {"x": shape} | norm_shapes(channels, "norm_1")
+    shapes |= {"weight_qv": (2 * channels, channels, 1, 1), "bias_qv": (2 * channels,)}
+    shapes |= striped_shapes(channels, taps)
+    shapes |= {"weight_proj": (channels, channels, 1, 1), "bias_proj": (channels,)}
+    shapes |= norm_shapes(channels, "norm_2") | ffn_shapes(channels)
+    return random_parameters(shapes, device)
+
+
+@each_backend("sme_block")
+@each_shape
+@pytest.mark.parametrize("taps", [1, 3, 11, 31])
+def test_values_of_sme(backend, device, shape, taps):
+    assert_close_to_naive(backend, sme_block, naive_sme_block, sme_tensors(device, shape, taps))
+
+
+@each_backend("sme_block")
+@each_layout
+def test_layouts_of_sme(backend, device, layout):
+    assert_close_to_naive(backend, sme_block, naive_sme_block, sme_tensors(device), layout)
+
+
+@each_backend("sme_block")
+@each_narrow_dtype
+@pytest.mark.parametrize("layout", [None, "channels_last"])
+@pytest.mark.parametrize("spread", [1, 300])
+def test_narrow_dtypes_of_sme(backend, device, dtype, layout, spread):
+    tensors = sme_tensors(device, (2, 8, 17, 19), taps=11)
+    tensors["x"] *= spread
+    assert_within_yardstick(backend, sme_block, naive_sme_block, tensors, dtype, layout)
+
+
+@each_backend("sme_block", dtype=torch.float64)
+def test_gradcheck_of_sme(backend, device):
+    with running_on(backend, device):
+        assert_gradcheck(sme_block, sme_tensors(device, (2, 2, 3, 3), taps=3))
+
+
+@each_kernel("gated_ffn")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [None, "channels_last"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_kernels_of_sme(backend, device, dtype, layout, recompute):
+    tensors = sme_tensors(device, (2, 12, 7, 18), taps=11)
+    assert_within_yardstick(backend, sme_block, naive_sme_block, tensors, dtype, layout, recompute=recompute)
+
+
+@each_kernel("gated_ffn")
+def test_kernels_of_sme_are_one_graph(backend, device):
+    calls = (cast(sme_tensors(device, shape), torch.float32) for shape in [(2, 3, 6, 7), (3, 3, 9, 5)])
+    with running_on(backend, device):
+        assert_compiles(sme_block, *calls)
+
+
+# The modules
+
+
+BLOCKS = {
+    "RME": lambda: RME(4, ranks=(2, 4), top_k=1, recursive=1, use_shuffle=False),
+    "SME": lambda: SME(4),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize(
+    "x, error, says",
+    [
+        (None, TypeError, "x is None, expected a tensor"),
+        (torch.zeros(4, 8, 8), ValueError, r"x has shape \(4, 8, 8\), expected \(B, C, H, W\)"),
+        (torch.zeros(1, 5, 8, 8), ValueError, r"norm_1 has shape \(4,\), expected \(C\) with B = 1, C = 5"),
+        (torch.zeros(1, 4, 8, 8).half(), TypeError, "norm_1 has dtype torch.float32, expected torch.float16"),
+        (torch.zeros(1, 4, 8, 8).int(), TypeError, "x has dtype torch.int32, expected a floating type"),
+        (torch.zeros(1, 4, 8, 8, device="meta"), ValueError, "norm_1 is on cpu, expected meta"),
+    ],
+    ids=["none", "three dimensions", "channels", "dtype", "integers", "device"],
+)
+def test_modules_refuse_bad_images(name, x, error, says):
+    with pytest.raises(error, match=f"^{name}: {says}"):
+        BLOCKS[name]()(x)
+
+
+def test_rme_refuses_images_too_small_to_aggregate():
+    with pytest.raises(ValueError, match=r"^RME: x is 3x8 pixels, expected at least 4x4"):
+        BLOCKS["RME"]()(torch.zeros(1, 4, 3, 8))

@@ -1,0 +1,211 @@
+"""Blocks of the network: fused, or plain modules where they were modified."""
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..backends import select_backend
+from ..ops.allocation import laid_out, takes_planes
+from ..ops.autocast import autocast_dtype
+from ..ops.calibrate import check_aggregable
+from ..ops.checks import check_tensors
+from .checkpointing import checkpointed
+from .fused import (
+    EPS,
+    FFN,
+    QV,
+    WIDE,
+    Calibrate,
+    Expand,
+    Experts,
+    Params,
+    Projection,
+    RMEParams,
+    Router,
+    SMEParams,
+    Stripes,
+    cast_params,
+    map_params,
+    rme,
+    sme,
+)  # fmt: skip
+from .modules import SEE, LayerNorm, MoEBlock, ResidualPair, has_additions, shuffle_channels
+
+
+def body_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype of the features: autocast's where it is on, else that of the weights."""
+    return (autocast_dtype(weight) if weight.dtype == torch.float32 else None) or weight.dtype
+
+
+def parameters_of(*modules: nn.Module) -> list[Tensor]:
+    """Return weight and bias of each module."""
+    return [parameter for module in modules for parameter in (module.weight, module.bias)]
+
+
+def frozen(weight: Tensor, stencils: list[Tensor], is_wide: bool = False) -> Tensor:
+    """Return a copy of a weight as kernels read it: in float32 at least, if it is wide, and 3x3 layers laid out."""
+    copy = weight.detach().to(torch.promote_types(weight.dtype, torch.float32) if is_wide else weight.dtype, copy=True)
+    return laid_out(copy) if takes_planes(weight) and any(weight is one for one in stencils) else copy
+
+
+class Fused(nn.Module):
+    """Base of modules that fused operators compute, or their plain submodules where those were modified.
+
+    A hook, a `forward` of its own, a parametrization or another submodule than those it was built with selects the
+    plain path: the same result, and all additions run. Attributes that a module was built with (padding, stride, ...)
+    are not compared again: to change one, replace the module.
+
+    What was frozen of its parameters thaws in train(), load_state_dict() and to() (any conversion), and is not copied.
+    """
+
+    def _snapshot_structure(self):
+        self._frozen = {}
+        # A tuple is no submodule to torch; copying or pickling a module copies it with the modules it names.
+        self._built_with = tuple((m, type(m), tuple(m._modules.values())) for m in self.modules())
+        self._built_shapes = [weight.shape for weight in self.ordered_parameters()]
+
+    def is_unmodified(self) -> bool:
+        """Return whether all modules and parameters inside are those it was built with, as they were built."""
+        return all(
+            type(module) is built_as
+            and tuple(module._modules.values()) == children
+            and (module is self or not has_additions(module))
+            and (built_as is not LayerNorm or module.eps == EPS)
+            for module, built_as, children in self._built_with
+        ) and self._built_shapes == [weight.shape for weight in self.ordered_parameters()]
+
+    def train(self, mode: bool = True):
+        if mode:
+            self._frozen = {}
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._frozen = {}
+        return super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args, **kwargs):  # to(), float(), cuda(), ...
+        self._frozen = {}
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_frozen": {}}
+
+    def ordered_parameters(self) -> list[Tensor]:
+        """Return the parameters in the state dict's order; one that two modules share comes twice."""
+        weights = (weight for module, _, _ in self._built_with for weight in module._parameters.values())
+        return [weight for weight in weights if weight is not None]
+
+
+class Block(Fused, ResidualPair):
+    """RME or SME: x (B, C, H, W) -> the same."""
+
+    recompute = "auto"  # set by SeemoRe.recompute
+
+    def __init__(self, channels: int, block: nn.Module):
+        super().__init__(channels, block)
+        self._snapshot_structure()
+
+    def is_unmodified(self) -> bool:
+        return super().is_unmodified() and not has_additions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_unmodified():
+            return super().forward(x)
+        check_tensors(type(self).__name__, x=(x, "B C H W"), norm_1=(self.norm_1.weight, "C"))
+        return checkpointed(self.fused, x) if self.recompute == "block" else self.fused(x)
+
+    def fused(self, x: Tensor) -> Tensor:
+        """Return the result of fused operators."""
+        raise NotImplementedError
+
+    def _params(self) -> Params:
+        """Return the parameters as they are now."""
+        raise NotImplementedError
+
+    def stencils(self) -> list[Tensor]:
+        """Return the weights of 3x3 layers that kernels of layers read."""
+        return [self.ffn.gate.weight]
+
+    def freeze(self):
+        """Keep a copy of the parameters, for calls without gradients, until something unfreezes it."""
+        with torch.inference_mode(False), torch.no_grad():
+            stencils = self.stencils()
+            self._frozen = {"params": map_params(lambda name, t: frozen(t, stencils, name in WIDE), self._params())}
+
+    def params(self) -> Params:
+        """Return the parameters that the operators take: frozen, or as they are now."""
+        if not self._frozen or (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
+            return self._params()
+        dtype = body_dtype(self.norm_1.weight)
+        if dtype in self._frozen:
+            return self._frozen[dtype]
+        # Under autocast, all at once what operators would cast at every call.
+        cast = cast_params(self._frozen["params"], dtype)
+        if not torch.compiler.is_compiling():
+            self._frozen[dtype] = cast
+        return cast
+
+    def _ffn_params(self) -> FFN:
+        return FFN(*parameters_of(self.norm_2, self.ffn.fn_1[0], self.ffn.gate, self.ffn.fn_2[0]))
+
+
+class RME(Block):
+    """Rank Modulating Expert."""
+
+    def __init__(self, channels: int, **moe_options):
+        super().__init__(channels, MoEBlock(channels, **moe_options))
+
+    def stencils(self) -> list[Tensor]:
+        return [self.block.conv_1[0].weight, *super().stencils()]
+
+    def _params(self) -> RMEParams:
+        block, moe = self.block, self.block.moe_layer
+        widening = parameters_of(block.conv_1[2])
+        if block.use_shuffle:  # of the channels that it makes: the same as of its rows
+            widening = [shuffle_channels(parameter, dim=0) for parameter in widening]
+        return RMEParams(
+            Expand(*parameters_of(self.norm_1, block.conv_1[0]), *widening),
+            Calibrate(*parameters_of(block.agg_conv[0], *block.conv)),
+            Stripes(*parameters_of(*block.conv_2[0].conv)),
+            Router(moe.gate.body[2].weight),
+            Experts(*moe.packed_experts(), *parameters_of(block.proj)),
+            self._ffn_params(),
+        )
+
+    def fused(self, x: Tensor) -> Tensor:
+        block, moe = self.block, self.block.moe_layer
+        check_aggregable("RME", "x", x.shape[2], x.shape[3], block.recursive)
+        return rme(x, self.params(), moe.ranks, moe.gate.top_k, block.recursive)
+
+
+class SME(Block):
+    """Spatial Modulating Expert."""
+
+    def __init__(self, channels: int, kernel_size: int = 11):
+        super().__init__(channels, SEE(channels, kernel_size))
+
+    def _params(self) -> SMEParams:
+        see = self.block
+        return SMEParams(
+            QV(*parameters_of(self.norm_1, see.to_qv[0])),
+            Stripes(*parameters_of(*see.attn.conv)),
+            Projection(*parameters_of(see.proj)),
+            self._ffn_params(),
+        )
+
+    def fused(self, x: Tensor) -> Tensor:
+        # Recomputing q and v costs a layer and a stencil, storing them a quarter of all that a group stores.
+        recompute = self.recompute == "auto" and select_backend("norm_pointwise", x, x.shape[1]) != "reference"
+        return sme(x, self.params(), recompute)
+
+
+class ResGroup(nn.Module):
+    """Residual group: RME, then SME."""
+
+    def __init__(self, channels: int, kernel_size: int, **moe_options):
+        super().__init__()
+        self.local_block = RME(channels, **moe_options)
+        self.global_block = SME(channels, kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.global_block(self.local_block(x))

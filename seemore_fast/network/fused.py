@@ -1,0 +1,267 @@
+"""RME and SME, the two halves of a residual group, as functions of few fused operators each.
+
+In the paper: "Rank Modulating Expert" and "Spatial Modulating Expert".
+"""
+
+from collections import namedtuple
+from collections.abc import Callable, Iterable
+from functools import wraps
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops, reference
+from .._torch_compat import is_transformed
+from ..backends import is_plain, select_backend
+from ..ops import (
+    calibrate,
+    gated_ffn,
+    low_rank_experts,
+    norm_conv3x3,
+    norm_pointwise,
+    striped_conv,
+    striped_conv_router,
+)
+from ..ops.autocast import autocast_dtype, castable
+from ..ops.low_rank_experts import EXPERTS, PROJECTION
+from ..ops.operator import refuse_second_derivative
+from ..ops.router import gradients_of_decision
+from ..ops.striped_conv_router import has_kernel, spread_over_pixels
+from .checkpointing import checkpointed
+
+EPS = 1e-6  # of LayerNorm
+OPERATORS = ("norm_pointwise", "norm_conv3x3", "striped_conv", "calibrate", "low_rank_experts", "gated_ffn")
+
+# Parameters, operator by operator
+
+Expand = norm_conv3x3.Params
+Calibrate = calibrate.Params
+Stripes = striped_conv.Params
+Router = namedtuple("Router", ["weight_router"])
+Experts = namedtuple("Experts", [*EXPERTS, *PROJECTION])
+QV = norm_pointwise.Params
+Projection = namedtuple("Projection", ["weight", "bias"])
+FFN = gated_ffn.Params
+WIDE = ("norm_weight", "norm_bias", "weight_router")  # stay in their own dtype under autocast
+
+
+class RMEParams(NamedTuple):
+    """Parameters of `rme`."""
+
+    expand: Expand
+    calibrate: Calibrate
+    stripes: Stripes
+    router: Router
+    experts: Experts
+    ffn: FFN
+
+
+class SMEParams(NamedTuple):
+    """Parameters of `sme`."""
+
+    qv: QV
+    stripes: Stripes
+    proj: Projection
+    ffn: FFN
+
+
+Params = RMEParams | SMEParams
+
+
+def flatten(params: Params) -> list[Tensor]:
+    """Return all tensors of `params`, one after another."""
+    return [tensor for part in params for tensor in part]
+
+
+def unflatten(kind: type[Params], tensors: Iterable[Tensor]) -> Params:
+    """Return the parameters of which `tensors` are the flat list."""
+    tensors = iter(tensors)
+    return kind(*(part(*islice(tensors, len(part._fields))) for part in kind.__annotations__.values()))
+
+
+def map_params(function: Callable[[str, Tensor], Tensor], params: Params) -> Params:
+    """Return function(name, tensor) of all tensors of `params`, in the same structure."""
+    parts = (type(part)(*map(function, part._fields, part)) for part in params)
+    return type(params)(*parts)
+
+
+def cast_params(params: Params, dtype: torch.dtype) -> Params:
+    """Return the parameters in `dtype`, but for those of the norms and the router, and float64 ones."""
+    return map_params(lambda name, t: t.to(dtype) if name not in WIDE and castable(t) else t, params)
+
+
+def autocast_params(params: Params) -> Params:
+    """Return the parameters as autocast has them now."""
+    dtype = autocast_dtype(params[0][0])
+    return params if dtype is None else cast_params(params, dtype)
+
+
+# The blocks as functions
+
+
+def rme(x: Tensor, params: RMEParams, ranks: list[int], top_k: int, recursive: int) -> Tensor:
+    """Return RME of x: MoRE, then GatedFFN, each behind a LayerNorm and a residual; (B, C, H, W) -> the same.
+
+    a, k = chunk(weight_pw @ GELU(conv_3x3(LN(x))) + bias_pw, 2);   a = GELU(striped_3(a));   k = calibrate(k)
+    x    = x + weight_proj @ low_rank_experts(a, k, *router(a)) + bias_proj
+    y    = gated_ffn(x)
+    """
+    has_kernels = has_kernel(params.stripes.weight_row.shape[3], len(params.router.weight_router))
+    if has_kernels and x.dtype != torch.float64 and is_single_node(x):
+        return RMENode.apply(x, ranks, top_k, recursive, *flatten(autocast_params(params)))
+    parts, (*experts, weight_proj, bias_proj) = _parts(), params.experts
+    a, k = parts.norm_conv3x3(x, *params.expand, activation="gelu").chunk(2, dim=1)
+    a, index, weight = parts.striped_conv_router(a, *params.stripes, *params.router, top_k, activation="gelu")
+    k = parts.calibrate(k, *params.calibrate, recursive)
+    x = parts.low_rank_experts(
+        a, k, index, weight, *experts, ranks, weight_proj=weight_proj, bias_proj=bias_proj, residual=x
+    )
+    del a, k  # and with them their memory
+    return parts.gated_ffn(x, *params.ffn)
+
+
+def _parts():
+    """Return the module whose operators compute: exported graphs have plain ones only."""
+    return reference if is_plain() else ops
+
+
+def sme(x: Tensor, params: SMEParams, recompute: bool = False) -> Tensor:
+    """Return SME of x: SEE, then GatedFFN, each behind a LayerNorm and a residual; (B, C, H, W) -> the same.
+
+        q, v = chunk(GELU(weight_qv @ LN(x) + bias_qv), 2)
+        x    = x + weight_proj @ (striped_conv(q) * v) + bias_proj
+        y    = gated_ffn(x)
+
+    With `recompute`, nothing inside of SEE is stored for backward.
+    """
+    if is_single_node(x):
+        return SMENode.apply(x, recompute, *flatten(autocast_params(params)))
+    *of_see, of_ffn = params
+    tensors = [tensor for part in of_see for tensor in part]
+    x = checkpointed(see, x, *tensors) if recompute else see(x, *tensors)
+    return _parts().gated_ffn(x, *of_ffn)
+
+
+def see(x: Tensor, *tensors: Tensor) -> Tensor:
+    """Return SEE of x with its LayerNorm and residual, the first half of `sme`."""
+    parts = _parts()
+    q, v = parts.norm_pointwise(x, *tensors[:4], activation="gelu").chunk(2, dim=1)
+    q = parts.striped_conv(q, *tensors[4:8], gate=v)
+    del v  # and with it the memory of both halves
+    return parts.pointwise(q, *tensors[8:], residual=x)
+
+
+# The blocks as single nodes of autograd's graph
+#
+# Their operators' kernels are called one after another, without a node, a check and a dispatcher's call for each, and
+# halves of an image get their gradients as such, in place. Results are those of the operators by themselves.
+
+
+def is_single_node(x: Tensor) -> bool:
+    """Return whether a block of x can be one node: on a CPU, in eager mode, with images in the batch."""
+    if is_plain() or torch.compiler.is_compiling() or is_transformed() or x.device.type != "cpu":
+        return False
+    return len(x) > 0 and all(select_backend(operator, x, x.shape[1]) == "cpu" for operator in OPERATORS)
+
+
+def halves_like(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return room for the gradient of an image, and its two halves of the channels."""
+    whole = torch.empty_like(image)
+    return whole, *whole.chunk(2, dim=1)
+
+
+def differentiable_once(backward: Callable) -> Callable:
+    """Make a node's backward(ctx, dy) refuse to be differentiated, as that of an operator does."""
+
+    @wraps(backward)
+    def without_gradient(ctx, dy):
+        with torch.no_grad():
+            gradients = backward(ctx, dy)
+        return NonDifferentiable.apply(dy, *gradients) if torch.is_grad_enabled() else gradients
+
+    return without_gradient
+
+
+class NonDifferentiable(torch.autograd.Function):
+    """Gradients as they are, none of which has a gradient."""
+
+    @staticmethod
+    def forward(ctx, dy, *gradients):
+        return gradients
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        refuse_second_derivative("a block of SeemoRe", ctx)
+
+
+class RMENode(torch.autograd.Function):
+    """`rme` on the CPU's kernels. Stored for backward: x, a and k before and after their steps, the decision, the map
+    of `calibrate` and the input of `gated_ffn`."""
+
+    @staticmethod
+    def forward(ctx, x, ranks, top_k, recursive, *tensors):
+        p = unflatten(RMEParams, tensors)
+        widened = norm_conv3x3.forward(x, *p.expand, "gelu", EPS)
+        a, k = widened.chunk(2, dim=1)
+        a, *decision = striped_conv_router.forward(a, *p.stripes, *p.router, top_k, "gelu")
+        k, maps = calibrate.forward(k, *p.calibrate, recursive)
+        middle = low_rank_experts.forward(a, k, *decision[:2], *p.experts[:6], ranks, *p.experts[6:], x)
+        ctx.ranks, ctx.recursive = ranks, recursive
+        ctx.save_for_backward(x, widened, a, *decision, k, maps, middle, *tensors)
+        return gated_ffn.forward(middle, *p.ffn, EPS)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, dy):
+        x, widened, a, index, weight, mean, probability, k, maps, middle, *tensors = ctx.saved_tensors
+        p = unflatten(RMEParams, tensors)
+        dmiddle, *of_ffn = gated_ffn.backward(dy, middle, *p.ffn, EPS)
+        da, dk, dweight, *of_experts = low_rank_experts.backward(
+            dmiddle, a, k, index, weight, *p.experts[:6], ctx.ranks, *p.experts[6:]
+        )
+        dmean, of_router = gradients_of_decision(dweight, index, mean, probability, *p.router)
+        da.add_(spread_over_pixels(dmean, da))
+        dwidened, da_in, dk_in = halves_like(widened)
+        a_in, k_in = widened.chunk(2, dim=1)
+        _, *of_calibrate = calibrate.backward(dk, maps, k_in, *p.calibrate, ctx.recursive, into={"k": dk_in})
+        _, _, *of_stripes = striped_conv.backward(da, a_in, *p.stripes, "gelu", None, into={"x": da_in})
+        dx, *of_expand = norm_conv3x3.backward(dwidened, x, *p.expand, "gelu", EPS)
+        gradients = (*of_expand, *of_calibrate, *of_stripes, of_router, *of_experts, *of_ffn)
+        return dx.add_(dmiddle), None, None, None, *gradients
+
+
+class SMENode(torch.autograd.Function):
+    """`sme` on the CPU's kernels. Stored for backward: x, the input of `gated_ffn`, and unless `recompute` q, v and
+    their product."""
+
+    @staticmethod
+    def forward(ctx, x, recompute, *tensors):
+        p = unflatten(SMEParams, tensors)
+        qv, mixed = SMENode.enhance(x, p)
+        middle = norm_pointwise.forward(mixed, None, None, *p.proj, None, EPS, x)
+        ctx.recompute = recompute
+        ctx.save_for_backward(x, middle, *tensors, *(() if recompute else (qv, mixed)))
+        return gated_ffn.forward(middle, *p.ffn, EPS)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, dy):
+        x, middle, *saved = ctx.saved_tensors
+        p = unflatten(SMEParams, saved)
+        qv, mixed = SMENode.enhance(x, p) if ctx.recompute else saved[-2:]
+        dmiddle, *of_ffn = gated_ffn.backward(dy, middle, *p.ffn, EPS)
+        dmixed, _, _, *of_proj = norm_pointwise.backward(dmiddle, mixed, None, None, *p.proj, None, EPS)
+        q, v = qv.chunk(2, dim=1)
+        dqv, dq, dv = halves_like(qv)
+        _, _, *of_stripes = striped_conv.backward(dmixed, q, *p.stripes, None, v, into={"x": dq, "gate": dv})
+        dx, *of_qv = norm_pointwise.backward(dqv, x, *p.qv, "gelu", EPS)
+        return dx.add_(dmiddle), None, *of_qv, *of_stripes, *of_proj, *of_ffn
+
+    @staticmethod
+    def enhance(x: Tensor, p: SMEParams) -> tuple[Tensor, Tensor]:
+        """Return q and v, one after the other, and what SEE's projection reads."""
+        qv = norm_pointwise.forward(x, *p.qv, "gelu", EPS, None)
+        q, v = qv.chunk(2, dim=1)
+        return qv, striped_conv.forward(q, *p.stripes, None, v)

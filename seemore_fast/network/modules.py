@@ -1,0 +1,199 @@
+"""Modules of the network, with the published tree and state-dict keys, in plain PyTorch.
+
+They run where the fused blocks cannot: with hooks, parametrizations or replaced submodules inside. Every submodule is
+called as a module; experts and the layers of the router only where they were modified.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..reference.router import choose_experts
+
+
+def has_additions(module: nn.Module) -> bool:
+    """Tell whether a hook or a `forward` of its own sits on `module`."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks or "forward" in vars(module))
+
+
+def is_customised(module: nn.Module) -> bool:
+    """Tell whether a hook or a `forward` of its own sits on `module` or on anything inside it."""
+    return any(map(has_additions, module.modules()))
+
+
+def shuffle_channels(x: Tensor, dim: int = 1) -> Tensor:
+    """Interleave the two halves of dimension `dim`: channel g * C + c becomes c * 2 + g."""
+    return x.unflatten(dim, (2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over channels; x (B, C, H, W)."""
+
+    def __init__(self, channels: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class StripedConv2d(nn.Module):
+    """Depthwise 1xK, then depthwise Kx1."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__()
+        half = kernel_size // 2
+        self.conv = nn.Sequential(
+            nn.Conv2d(channels, channels, (1, kernel_size), padding=(0, half), groups=channels),
+            nn.Conv2d(channels, channels, (kernel_size, 1), padding=(half, 0), groups=channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class GatedFFN(nn.Module):
+    """Feed-forward network whose one half is gated by the surroundings of the other."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.fn_1 = nn.Sequential(nn.Conv2d(channels, 2 * channels, 1), nn.GELU())
+        self.fn_2 = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.GELU())
+        self.gate = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, g = self.fn_1(x).chunk(2, dim=1)
+        return self.fn_2(u * self.gate(g))
+
+
+class Expert(nn.Module):
+    """One low-rank expert. `MoELayer` reads its parameters and calls it only when it is customised."""
+
+    def __init__(self, channels: int, rank: int):
+        super().__init__()
+        self.conv_1 = nn.Conv2d(channels, rank, 1)
+        self.conv_2 = nn.Conv2d(channels, rank, 1)
+        self.conv_3 = nn.Conv2d(rank, channels, 1)
+
+    def forward(self, a: Tensor, k: Tensor) -> Tensor:
+        return self.conv_3(self.conv_2(k) * self.conv_1(a))
+
+
+class Router(nn.Module):
+    """Choice of experts per image: (index (B, top_k) int64, probability (B, top_k) float32)."""
+
+    def __init__(self, channels: int, num_experts: int, top_k: int):
+        super().__init__()
+        self.top_k = top_k
+        # Called only where someone changed them: `router` does the same in float32.
+        self.body = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_experts, bias=False))
+
+    def forward(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        as_built = [type(layer) for layer in self.body] == [nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear]
+        if as_built and self.body[2].bias is None and not is_customised(self.body):
+            return reference.router(a, self.body[2].weight, self.top_k)
+        return choose_experts(self.body(a), self.top_k)
+
+
+class MoELayer(nn.Module):
+    """Mixture of low-rank experts: only those that the router chose for an image work on it."""
+
+    def __init__(self, channels: int, ranks: Sequence[int], top_k: int):
+        super().__init__()
+        self.experts = nn.ModuleList(Expert(channels, rank) for rank in ranks)
+        self.gate = Router(channels, len(ranks), top_k)
+
+    @property
+    def ranks(self) -> list[int]:
+        return [expert.conv_1.out_channels for expert in self.experts]
+
+    def packed_experts(self) -> tuple[Tensor, ...]:
+        """Return weight_a, bias_a, weight_k, bias_k, weight_out, bias_out as `low_rank_experts` takes them."""
+        first, second, third = ([getattr(e, name) for e in self.experts] for name in ("conv_1", "conv_2", "conv_3"))
+        return (
+            torch.cat([conv.weight.flatten(1) for conv in first]),
+            torch.cat([conv.bias for conv in first]),
+            torch.cat([conv.weight.flatten(1) for conv in second]),
+            torch.cat([conv.bias for conv in second]),
+            torch.cat([conv.weight.flatten(1) for conv in third], dim=1),
+            torch.stack([conv.bias for conv in third]),
+        )
+
+    def forward(self, a: Tensor, k: Tensor) -> Tensor:
+        index, probability = self.gate(a)
+        as_built = all(type(e) is Expert and {type(conv) for conv in e.children()} == {nn.Conv2d} for e in self.experts)
+        if as_built and not is_customised(self.experts):
+            return reference.low_rank_experts(a, k, index, probability, *self.packed_experts(), self.ranks)
+        # Dense, as the published training path: every expert is called, so that whatever was added to it runs.
+        share = probability.new_zeros(a.shape[0], len(self.experts)).scatter(1, index, probability).to(a.dtype)
+        return a + sum(expert(a, k) * share[:, i, None, None, None] for i, expert in enumerate(self.experts))
+
+
+class MoEBlock(nn.Module):
+    """MoRE with what prepares its two inputs and projects its output."""
+
+    def __init__(
+        self, channels: int, ranks: Sequence[int], top_k: int = 2, recursive: int = 2, use_shuffle: bool = False
+    ):
+        super().__init__()
+        self.recursive = recursive
+        self.use_shuffle = use_shuffle
+        self.conv_1 = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), nn.GELU(), nn.Conv2d(channels, 2 * channels, 1)
+        )
+        self.agg_conv = nn.Sequential(nn.Conv2d(channels, channels, 4, stride=4, groups=channels), nn.GELU())
+        self.conv = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, groups=channels), nn.Conv2d(channels, channels, 1)
+        )
+        self.conv_2 = nn.Sequential(StripedConv2d(channels, 3), nn.GELU())
+        self.moe_layer = MoELayer(channels, ranks, top_k)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def calibrate(self, k: Tensor) -> Tensor:
+        s = k
+        for _ in range(self.recursive):
+            s = self.agg_conv(s)
+        return k + F.interpolate(self.conv(s), size=k.shape[-2:], mode="bilinear", align_corners=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.conv_1(x)
+        if self.use_shuffle:
+            u = shuffle_channels(u)
+        a, k = u.chunk(2, dim=1)
+        return self.proj(self.moe_layer(self.conv_2(a), self.calibrate(k)))
+
+
+class SEE(nn.Module):
+    """Spatial Enhancement Expert: a large striped convolution gates a projection."""
+
+    def __init__(self, channels: int, kernel_size: int = 11):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, channels, 1)
+        self.to_qv = nn.Sequential(nn.Conv2d(channels, 2 * channels, 1), nn.GELU())
+        self.attn = StripedConv2d(channels, kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, v = self.to_qv(x).chunk(2, dim=1)
+        return self.proj(self.attn(q) * v)
+
+
+class ResidualPair(nn.Module):
+    """x + block(LN(x)), then x + ffn(LN(x)): the frame that RME and SME share."""
+
+    def __init__(self, channels: int, block: nn.Module):
+        super().__init__()
+        self.norm_1 = LayerNorm(channels)
+        self.block = block
+        self.norm_2 = LayerNorm(channels)
+        self.ffn = GatedFFN(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(self.norm_1(x)) + x
+        return self.ffn(self.norm_2(x)) + x
