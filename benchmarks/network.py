@@ -68,20 +68,20 @@ def image(size: Size, seed: int = 1) -> Tensor:
 def solve(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     """Return the expected output and the operations of convolutions and matrices, two for a multiply-add.
 
-    Operations are those of the reference without the zeros that pad the chosen experts to the largest rank.
+    Operations are those of the reference without the experts that were not chosen.
     """
     wide = torch.float64 if x[0, 0].numel() <= MAX_FLOAT64_PIXELS else torch.float32
-    model, padding = copy.deepcopy(model).to(wide), 0
+    model, needless = copy.deepcopy(model).to(wide), 0
 
     def count(group: int, gate: nn.Module, inputs: tuple[Tensor], choice: tuple[Tensor, Tensor]):
-        nonlocal padding
+        nonlocal needless
         ranks = torch.tensor(model.body[group].local_block.block.moe_layer.ranks, device=choice[0].device)
-        zeros = (ranks.max() - ranks[choice[0]]).sum().item()
-        padding += 2 * 3 * zeros * inputs[0].numel()  # three matrices of rank x channels
+        left_out = (ranks.sum() - ranks[choice[0]].sum(dim=1)).sum().item()
+        needless += 2 * 3 * left_out * inputs[0][0].numel()  # three matrices of rank x channels
 
     with router_hooks(model, "register_forward_hook", count), FlopCounterMode(display=False) as counter:
         y = model(x.to(wide))
-    return y, counter.get_total_flops() - padding
+    return y, counter.get_total_flops() - needless
 
 
 def like(model: nn.Module, model_class: type = seemore_fast.SeemoRe) -> nn.Module:

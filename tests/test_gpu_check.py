@@ -68,7 +68,8 @@ STUBS = {
     "seemore_fast/__init__.py": "",
     "seemore_fast/backends/__init__.py": """
         import os
-        unsupported_reason = lambda *backend: "it has an undefined symbol" if "symbol" in os.environ["STUB_LACKS"] else None
+        reason = "it has an undefined symbol" if "symbol" in os.environ["STUB_LACKS"] else None
+        unsupported_reason = lambda *backend: reason
         """,
     "kernels/__init__.py": "",
     "benchmarks/__init__.py": "",

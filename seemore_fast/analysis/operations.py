@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..network.inspection import forward_hooks
-from ..reference import SeemoRe
+from ..network.model import SeemoRe
 
 # Operators of the package, and the modules that each computes.
 OPERATORS = {
