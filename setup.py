@@ -18,7 +18,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "csrc"))
-import build as native  # noqa: E402
+import native_build as native  # noqa: E402
 
 LIBRARIES = {"SEEMORE_FAST_NATIVE": "libseemore_cpu", "SEEMORE_FAST_CUDA": native.CUDA_LIBRARY}
 left_out = {}  # why, by library

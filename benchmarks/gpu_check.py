@@ -88,8 +88,8 @@ MAX_CACHE = 48 * 2**20  # bytes of compiled kernels that the archive may contain
 
 @functools.cache
 def native():
-    """Return csrc/build.py, which finds the tools and builds with them."""
-    spec = importlib.util.spec_from_file_location("native_build", ROOT / "csrc" / "build.py")
+    """Return csrc/native_build.py, which finds the tools and builds with them."""
+    spec = importlib.util.spec_from_file_location("native_build", ROOT / "csrc" / "native_build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

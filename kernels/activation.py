@@ -33,7 +33,7 @@ def power_of_two(x):
 
 @triton.jit
 def normal_cdf(x, dtype: tl.constexpr):
-    """Phi(x), as in csrc/cuda/types.h.
+    """Phi(x), as in csrc/cuda/common/types.h.
 
     For float32: erf(x / sqrt(2)) / x as a rational function of x^2, within 6e-8.
     For 16 bits: 1 / (1 + 2^(x P(x^2))). GELU's relative error is 6e-5 at most for x > 0, a quarter of half a unit of

@@ -45,8 +45,8 @@ esac"""
 WITHOUT_TOOLKITS = """
 import runpy, sys
 sys.path.insert(0, "csrc")
-import build
-build.TOOLKITS = []
+import native_build
+native_build.TOOLKITS = []
 sys.argv[0] = "setup.py"
 runpy.run_path("setup.py", run_name="__main__")
 """
@@ -396,7 +396,7 @@ def test_cuda_kernels_keep_everything_in_registers():
     folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
     if not (folder / "libseemore_cuda.so").exists():
         pytest.skip("the CUDA library was not built in this tree")
-    reports = [folder / f"cuda_{source.stem}.o.ptxas" for source in (ROOT / "csrc/cuda").glob("*.cu")]
+    reports = [folder / f"cuda_{source.stem}.o.ptxas" for source in (ROOT / "csrc/cuda").rglob("*.cu")]
     architectures = {}
     for report in reports:
         _, *parts = KERNEL.split(report.read_text())

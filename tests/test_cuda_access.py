@@ -62,7 +62,7 @@ def until_needed(code: list[Instruction], start: int) -> list[Instruction]:
 def kernels(stem: str, architecture: int, folder: Path) -> dict[str, list[Instruction]]:
     """Return the instructions of a source's kernels by their mangled names."""
     cubin = folder / f"{stem}_{architecture}.cubin"
-    compile_with_nvcc(CSRC / "cuda" / f"{stem}.cu", architecture, cubin)
+    compile_with_nvcc(CSRC / "cuda" / "ops" / f"{stem}.cu", architecture, cubin)
     return disassembled(cubin)
 
 

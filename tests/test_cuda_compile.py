@@ -9,7 +9,7 @@ import pytest
 from helpers import CSRC
 from helpers.nvcc import FIGURES, KERNEL, compile_with_nvcc
 
-SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+SOURCES = sorted((CSRC / "cuda").rglob("*.cu"))
 MINUTES = [75, 80, 86, 89, 100, 120]  # 4 s each and file
 ARCHITECTURES = [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in MINUTES)]
 

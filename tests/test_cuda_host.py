@@ -290,7 +290,7 @@ def test_striped_conv_under_address_sanitizer(short):
         assert (finished.stdout, finished.returncode) == ("clean\n", 0), finished.stderr
 
 
-# The operators that walk over images (csrc/cuda/walk.h). Values and gradients: their own tests, backend cuda_host.
+# The operators that sweep over images (csrc/cuda/common/sweep.h). Values and gradients: their own tests.
 
 
 @pytest.mark.parametrize("shape", STRIPS.values(), ids=STRIPS)

@@ -22,7 +22,7 @@ H200, A100, RTX_3090 = 132, 108, 82
 
 @pytest.fixture(scope="module")
 def library():
-    sources = [cuda_host.HERE / "plans.cu", cuda_host.ROOT / "csrc" / "cuda" / "calibrate_spread.cu"]
+    sources = [cuda_host.HERE / "plans.cu", cuda_host.ROOT / "csrc" / "cuda" / "ops" / "calibrate_spread.cu"]
     built = ctypes.CDLL(str(available(cuda_host.compile_library, "plans", sources, cuda_host.CACHE)))
     built.spread_parts.restype = ctypes.c_int64
     return built

@@ -46,7 +46,7 @@ STUBS = {
         sys.exit(bool(has("STUB_FAILS")))
         """,
     "stubs/pytest.py": "import stub_step",
-    "csrc/build.py": """
+    "csrc/native_build.py": """
         import os, pathlib
         TOOLKITS = []
         class Missing(Exception): pass
@@ -253,7 +253,7 @@ def test_tools_are_beside_nvcc_on_path_or_where_it_is_looked_for(tmp_path, monke
 
 
 def test_the_build_goes_by_what_there_is(tmp_path, monkeypatch):
-    """With the real csrc/build.py: only the CUDA library, and a word where it cannot be."""
+    """With the real csrc/native_build.py: only the CUDA library, and a word where it cannot be."""
     monkeypatch.setattr(gpu_check, "LOGS", tmp_path)
     monkeypatch.setattr(gpu_check, "PACKAGE", tmp_path)
     monkeypatch.setattr(gpu_check.native(), "find_nvcc", lambda: None)

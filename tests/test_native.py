@@ -82,7 +82,7 @@ def test_reasons_against_every_device(devices, monkeypatch, change, reason):
     assert devices.asked == []
 
 
-# A driver whose answer is given by name, where csrc/cuda/unsupported_reason.cu would ask a real one
+# A driver whose answer is given by name, where csrc/cuda/common/unsupported_reason.cu would ask a real one
 DRIVER = """
 #define __CUDACC__
 #define __global__ [[maybe_unused]]
@@ -95,7 +95,7 @@ cudaError_t answer, last;
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)()) { return last = answer; }
 cudaError_t cudaGetLastError() { const auto error = last; last = cudaSuccess; return error; }
 const char* cudaGetErrorString(cudaError_t) { return "text"; }
-#include "cuda/unsupported_reason.cu"
+#include "cuda/common/unsupported_reason.cu"
 int main(int, char** arguments) {
   answer = static_cast<cudaError_t>(std::stoi(arguments[1]));
   try {

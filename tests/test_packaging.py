@@ -68,10 +68,10 @@ def test_contents(archives):
     wanted = {
         "kernels/__init__.py",
         "kernels/configurations.json",
-        "csrc/build.py",
-        "csrc/views.h",
-        "csrc/cpu/simd.h",
-        "csrc/cuda/striped_conv.cu",
+        "csrc/native_build.py",
+        "csrc/params/views.h",
+        "csrc/cpu/simd/vec.h",
+        "csrc/cuda/ops/striped_conv.cu",
     }
     assert wanted | {"tests/conftest.py", "Makefile", "LICENSE", "NOTICE"} <= in_sdist
     assert not any(name.endswith((".so", ".o", "build_info.json")) for name in in_sdist)

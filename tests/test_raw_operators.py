@@ -21,7 +21,7 @@ ONCE = {"instruction_sets", "unsupported_reason"}  # their callers keep the stri
 
 def schemas():
     """Return the schemas of all raw operators, by name, as the sources of both libraries declare them."""
-    sources = [*(CSRC / "bindings").glob("*.cpp"), CSRC / "cpu/dispatch.cpp", CSRC / "cuda/library.cpp"]
+    sources = [*(CSRC / "bindings").glob("*.cpp"), CSRC / "cpu/dispatch/dispatch.cpp", CSRC / "cuda/common/library.cpp"]
     declared = [text for source in sources for text in re.findall(r"m\.def\(([^;]*)\);", source.read_text())]
     parsed = [torch._C.parse_schema("".join(re.findall(r'"([^"]*)"', text))) for text in declared]
     return {schema.name: schema for schema in parsed}

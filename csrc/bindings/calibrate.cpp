@@ -1,8 +1,8 @@
 // calibrate as an operator of a library. Results are written to tensors that the caller allocated.
 
-#include "calibrate.h"
+#include "params/calibrate.h"
 
-#include "tensors.h"
+#include "bindings/tensors.h"
 
 namespace {
 

@@ -1,8 +1,8 @@
 // gated_ffn as an operator of a library. Results are written to tensors that the caller allocated.
 
-#include "gated_ffn.h"
+#include "params/gated_ffn.h"
 
-#include "layers.h"
+#include "bindings/layer_tensors.h"
 
 namespace {
 

@@ -1,11 +1,11 @@
 // low_rank_experts as an operator of a library. Results are written to tensors that the caller allocated.
 
-#include "low_rank_experts.h"
+#include "params/low_rank_experts.h"
 
 #include <numeric>
 #include <vector>
 
-#include "layers.h"
+#include "bindings/layer_tensors.h"
 
 namespace {
 

@@ -1,11 +1,11 @@
 // The network's operators. Arguments were checked in Python (seemore_fast/network/engine.py).
 
-#include "network.h"
+#include "params/network.h"
 
 #include <optional>
 #include <vector>
 
-#include "tensors.h"
+#include "bindings/tensors.h"
 
 namespace {
 

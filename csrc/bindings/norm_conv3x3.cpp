@@ -1,8 +1,8 @@
 // norm_conv3x3 as an operator of a library. Results are written to tensors that the caller allocated.
 
-#include "norm_conv3x3.h"
+#include "params/norm_conv3x3.h"
 
-#include "layers.h"
+#include "bindings/layer_tensors.h"
 
 namespace {
 

@@ -1,8 +1,8 @@
 // norm_pointwise as an operator of a library. Results are written to tensors that the caller allocated.
 
-#include "norm_pointwise.h"
+#include "params/norm_pointwise.h"
 
-#include "layers.h"
+#include "bindings/layer_tensors.h"
 
 namespace {
 

@@ -1,8 +1,8 @@
 // router as operators of a library. Results are written to tensors that the caller allocated, all contiguous but da.
 
-#include "router.h"
+#include "params/router.h"
 
-#include "tensors.h"
+#include "bindings/tensors.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
 // striped_conv as an operator of a library. Results are written to tensors that the caller allocated.
 
-#include "striped_conv_inputs.h"
+#include "bindings/striped_conv_inputs.h"
 
 namespace {
 

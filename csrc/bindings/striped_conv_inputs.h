@@ -1,8 +1,8 @@
 // striped_conv's tensors as the kernels' struct, checked: shared by the operators that have them.
 #pragma once
 
-#include "striped_conv.h"
-#include "tensors.h"
+#include "bindings/tensors.h"
+#include "params/striped_conv.h"
 
 namespace seemore::bindings {
 

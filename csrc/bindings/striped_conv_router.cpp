@@ -1,8 +1,8 @@
 // striped_conv_router as an operator of a library: y is the caller's, the sums for router_from_sums are returned.
 
-#include "striped_conv_router.h"
+#include "params/striped_conv_router.h"
 
-#include "striped_conv_inputs.h"
+#include "bindings/striped_conv_inputs.h"
 
 namespace {
 

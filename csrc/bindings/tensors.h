@@ -12,9 +12,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "device.h"
-#include "sums.h"
-#include "views.h"
+#include SEEMORE_DEVICE
+#include "params/sums.h"
+#include "params/views.h"
 
 namespace seemore::bindings {
 

@@ -37,7 +37,7 @@ def _cast(values: Values) -> Values:
 
 
 def _results(values: Values) -> tuple[Tensor, Tensor]:
-    """Return room for y, and for the maps that backward reads: `maps_elements` of csrc's calibrate.h."""
+    """Return room for y, and for the maps that backward reads: `maps_elements` of csrc/params/calibrate.h."""
     k, recursive = values["k"], values["recursive"]
     batch, channels, height, width = k.shape
     cells = batch * channels * (height // 4**recursive) * (width // 4**recursive)

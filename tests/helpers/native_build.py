@@ -1,11 +1,11 @@
-"""The module that writes the build of the native libraries, csrc/build.py."""
+"""The module that writes the build of the native libraries, csrc/native_build.py."""
 
 import sys
 
 from . import CSRC
 
 sys.path.insert(0, str(CSRC))
-import build as native
+import native_build as native
 
 sys.path.remove(str(CSRC))
 

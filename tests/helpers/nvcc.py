@@ -28,7 +28,7 @@ def compile_with_nvcc(source: Path, architecture: int, cubin: str | Path, *flags
     nvcc = shutil.which("nvcc", path=os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ["PATH"]]))
     if nvcc is None:
         pytest.skip("no nvcc on PATH or in CUDA_HOME")
-    command = [nvcc, "-cubin", f"-arch=sm_{architecture}", "-std=c++17", "-O3", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
+    command = [nvcc, "-cubin", f"-arch=sm_{architecture}", "-std=c++17", "-O3", f"-I{CSRC}"]
     command += ["-Xptxas", "-v", "-Werror", "all-warnings", *flags, "-o", str(cubin), str(source)]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: csrc/cuda/*.cu compiled by g++ into operators of torch.ops.seemore_cuda_host.
+"""The CUDA kernels on the CPU: csrc/cuda/**/*.cu compiled by g++ into operators of torch.ops.seemore_cuda_host.
 
 cuda_host.h says how kernels run and which faults show. They take CPU tensors and serve tests alone.
 """
@@ -38,26 +38,32 @@ def library(sanitize: bool = False) -> Path:
 
     With `sanitize` it reports what it reads and writes out of bounds; a process of `asan_environment` can load it.
     """
-    kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    kernels = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
     bindings = [ROOT / "csrc" / "bindings" / f"{source.stem}.cpp" for source in kernels]
     sources = [*filter(Path.exists, bindings), *kernels]
-    torch_flags = [TARGET, "-isystem", f"{TORCH}/include", f"-L{TORCH}/lib", "-ltorch_cpu"]
+    torch_flags = [
+        TARGET,
+        "-DSEEMORE_DEVICE=<host_device.h>",
+        "-isystem",
+        f"{TORCH}/include",
+        f"-L{TORCH}/lib",
+        "-ltorch_cpu",
+    ]
     return compile_library("seemore_cuda_host", sources, CACHE, torch_flags, sanitize)
 
 
 def compile_library(
     name: str, sources: Sequence[Path], folder: Path, flags: Sequence[str] = (), sanitize: bool = False
 ) -> Path:
-    """Return a library of `sources`, which include csrc/cuda/launch.h; its name tells all that goes in, hashed."""
+    """Return a library of `sources`, which include csrc/cuda/common/launch.h; its name hashes all that goes in."""
     compiler = shutil.which("g++")
     if compiler is None:
         raise Unavailable("no g++ on PATH")
-    # in this order: device.h is ours
-    includes = [HERE, *(ROOT / folder for folder in ("csrc", "csrc/bindings", "csrc/cuda"))]
-    search = [*(f"-I{include}" for include in includes), "-isystem", str(cuda_headers())]
+    search = [f"-I{HERE}", f"-I{ROOT / 'csrc'}", "-isystem", str(cuda_headers())]
     command = [compiler, *FLAGS, *(SANITIZE if sanitize else []), *search, *flags]
 
-    headers = [header for include in includes for header in sorted(include.glob("*.h"))]
+    included = [HERE, *(ROOT / "csrc" / folder for folder in ("params", "bindings", "cuda"))]
+    headers = [header for folder in included for header in sorted(folder.rglob("*.h"))]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     ingredients = [repr((command, torch.__version__)).encode(), version]
     ingredients += [path.read_bytes() for path in [*headers, *sources]]

@@ -3,7 +3,7 @@
 
 #include <map>
 
-#include "launch.h"
+#include "cuda/common/launch.h"
 
 namespace {
 

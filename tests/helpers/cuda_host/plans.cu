@@ -1,7 +1,7 @@
 // How kernels share images out, as tests ask.
 
-#include "calibrate_maps.h"
-#include "walk.h"
+#include "cuda/common/sweep.h"
+#include "cuda/ops/calibrate_kernels.h"
 
 // Writes lanes, across, down, rows, lead, strips.
 extern "C" __attribute__((visibility("default"))) void plan(const int64_t* size, int warps, int reach, int overlap,

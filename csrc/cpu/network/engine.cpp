@@ -1,0 +1,312 @@
+// The whole network for inference: one sweep over the image between two global pools.
+//
+//   head    conv_1(image)                          -> first half of group 0's MoE block
+//   middle  experts, FFN, SEE, FFN of group g      -> first half of group g + 1's MoE block
+//   tail    experts, FFN, SEE, FFN of the last one -> conv_2, + conv_1(image), upsampler, pixels
+//
+// A sweep overwrites the state in place, each thread a band of lines. What a band needs of its neighbours' lines is
+// copied before. Where the state is larger than the memory, all but its beginning lies in a mapped file: bands are then
+// so low that one of each thread fits, and are released once they are done.
+
+#include "cpu/network/chains.h"
+#include "cpu/network/pages.h"
+#include "cpu/tile/parallel.h"
+#include "params/network.h"
+
+namespace seemore::SEEMORE_ISA {
+namespace {
+
+constexpr int64_t kStripWidth = 128;  // whole tiles, whose lines stay in the second-level cache; the last is wider
+
+template <class Body>
+void for_each(int64_t count, const Body& body) {
+  parallel_for(
+      count,
+      [](const void* context, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) (*static_cast<const Body*>(context))(i);
+      },
+      &body);
+}
+
+constexpr int64_t parts(int64_t whole, int64_t most) { return (whole + most - 1) / most; }
+
+// How images are cut and how far stages lag behind. Strips, whose sums are added up, depend on the size alone.
+struct Plan {
+  Plan(const Network& net, int64_t batch)
+      : half(net.config.taps / 2),
+        start((4 - (3 + half) % 4) % 4),
+        around(4 + half),
+        columns(round_up(net.size.width + start + around, kTileVectors == 2 ? 2 * kWidth : kWidth)),
+        strips(larger(1, columns / kStripWidth)),
+        stride(round_up(columns + around, 16)),
+        images(smaller(batch, net.threads)),
+        workers(images ? larger(1, smaller(parts(net.threads, images), net.size.height / 4)) : 1),
+        bands(workers * larger(1, smaller(net.lines ? parts(net.size.height, workers * net.lines) : 1,
+                                          net.size.height / 4 / workers))) {}
+
+  int64_t begin(int64_t strip) const { return strip == strips ? columns : strip * kStripWidth; }
+  int64_t widest() const { return columns - begin(strips - 1); }
+
+  int64_t half;
+  int64_t start;   // lag, in columns, of a group's first line: such that k's, where it is aggregated, divides by four
+  int64_t around;  // how far a group and what follows look around, in lines and columns
+  int64_t columns, strips, stride;
+  int64_t images, workers, bands;  // images at a time; threads and bands of each
+};
+
+template <class Cell>
+class Run {
+ public:
+  Run(const Network& net, void* state, void* rest)
+      : net_(net), config_(net.config), plan_(net, net.size.batch), weights_(outer_weights(net)) {
+    Arena states(state);
+    filed_ = static_cast<const char*>(state) + net.kept;
+    state_ = take_state(states, plan_.images * net.size.height);
+    frames_ = take_state(states, plan_.bands > 1 ? plan_.images * plan_.bands * 2 * plan_.around : 0);
+    Arena arena(rest);
+    sums_ = arena.take<float>(plan_.images * sums_size());
+    finite_ = arena.take<int64_t>(plan_.images * plan_.bands);
+    table_ = arena.take<char>(table_bytes());
+    routes_ = arena.take<char>(plan_.images * route_bytes());
+    scratch_bytes_ = scratch_bytes();
+    scratch_ = arena.take<char>(plan_.images * plan_.workers * scratch_bytes_);
+    memory_ = {states.bytes(), arena.bytes()};
+  }
+
+  NetworkMemory memory() const { return memory_; }
+
+  // Returns whether all pixels are numbers, where they are integers.
+  bool operator()() {
+    bool is_finite = true;
+    Arena table(table_);
+    const ColumnTable up(table, plan_.columns, net_.size.width, map_columns());
+    if (net_.progress) {
+      net_.progress[0] = 0;
+      net_.progress[1] = net_.size.batch * (config_.groups + 1) * net_.size.height * plan_.strips;
+    }
+    for (int64_t first = 0; first < net_.size.batch; first += plan_.images) {
+      const int64_t images = smaller(plan_.images, net_.size.batch - first);
+      if (!net_.lines || first > 0) clear(images);  // a file comes with zeros
+      for (int64_t group = 0; group <= config_.groups; ++group) {
+        if (group > 0) {
+          route(images, group - 1);
+          if (plan_.bands > 1) copy_frames(images);
+        }
+        for_each(images * plan_.workers, [&](int64_t worker) { sweep_bands(worker, first, group, up); });
+      }
+      for (int64_t i = 0; i < images * plan_.bands; ++i) is_finite &= finite_[i];
+    }
+    return is_finite;
+  }
+
+ private:
+  static NetworkWeights<Cell> outer_weights(const Network& net) {
+    Arena arena(const_cast<void*>(net.weights));
+    return NetworkWeights<Cell>(arena, net.config);
+  }
+
+  State<Cell> take_state(Arena& arena, int64_t lines) const {
+    const int64_t lag = plan_.start + plan_.around - 2;
+    State<Cell> state{config_.channels, all_ranks(config_), plan_.stride, lag, nullptr, nullptr, nullptr};
+    state.x = arena.take<float>(lines * state.channels * state.stride);
+    state.a = arena.take<Cell>(lines * cells_of<Cell>(state.channels) * state.stride);
+    state.k = arena.take<float>(lines * state.ranks * state.stride);
+    return state;
+  }
+
+  int64_t sums_size() const { return net_.size.height * plan_.strips * config_.channels; }
+  int64_t map_columns() const {
+    int64_t columns = net_.size.width;
+    for (int64_t i = 0; i < config_.recursive; ++i) columns /= 4;
+    return columns;
+  }
+  int64_t table_bytes() const {
+    Arena arena(nullptr);
+    ColumnTable(arena, plan_.columns, 1, 1);
+    return arena.bytes();
+  }
+  int64_t route_bytes() const {
+    Arena arena(nullptr);
+    Route<Cell>(arena, config_, net_.size);
+    return arena.bytes();
+  }
+  Route<Cell> route_of(int64_t image) const {
+    Arena arena(routes_ + image * route_bytes());
+    return Route<Cell>(arena, config_, net_.size);
+  }
+
+  Band<Cell> band_of(int64_t task, int64_t first_image = 0) const {
+    const int64_t image = task / plan_.bands, band = task % plan_.bands, height = net_.size.height;
+    const auto edge = [&](int64_t i) { return i == plan_.bands ? height : i * (height / 4) / plan_.bands * 4; };
+    return {image,
+            first_image + image,
+            edge(band),
+            edge(band + 1),
+            state_.from_line(image * height),
+            frames_.from_line(task * 2 * plan_.around),
+            plan_.around};
+  }
+
+  // What no sweep writes must still be numbers: columns beyond the image are computed with, though never used.
+  void clear(int64_t images) {
+    for_each(images * net_.size.height, [&](int64_t line) {
+      const State<Cell> end = state_.from_line(line + 1), begin = state_.from_line(line);
+      std::memset(begin.x, 0, (end.x - begin.x) * sizeof(float));
+      std::memset(begin.a, 0, (end.a - begin.a) * sizeof(Cell));
+      std::memset(begin.k, 0, (end.k - begin.k) * sizeof(float));
+      if (net_.lines) release(state_, line, 1);
+    });
+  }
+
+  void copy_frames(int64_t images) {
+    for_each(images * plan_.bands, [&](int64_t task) {
+      const Band<Cell> band = band_of(task);
+      for (int64_t i = 0; i < 2 * plan_.around; ++i) {
+        const int64_t row = i < plan_.around ? band.top - plan_.around + i : band.bottom + i - plan_.around;
+        if (row < 0 || row >= net_.size.height) continue;
+        const State<Cell> from = band.state.from_line(row), next = band.state.from_line(row + 1),
+                          to = band.frames.from_line(i);
+        std::memcpy(to.x, from.x, (next.x - from.x) * sizeof(float));
+        std::memcpy(to.a, from.a, (next.a - from.a) * sizeof(Cell));
+        std::memcpy(to.k, from.k, (next.k - from.k) * sizeof(float));
+        if (net_.lines) release(state_, band.image * net_.size.height + row, 1);
+      }
+      if (net_.lines) release(frames_, task * 2 * plan_.around, 2 * plan_.around);
+    });
+  }
+
+  void route(int64_t images, int64_t group) {
+    const GroupWeights<Cell> weights = group_weights<Cell>(config_, net_.weights, group);
+    for_each(images * config_.channels,
+             [&](int64_t i) { route_of(i / config_.channels).calibrate(weights, i % config_.channels); });
+    for_each(images, [&](int64_t image) {
+      route_of(image).choose(weights.experts, sums_ + image * sums_size(), plan_.strips);
+    });
+  }
+
+  // Builds the chain of a band's sweep that begins after group - 1, or with the image, and ends at the pool of group
+  // `group`, or with the pixels; calls body(source, sink).
+  template <class Body>
+  void with_chain(const Band<Cell>& band, Strip& strip, int64_t group, const ColumnTable& up, const Body& body) const {
+    const int64_t channels = config_.channels, lag = state_.lag;
+    const GroupWeights<Cell> before = group_weights<Cell>(config_, net_.weights, larger(0, group - 1));
+    const GroupWeights<Cell> next = group_weights<Cell>(config_, net_.weights, group);  // of the last, only counted
+    const Route<Cell> route = route_of(band.image);
+    const auto with_source = [&](auto& source) {
+      if (group == config_.groups) {
+        Tail<Cell> tail(strip, band, net_, weights_, lag);
+        body(source, tail);
+      } else {
+        Pool<Cell> pool(strip, band, next, route.pooled(sums_ + band.image * sums_size(), plan_.strips), channels, lag);
+        body(source, pool);
+      }
+    };
+    if (group == 0) {
+      Head<Cell> head(strip, band, net_, weights_.conv_1, lag);
+      with_source(head);
+    } else {
+      Group<Cell> source(strip, band, before, route, up, channels, plan_.start);
+      with_source(source);
+    }
+  }
+
+  Strip strip_of(const Band<Cell>& band, Arena& scratch) const {
+    const int64_t first_row = larger(0, band.top - plan_.around);
+    const int64_t last_row = smaller(net_.size.height, band.bottom + plan_.around);
+    return {net_.size.height, net_.size.width, first_row, last_row, plan_.widest(), &scratch, false, 0, 0};
+  }
+
+  // Of the largest chain of any band.
+  int64_t scratch_bytes() const {
+    Arena nothing(nullptr);
+    const ColumnTable up(nothing, 0, 1, 1);
+    int64_t most = 0;
+    for (int64_t task = 0; task < plan_.bands; ++task) {
+      for (int64_t group = 0; group <= config_.groups; ++group) {
+        Arena counted(nullptr);
+        const Band<Cell> band = band_of(task);
+        Strip strip = strip_of(band, counted);
+        with_chain(band, strip, group, up, [](auto&, auto&) {});
+        most = larger(most, counted.bytes());
+      }
+    }
+    return most;
+  }
+
+  // All bands of one worker: forth and back by turns, since what was last used is likely to be in memory still.
+  void sweep_bands(int64_t worker, int64_t first_image, int64_t group, const ColumnTable& up) {
+    const int64_t count = plan_.bands / plan_.workers;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t task = worker * count + (group % 2 == 0 ? i : count - 1 - i);
+      sweep(task, scratch_ + worker * scratch_bytes_, first_image, group, up);
+      if (net_.lines) {
+        const Band<Cell> band = band_of(task);
+        release(state_, band.image * net_.size.height + band.top, band.bottom - band.top);
+        if (plan_.bands > 1) release(frames_, task * 2 * plan_.around, 2 * plan_.around);
+      }
+    }
+  }
+
+  void release(const State<Cell>& state, int64_t line, int64_t count) const {
+    const State<Cell> begin = state.from_line(line), end = state.from_line(line + count);
+    release(begin.x, end.x);
+    release(begin.a, end.a);
+    release(begin.k, end.k);
+  }
+
+  void release(const void* begin, const void* end) const { release_pages(begin < filed_ ? filed_ : begin, end); }
+
+  void sweep(int64_t task, char* memory, int64_t first_image, int64_t group, const ColumnTable& up) {
+    const Band<Cell> band = band_of(task, first_image);
+    Arena scratch(memory);
+    Strip strip = strip_of(band, scratch);
+    with_chain(band, strip, group, up, [&](auto& source, auto& sink) {
+      stream(band, strip, source, sink);
+      finite_[task] = sink.is_finite();
+    });
+  }
+
+  template <class From, class To>
+  void stream(const Band<Cell>& band, Strip& strip, From& source, To& sink) const {
+    for (int64_t s = 0; s < plan_.strips; ++s) {
+      strip.is_last = s + 1 == plan_.strips;
+      strip.begin = plan_.begin(s);
+      strip.width = plan_.begin(s + 1) - strip.begin;
+      // Convolutions make two lines at once, and bands begin at even ones: after line 2n + 1 they make 2n - 1 and 2n,
+      // and what follows them, which looks one line around, 2n - 2 and 2n - 1.
+      for (int64_t row = band.top - 2 - 2 * source.delay; row < band.bottom + 3; ++row) {
+        source.step(row + source.delay);
+        if (band.takes_part(row, 2, strip)) sink.push(row, source);
+        if (row % 2 == 0 || row < band.top) continue;
+        if (row - 2 <= band.bottom) sink.pull(row - 2);
+        if (row - 3 >= band.top) sink.finish(row - 3, s);
+      }
+      if (net_.progress) __atomic_fetch_add(net_.progress, band.bottom - band.top, __ATOMIC_RELAXED);
+    }
+  }
+
+  const Network& net_;
+  const NetworkConfig& config_;
+  const Plan plan_;
+  const NetworkWeights<Cell> weights_;
+  State<Cell> state_, frames_;
+  const void* filed_;  // what of them lies in a file, up to the end
+  float* sums_;
+  int64_t* finite_;
+  char *table_, *routes_, *scratch_;
+  int64_t scratch_bytes_;
+  NetworkMemory memory_;
+};
+
+}  // namespace
+
+NetworkMemory network_memory(const Network& net) {
+  return net.config.is_bfloat16 ? Run<Pair>(net, nullptr, nullptr).memory()
+                                : Run<float>(net, nullptr, nullptr).memory();
+}
+
+bool network(const Network& net, void* state, void* rest) {
+  return net.config.is_bfloat16 ? Run<Pair>(net, state, rest)() : Run<float>(net, state, rest)();
+}
+
+}  // namespace seemore::SEEMORE_ISA

@@ -1,0 +1,199 @@
+// What happens at a group's global pool: the small map of the calibration, and which experts work on an image.
+#pragma once
+
+#include "cpu/network/stages.h"
+
+namespace seemore::SEEMORE_ISA {
+
+// Where the columns of an image lie on a narrower map (bilinear, align_corners = False).
+struct ColumnTable {
+  ColumnTable(Arena& arena, int64_t count, int64_t columns, int64_t map_columns)
+      : left(arena.take<int32_t>(count)), right(arena.take<int32_t>(count)), share(arena.take<float>(count)) {
+    if (!left) return;
+    for (int64_t i = 0; i < count; ++i) {
+      const Position position(smaller(i, columns - 1), columns, map_columns);
+      left[i] = position.first, right[i] = position.second, share[i] = position.share;
+    }
+  }
+
+  // As torch computes it, in float32.
+  struct Position {
+    Position(int64_t i, int64_t size, int64_t map_size) {
+      const float scale = static_cast<float>(map_size) / static_cast<float>(size);
+      const float at = scale * (static_cast<float>(i) + 0.5f) - 0.5f;
+      const float inside = at > 0 ? at : 0;
+      first = smaller(static_cast<int64_t>(inside), map_size - 1);
+      second = smaller(first + 1, map_size - 1);
+      share = inside - static_cast<float>(first);
+    }
+    int64_t first, second;
+    float share;  // of the second
+  };
+
+  int32_t *left, *right;
+  float* share;
+};
+
+// All that belongs to one image between two sweeps.
+template <class Cell>
+class Route {
+ public:
+  Route(Arena& arena, const NetworkConfig& config, const Size& size)
+      : config_(config),
+        height_(size.height),
+        pixels_(size.height * size.width),
+        rows_(size.height / 4),
+        columns_(size.width / 4),
+        map_rows_(size.height),
+        map_columns_(size.width) {
+    for (int64_t i = 0; i < config.recursive; ++i) map_rows_ /= 4, map_columns_ /= 4;
+    const int64_t c = config.channels, ranks = all_ranks(config);
+    for (float*& maps : maps_) maps = arena.take<float>(c * rows_ * columns_);
+    s_ = arena.take<float>(ranks * map_rows_ * map_columns_);
+    chosen_ = arena.take<int64_t>(ranks);
+    count_ = arena.take<int64_t>(1);
+    project_a_ = take_matrix<Cell>(arena, ranks, 1, c);
+    mix_ = take_matrix<Cell>(arena, c, 2, c, ranks);
+  }
+
+  Pooled pooled(float* sums, int64_t strips) const { return {sums, maps_[0], strips, rows_, columns_}; }
+  int64_t map_rows() const { return map_rows_; }
+  int64_t map_columns() const { return map_columns_; }
+
+  // For what the chosen experts do: rows of the packed projections, in cells of two or one; k's row of each.
+  int64_t ranks() const { return count_ ? *count_ : 0; }  // null: memory is only counted
+  int64_t row_of_k(int64_t i) const { return chosen_[i]; }
+  const float* small_map(int64_t i, int64_t row) const { return s_ + (i * map_rows_ + row) * map_columns_; }
+  Matrix<Cell> project_a() const {
+    Matrix<Cell> matrix = project_a_;
+    matrix.rows = ranks();
+    return matrix;
+  }
+  Matrix<Cell> mix() const {
+    Matrix<Cell> matrix = mix_;
+    matrix.last_cells = cells_of<Cell>(ranks());
+    return matrix;
+  }
+
+  // A channel's way from its aggregate to the small map.
+  void calibrate(const GroupWeights<Cell>& weights, int64_t channel) const {
+    float* from = maps_[0] + channel * rows_ * columns_;
+    float* to = maps_[1] + channel * rows_ * columns_;
+    int64_t rows = rows_, columns = columns_;
+    activate(from, rows * columns);
+    for (int64_t i = 1; i < config_.recursive; ++i) {
+      aggregate(to, from, rows / 4, columns / 4, columns, weights.aggregate[channel]);
+      rows /= 4, columns /= 4;
+      activate(to, rows * columns);
+      float* filled = to;
+      to = from, from = filled;
+    }
+    convolve(to, from, rows, columns, weights.calibrate[channel]);
+  }
+
+  // Choose the experts from the sums of a, and prepare their work.
+  void choose(const ExpertWeights& experts, const float* sums, int64_t strips) const {
+    const int64_t c = config_.channels, ranks = experts.ranks;
+    Buffer<double> mean(c);
+    Buffer<float> probability(config_.experts);
+    for (int64_t i = 0; i < c; ++i) mean[i] = 0;
+    for (int64_t line = 0; line < height_ * strips; ++line) {
+      for (int64_t i = 0; i < c; ++i) mean[i] += sums[line * c + i];
+    }
+    float largest_logit = 0, total = 0;
+    for (int64_t e = 0; e < config_.experts; ++e) {
+      double logit = 0;
+      for (int64_t i = 0; i < c; ++i) logit += experts.router[e * c + i] * (mean[i] / static_cast<double>(pixels_));
+      probability[e] = static_cast<float>(logit);
+      if (e == 0 || probability[e] > largest_logit) largest_logit = probability[e];
+    }
+    for (int64_t e = 0; e < config_.experts; ++e) {
+      probability[e] = __builtin_expf(probability[e] - largest_logit);
+      total += probability[e];
+    }
+    Buffer<float> share(ranks), bias(c);
+    for (int64_t i = 0; i < c; ++i) bias[i] = experts.bias_proj[i];
+    *count_ = 0;
+    for (int64_t n = 0; n < config_.top_k; ++n) {
+      int64_t best = -1;  // NaN is larger than all, as for torch.topk
+      for (int64_t e = 0; e < config_.experts; ++e) {
+        const float p = probability[e];
+        if (p >= 0 || p != p) {
+          if (best < 0 || p > probability[best] || (p != p && probability[best] == probability[best])) best = e;
+        }
+      }
+      int64_t first = 0;
+      for (int64_t e = 0; e < best; ++e) first += padded_rank(config_.ranks[e]);
+      const float p = probability[best] / total;
+      for (int64_t r = 0; r < padded_rank(config_.ranks[best]); ++r, ++*count_) {
+        chosen_[*count_] = first + r;
+        share[*count_] = p;
+      }
+      for (int64_t i = 0; i < c; ++i) bias[i] += p * experts.bias_out[best * c + i];
+      probability[best] = -1;  // taken
+    }
+    const Matrix<Cell> a = project_a(), mixed = mix();
+    pack(a, a.rows, c, c, [&](int64_t r, int64_t, int64_t i) { return experts.weight_a[chosen_[r] * c + i]; });
+    for (int64_t r = 0; r < a.rows; ++r) a.bias[r] = experts.bias_a[chosen_[r]];
+    pack(mixed, c, c, *count_, [&](int64_t r, int64_t source, int64_t i) {
+      return source == 0 ? experts.weight_proj[r * c + i] : share[i] * experts.weight_out[r * ranks + chosen_[i]];
+    });
+    for (int64_t r = 0; r < mixed.rows; ++r) mixed.bias[r] = r < c ? bias[r] : 0;
+    const int64_t map = map_rows_ * map_columns_;
+    const float* calibrated = maps_[config_.recursive % 2];
+    for (int64_t r = 0; r < *count_; ++r) {
+      float* to = s_ + r * map;
+      for (int64_t i = 0; i < map; ++i) to[i] = experts.bias_s[chosen_[r]];
+      for (int64_t channel = 0; channel < c; ++channel) {
+        const float weight = experts.weight_s[chosen_[r] * c + channel];
+        const float* from = calibrated + channel * rows_ * columns_;
+        for (int64_t i = 0; i < map; ++i) to[i] += weight * from[i];
+      }
+    }
+  }
+
+ private:
+  static void activate(float* map, int64_t count) {
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) store(map + i, gelu<float>(load(map + i)));
+    if (i == count) return;
+    float last[kWidth] = {};
+    std::memcpy(last, map + i, (count - i) * sizeof(float));
+    store(last, gelu<float>(load(last)));
+    std::memcpy(map + i, last, (count - i) * sizeof(float));
+  }
+
+  static void aggregate(float* to, const float* from, int64_t rows, int64_t columns, int64_t stride,
+                        const Taps<float>& taps) {
+    for (int64_t y = 0; y < rows; ++y) {
+      for (int64_t x = 0; x < columns; ++x) {
+        float sum = taps.bias;
+        for (int64_t k = 0; k < 16; ++k) sum += taps.weight[k] * from[(4 * y + k / 4) * stride + 4 * x + k % 4];
+        to[y * columns + x] = sum;
+      }
+    }
+  }
+
+  static void convolve(float* to, const float* from, int64_t rows, int64_t columns, const Taps<float>& taps) {
+    for (int64_t y = 0; y < rows; ++y) {
+      float* line = to + y * columns;
+      for (int64_t x = 0; x < columns; ++x) line[x] = taps.bias;
+      for (int64_t k = 0; k < 9; ++k) {
+        const int64_t source = y + k / 3 - 1, shift = k % 3 - 1;
+        if (source < 0 || source >= rows) continue;
+        const float* in = from + source * columns + shift;
+        const float weight = taps.weight[k];
+        for (int64_t x = shift < 0 ? 1 : 0; x < columns - (shift > 0 ? 1 : 0); ++x) line[x] += weight * in[x];
+      }
+    }
+  }
+
+  const NetworkConfig& config_;
+  int64_t height_, pixels_, rows_, columns_, map_rows_, map_columns_;
+  float* maps_[2];
+  float* s_;
+  int64_t *chosen_, *count_;
+  Matrix<Cell> project_a_, mix_;
+};
+
+}  // namespace seemore::SEEMORE_ISA

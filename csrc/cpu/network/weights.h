@@ -1,0 +1,116 @@
+// The network's weights as the engine uses them: in one block of memory, folded and packed.
+#pragma once
+
+#include "cpu/network/conv3x3.h"
+#include "params/network.h"
+
+namespace seemore::SEEMORE_ISA {
+
+// Depthwise weights, [channel][tap], and biases.
+struct Depthwise {
+  Depthwise(Arena& arena, int64_t channels, int64_t count)
+      : count(count), weights(arena.take<float>(channels * count)), bias(arena.take<float>(channels)) {}
+  Taps<float> operator[](int64_t channel) const { return {weights + channel * count, count, bias[channel]}; }
+  int64_t count;
+  float *weights, *bias;
+};
+
+struct Affine {
+  Affine(Arena& arena, int64_t channels) : weight(arena.take<float>(channels)), bias(arena.take<float>(channels)) {}
+  float *weight, *bias;
+};
+
+// Rows of an expert in the packed projections: an even number, so that each begins with a cell.
+inline int64_t padded_rank(int64_t rank) { return round_up(rank, 2); }
+
+inline int64_t all_ranks(const NetworkConfig& config) {
+  int64_t sum = 0;
+  for (int64_t e = 0; e < config.experts; ++e) sum += padded_rank(config.ranks[e]);
+  return sum;
+}
+
+template <class Cell>
+struct FfnWeights {
+  FfnWeights(Arena& arena, int64_t c)
+      : expand(take_matrix<Cell>(arena, 2 * c, 1, c)), gate(arena, c, 9), project(take_matrix<Cell>(arena, c, 1, c)) {}
+  Matrix<Cell> expand;  // with the norm's weight and bias
+  Depthwise gate;
+  Matrix<Cell> project;
+};
+
+// What the experts are made of; an image's own matrices are packed from it once its experts are chosen.
+struct ExpertWeights {
+  ExpertWeights(Arena& arena, const NetworkConfig& config)
+      : ranks(all_ranks(config)),
+        router(arena.take<float>(config.experts * config.channels)),
+        weight_a(arena.take<float>(ranks * config.channels)),
+        bias_a(arena.take<float>(ranks)),
+        weight_s(arena.take<float>(ranks * config.channels)),
+        bias_s(arena.take<float>(ranks)),
+        weight_out(arena.take<float>(config.channels * ranks)),
+        bias_out(arena.take<float>(config.experts * config.channels)),
+        weight_proj(arena.take<float>(config.channels * config.channels)),
+        bias_proj(arena.take<float>(config.channels)) {}
+  int64_t ranks;
+  float* router;                 // (E, C)
+  float *weight_a, *bias_a;      // (R, C), R
+  float *weight_s, *bias_s;      // of the small map: weight_k @ weight_pw
+  float *weight_out, *bias_out;  // (C, R), (E, C): weight_proj @ weight_out, @ bias_out
+  float *weight_proj, *bias_proj;
+};
+
+template <class Cell>
+struct GroupWeights {
+  GroupWeights(Arena& arena, const NetworkConfig& config)
+      : norm_1(arena, config.channels),
+        conv(take_conv3x3<Cell>(arena, config.channels, config.channels)),
+        expand(take_matrix<Cell>(arena, 2 * config.channels + all_ranks(config), 1, config.channels)),
+        aggregate(arena, config.channels, 16),
+        calibrate(arena, config.channels, 9),
+        row(arena, config.channels, 3),
+        col(arena, config.channels, 3),
+        experts(arena, config),
+        local_ffn(arena, config.channels),
+        to_qv(take_matrix<Cell>(arena, 2 * config.channels, 1, config.channels)),
+        striped_row(arena, config.channels, config.taps),
+        striped_col(arena, config.channels, config.taps),
+        project(take_matrix<Cell>(arena, config.channels, 1, config.channels)),
+        global_ffn(arena, config.channels) {}
+  Affine norm_1;
+  Matrix<Cell> conv, expand;  // expand: to a, k and weight_k @ k of all experts
+  Depthwise aggregate, calibrate, row, col;
+  ExpertWeights experts;
+  FfnWeights<Cell> local_ffn;
+  Matrix<Cell> to_qv;  // with the norm's weight and bias
+  Depthwise striped_row, striped_col;
+  Matrix<Cell> project;
+  FfnWeights<Cell> global_ffn;
+};
+
+template <class Cell>
+struct NetworkWeights {
+  NetworkWeights(Arena& arena, const NetworkConfig& config)
+      : conv_1(take_matrix<float>(arena, config.channels, 9, config.in_channels)),
+        norm(arena, config.channels),
+        conv_2(take_conv3x3<Cell>(arena, config.channels, config.channels)),
+        upsampler(take_conv3x3<float>(arena, config.in_channels * config.scale * config.scale, config.channels)),
+        groups(arena.bytes()) {}
+  Matrix<float> conv_1;
+  Affine norm;
+  Matrix<Cell> conv_2;
+  Matrix<float> upsampler;
+  int64_t groups;  // where the first group's weights begin, in bytes
+};
+
+// The group's weights in the block that holds all.
+template <class Cell>
+GroupWeights<Cell> group_weights(const NetworkConfig& config, const void* weights, int64_t group) {
+  Arena start(nullptr);
+  const NetworkWeights<Cell> outer(start, config);
+  const GroupWeights<Cell> counted(start, config);
+  const int64_t bytes = start.bytes() - outer.groups;
+  Arena arena(static_cast<char*>(const_cast<void*>(weights)) + outer.groups + group * bytes);
+  return GroupWeights<Cell>(arena, config);
+}
+
+}  // namespace seemore::SEEMORE_ISA

@@ -1,0 +1,139 @@
+// Blocks of pixels with all their channels, and parameters, as the trained layers read and write them.
+//
+// A block has one row of `span` elements for each channel, a multiple of a vector. Padding beyond the pixels is finite,
+// and zero in what is summed over.
+#pragma once
+
+#include "cpu/tile/prefetch.h"
+#include "cpu/tile/tiling.h"
+#include "params/layer_types.h"
+
+namespace seemore::SEEMORE_ISA {
+
+// From one channel's pixels to the next's: an odd number of cache lines, lest all channels lie in the same few sets of
+// the first cache.
+inline int64_t span_for(int64_t pixels) { return (round_up(pixels, 16) / 16 | 1) * 16; }
+
+// A block's memory.
+template <class A>
+class Block {
+ public:
+  Block(int64_t channels, int64_t span) : span_(span), data_(channels * span) {
+    std::memset(data_, 0, channels * span * sizeof(A));
+  }
+  int64_t span() const { return span_; }
+  A* operator[](int64_t c) const { return data_ + c * span_; }
+  operator A*() const { return data_; }
+
+ private:
+  int64_t span_;
+  Buffer<A> data_;
+};
+
+// Element i of a parameter, and its gradient.
+template <class A>
+inline A value_of(const Parameter& parameter, int64_t i) {
+  switch (parameter.dtype) {
+    case DType::float32:
+      return static_cast<const float*>(parameter.data)[i];
+    case DType::float64:
+      return static_cast<A>(static_cast<const double*>(parameter.data)[i]);
+    default:
+      return load_one(static_cast<const BFloat16*>(parameter.data) + i);
+  }
+}
+
+inline void set_value(const Parameter& parameter, int64_t i, double value) {
+  switch (parameter.dtype) {
+    case DType::float32:
+      static_cast<float*>(parameter.data)[i] = static_cast<float>(value);
+      return;
+    case DType::float64:
+      static_cast<double*>(parameter.data)[i] = value;
+      return;
+    default:
+      store_one(static_cast<BFloat16*>(parameter.data) + i, static_cast<float>(value));
+  }
+}
+
+// A whole parameter in the type of sums, and its gradient.
+template <class A>
+inline void read_values(A* to, const Parameter& parameter, int64_t count) {
+  switch (parameter.dtype) {
+    case DType::float32:
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<const float*>(parameter.data)[i];
+      return;
+    case DType::float64:
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<A>(static_cast<const double*>(parameter.data)[i]);
+      return;
+    default:
+      for (int64_t i = 0; i < count; ++i) to[i] = load_one(static_cast<const BFloat16*>(parameter.data) + i);
+  }
+}
+
+template <class A>
+inline void write_values(const Parameter& parameter, const A* from, int64_t count) {
+  switch (parameter.dtype) {
+    case DType::float32:
+      for (int64_t i = 0; i < count; ++i) static_cast<float*>(parameter.data)[i] = static_cast<float>(from[i]);
+      return;
+    case DType::float64:
+      for (int64_t i = 0; i < count; ++i) static_cast<double*>(parameter.data)[i] = from[i];
+      return;
+    default:
+      for (int64_t i = 0; i < count; ++i) {
+        store_one(static_cast<BFloat16*>(parameter.data) + i, static_cast<float>(from[i]));
+      }
+  }
+}
+
+// load_rows and store_rows of images of any type; in double, all are.
+
+inline void load_image(float* out, const TypedImage& image, const Size& size, const Place& place, int64_t count) {
+  if (image.dtype == DType::float32) return load_rows<float>(out, image.view, size, place, count);
+  load_rows<BFloat16>(out, image.view, size, place, count);
+}
+
+inline void load_image(double* out, const TypedImage& image, const Size& size, const Place& place, int64_t count) {
+  load_rows<double>(out, image.view, size, place, count);
+}
+
+inline void store_image(const TypedImage& image, const Place& place, float* rows, int64_t count) {
+  if (image.dtype == DType::float32) return store_rows<float>(image.view, place, rows, count);
+  store_rows<BFloat16>(image.view, place, rows, count);
+}
+
+inline void store_image(const TypedImage& image, const Place& place, double* rows, int64_t count) {
+  store_rows<double>(image.view, place, rows, count);
+}
+
+// The pixels of images in blocks of `most`, one after another: of a line, or of the whole image where in all of the
+// images line follows on line. The blocks depend on sizes and strides alone, so that sums do not depend on threads.
+struct Blocks {
+  template <class... Images>
+  Blocks(int64_t most, const Size& whole, const Images&... images) : size(whole), most(most) {
+    if ((follow(whole, images.view) && ...)) size.height = 1, size.width = whole.height * whole.width;
+    of_a_line = (size.width + most - 1) / most;
+  }
+  static bool follow(const Size& size, const Image& image) {
+    return !image.data || size.height == 1 || image.row == size.width * image.column;
+  }
+  int64_t count() const { return size.batch * size.height * of_a_line; }
+  int64_t span() const { return span_for(smaller(most, size.width)); }
+  Place place(int64_t block, int64_t channels, int64_t span) const {
+    const int64_t line = block / of_a_line;
+    return {line / size.height, 0, channels, line % size.height, block % of_a_line * most, span};
+  }
+  int64_t width(int64_t block) const { return smaller(most, size.width - block % of_a_line * most); }
+  // An image's pixels of a block before `end`, asked for while a product makes `rows` rows of `width` pixels.
+  Ahead ahead(const TypedImage& image, int64_t block, int64_t end, int64_t channels, int64_t rows,
+              int64_t width) const {
+    if (block >= end) return {};
+    return {image, place(block, channels, 0), this->width(block), rows, width};
+  }
+
+  Size size;
+  int64_t most, of_a_line;
+};
+
+}  // namespace seemore::SEEMORE_ISA

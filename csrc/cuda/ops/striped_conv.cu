@@ -1,0 +1,121 @@
+// striped_conv on CUDA for K = 3, 7, 11: y = gate * activation(column(row(x) + bias_row) + bias_col), in one walk.
+//
+// Every row of x gives a row of r = row(x) + bias_row, which at once goes into the K rows of s = column(r) that see it:
+// a lane holds the partial sums of K - 1 of them for its quad. So x is read and y is written once, nothing else.
+//
+// Predicted for an H200 (132 multiprocessors at 1.98 GHz, 4.3 TB/s), x (1, 36, 480, 640), not yet run on a GPU. Time to
+// issue is instructions per pixel, as sm_90's code has them, and 17 % more rows for K = 11 than are written. For widths
+// that are a multiple of 2 only the code is 5 % longer, for odd ones, element by element, a third:
+//
+//                     bytes    floor    instructions   to issue   predicted   registers   shared per block
+//   K = 11 float32    88 MB    20.6 us  30 a pixel     11.7 us    24 us       168         10,240 bytes
+//   K = 11 bfloat16   44 MB    10.3 us  33             12.6 us    16 us       157         10,240
+//   K = 3 gelu bf16   44 MB    10.3 us  33             11.4 us    15 us       111          9,216
+
+#include "cuda/ops/striped_conv_sweep.h"
+
+namespace {
+
+using seemore::Activation;
+using seemore::Image;
+using seemore::StripedConv;
+
+template <int K>
+constexpr int kWarps = K == 3 ? 16 : 12;
+
+template <typename T, int K, int kVector>
+__global__ void __launch_bounds__(kThreads, (kVector > 1 ? kWarps<K> : kUnalignedWarps<K>) / kBlockWarps)
+    striped_conv_walk_forward(StripedConv conv, Image y_image, float* sums, Walk walk) {
+  constexpr int kRows = 4, kHalf = K / 2, kHalo = kHaloQuads<K>;
+  __shared__ Stage<kRows, kHalo> stages[kBlockWarps];
+  auto& stage = stages[threadIdx.y];
+  const Strip strip(walk, conv.size);
+  const int place = Stage<kRows, kHalo>::place(strip, walk.lanes);
+  const Taps<T, K> row(conv.weight_row, conv.bias_row, strip.channel);
+  const Taps<T, K> col(conv.weight_col, conv.bias_col, strip.channel);
+  const int first = strip.row - walk.lead, steps = walk.lead + walk.rows + kHalf;
+  Feed<T, kVector, kRows, kHalo> x(conv.x, strip, walk, first, kHalf);
+  Cursor<const T, kVector> gate(conv.gate, strip, first - kHalf);
+  Cursor<T, kVector> y(y_image, strip, first - kHalf);
+  float partial[K - 1][kQuad];  // partial[m] of the row m further down than the next one of s
+#pragma unroll
+  for (auto& quad : partial) {
+#pragma unroll
+    for (float& s : quad) s = col.bias;
+  }
+  float sum = 0;  // of what the lane wrote
+  x.take();
+  for (int step = 0, half = 0; step < steps; step += kRows, half ^= 1) {
+    x.put(stage, half);
+    __syncwarp();
+    x.take();
+    Words<T, kQuad> gates[kRows];
+    if (conv.gate.data) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) gates[r] = gate.take(strip.has(first + step + r - kHalf));
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int i = first + step + r;
+      const Window<kHalo> seen(stage.row(half, r) + place);
+      const Quad<float> line = row_step(row, seen, i >= 0 && i < strip.height);
+      Quad<float> result;
+#pragma unroll
+      for (int v = 0; v < kQuad; ++v) {
+        const float s = partial[0][v] + col.weight[K - 1] * line.value[v];
+#pragma unroll
+        for (int m = 0; m < K - 2; ++m) partial[m][v] = partial[m + 1][v] + col.weight[K - 2 - m] * line.value[v];
+        partial[K - 2][v] = col.bias + col.weight[0] * line.value[v];
+        result.value[v] = s;
+      }
+      if (conv.activation == Activation::gelu) {
+#pragma unroll
+        for (float& s : result.value) s = gelu_to<T>(s);
+      }
+      if (conv.gate.data) {
+#pragma unroll
+        for (int v = 0; v < kQuad; ++v) result.value[v] *= widen(gates[r]).value[v];
+      }
+      const auto rounded = narrow<T>(result);
+      y.put(rounded, strip.has(i - kHalf));
+      if (sums && strip.has(i - kHalf)) sum += sum_of_quad(strip.real(widen(rounded)));
+    }
+  }
+  if (sums) {
+    sum = sum_of_strip(sum, walk);
+    const int64_t part = strip.part - strip.batch * walk.down * walk.across;
+    const int64_t place = (part * conv.size.batch + strip.batch) * conv.size.channels + strip.channel;
+    if (strip.lane == 0 && strip.end > strip.row) sums[place] = sum;
+  }
+}
+
+}  // namespace
+
+namespace seemore {
+
+void striped_conv(const StripedConv& conv, const Image& y, void* stream) {
+  striped_conv_with_sums(conv, y, nullptr, stream);
+}
+
+void striped_conv_with_sums(const StripedConv& conv, const Image& y, float* sums, void* stream) {
+  with_taps(conv, [&](auto zero, auto K) {
+    using T = decltype(zero);
+    const Walk walk = walk_over(conv.size, kWarps<K>, K / 2, 0, sums ? kUsualMultiprocessors : multiprocessors());
+    if (walk.strips == 0) return;
+    with_vector(vector_of({conv.x, conv.gate, y}, conv.size.width, sizeof(T)), [&](auto vector) {
+      LAUNCH((striped_conv_walk_forward<T, K, vector>), walk.grid("striped_conv"), kBlock, 0, stream, conv, y, sums,
+             walk);
+    });
+  });
+}
+
+int64_t striped_conv_sum_parts(const StripedConv& conv) {
+  int64_t parts = 0;
+  with_taps(conv, [&](auto, auto K) {
+    const Walk walk = walk_over(conv.size, kWarps<K>, K / 2);
+    parts = walk.down * walk.across;
+  });
+  return parts;
+}
+
+}  // namespace seemore

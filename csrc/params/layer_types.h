@@ -1,0 +1,20 @@
+// What the trained layers of the CPU library are told of: images and parameters of types of their own, as under
+// autocast.
+#pragma once
+
+#include "params/views.h"
+
+namespace seemore {
+
+struct TypedImage {
+  Image view;
+  DType dtype;
+};
+
+// A parameter, contiguous; null where there is none.
+struct Parameter {
+  void* data;
+  DType dtype;
+};
+
+}  // namespace seemore
