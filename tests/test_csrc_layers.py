@@ -1,0 +1,48 @@
+"""The layers of csrc: what a folder may include stands in csrc/README.md."""
+
+import re
+from collections import Counter
+
+import pytest
+from helpers import CSRC, ROOT
+
+HOST = ROOT / "tests/helpers/cuda_host"  # what the CUDA sources include where they run on the CPU
+SOURCES = [path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".def")]
+HEADERS = [path for path in SOURCES if path.suffix in (".h", ".def")]
+
+
+def layers() -> dict[str, set[str]]:
+    """Return what each folder may include besides its own headers."""
+    rows = re.findall(r"^\| `([\w/]+)` \|.*\|([^|]*)\|$", (CSRC / "README.md").read_text(), re.MULTILINE)
+    return {folder: set(re.findall(r"`([\w/]+)`", others)) for folder, others in rows}
+
+
+def folder_of(path) -> str:
+    return path.relative_to(CSRC).parent.as_posix()
+
+
+def test_every_folder_has_a_row():
+    assert {folder_of(path) for path in SOURCES} - {"."} == layers().keys()
+    assert {folder for others in layers().values() for folder in others} <= layers().keys()
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(CSRC).as_posix())
+def test_a_source_includes_layers_below_its_own(source):
+    folder = folder_of(source)
+    for name in re.findall(r'#\s*include "([^"]+)"', source.read_text()):
+        if (HOST / name).exists():
+            continue
+        assert (CSRC / name).exists(), f"{name}: expected a path from csrc/"
+        allowed = layers()[folder] | {folder}
+        assert folder_of(CSRC / name) in allowed, f"{name}: expected a header of {', '.join(sorted(allowed))}"
+
+
+def test_no_two_headers_have_one_name():
+    names = Counter(path.name for path in [*HEADERS, *HOST.glob("*.h")])
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_every_header_is_included():
+    included = {name for path in SOURCES for name in re.findall(r'#\s*include "([^"]+)"', path.read_text())}
+    by_device = {"bindings/cpu_device.h", "bindings/cuda_device.h"}  # by SEEMORE_DEVICE
+    assert {path.relative_to(CSRC).as_posix() for path in HEADERS} - included == by_device
