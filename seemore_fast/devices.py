@@ -3,7 +3,7 @@
 import torch
 
 
-def find_device(device) -> torch.device:
+def find_device(device: str | torch.device) -> torch.device:
     """Return the torch device of a name, for "auto" a GPU if there is one; ValueError if it is not available."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,5 +1,7 @@
 """Exceptions of the package, each a complete message for the user, and helpers to word them."""
 
+import os
+
 
 class SeemoreError(Exception):
     """Base of the package's own exceptions."""
@@ -42,7 +44,7 @@ def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def file_error(path, error: Exception) -> str:
+def file_error(path: str | os.PathLike, error: Exception) -> str:
     """Return the first line of an error, with the name of the file at fault."""
     if isinstance(error, ImageError):  # names it already
         return first_line(error)

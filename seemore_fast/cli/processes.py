@@ -20,7 +20,7 @@ def own_device(device: str) -> str:
 
 
 @contextmanager
-def gathered(value) -> Iterator[list | None]:
+def gathered(value: object) -> Iterator[list | None]:
     """Yield the values of all processes on the first, None on the others; all leave the block together."""
     rank, world, _ = position()
     if world == 1:

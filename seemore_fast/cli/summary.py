@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .exits import DONE, FAILED, INTERRUPTED
@@ -84,5 +85,5 @@ class Summary:
         return self.failures + [file["error"] for file in self.files if file["error"]]
 
 
-def _union(lists) -> list[str]:
+def _union(lists: Iterable[list[str]]) -> list[str]:
     return list(dict.fromkeys(line for lines in lists for line in lines))

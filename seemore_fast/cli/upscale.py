@@ -6,11 +6,19 @@ import time
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, ImageError, UsageError, first_line
 from ..torchrun import position
 from .exits import DONE
 from .processes import gathered, own_device
+
+if TYPE_CHECKING:  # imported when the command runs: --help is fast
+    from ..upscale import Upscaler
+    from ..upscale.files import FileOptions
+    from ..upscale.jobs import Jobs
+    from .progress import ImageBars
+    from .summary import Summary
 
 HELP = "Upscale PNG, JPEG, WebP and TIFF files, and folders of them."
 
@@ -131,7 +139,7 @@ def run(options: argparse.Namespace) -> int:
         return summary.exit_status
 
 
-def _batch_options(options: argparse.Namespace):
+def _batch_options(options: argparse.Namespace) -> "FileOptions":
     from ..upscale.files import FileOptions
 
     size = {name: getattr(options, name) for name in ("outscale", "width", "height") if getattr(options, name)}
@@ -143,7 +151,7 @@ def _batch_options(options: argparse.Namespace):
     return FileOptions(**limit, overwrite=options.overwrite, quality=options.quality, size=size)
 
 
-def _upscalers(options: argparse.Namespace, bars) -> list:
+def _upscalers(options: argparse.Namespace, bars: "ImageBars") -> "list[Upscaler]":
     from ..upscale import Upscaler
     from ..upscale.upscaler import shipped_scales
 
@@ -170,7 +178,7 @@ def _upscalers(options: argparse.Namespace, bars) -> list:
         raise UsageError(error) from None
 
 
-def _jobs(options: argparse.Namespace, size: dict, scale: int):
+def _jobs(options: argparse.Namespace, size: dict, scale: int) -> "Jobs":
     """Return the jobs; create the folder of their results."""
     from ..upscale.jobs import Jobs
 
@@ -201,7 +209,9 @@ def _check_page(page: Path | None):
         raise UsageError(f"--compare: {page} cannot be written: {reason}")
 
 
-def _upscale_all(options, upscalers: list, jobs, batch, bars) -> tuple[list, Counter, bool]:
+def _upscale_all(
+    options: argparse.Namespace, upscalers: "list[Upscaler]", jobs: "Jobs", batch: "FileOptions", bars: "ImageBars"
+) -> tuple[list[dict], Counter, bool]:
     """Return the outcomes worth reporting, in the order of the jobs, the counts of all, and whether it was stopped."""
     from ..upscale.batch import upscale_files
     from ..upscale.jobs import is_share
@@ -220,7 +230,7 @@ def _upscale_all(options, upscalers: list, jobs, batch, bars) -> tuple[list, Cou
     return files, counts, stopped.is_set()
 
 
-def _compare(page: Path, summary, max_megapixels: float):
+def _compare(page: Path, summary: "Summary", max_megapixels: float):
     """Write the comparison page of all results, new or old; add its failures and warnings to the summary."""
     from tqdm import tqdm
 

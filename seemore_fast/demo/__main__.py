@@ -13,6 +13,7 @@ from ..backends import backend_for_device
 from ..evaluation import psnr_y
 from ..io.atomic import replacing
 from ..io.resize import bicubic_resize
+from ..network.model import SeemoRe
 from ..reference import SeemoRe as PlainSeemoRe
 from ..upscale import Upscaler
 from . import PHOTO
@@ -57,7 +58,7 @@ def main():
 
 
 @torch.inference_mode()
-def time_against_reference(model, image: np.ndarray) -> tuple[float, float]:
+def time_against_reference(model: SeemoRe, image: np.ndarray) -> tuple[float, float]:
     """Return the median seconds of `model` and of the plain reference on an image, in alternating runs."""
     plain = PlainSeemoRe(**model.config).eval()
     plain.load_state_dict(model.state_dict())

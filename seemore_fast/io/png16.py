@@ -1,6 +1,7 @@
 """PNG and TIFF files of 16 bits per channel, through libvips: Pillow reduces their colours to 8."""
 
 from collections.abc import Callable
+from typing import BinaryIO
 
 import numpy as np
 
@@ -10,7 +11,9 @@ FORMATS = ("PNG", "TIFF")
 CLASSIC_TIFF = 2**32 - 2**24  # bytes of pixels that 32-bit offsets reach, with room for the rest of the file
 
 
-def read_16bit(file, format_name: str, check: Callable[[int, int, int], None]) -> tuple[np.ndarray, bytes | None, int]:
+def read_16bit(
+    file: BinaryIO, format_name: str, check: Callable[[int, int, int], None]
+) -> tuple[np.ndarray, bytes | None, int]:
     """Return the pixels of an open file as they are stored, its ICC profile and its EXIF orientation.
 
     The pixels are uint16, (H, W) or (H, W, C) with C from 2 to 4; premultiplied alpha is divided out. `check` gets
@@ -39,7 +42,7 @@ def _field(image, name: str, default=None):
 
 
 def write_16bit(
-    pixels: np.ndarray, file, format_name: str, icc_profile: bytes | None, exif: bytes | None, png_level: int
+    pixels: np.ndarray, file: BinaryIO, format_name: str, icc_profile: bytes | None, exif: bytes | None, png_level: int
 ):
     """Write uint16 pixels, (H, W) or (H, W, C) with C from 1 to 4, to a file open as "w+b"; EXIF goes to PNG only.
 

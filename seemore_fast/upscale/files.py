@@ -33,9 +33,9 @@ def read(upscaler: ImageUpscaler, source: Path, target: Path, options: FileOptio
     picture = read_image(source, options.max_megapixels, keep_16_bit=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     width, height = picture.size
-    size = upscaler.size_of(height, width, **options.size)[::-1]
-    check_output(target, picture, size)
-    return picture, size
+    height, width = upscaler.size_of(height, width, **options.size)
+    check_output(target, picture, (width, height))
+    return picture, (width, height)
 
 
 def upscale_file(upscaler: ImageUpscaler, source: Path, target: Path, options: FileOptions):

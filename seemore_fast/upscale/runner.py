@@ -1,6 +1,7 @@
 """Computation of one image: whole if it fits into memory, else streamed."""
 
 import math
+import os
 import threading
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from ..memory import check_memory, folder_of_large_files, in_a_file
 from ..network import engine
 from ..network.blocks import body_dtype
 from ..network.gpu_memory import gpu_memory_needed
+from ..network.model import SeemoRe
 from ..network.streaming import stream
 
 NOT_FINITE = "the network returned NaN or infinity: check the image, the weights and the dtype"
@@ -35,7 +37,7 @@ class ExecutionOptions:
     """
 
     stream: bool = False
-    scratch: Path | None = None
+    scratch: str | os.PathLike | None = None
     progress: Callable[[float], None] | None = None
 
     def __post_init__(self):
@@ -58,7 +60,9 @@ class ExecutionOptions:
         return Path(self.scratch) if self.scratch else folder_of_large_files()
 
 
-def must_stream(model, shape: tuple[int, ...], itemsize: int, options: ExecutionOptions, extra_bytes: int = 0) -> bool:
+def must_stream(
+    model: SeemoRe, shape: tuple[int, ...], itemsize: int, options: ExecutionOptions, extra_bytes: int = 0
+) -> bool:
     """Return whether to stream images of `shape` (B, in_chans, H, W) and `itemsize` bytes per value.
 
     extra_bytes: host memory that the caller needs besides the result. Raises MemoryError if the memory does not
@@ -82,7 +86,7 @@ def must_stream(model, shape: tuple[int, ...], itemsize: int, options: Execution
     return True
 
 
-def run(model, x: Tensor, y: Tensor, options: ExecutionOptions, streamed: bool = False):
+def run(model: SeemoRe, x: Tensor, y: Tensor, options: ExecutionOptions, streamed: bool = False):
     """Write model(x) to y, both on the host, (B, in_chans, H, W) of any strides, float32, uint8 or uint16.
 
     The largest integer stands for 1; results are clipped to [0, 1] and rounded to integers. `streamed` is the answer
@@ -131,7 +135,7 @@ def _polled(progress: Callable[[float], None] | None):
     progress(1)  # also for images that are done before the first poll
 
 
-def _run_image(model, x: Tensor, y: Tensor, options: ExecutionOptions, streamed: bool) -> bool:
+def _run_image(model: SeemoRe, x: Tensor, y: Tensor, options: ExecutionOptions, streamed: bool) -> bool:
     """Compute one image with the model's own backends and device; return whether the result is finite."""
     can_stream = min(x.shape[2:]) >= model.min_size and model.is_unmodified()  # streaming would bypass hooks
     if not (streamed and can_stream):
@@ -150,7 +154,7 @@ def _run_image(model, x: Tensor, y: Tensor, options: ExecutionOptions, streamed:
     return _run_streamed(model, x, y, options)
 
 
-def _run_streamed(model, x: Tensor, y: Tensor, options: ExecutionOptions) -> bool:
+def _run_streamed(model: SeemoRe, x: Tensor, y: Tensor, options: ExecutionOptions) -> bool:
     device, unit = model.mean.device, model.min_size
     _, _, height, width = x.shape
     shape, dtype = (height, model.config["embedding_dim"], width), body_dtype(model.conv_1.weight)

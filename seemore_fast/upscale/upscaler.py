@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ DTYPES = {
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
     "fp16": torch.float16, "float16": torch.float16,
 }  # fmt: skip
+T = TypeVar("T", int, float)
 LUMA = (0.299, 0.587, 0.114)
 
 
@@ -51,10 +53,10 @@ class Upscaler:
 
     def __init__(
         self,
-        model="seemore_t",
+        model: str | os.PathLike | torch.nn.Module = "seemore_t",
         scale: int | None = None,
-        device="auto",
-        dtype=None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype | None = None,
         stream: bool = False,
         scratch: str | os.PathLike | None = None,
         tta: bool = False,
@@ -261,23 +263,21 @@ def _full_name(name: str | os.PathLike, scale: int | None) -> str | os.PathLike:
     return f"{name}_x{scale or 2}" if shipped_scales(name) else name
 
 
-def _dtype(dtype) -> torch.dtype:
-    if dtype is None:
-        return torch.float32
-    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if dtype not in DTYPES.values():
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    found = torch.float32 if dtype is None else DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
         raise ValueError(f"dtype is {dtype!r}, expected float32, bfloat16 or float16")
-    return dtype
+    return found
 
 
-def _integer(name: str, value) -> int:
+def _integer(name: str, value: int) -> int:
     try:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} is {value!r}, expected an integer") from None
 
 
-def _positive(name: str, value):
+def _positive(name: str, value: T) -> T:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r}, expected a number")
     if not 0 < value < float("inf"):
