@@ -30,8 +30,10 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
         parser.error("--steps and --turns are to be at least 1")
     if absent := harness.missing("yaml") or harness.missing("pydantic"):
         parser.error(absent.replace("[bench]", "[train]"))
-    from seemore_fast.training.config import Config, ConfigError, build
+    from seemore_fast.errors import ConfigError
+    from seemore_fast.training.config import Config
     from seemore_fast.training.distributed import init_distributed
+    from seemore_fast.training.loading import build
     from seemore_fast.training.trainer import Trainer
 
     try:

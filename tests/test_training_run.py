@@ -18,8 +18,8 @@ from seemore_fast import Upscaler, load_model
 from seemore_fast.errors import ConfigError, StateError, TrainingError
 from seemore_fast.training import logging
 from seemore_fast.training.checkpoints import Checkpoints
-from seemore_fast.training.config import load_config
 from seemore_fast.training.distributed import World
+from seemore_fast.training.loading import load_config
 from seemore_fast.training.trainer import Trainer
 
 

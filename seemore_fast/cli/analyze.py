@@ -157,7 +157,9 @@ def _variant(preset: str, scale: int, overrides: list[str]) -> dict:
         if not line.startswith("model.") or line.startswith(("model.preset", "model.scale")):
             raise UsageError(f"{line}: expected a key of model other than preset and scale, which are options")
     try:
-        from ..training.config import Model, Section, build
+        from ..training.config import Model
+        from ..training.loading import build
+        from ..training.sections import Section
     except ModuleNotFoundError as error:
         raise UsageError(f"{error.name} is not installed: pip install 'seemore-fast[train]'") from None
 

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 def run(options: argparse.Namespace) -> int:
     """Train; a run that was asked to stop and has saved its state counts as done."""
     try:
-        from ..training.config import load_config
+        from ..training.loading import load_config
     except ModuleNotFoundError as error:
         raise UsageError(f"{error.name} is not installed: pip install 'seemore-fast[train]'") from None
     from ..training.distributed import init_distributed

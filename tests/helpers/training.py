@@ -11,7 +11,7 @@ pytest.importorskip("pydantic", reason="needs the train extra")
 pytest.importorskip("yaml", reason="needs the train extra")
 
 from seemore_fast.training.checkpoints import Checkpoints
-from seemore_fast.training.config import load_config
+from seemore_fast.training.loading import load_config
 from seemore_fast.training.trainer import Trainer
 
 TINY = """
