@@ -1,8 +1,8 @@
-"""How large the tiles of each kernel are, and how many warps work on one: a small table per architecture.
+"""Sizes of each kernel's tiles, and warps that work on one: a small table per architecture.
 
 Nothing is tried out at a first call. `python benchmarks/tune_triton.py` measures and writes the table for the GPU at
 hand. An architecture that is not in the table takes the entries of the next older one. Those of sm_80 have the fewest
-instructions for an image among those that do not spill, as far as the compiler tells. With two warps, or less than 64
+instructions for an image among those that do not spill, as the compiler reports it. With two warps, or less than 64
 rows, Triton multiplies by mma.sync on every architecture: products this small gain nothing by wgmma or tcgen05.
 """
 

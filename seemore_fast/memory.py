@@ -1,4 +1,4 @@
-"""How much memory there is, so that what cannot fit is refused before anything is allocated."""
+"""Available memory, and room that a mapped file extends."""
 
 import contextlib
 import ctypes
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-SMALL = 2**28  # bytes below which nobody asks
+SMALL = 2**28  # bytes below which nothing is checked
 OWN_CGROUPS = Path("/proc/self/cgroup")
 CGROUPS = {  # by version: where they are; a limit, the use, and what of that are pages of files, which make room
     1: ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
@@ -20,7 +20,7 @@ CGROUPS = {  # by version: where they are; a limit, the use, and what of that ar
 }  # fmt: skip
 KINDS_IN_MEMORY = ("tmpfs", "ramfs")
 MAP_FIXED = 0x10  # of Linux and macOS
-CAN_KEEP = hasattr(mmap, "MAP_ANONYMOUS")  # whether `in_a_file` can keep a part of what it returns in memory
+CAN_STAY_RESIDENT = hasattr(mmap, "MAP_ANONYMOUS")  # whether a part of a `mapped_buffer` can
 
 
 def available_memory() -> int | None:
@@ -37,7 +37,7 @@ def _spare_in_containers() -> Iterator[int]:
     """Yield what the limits leave of each control group that this process is in, from its own up to the topmost."""
     try:
         lines = [line.split(":", 2) for line in OWN_CGROUPS.read_text().splitlines()]
-    except OSError:  # not told: as if it were in the topmost ones
+    except OSError:  # unknown: as in the topmost ones
         lines = [("", "memory", "/"), ("", "", "/")]
     for _, controllers, path in lines:
         if controllers and "memory" not in controllers.split(","):
@@ -68,7 +68,7 @@ def check_memory(needed: int, what: str):
 
 
 def is_in_memory(folder: Path) -> bool:
-    """Tell whether what is written to a folder takes memory, as /tmp is on many systems."""
+    """Return whether files of a folder take memory, as those of /tmp do on many systems."""
     try:
         mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     except OSError:
@@ -84,16 +84,16 @@ def folder_of_large_files() -> Path:
     return large if is_in_memory(usual) and os.access(large, os.W_OK) and not is_in_memory(large) else usual
 
 
-def in_a_file(count: int, folder: Path, kept: int = 0) -> tuple[torch.Tensor, Callable[[int, int], None]]:
+def mapped_buffer(count: int, folder: Path, resident: int = 0) -> tuple[torch.Tensor, Callable[[int, int], None]]:
     """Return `count` bytes of zero, uint8, in a temporary file of `folder`, which is gone as soon as they are.
 
     And a function that takes the bytes [begin, end) out of memory, where the system can: they stay in the file. The
-    first `kept` bytes, whole pages, are in memory instead; of these it must not take any.
+    first `resident` bytes, whole pages, are in memory instead; of these it must not take any.
 
     Raises OSError where the folder cannot be written to, or its disk has no room for them; MemoryError where it is a
     folder in memory (tmpfs), and the memory does not suffice.
     """
-    filed = count - kept
+    filed = count - resident
     if is_in_memory(folder):
         check_memory(filed, f"what is to wait in {folder}, which is in memory itself,")
     free = shutil.disk_usage(folder).free
@@ -105,7 +105,7 @@ def in_a_file(count: int, folder: Path, kept: int = 0) -> tuple[torch.Tensor, Ca
     with tempfile.NamedTemporaryFile(prefix="seemore-fast-", dir=folder) as file:
         file.truncate(count)
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), kept, filed)  # a disk that is full later would end the process
+            os.posix_fallocate(file.fileno(), resident, filed)  # a disk that is full later would end the process
         mapped = mmap.mmap(file.fileno(), count)
 
     def release(begin: int, end: int):
@@ -114,8 +114,8 @@ def in_a_file(count: int, folder: Path, kept: int = 0) -> tuple[torch.Tensor, Ca
             mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     room = torch.frombuffer(mapped, dtype=torch.uint8)
-    if kept:
-        _map_memory(room.data_ptr(), kept)
+    if resident:
+        _map_memory(room.data_ptr(), resident)
     return room, release
 
 
@@ -126,4 +126,4 @@ def _map_memory(address: int, count: int):
     system.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     access, kind = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
     if system.mmap(address, count, access, kind, -1, 0) != address:
-        raise OSError(ctypes.get_errno(), f"{count:,} bytes of memory were not to be had")
+        raise OSError(ctypes.get_errno(), f"could not map {count:,} bytes")

@@ -80,7 +80,9 @@ def test_memory_for_more_than_the_network_is_looked_for_first(small_model, monke
     if engine.unsupported_reason(upscaler.model, upscaler.model.mean) is not None:
         pytest.skip("needs the CPU engine, whose needs are known")
     monkeypatch.setattr(engine, "IN_MEMORY", 0)
-    needed = [engine.needs(upscaler.model, (1, 3, 400, 400), itemsize=1, streamed=way).memory for way in (False, True)]
+    needed = [
+        engine.plan_memory(upscaler.model, (1, 3, 400, 400), itemsize=1, streamed=way).memory for way in (False, True)
+    ]
     monkeypatch.setattr(memory, "SMALL", 0)
     monkeypatch.setattr(memory, "available_memory", lambda: min(needed) + 1000)
     with pytest.raises(MemoryError, match="GiB are available"):

@@ -39,7 +39,9 @@ def test_a_huge_image_is_what_the_reference_makes_of_a_piece(blocks, period, in_
     """20: 105 megapixels, 36 GB of features, some ten minutes. Six groups see some 250 pixels around themselves."""
     side = blocks * period
     monkeypatch.setattr(engine, "IN_MEMORY", in_memory)
-    needs = engine.needs(Upscaler("seemore_t_x2", device="cpu").model, (1, 3, side, side), itemsize=4, streamed=True)
+    needs = engine.plan_memory(
+        Upscaler("seemore_t_x2", device="cpu").model, (1, 3, side, side), itemsize=4, streamed=True
+    )
     assert needs.disk > 0
     if shutil.disk_usage(tmp_path).free < needs.disk:
         pytest.skip(f"{needs.disk / 2**30:.0f} GiB are needed in {tmp_path}")

@@ -34,7 +34,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch, sh
     monkeypatch.setattr(memory, "available_memory", lambda: 2**40)
     for name in ("empty", "empty_like", "zeros", "full"):
         monkeypatch.setattr(torch, name, None)
-    with pytest.raises(MemoryError, match=r"^x of shape .*, enlarged 2 times, needs [\d,.]+ GiB \(") as refused:
+    with pytest.raises(MemoryError, match=r"^x of shape .* upscaled 2x needs [\d,.]+ GiB \(") as refused:
         model(x)
     bytes_needed = int(str(refused.value).split("(")[2].split(" bytes")[0].replace(",", ""))
     assert least < bytes_needed < 100 * least * shape[0]
@@ -86,15 +86,15 @@ def test_a_folder_in_memory_takes_memory(monkeypatch, tmp_path):
     with pytest.raises(
         MemoryError, match=f"^what is to wait in {re.escape(str(tmp_path))}, which is in memory itself, needs 0.5 GiB"
     ):
-        memory.in_a_file(2 * memory.SMALL, tmp_path)
+        memory.mapped_buffer(2 * memory.SMALL, tmp_path)
 
 
-@pytest.mark.skipif(not memory.CAN_KEEP, reason="this system has no memory to put there")
+@pytest.mark.skipif(not memory.CAN_STAY_RESIDENT, reason="this system has no memory to put there")
 def test_the_first_bytes_of_a_file_may_be_in_memory(monkeypatch, tmp_path):
     page = mmap.PAGESIZE
     usage = memory.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda folder: usage._replace(free=2 * page))
-    room, release = memory.in_a_file(5 * page, tmp_path, kept=3 * page)
+    room, release = memory.mapped_buffer(5 * page, tmp_path, resident=3 * page)
     assert len(room) == 5 * page and not room.any() and not list(tmp_path.iterdir())
     room.copy_(torch.arange(5 * page) % 251)
     release(3 * page, 5 * page)
@@ -103,7 +103,7 @@ def test_the_first_bytes_of_a_file_may_be_in_memory(monkeypatch, tmp_path):
         release(0, 5 * page)
         assert not room[: 3 * page].any() and room[3 * page :].any()
     with pytest.raises(OSError, match="GiB are needed"):
-        memory.in_a_file(6 * page, tmp_path, kept=3 * page)
+        memory.mapped_buffer(6 * page, tmp_path, resident=3 * page)
 
 
 PEAK = """
@@ -123,13 +123,13 @@ def run(x):
         return model(x)
     assert engine.unsupported_reason(model, model.mean) is None
     y = torch.empty(y_shape, dtype=dtype)
-    engine.run_into(model, x, y)
+    engine.run_out(model, x, y)
     return y
 run(x[:, :, :16, :16])
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
 before = status("VmRSS")
 y = run(x)
-print(engine.needs(model, x.shape, itemsize=y.element_size()).memory, status("VmHWM") - before)
+print(engine.plan_memory(model, x.shape, itemsize=y.element_size()).memory, status("VmHWM") - before)
 """
 
 

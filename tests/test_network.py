@@ -173,7 +173,7 @@ def test_only_the_result_is_written_and_all_of_it(backend, precision, in_bfloat1
     (first, view), (larger, inside) = (result_inside_a_larger_tensor(wanted, dtype, value) for value in (filler, 0))
     with running_on(backend, "cpu"), precision(in_bfloat16), uninitialised_is_nan():
         for y in (view, inside):
-            assert engine.run_into(model, x, y)
+            assert engine.run_out(model, x, y)
     assert np.array_equal(view.numpy(), inside.numpy())
     view.zero_(), inside.zero_()
     assert not larger.numpy().any()
@@ -239,7 +239,7 @@ def test_bfloat16_costs_less_than_a_hundredth_of_a_decibel(backend, monkeypatch,
 
     def quality(model):
         y = np.empty(truth.shape, np.uint8)
-        assert engine.run_into(model, small, torch.from_numpy(y).permute(2, 0, 1)[None])
+        assert engine.run_out(model, small, torch.from_numpy(y).permute(2, 0, 1)[None])
         return psnr_y(y, truth, crop=2)
 
     with torch.no_grad(), running_on(backend, "cpu"):
@@ -266,7 +266,7 @@ def test_integers_are_the_rounded_floats(backend, dtype, shape):
     with running_on(backend, "cpu"):
         expected = serve(model, x.float() / whole).clamp(0, 1).mul(whole).round().to(dtype)
         for laid_out in (x, x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
-            assert engine.run_into(model, laid_out, y)
+            assert engine.run_out(model, laid_out, y)
             np.testing.assert_array_equal(y.numpy(), expected.numpy())
     assert y.numpy().min() == 0 and y.numpy().max() == whole, "the case must have results beyond the range"
 
@@ -302,7 +302,7 @@ def test_weights_that_are_no_numbers_show_and_are_told(backend, precision, in_bf
         with use_backend("reference"):
             expected = model(x)
         integers = x.mul(torch.iinfo(dtype).max).to(dtype)
-        are_numbers = engine.run_into(model, integers, torch.empty(y.shape, dtype=dtype))
+        are_numbers = engine.run_out(model, integers, torch.empty(y.shape, dtype=dtype))
     assert torch.equal(y.isfinite(), expected.isfinite())  # convolutions of fewer products make NaN of infinite weights
     assert are_numbers == expected.isfinite().all()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seemore_fast import ops, use_backend
-from seemore_fast.backends.planes import UNIT, has_room, new_image, new_packed, whole
+from seemore_fast.backends.planes import UNIT, has_room, new_image, new_packed, padded
 
 ODD, EVEN = (2, 3, 5, 7), (2, 3, 4, 8)
 
@@ -29,7 +29,7 @@ def test_the_room_of_a_plane_is_no_other_ones(image):
     for b in range(batch):
         for c in range(channels):
             offset = b * image.stride(0) + c * image.stride(1)
-            room = image.as_strided((whole(height * width),), (image.stride(3),), offset)
+            room = image.as_strided((padded(height * width),), (image.stride(3),), offset)
             room[height * width :] = 1
     assert not image.any()
 

@@ -84,7 +84,7 @@ def test_the_bytes_of_a_pixel(monkeypatch):
     monkeypatch.setattr(engine, "IN_MEMORY", 0)
     shape, result = (1, 3, 3000, 4000), 12  # of uint8
     whole, streamed = (
-        engine.needs(seemore_t(2), shape, 2, itemsize=1, streamed=streamed) for streamed in (False, True)
+        engine.plan_memory(seemore_t(2), shape, 2, itemsize=1, streamed=streamed) for streamed in (False, True)
     )
     bytes_of = {
         "takes about N bytes per input pixel on two threads": whole.memory / 12e6 - result,

@@ -21,8 +21,8 @@ each_cpu = each_kernel("network")
 def low_bands(monkeypatch):
     """Features in a file, and bands of 4 lines, so that a small image has many."""
     monkeypatch.setattr(engine, "IN_MEMORY", 0)
-    monkeypatch.setattr(engine, "AT_ONCE", 0)
-    monkeypatch.setattr(engine, "LEAST_LINES", 4)
+    monkeypatch.setattr(engine, "MAX_BANDS", 0)
+    monkeypatch.setattr(engine, "MIN_ROWS", 4)
 
 
 def image(shape, dtype):
@@ -34,7 +34,7 @@ def both(model, x, folder):
     """Return the results of the whole image and of the streamed one."""
     shape = (*x.shape[:2], model.scale * x.shape[2], model.scale * x.shape[3])
     whole, streamed = torch.zeros(shape, dtype=x.dtype), torch.zeros(shape, dtype=x.dtype)
-    assert engine.run_into(model, x, whole) == engine.run_into(model, x, streamed, folder)
+    assert engine.run_out(model, x, whole) == engine.run_out(model, x, streamed, folder)
     return whole, streamed
 
 
@@ -58,7 +58,7 @@ def test_any_number_of_threads_and_bands(threads, shape, low_bands, monkeypatch,
     try:
         torch.set_num_threads(threads)
         for lines in (4, 7, 64, 1000):
-            monkeypatch.setattr(engine, "LEAST_LINES", lines)
+            monkeypatch.setattr(engine, "MIN_ROWS", lines)
             whole, streamed = both(model, x, tmp_path)
             assert torch.equal(whole, streamed)
     finally:
@@ -69,17 +69,17 @@ def test_any_number_of_threads_and_bands(threads, shape, low_bands, monkeypatch,
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_first_features_stay_in_memory(count, share, low_bands, monkeypatch, tmp_path):
     model, x = network(), image((count, 3, 403, 60), torch.uint8)
-    filed = engine.needs(model, x.shape, itemsize=1, streamed=True)
-    whole = engine.needs(model, x.shape, itemsize=1)
+    filed = engine.plan_memory(model, x.shape, itemsize=1, streamed=True)
+    whole = engine.plan_memory(model, x.shape, itemsize=1)
     monkeypatch.setattr(engine, "IN_MEMORY", int(filed.memory + share * (whole.memory - filed.memory)))
-    needs = engine.needs(model, x.shape, itemsize=1, streamed=True)
+    needs = engine.plan_memory(model, x.shape, itemsize=1, streamed=True)
     assert 0 <= engine.IN_MEMORY - needs.memory < engine.PAGESIZE
-    assert 0 < needs.kept == needs.memory - filed.memory == filed.disk - needs.disk
+    assert 0 < needs.resident == needs.memory - filed.memory == filed.disk - needs.disk
     asked = []
-    monkeypatch.setattr(engine, "in_a_file", lambda *given: asked.append(given) or memory.in_a_file(*given))
+    monkeypatch.setattr(engine, "mapped_buffer", lambda *given: asked.append(given) or memory.mapped_buffer(*given))
     whole, streamed = both(model, x, tmp_path)
     assert torch.equal(whole, streamed)
-    assert asked == [(filed.disk, tmp_path, needs.kept)]
+    assert asked == [(filed.disk, tmp_path, needs.resident)]
 
 
 def test_an_image_of_nan_leaves_the_next_of_the_batch_alone(low_bands, tmp_path):
@@ -96,10 +96,10 @@ def test_a_disk_without_room_is_named(monkeypatch, tmp_path):
     usage = memory.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
     with pytest.raises(OSError, match=r"GiB are needed in .* 0\.0 GiB are free: choose a folder on another disk"):
-        engine.run_into(model, x, y, tmp_path)
+        engine.run_out(model, x, y, tmp_path)
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(FileNotFoundError):
-        engine.run_into(model, x, y, tmp_path / "nowhere")
+        engine.run_out(model, x, y, tmp_path / "nowhere")
     assert not list(tmp_path.iterdir())
 
 
@@ -107,17 +107,17 @@ def test_a_disk_without_room_is_named(monkeypatch, tmp_path):
 @pytest.mark.parametrize("limit", [2, 0.5])  # of a run in memory, in the same
 def test_features_lie_in_a_file_only_where_all_is_large(limit, free, monkeypatch, tmp_path):
     model, x = network(), image((2, 3, 40, 30), torch.uint8)
-    taken = engine.needs(model, x.shape, itemsize=1).memory
+    taken = engine.plan_memory(model, x.shape, itemsize=1).memory
     filed = []
-    monkeypatch.setattr(engine, "in_a_file", lambda *asked: filed.append(asked) or memory.in_a_file(*asked))
+    monkeypatch.setattr(engine, "mapped_buffer", lambda *asked: filed.append(asked) or memory.mapped_buffer(*asked))
     monkeypatch.setattr(engine, "IN_MEMORY", int(limit * taken))
     monkeypatch.setattr(memory, "available_memory", lambda: free and free * taken)
     both(model, x, tmp_path)
-    needs = engine.needs(model, x.shape, itemsize=1, streamed=True)
-    assert (needs.disk > 0) == (needs.lines > 0) == bool(filed) == (limit < 1)
+    needs = engine.plan_memory(model, x.shape, itemsize=1, streamed=True)
+    assert (needs.disk > 0) == (needs.rows > 0) == bool(filed) == (limit < 1)
     if free:
         monkeypatch.setattr(memory, "available_memory", lambda: 2 * taken - 2)
-        assert engine.needs(model, x.shape, itemsize=1, streamed=True).disk > 0
+        assert engine.plan_memory(model, x.shape, itemsize=1, streamed=True).disk > 0
 
 
 PEAK = """
@@ -129,15 +129,15 @@ def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
 
 torch.set_num_threads(2)
-engine.IN_MEMORY, engine.AT_ONCE, engine.LEAST_LINES = int(sys.argv[2]), 0, 64
+engine.IN_MEMORY, engine.MAX_BANDS, engine.MIN_ROWS = int(sys.argv[2]), 0, 64
 model = SeemoRe(scale=2, num_experts=3, num_layers=2, embedding_dim=36, lr_space="exp", topk=1)
 assert engine.unsupported_reason(model.eval().requires_grad_(False), model.mean) is None
 x, y = torch.ones(1, 3, 4000, 1000, dtype=torch.uint8), torch.ones(1, 3, 8000, 2000, dtype=torch.uint8)
-engine.run_into(model, x[:, :, :32, :32], y[:, :, :64, :64], sys.argv[1])
+engine.run_out(model, x[:, :, :32, :32], y[:, :, :64, :64], sys.argv[1])
 open("/proc/self/clear_refs", "w").write("5")
 before = status("VmRSS")
-engine.run_into(model, x, y, sys.argv[1])
-needs = engine.needs(model, x.shape, itemsize=0, streamed=True)
+engine.run_out(model, x, y, sys.argv[1])
+needs = engine.plan_memory(model, x.shape, itemsize=0, streamed=True)
 print(needs.memory, needs.disk, status("VmHWM") - before)
 """
 
@@ -162,7 +162,7 @@ def model(request, monkeypatch):
         request.getfixturevalue("low_bands")
     else:
         monkeypatch.setattr(engine, "unsupported_reason", lambda model, x: "not now")
-        monkeypatch.setattr(engine, "AT_ONCE", 0)
+        monkeypatch.setattr(engine, "MAX_BANDS", 0)
     return network()
 
 
@@ -207,9 +207,9 @@ def test_out_of_memory_steps_down(model, monkeypatch, fails):
     """First the whole image fails, then bands, which get lower."""
     if engine.unsupported_reason(model, model.mean) is None:
         pytest.skip("on a CPU what is needed is known exactly")
-    image, original, left = noise(80, 60, 3), SeemoRe._first, [fails]
+    image, original, left = noise(80, 60, 3), SeemoRe.first, [fails]
     whole = Upscaler(model, device="cpu")(image)
-    monkeypatch.setattr(engine, "AT_ONCE", 2**30)
+    monkeypatch.setattr(engine, "MAX_BANDS", 2**30)
 
     def failing(self, *arguments):
         left[0] -= 1
@@ -217,7 +217,7 @@ def test_out_of_memory_steps_down(model, monkeypatch, fails):
             raise torch.OutOfMemoryError("tried to allocate 3 TiB\nand more")
         return original(self, *arguments)
 
-    monkeypatch.setattr(SeemoRe, "_first", failing)
+    monkeypatch.setattr(SeemoRe, "first", failing)
     with pytest.warns(UserWarning, match="3 TiB: streaming the image|again in bands of 48 rows"):
         result = Upscaler(model, device="cpu")(image)
     assert np.abs(result.astype(int) - whole).max() <= 1
@@ -228,7 +228,7 @@ def test_features_wait_in_a_file_where_the_result_leaves_no_room(monkeypatch, tm
     monkeypatch.setattr(memory, "available_memory", lambda: 10**6)
     made = []
     monkeypatch.setattr(
-        runner, "in_a_file", lambda count, folder: made.append(count) or memory.in_a_file(count, folder)
+        runner, "mapped_buffer", lambda count, folder: made.append(count) or memory.mapped_buffer(count, folder)
     )
     for beside, files in ((10**5, 0), (7 * 10**5, 1)):
         room, _ = runner._feature_buffer((10, 100, 100), torch.uint8, tmp_path, beside)

@@ -99,9 +99,9 @@ needs_engine = pytest.mark.skipif(backends.unsupported_reason("cpu") is not None
 def test_integers_go_straight_through_the_engine_and_equal_the_rounded_floats(monkeypatch, shape, in_chans, dtype):
     upscaler = Upscaler(SeemoRe(**{**SMALL, "in_chans": in_chans}), device="cpu")
     image = noise(*shape, dtype=dtype)
-    run, seen = engine.run_into, []
+    run, seen = engine.run_out, []
     monkeypatch.setattr(
-        engine, "run_into", lambda model, x, *more, **named: seen.append(x) or run(model, x, *more, **named)
+        engine, "run_out", lambda model, x, *more, **named: seen.append(x) or run(model, x, *more, **named)
     )
     result = upscaler(image)
     assert [x.data_ptr() for x in seen] == [image.ctypes.data], "without a copy"

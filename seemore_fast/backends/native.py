@@ -1,4 +1,4 @@
-"""The native libraries: loads them, tells why one cannot be used, and chooses the CPU's instruction set."""
+"""Native libraries: loading, the reasons why one cannot be used, and the CPU's instruction set."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parents[1]  # of the package, where the libraries lie
 
 
 def load(path: Path) -> str | None:
-    """Load the operators of a library; return None, or why it cannot be."""
+    """Load the operators of a library; return None, or the reason why it does not load."""
     if not path.exists():
         info = build_info()
         reason = info["left_out"].get(path.stem) if isinstance(info, dict) else None
@@ -116,7 +116,7 @@ def architecture_reason(capability: tuple[int, int]) -> str | None:
 
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
-    """Tell whether code for an architecture, such as 9.0, 9.0a, 10.0f or 12.0+PTX, runs on a GPU."""
+    """Return whether code for an architecture, such as 9.0, 9.0a, 10.0f or 12.0+PTX, runs on a GPU."""
     major, minor, suffix, ptx = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", architecture).groups()
     code = int(major), int(minor)
     if suffix == "a":

@@ -1,7 +1,7 @@
-"""Which backend was measured to be the quickest, by GPU, operator and dtype: what "auto" goes by where it is known.
+"""Measured order of the backends by GPU, operator and dtype, which "auto" follows where it is known.
 
-`seemore-fast benchmark tune` measures the GPU at hand and writes `user_file()`, which goes before what the package
-brings along (`SHIPPED`, written by `make gpu-check`). A table: {"NVIDIA H200": {"gated_ffn": {"bfloat16": ["triton",
+`seemore-fast benchmark tune` measures this machine's GPU and writes `user_file()`, which goes before the table of the
+package (`SHIPPED`, written by `make gpu-check`). A table: {"NVIDIA H200": {"gated_ffn": {"bfloat16": ["triton",
 "reference"]}}}, quickest first. Where nothing is known, the order of `backends.KERNELS` counts.
 """
 
@@ -33,7 +33,7 @@ def user_file() -> Path | None:
 
 
 def preferred(operator: str, device: torch.device, dtype: torch.dtype) -> list[str] | None:
-    """Return the backends for an operator on a GPU, quickest first; None where nobody measured."""
+    """Return the backends for an operator on a GPU, quickest first; None where none was measured."""
     if device.type != "cuda" or not table():
         return None
     index = torch.cuda.current_device() if device.index is None else device.index

@@ -30,8 +30,7 @@ class Kernel(NamedTuple):
     capability: tuple[int, int] = (0, 0)  # least compute capability of a GPU
 
 
-# In the order in which "auto" prefers them where nobody measured (`preferences`). What is not here, the reference
-# computes.
+# In the order in which "auto" prefers them where none was measured (`preferences`). The reference computes the rest.
 KERNELS = {
     "striped_conv": [
         Kernel("cpu", "cpu", CPU),

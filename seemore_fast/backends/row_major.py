@@ -13,6 +13,7 @@ OPERATORS = ("striped_conv", "striped_conv_router", "calibrate")
 
 
 def in_rows(image: Tensor) -> bool:
+    """Return whether the pixels of a row lie side by side."""
     return image.shape[-1] <= 1 or image.stride(-1) == 1
 
 

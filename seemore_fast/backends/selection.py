@@ -111,7 +111,7 @@ def _index_of(device: torch.device) -> int:
 
 
 def _has_capability(kernel: Kernel, device: torch.device) -> bool:
-    """Tell whether a GPU is of the compute capability that a kernel needs; other devices have none and need none."""
+    """Return whether a GPU is of the compute capability that a kernel needs; other devices have none and need none."""
     if device.type != "cuda" or kernel.capability == (0, 0):
         return True
     return torch.cuda.get_device_capability(_index_of(device)) >= kernel.capability
@@ -124,12 +124,12 @@ _has_capability._dynamo_marked_constant = True
 
 
 def interpreted() -> bool:
-    """Tell whether Triton's kernels run in its interpreter, which takes CPU tensors."""
+    """Return whether Triton's kernels run in its interpreter, which takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def is_plain() -> bool:
-    """Tell whether nothing but the reference may run now.
+    """Return whether nothing but the reference may run now.
 
     Exported and traced graphs are for machines without this package: plain operators only.
     """

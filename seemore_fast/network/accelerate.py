@@ -1,4 +1,4 @@
-"""Put this package's SeemoRe in the place of someone else's."""
+"""Conversion of SeemoRe modules of other origins into this package's."""
 
 import torch
 import torch.nn as nn

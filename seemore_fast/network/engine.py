@@ -15,23 +15,23 @@ from torch import Tensor
 from .. import memory
 from .._torch_compat import has_forward_gradients, is_transformed
 from ..backends import native, select_backend
-from ..memory import check_memory, in_a_file
+from ..memory import check_memory, mapped_buffer
 from ..ops.operator import define
 from .blocks import body_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IN_MEMORY = 6 * 2**30  # bytes that a streamed image takes before any of its features go through a file
-AT_ONCE = 2**31  # bytes of the features in a file that all threads together hold at most, but for LEAST_LINES
-LEAST_LINES = 32  # of a band: each makes up to nine lines of its neighbours', above and below, again
+MAX_BANDS = 2**31  # bytes of features of a file that all threads together hold at most, unless MIN_ROWS takes more
+MIN_ROWS = 32  # of a band, which recomputes up to nine rows of its neighbours above and below
 
 
-class Needs(NamedTuple):
-    """Bytes that a run takes, of memory and on the disk."""
+class MemoryPlan(NamedTuple):
+    """Bytes of memory and disk that a run takes."""
 
     memory: int
     disk: int = 0
-    kept: int = 0  # of the features in memory all the while, where others are on the disk
-    lines: int = 0  # of a band, where there are features on the disk
+    resident: int = 0  # of the features in memory all the while, where others are on the disk
+    rows: int = 0  # of a band, where there are features on the disk
 
 
 def unsupported_reason(model, x: Tensor) -> str | None:
@@ -66,9 +66,11 @@ def config_of(model) -> list[int]:
     return [*(c[name] for name in names), int(c["use_shuffle"]), int(in_bfloat16), *ranks]
 
 
-def needs(model, shape: torch.Size, threads: int | None = None, itemsize: int = 4, streamed: bool = False) -> Needs:
-    """Return what a run and its result of `itemsize` a value take, for images of `shape` (B, C, H, W)."""
-    return _needs(config_of(model), shape, threads, itemsize, streamed)
+def plan_memory(
+    model, shape: torch.Size, threads: int | None = None, itemsize: int = 4, streamed: bool = False
+) -> MemoryPlan:
+    """Return the memory of a run and its result, of `itemsize` bytes a value, for images of `shape` (B, C, H, W)."""
+    return _plan(config_of(model), shape, threads, itemsize, streamed)
 
 
 def run(model, x: Tensor) -> Tensor:
@@ -80,15 +82,14 @@ def run(model, x: Tensor) -> Tensor:
     return torch.ops.seemore_fast.network(x, *model.engine_weights(config), model.mean, model.img_range, config)
 
 
-def run_into(model, x: Tensor, y: Tensor, folder: Path | None = None, progress: Tensor | None = None) -> bool:
-    """Write model(x) to y, both (B, C, H, W) of any strides, both float32, or both uint8 or uint16, whose largest is 1.
+def run_out(model, x: Tensor, y: Tensor, folder: Path | None = None, progress: Tensor | None = None) -> bool:
+    """Write model(x) to y, both (B, C, H, W) of any strides, and both float32, uint8 or uint16.
 
-    Integers are bounded to [0, 1] and rounded to the nearest; return whether all of them were numbers before. With a
-    `folder` the image is streamed in bounded memory: of what takes more than IN_MEMORY, or than half of what is free,
-    features lie in a temporary file there, of which the memory holds a few bands. The result is the same to the bit.
-    Raises OSError where the disk has no room for them.
+    Integer images are scaled to [0, 1]; returns False if the network produced NaN or inf. With a `folder` the image is
+    streamed in bounded memory, with the same result to the bit: beyond IN_MEMORY, or half of the free memory, features
+    lie in a temporary file there, of which the memory holds a few bands. Raises OSError where the disk has no room.
 
-    progress: two int64 that tell other threads meanwhile how much is done, and of how much.
+    progress: two int64, which a thread may read meanwhile: work done and all work.
     """
     config = config_of(model)
     return _run(y, x, *model.engine_weights(config), model.mean, model.img_range, config, folder, progress)
@@ -108,20 +109,20 @@ def _run(
     packed = weights[0] if is_packed else pack(weights, config)
     mean = mean.flatten().float().contiguous()
     shape = _extended(config, x.shape)
-    state, lines, kept = None, 0, 0
+    state, rows, resident = None, 0, 0
     if folder is not None:
-        _, disk, kept, lines = _needs(config, shape, None, y.element_size(), streamed=True)
-        state = in_a_file(kept + disk, folder, kept)[0] if disk else None
-    streaming = (state, lines, kept, progress)
+        _, disk, resident, rows = _plan(config, shape, None, y.element_size(), streamed=True)
+        state = mapped_buffer(resident + disk, folder, resident)[0] if disk else None
+    streaming = (state, rows, resident, progress)
     if shape == x.shape:
         return torch.ops.seemore_cpu.network(y, x, packed, mean, img_range, config, *streaming)
     height, width = x.shape[2:]
     rows, columns = torch.arange(shape[2]).clamp(max=height - 1), torch.arange(shape[3]).clamp(max=width - 1)
     x = _as_known(x)[:, :, rows[:, None], columns].view(x.dtype)
     y_extended = y.new_empty(*shape[:2], shape[2] * config[0], shape[3] * config[0])
-    are_numbers = torch.ops.seemore_cpu.network(y_extended, x, packed, mean, img_range, config, *streaming)
+    is_finite = torch.ops.seemore_cpu.network(y_extended, x, packed, mean, img_range, config, *streaming)
     y.copy_(y_extended[:, :, : y.shape[2], : y.shape[3]])
-    return are_numbers
+    return is_finite
 
 
 def _as_known(x: Tensor) -> Tensor:
@@ -135,43 +136,43 @@ def _extended(config: list[int], shape: torch.Size) -> torch.Size:
     return torch.Size((*shape[:2], max(shape[2], least), max(shape[3], least)))
 
 
-def _needs(config: list[int], shape: torch.Size, threads: int | None, itemsize: int, streamed: bool) -> Needs:
+def _plan(config: list[int], shape: torch.Size, threads: int | None, itemsize: int, streamed: bool) -> MemoryPlan:
     threads = threads or torch.get_num_threads()
     shape = _extended(config, shape)
     result = itemsize * math.prod(shape) * config[0] ** 2
-    whole = sum(_workspace(config, shape, threads, lines=0)) + result
+    whole = sum(_workspace(config, shape, threads, band_rows=0)) + result
     if not streamed:
-        return Needs(whole)
+        return MemoryPlan(whole)
     available = memory.available_memory()
     budget = IN_MEMORY if available is None else min(IN_MEMORY, available // 2)
     if whole <= budget:
-        return Needs(whole)
-    lines = _lines(config, shape, threads)
-    state, rest = _workspace(config, shape, threads, lines)
-    at_once = lines + 2 * (4 + config[4] // 2)  # a band, and copies of its neighbours' lines
-    least = min(state, threads * at_once * _line_bytes(config, shape)) + rest + result
-    kept = max(0, min(budget - least, state - 1)) // PAGESIZE * PAGESIZE if memory.CAN_KEEP else 0
-    return Needs(least + kept, state - kept, kept, lines)
+        return MemoryPlan(whole)
+    band_rows = _band_rows(config, shape, threads)
+    state, rest = _workspace(config, shape, threads, band_rows)
+    at_once = band_rows + 2 * (4 + config[4] // 2)  # a band, and copies of its neighbours' rows
+    least = min(state, threads * at_once * _row_bytes(config, shape)) + rest + result
+    resident = max(0, min(budget - least, state - 1)) // PAGESIZE * PAGESIZE if memory.CAN_STAY_RESIDENT else 0
+    return MemoryPlan(least + resident, state - resident, resident, band_rows)
 
 
-def _workspace(config: list[int], shape: torch.Size, threads: int, lines: int) -> tuple[int, int]:
+def _workspace(config: list[int], shape: torch.Size, threads: int, band_rows: int) -> tuple[int, int]:
     """Return the bytes of the features of whole images, and of all else."""
     batch, _, height, width = shape
     rows, columns = min(height, 2**20), min(width, 2**20)  # more, in proportion: bytes may be too many for 64 bits
-    state, rest = torch.ops.seemore_cpu.network_memory(config, batch, rows, columns, threads, lines)
+    state, rest = torch.ops.seemore_cpu.network_memory(config, batch, rows, columns, threads, band_rows)
     return tuple(part * height * width // (rows * columns) for part in (state, rest))
 
 
-def _line_bytes(config: list[int], shape: torch.Size) -> int:
+def _row_bytes(config: list[int], shape: torch.Size) -> int:
     one = torch.Size((1, shape[1], *shape[2:]))
     return -(-_workspace(config, one, 1, 0)[0] // shape[2])
 
 
-def _lines(config: list[int], shape: torch.Size, threads: int) -> int:
-    """Return how many lines a band of an image has whose features lie in a file."""
+def _band_rows(config: list[int], shape: torch.Size, threads: int) -> int:
+    """Return the rows of a band of an image whose features lie in a file."""
     available = memory.available_memory()
-    budget = AT_ONCE if available is None else min(AT_ONCE, available // 4)
-    return max(LEAST_LINES, budget // (threads * _line_bytes(config, shape)))
+    budget = MAX_BANDS if available is None else min(MAX_BANDS, available // 4)
+    return max(MIN_ROWS, budget // (threads * _row_bytes(config, shape)))
 
 
 def _forward(x, weights, is_packed, mean, img_range, config):
@@ -179,8 +180,8 @@ def _forward(x, weights, is_packed, mean, img_range, config):
     batch, channels, height, width = x.shape
     shape = _extended(config, x.shape)
     is_copied = x.dtype != torch.float32 or shape != x.shape
-    needed = _needs(config, x.shape, None, itemsize=4, streamed=False).memory + is_copied * 4 * math.prod(shape)
-    check_memory(needed, f"x of shape {tuple(x.shape)}, enlarged {scale} times,")
+    needed = _plan(config, x.shape, None, itemsize=4, streamed=False).memory + is_copied * 4 * math.prod(shape)
+    check_memory(needed, f"x of shape {tuple(x.shape)} upscaled {scale}x")
     y = x.new_empty(batch, channels, height * scale, width * scale, dtype=torch.float32)
     _run(y, x.float(), weights, is_packed, mean, img_range, config)
     return y

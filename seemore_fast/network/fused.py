@@ -111,15 +111,29 @@ def rme(x: Tensor, params: RMEParams, ranks: list[int], top_k: int, recursive: i
     has_kernels = has_kernel(params.stripes.weight_row.shape[3], len(params.router.weight_router))
     if has_kernels and x.dtype != torch.float64 and is_single_node(x):
         return RMENode.apply(x, ranks, top_k, recursive, *flatten(autocast_params(params)))
-    parts, (*experts, weight_proj, bias_proj) = _parts(), params.experts
-    a, k = parts.norm_conv3x3(x, *params.expand, activation="gelu").chunk(2, dim=1)
+    parts = _parts()
+    a, k = widen(x, params)
     a, index, weight = parts.striped_conv_router(a, *params.stripes, *params.router, top_k, activation="gelu")
     k = parts.calibrate(k, *params.calibrate, recursive)
-    x = parts.low_rank_experts(
-        a, k, index, weight, *experts, ranks, weight_proj=weight_proj, bias_proj=bias_proj, residual=x
-    )
+    x = modulate(x, a, k, index, weight, params, ranks)
     del a, k  # and with them their memory
     return parts.gated_ffn(x, *params.ffn)
+
+
+def widen(x: Tensor, params: RMEParams) -> tuple[Tensor, Tensor]:
+    """Return both halves of the widened image, before their own steps."""
+    a, k = _parts().norm_conv3x3(x, *params.expand, activation="gelu").chunk(2, dim=1)
+    return a, k
+
+
+def modulate(
+    x: Tensor, a: Tensor, k: Tensor, index: Tensor, weight: Tensor, params: RMEParams, ranks: list[int]
+) -> Tensor:
+    """Return x and the projected experts' result for a and k, by the router's decision."""
+    *experts, weight_proj, bias_proj = params.experts
+    return _parts().low_rank_experts(
+        a, k, index, weight, *experts, ranks, weight_proj=weight_proj, bias_proj=bias_proj, residual=x
+    )
 
 
 def _parts():

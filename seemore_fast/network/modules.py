@@ -16,13 +16,13 @@ from ..reference.router import choose_experts
 
 
 def has_additions(module: nn.Module) -> bool:
-    """Tell whether a hook or a `forward` of its own sits on `module`."""
+    """Return whether a hook or a `forward` of its own sits on `module`."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks or "forward" in vars(module))
 
 
 def is_customised(module: nn.Module) -> bool:
-    """Tell whether a hook or a `forward` of its own sits on `module` or on anything inside it."""
+    """Return whether a hook or a `forward` of its own sits on `module` or on anything inside it."""
     return any(map(has_additions, module.modules()))
 
 

@@ -32,7 +32,7 @@ def name_of(function: torch._ops.OpOverload) -> str:
 
 @functools.cache
 def computes(function: torch._ops.OpOverload) -> bool:
-    """Tell whether an operator does more than to allocate, return views or answer what needs no device."""
+    """Return whether an operator does more than to allocate, return views or answer what needs no device."""
     returned = [result.alias_info for result in function._schema.returns]
     is_view = bool(returned) and all(alias is not None and not alias.is_write for alias in returned)
     return not is_view and name_of(function) not in FREE | ALLOCATIONS

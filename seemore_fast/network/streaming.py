@@ -1,11 +1,11 @@
-"""Images whose features do not fit where they are computed: group by group, a band of lines at a time.
+"""Streaming of images whose features do not fit on the device: group by group, a band of rows at a time.
 
-Between two global pools all is local. So one pass over the image finishes a group and begins the next one: the features
-of all pixels wait in the host's memory, or in a file; the bands go to the device and back. What a pass leaves for the
-next are two small things of the whole image, the mean that the router pools and the map of `calibrate`. The result is
-that of the whole image but for the order of summation of those means.
+Between two global pools everything is local. So one pass over the image finishes a group and begins the next one. The
+features of all pixels wait in the host's memory or in a file; the bands go to the device and back. A pass leaves two
+small tensors of the whole image to the next one: the mean that the router pools, and the map of `calibrate`. The result
+is that of the whole image except for the order of summation of those means.
 
-On a CPU the fused engine does the same in place (`engine.run_into`); this is for all else.
+On a CPU the fused engine streams in place (`engine.run_out`); this serves everything else.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,16 +18,17 @@ from torch import Tensor
 from .. import ops
 from ..reference.calibrate import aggregate, mix
 from .blocks import body_dtype
-from .fused import RMEParams, SMEParams, sme
+from .fused import RMEParams, SMEParams, modulate, sme, widen
 
-END = 2  # lines that the convolutions before a pool look around, and those before the pixels
+END = 2  # halo rows of the convolutions before a pool, and of those before the pixels
 
 
 @dataclass
 class RoutingState:
-    """What is known of a whole image: `experts` of each group so far, index and weight; `map`, calibrate's of the next.
+    """Small tensors of a whole image.
 
-    map     (1, C, H / 4^recursive, W / 4^recursive)
+    experts     index and weight of each group so far
+    map         calibrate's for the next group, (1, C, H / 4^recursive, W / 4^recursive)
     """
 
     experts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -37,12 +38,14 @@ class RoutingState:
 class StagedNetwork:
     """Parts of a SeemoRe between its pools, for images (1, C, H, W) that may be parts of a larger one.
 
-    ValueError where the model has hooks, other modules or is in training: then it is not what these parts compute.
+    Raises ValueError where the model has hooks, replaced modules or is in training: these parts would not compute it.
     """
 
     def __init__(self, model):
         if model.training or not model.is_unmodified():
-            raise ValueError("the model is in training mode, or was changed inside: its parts cannot be streamed")
+            raise ValueError(
+                "the model is in training mode or was modified, expected one without hooks: call model.eval()"
+            )
         self.model = model
         self.ends = model.ends()
         self.halo = 4 + model.config["global_kernel_size"] // 2  # rows that a group reads above and below
@@ -52,17 +55,17 @@ class StagedNetwork:
         ]
 
     def first(self, x: Tensor) -> Tensor:
-        """conv_1 of an image in [0, 1], float32."""
+        """Return conv_1 of an image in [0, 1], float32."""
         return self.model.first((x - self.model.mean) * self.model.img_range, self.ends)
 
     def widen(self, group: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The first half of a group's MoE block: a, k. Reads two pixels around."""
+        """Return a and k, the first half of a group's MoE block. Reads a halo of two pixels."""
         rme, _ = self.params[group]
-        a, k = ops.norm_conv3x3(x, *rme.expand, activation="gelu").chunk(2, dim=1)
+        a, k = widen(x, rme)
         return ops.striped_conv(a, *rme.stripes, activation="gelu"), k
 
     def aggregate(self, group: int, k: Tensor) -> Tensor:
-        """k at 1 / 4^recursive of its size; a part must begin at a multiple of that."""
+        """Return k at 1 / 4^recursive of its size; a part must begin at a multiple of that."""
         weight, bias = (t.to(k.dtype) for t in self.params[group][0].calibrate[:2])
         return aggregate(k, weight, bias, self.model.config["recursive"])
 
@@ -73,29 +76,25 @@ class StagedNetwork:
         state.experts.append(ops.router(mean.float()[:, :, None, None], *rme.router, self.model.config["topk"]))
 
     def finish(self, group: int, x: Tensor, a: Tensor, k: Tensor, experts: tuple[Tensor, Tensor]) -> Tensor:
-        """The rest of a group, from its calibrated k. Reads `halo` - 2 pixels around."""
+        """Return the rest of a group, from its calibrated k. Reads a halo of `halo` - 2 pixels."""
         rme, of_sme = self.params[group]
-        *weights, weight_proj, bias_proj = rme.experts
         ranks = self.model.body[group].local_block.block.moe_layer.ranks
-        x = ops.low_rank_experts(
-            a, k, *experts, *weights, ranks, weight_proj=weight_proj, bias_proj=bias_proj, residual=x
-        )
-        return sme(ops.gated_ffn(x, *rme.ffn), of_sme)
+        return sme(ops.gated_ffn(modulate(x, a, k, *experts, rme, ranks), *rme.ffn), of_sme)
 
     def last(self, y: Tensor, f: Tensor) -> Tensor:
-        """The image of the last features and of conv_1's. Reads two pixels around."""
+        """Return the image of the last features and of conv_1's. Reads a halo of two pixels."""
         return self.model.last(ops.norm_conv3x3(y, *self.ends.features) + f, self.ends)
 
 
 def spread(small: Tensor, size: tuple[int, int], top: int, bottom: int) -> Tensor:
-    """Return the lines [top, bottom) of `small` enlarged to `size` as F.interpolate(..., "bilinear") does it."""
+    """Return the rows [top, bottom) of `small` stretched to `size`, as F.interpolate(..., "bilinear") does it."""
     at = (torch.arange(top, bottom, device=small.device) + 0.5) * (small.shape[2] / size[0]) - 0.5
     at = at.clamp(min=0)
     above = at.long().clamp(max=small.shape[2] - 1)
     below = (above + 1).clamp(max=small.shape[2] - 1)
     share = (at - above).to(small.dtype)[:, None]
-    lines = small[:, :, above] * (1 - share) + small[:, :, below] * share
-    return F.interpolate(lines, size=(bottom - top, size[1]), mode="bilinear", align_corners=False)
+    rows = small[:, :, above] * (1 - share) + small[:, :, below] * share
+    return F.interpolate(rows, size=(bottom - top, size[1]), mode="bilinear", align_corners=False)
 
 
 def stream(
@@ -103,28 +102,28 @@ def stream(
     features: Tensor,
     read: Callable[[int, int], Tensor],
     write: Callable[[int, Tensor], None],
-    lines: int,
+    rows: int,
     release: Callable[[int, int], None] = lambda top, bottom: None,
     progress: Callable[[float], None] = lambda share: None,
 ):
-    """Compute model(image) in bands of `lines` lines, a multiple of 4^recursive.
+    """Compute model(image) in bands of `rows` rows, a multiple of 4^recursive.
 
     features    (H, C, W) in the type that the body computes in, where they wait; overwritten
-    read        gives lines [top, bottom) of the image, (1, in_chans, bottom - top, W), float32 on the model's device
-    write       takes the result's lines from a line on, (1, in_chans, lines, scale * W)
-    release     is told which lines of `features` are not needed for a while
-    progress    is told the share of the work that is done
+    read        gives rows [top, bottom) of the image, (1, in_chans, bottom - top, W), float32 on the model's device
+    write       takes the result's rows from a row on, (1, in_chans, rows, scale * W)
+    release     is called with the rows [top, bottom) of `features` that are not needed for a while
+    progress    is called with the share of the work that is done
     """
     network, state = StagedNetwork(model), RoutingState()
     height, _, width = features.shape
     groups = len(network.params)
     for group in range(groups + 1):
         total, gathered, above = 0, [], None
-        for top in range(0, height, lines):
-            bottom = min(top + lines, height)
+        for top in range(0, height, rows):
+            bottom = min(top + rows, height)
             first, last = max(top - END, 0), min(bottom + END, height)
             if group == 0:
-                x = _lines_of(network.first, read, first, last, height).to(network.dtype)
+                x = _rows_of(network.first, read, first, last, height).to(network.dtype)
             else:
                 x, above = _finished(network, state, features, above, (first, top, bottom, last))
             inner = slice(top - first, bottom - first)
@@ -133,10 +132,10 @@ def stream(
                 release(top, bottom)
                 a, k = network.widen(group, x)
                 total = total + a[:, :, inner].sum((2, 3), dtype=torch.float64)
-                if bottom - top >= model.min_size:  # else the end of an image, too low for a line of the map
+                if bottom - top >= model.min_size:  # else the end of an image, too low for a row of the map
                     gathered.append(network.aggregate(group, k[:, :, inner].contiguous()))
             else:
-                f = _lines_of(network.first, read, first, last, height)
+                f = _rows_of(network.first, read, first, last, height)
                 scale = model.scale
                 write(top * scale, network.last(x, f)[:, :, inner.start * scale : inner.stop * scale])
             progress((group + bottom / height) / (groups + 1))
@@ -144,8 +143,8 @@ def stream(
             network.route(group, total / (height * width), torch.cat(gathered, dim=2), state)
 
 
-def _lines_of(first: Callable, read: Callable, top: int, bottom: int, height: int) -> Tensor:
-    """Return conv_1's lines [top, bottom)."""
+def _rows_of(first: Callable, read: Callable, top: int, bottom: int, height: int) -> Tensor:
+    """Return conv_1's rows [top, bottom)."""
     begin, end = max(top - 1, 0), min(bottom + 1, height)
     return first(read(begin, end))[:, :, top - begin : bottom - begin]
 
@@ -153,9 +152,9 @@ def _lines_of(first: Callable, read: Callable, top: int, bottom: int, height: in
 def _finished(
     network: StagedNetwork, state: RoutingState, features: Tensor, above: Tensor | None, edges: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Return the last group's result for the lines [first, last), and what of `features` the next band looks back at.
+    """Return the last group's result for the rows [first, last), and what of `features` the next band looks back at.
 
-    `above` are lines of `features` that end at `top`, as they were before the band before overwrote them.
+    `above` are rows of `features` that end at `top`, as they were before the band before overwrote them.
     """
     first, top, bottom, last = edges
     group = len(state.experts) - 1

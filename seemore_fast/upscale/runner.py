@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import memory
 from ..errors import first_line
-from ..memory import check_memory, folder_of_large_files, in_a_file
+from ..memory import check_memory, folder_of_large_files, mapped_buffer
 from ..network import engine
 from ..network.blocks import body_dtype
 from ..network.gpu_memory import gpu_memory_needed
@@ -73,10 +73,10 @@ def must_stream(
         check_memory(extra_bytes + itemsize * math.prod(shape) * model.scale**2, task)
         return options.stream or not _fits(gpu_memory_needed(model, shape), device)
     extra_bytes += 4 * math.prod(shape) if itemsize == 4 else 0  # floats are copied, integers are not
-    needed = engine.needs(model, shape, itemsize=itemsize).memory + extra_bytes
+    needed = engine.plan_memory(model, shape, itemsize=itemsize).memory + extra_bytes
     if not options.stream and _fits(needed, device):
         return False
-    check_memory(engine.needs(model, shape, itemsize=itemsize, streamed=True).memory + extra_bytes, task)
+    check_memory(engine.plan_memory(model, shape, itemsize=itemsize, streamed=True).memory + extra_bytes, task)
     if not options.stream:
         warnings.warn(
             f"{task} needs {needed / 2**30:,.1f} GiB of memory, more than available: streaming it through a file in "
@@ -98,7 +98,7 @@ def run(model: SeemoRe, x: Tensor, y: Tensor, options: ExecutionOptions, streame
     if engine.unsupported_reason(model, model.mean) is None:
         with _polled(options.progress) as counts:
             folder = options.scratch_folder if streamed else None
-            is_finite = engine.run_into(model, x, y, folder, progress=counts)
+            is_finite = engine.run_out(model, x, y, folder, progress=counts)
         is_finite = is_finite and (y.dtype != torch.float32 or bool(y.isfinite().all()))
     else:
         images = [(x[i : i + 1], y[i : i + 1], options.part(i, len(x))) for i in range(len(x))]
@@ -161,7 +161,7 @@ def _run_streamed(model: SeemoRe, x: Tensor, y: Tensor, options: ExecutionOption
     features, release = _feature_buffer(shape, dtype, options.scratch_folder, y.nbytes)
     row = 2 * gpu_memory_needed(model, (1, x.shape[1], 1, width))  # the widened features are as large again
     free = _free(device)
-    budget = engine.AT_ONCE if free is None else min(engine.AT_ONCE, int(FREE_SHARE * free))
+    budget = engine.MAX_BANDS if free is None else min(engine.MAX_BANDS, int(FREE_SHARE * free))
     rows = min(max(unit, budget // row // unit * unit), -(-height // unit) * unit)
     while True:
         writer = _ResultWriter(y)
@@ -187,7 +187,7 @@ def _feature_buffer(
     available = memory.available_memory()
     if count < memory.SMALL or available is None or count + result_bytes < 0.8 * available:
         return torch.empty(shape, dtype=dtype), lambda top, bottom: None
-    mapped, release = in_a_file(count, folder)
+    mapped, release = mapped_buffer(count, folder)
     row = count // shape[0]
     return mapped.view(dtype).view(shape), lambda top, bottom: release(top * row, bottom * row)
 
