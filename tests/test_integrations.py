@@ -1,4 +1,4 @@
-"""BasicSR and spandrel build and load this package's network. The environment: requirements-integrations.txt."""
+"""Integrations with BasicSR and spandrel. Environment: requirements-integrations.txt."""
 
 import importlib
 import sys
@@ -32,7 +32,7 @@ network_g:
 
 
 def plain_model(size: str = "t") -> reference.SeemoRe:
-    """Return a plain SeemoRe x2 whose every parameter is random, LayerNorms and biases too."""
+    """Return a plain SeemoRe x2 with all parameters random, also of LayerNorms and biases."""
     torch.manual_seed(0)
     model = reference.SeemoRe(scale=2, **PRESETS[size]).eval()
     with torch.no_grad():
@@ -51,12 +51,14 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 
 @pytest.fixture(scope="module")
 def torchvision():
-    """The torchvision that both frameworks import, made to import beside a torch it was not built for."""
+    """The torchvision that both frameworks import, made importable beside a torch it was not built for."""
     if find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
     try:
         module = importlib.import_module("torchvision")
-    except RuntimeError:  # a CUDA build beside a CPU torch: its operators do not load. It asks for two, no test does
+    except (
+        RuntimeError
+    ):  # a CUDA build beside a CPU torch: its operators do not load. Two are needed at import, none by a test
         for name in ("nms", "qnms"):
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
         module = importlib.import_module("torchvision")
@@ -76,7 +78,7 @@ def basicsr(torchvision):
 
 @pytest.fixture
 def spandrel(torchvision):
-    """The real spandrel; what a test adds to its main registry is taken out again."""
+    """The real spandrel; additions of a test to its main registry are removed again."""
     module = pytest.importorskip("spandrel", reason="spandrel is not installed")
     untouched = dict(vars(module.MAIN_REGISTRY))
     yield module
@@ -96,7 +98,7 @@ def network_options(size: str) -> dict:
 
 
 @pytest.mark.parametrize("framework", ["basicsr", "spandrel"])
-def test_absent_framework_is_named(framework, monkeypatch):
+def test_missing_framework(framework, monkeypatch):
     for name in (framework, "basicsr.utils.registry"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, f"seemore_fast.integrations.{framework}", raising=False)
@@ -196,7 +198,7 @@ def test_spandrel_loads_ours_after_install(spandrel, integration, checkpoint):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_spandrel_gets_back_the_type_it_gave(integration, dtype):
+def test_spandrel_keeps_the_dtype(integration, dtype):
     descriptor = integration.SeemoReFastArch().load(plain_model().state_dict()).to(dtype)
     image = picture().to(dtype)
     result = descriptor(image)
@@ -204,7 +206,7 @@ def test_spandrel_gets_back_the_type_it_gave(integration, dtype):
     assert_close(result.float(), plain_model()(image.float()).detach().clamp(0, 1), tolerance=0.02)
 
 
-def test_spandrel_installs_once_and_where_told(spandrel, integration):
+def test_spandrel_installs_once_in_the_given_registry(spandrel, integration):
     registry = spandrel.MAIN_REGISTRY.copy()
     for _ in range(2):
         integration.install(registry)
@@ -217,7 +219,7 @@ def test_spandrel_installs_once_and_where_told(spandrel, integration):
     assert "SeemoReFast" in empty
 
 
-def test_spandrel_still_loads_the_others(spandrel, integration):
+def test_spandrel_still_loads_other_architectures(spandrel, integration):
     from spandrel.architectures.Compact import Compact
     from spandrel.architectures.SPAN import SPAN
 
@@ -227,7 +229,7 @@ def test_spandrel_still_loads_the_others(spandrel, integration):
         assert type(loaded.model) is type(model)
 
 
-def test_accelerate_takes_spandrels_own_descriptor(spandrel, checkpoint):
+def test_accelerate_a_descriptor_of_spandrel(spandrel, checkpoint):
     descriptor = spandrel.ModelLoader().load_from_file(checkpoint)
     model = accelerate(descriptor)
     theirs, ours = dict(descriptor.model.named_parameters()), dict(model.named_parameters())
