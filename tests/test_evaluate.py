@@ -61,7 +61,7 @@ def test_bicubic_of_hr_alone(sets, run):
         expected.append((psnr_y(image, hr, 2), ssim_y(image, hr, 2)))
         assert (float(row["psnr_y"]), float(row["ssim_y"])) == pytest.approx(expected[i], abs=1e-4)
     psnr, ssim = np.mean(expected, axis=0)
-    assert len(expected) == 3 and re.search(rf"plain +3 +made +{psnr:.2f} +{ssim:.4f}", out)
+    assert len(expected) == 3 and re.search(rf"plain +3 +generated +{psnr:.2f} +{ssim:.4f}", out)
 
 
 def test_given_lr_is_measured(sets, run):
@@ -72,7 +72,7 @@ def test_given_lr_is_measured(sets, run):
     (result,) = evaluate(lambda image: bicubic_resize(image, 2), "pairs", [pair])
     assert result.psnr < 15 and result.seconds > 0
     status, out, _ = run(*BICUBIC, "--data", sets / "pairs", "--data", sets / "plain")
-    assert status == 0 and re.search(rf"pairs +1 +given +{result.psnr:.2f}", out) and re.search("plain +3 ", out)
+    assert status == 0 and re.search(rf"pairs +1 +provided +{result.psnr:.2f}", out) and re.search("plain +3 ", out)
 
 
 def test_a_model_beside_the_published_figures(sets, run):
@@ -112,7 +112,7 @@ def test_an_interrupted_run_reports_its_results(sets, run, monkeypatch):
 
     monkeypatch.setattr(module, "evaluate", interrupted)
     status, out, _ = run(*BICUBIC, "--data", sets / "plain", "--csv", sets / "rows.csv")
-    assert status == 130 and re.search("plain +1 +made +30.00", out)
+    assert status == 130 and re.search("plain +1 +generated +30.00", out)
     assert "first,30.0000" in (sets / "rows.csv").read_text()
 
 
@@ -161,7 +161,7 @@ def test_data_sets_of_one_name_are_distinguished(sets, run):
         names_of([sets / "a" / "val", sets / "b" / ".." / "a" / "val"])
     folders = "--data", sets / "a" / "val", "--data", sets / "b" / "val"
     status, out, _ = run(*BICUBIC, "--csv", sets / "rows.csv", *folders)
-    assert status == 0 and re.search("\na/val +3 +made", out) and re.search("\nb/val +3 +made", out)
+    assert status == 0 and re.search("\na/val +3 +generated", out) and re.search("\nb/val +3 +generated", out)
     rows = [(row["data"], row["image"]) for row in read_csv(sets / "rows.csv")]
     assert rows == [(f"{name}/val", f"deep/{i}") for name in "ab" for i in range(3)]
 

@@ -93,13 +93,15 @@ def _print_means(options: argparse.Namespace, upscale, scale: int, sets: dict[st
     network = "SeemoRe-T" if options.model == "bicubic" else nearest_network(upscale.model.config)
     title = f"{options.model} x{scale}{', eight orientations' if options.tta else ''}"
     print(
-        f"{title:<28} {'images':>6} {'LR':>6} {'Y-PSNR':>8} {'SSIM':>7} {'s/image':>8}   published: bicubic, {network}"
+        f"{title:<28} {'images':>6} {'LR':>9} {'Y-PSNR':>8} {'SSIM':>7} {'s/image':>8}   published: bicubic, {network}"
     )
     for name, pairs in sets.items():
         own = [result for result in results if result.data == name]
         psnr, ssim, seconds = mean(own)
-        lr = "made" if pairs[0].lr is None else "given"
-        line = f"{name:<28} {sum(not r.error for r in own):>6} {lr:>6} {psnr:>8.2f} {ssim:>7.4f} {seconds:>8.3f}"
+        lr = "generated" if pairs[0].lr is None else "provided"
+        line = f"{name:<28} {sum(not r.error for r in own):>6} {lr:>9} {psnr:>8.2f} {ssim:>7.4f} {seconds:>8.3f}"
         print(line + "   " + ", ".join(published(one, scale, name) for one in ("bicubic", network)))
     if options.model == "bicubic":
-        print("(Published bicubic was made of luma alone: up to 0.01 dB from this, which is of 8-bit RGB, and 0.0007.)")
+        print(
+            "(The published bicubic values are of luma alone; these, of 8-bit RGB, differ by up to 0.01 dB and 0.0007.)"
+        )

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--model", default="seemore_t", metavar="NAME|PATH", help="shipped model or weights file")
     parser.add_argument(
         "--scale", type=int, choices=(2, 3, 4),
-        help="default: the model's own; of several, 2 or the smallest that reaches --outscale",
+        help="default: the model's own; for a shipped name without one, 2 or the smallest that reaches --outscale",
     )  # fmt: skip
     files = parser.add_argument_group("files")
     files.add_argument("--suffix", metavar="TEXT", help="appended to file names in a folder (default: _x2)")
@@ -96,7 +96,7 @@ def _pixels(text: str) -> int:
 def _exact(text: str) -> bool:
     if text != "exact":
         raise argparse.ArgumentTypeError(
-            "independent tiles would change the result: use --stream, which bounds the memory and does not"
+            "independent tiles would change the result: use --stream, which bounds the memory and keeps the result"
         )
     return True
 
