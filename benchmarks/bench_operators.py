@@ -7,7 +7,7 @@ matrix product reached, and the largest error as extra_info. The options are in 
 import argparse
 import functools
 import itertools
-import statistics
+from statistics import median
 
 import pytest
 import torch
@@ -34,13 +34,12 @@ class Checked:
     """A checked case, and the rates of a copy and a matrix product during the same minutes."""
 
     def __init__(self, case: harness.Case, device: torch.device, rounds: int):
-        self.rounds, self._case, self._device = rounds, case, device
-        self._precision, self._limits = harness.precision_of("", case), {}
+        self.rounds, self._case, self._device, self._precision = rounds, case, device, harness.precision_of("", case)
         harness.keep_memory()
         self.rows, self.calls = harness.check(case)
-        for name, (calls, traffic, operations) in harness.machine_limits(case, device, [self._precision]).items():
-            turns = [harness.measure(calls[i % len(calls)], device, True)[0] for i in range(harness.WARM_UP + rounds)]
-            self._limits[name] = (traffic or operations) / statistics.median(turns[harness.WARM_UP :]) / 1e6
+        limits = harness.machine_limits(case, device, [self._precision])
+        times, _ = harness.take_turns({name: calls for name, (calls, *_) in limits.items()}, case, device, rounds)
+        self._limits = {name: (limits[name][1] or limits[name][2]) / median(times[name]) / 1e6 for name in limits}
 
     def finish(self, call):
         """Run a call to its end, on a GPU too."""

@@ -73,7 +73,7 @@ class Operator(NamedTuple):
 
     operations: Callable[[Setting], tuple[int, int]]
     parameters: Callable[[Setting], Shapes] = lambda s: {}
-    images: Callable[[Setting], tuple[str, ...]] = lambda s: ("x",)
+    images: tuple[str, ...] = ("x",)
     results: Callable[[Setting], list[tuple[int, ...]]] = lambda s: [s.shape]
     options: Callable[[Setting, torch.device], dict] = lambda s, device: {}
     traffic: Callable[[Setting], tuple[int, int]] | None = None
@@ -92,7 +92,7 @@ class Operator(NamedTuple):
 
 
 def in_mode(counted: tuple[int, int], mode: str) -> int:
-    """Return what (forward, backward) amount to in a mode."""
+    """Return the count of a mode from those of forward and backward."""
     forward, backward = counted
     return {"forward": forward, "backward": backward, "both": forward + backward}[mode]
 
@@ -111,8 +111,7 @@ def doubled(s: Setting) -> list[tuple[int, ...]]:
 
 
 def striped(s: Setting) -> Shapes:
-    channels = s.channels
-    return layer("_row", channels, 1, 1, s.taps) | layer("_col", channels, 1, s.taps, 1)
+    return layer("_row", s.channels, 1, 1, s.taps) | layer("_col", s.channels, 1, s.taps, 1)
 
 
 def striped_operations(s: Setting) -> tuple[int, int]:
@@ -155,9 +154,10 @@ def chosen_experts(s: Setting, device: torch.device) -> dict:
 
 
 def experts(s: Setting) -> Shapes:
-    channels, total = s.channels, sum(RANKS)
-    into = {"weight_a": (total, channels), "bias_a": (total,), "weight_k": (total, channels), "bias_k": (total,)}
-    return into | {"weight_out": (channels, total), "bias_out": (EXPERTS, channels)}
+    into, rank = {}, sum(RANKS)
+    for name in "ak":
+        into |= {f"weight_{name}": (rank, s.channels), f"bias_{name}": (rank,)}
+    return into | {"weight_out": (s.channels, rank), "bias_out": (EXPERTS, s.channels)}
 
 
 def routed(s: Setting) -> Setting:
@@ -168,7 +168,8 @@ def recursive_of(shape: tuple[int, ...]) -> int:
     return 1 if shape[1] == 48 or min(shape[2:]) < 16 else 2  # L's, or a map that is too small; else T's
 
 
-def total(*parts: str, setting: Setting) -> tuple[int, int]:
+def total(setting: Setting, *parts: str) -> tuple[int, int]:
+    """Return the operations of several operators."""
     return tuple(map(sum, zip(*(OPERATORS[part].operations(setting) for part in parts), strict=True)))
 
 
@@ -180,7 +181,7 @@ OPERATORS = {
             | layer("_dw", s.channels, 1, 3, 3)
             | layer("_pw", s.channels, s.channels)
         ),
-        images=lambda s: ("k",),
+        images=("k",),
         options=lambda s, device: {"recursive": s.recursive},
         quick=[
             Setting((1, 5, 17, 20), recursive=2),
@@ -208,7 +209,7 @@ OPERATORS = {
     "low_rank_experts": Operator(
         lambda s: s.multiply_adds(RANKS[CHOSEN], 3, 8),  # three products; backward computes two of them again
         experts,
-        images=lambda s: ("a", "k"),
+        images=("a", "k"),
         options=chosen_experts,
     ),
     "norm_conv3x3": Operator(
@@ -226,12 +227,12 @@ OPERATORS = {
     "pointwise": Operator(
         lambda s: s.multiply_adds(s.channels, 1, 2),
         lambda s: layer("", s.channels, s.channels),
-        images=lambda s: ("x", "residual"),
+        images=("x", "residual"),
     ),
     "router": Operator(
         lambda s: (math.prod(s.shape), 0),  # the pool's additions; backward only spreads one value per channel
         lambda s: {"weight": (EXPERTS, s.channels)},
-        images=lambda s: ("a",),
+        images=("a",),
         results=lambda s: [(s.shape[0], TOP_K)],
         options=lambda s, device: {"top_k": TOP_K},
         traffic=lambda s: (math.prod(s.shape) * s.dtype.itemsize,) * 2,  # backward writes a gradient, reads means alone
@@ -239,7 +240,6 @@ OPERATORS = {
     "striped_conv": Operator(
         striped_operations,
         striped,
-        images=lambda s: ("x", "gate") if s.gated else ("x",),
         options=lambda s, device: {"activation": s.activation},
         quick=[
             Setting((1, 5, 9, 14), taps=11),
@@ -260,23 +260,21 @@ OPERATORS = {
         ],
     ),
     "striped_conv_router": Operator(
-        lambda s: tuple(map(sum, zip(striped_operations(routed(s)), OPERATORS["router"].operations(s), strict=True))),
+        lambda s: total(routed(s), "striped_conv", "router"),
         lambda s: striped(routed(s)) | {"weight_router": (EXPERTS, s.channels)},
         results=lambda s: [s.shape, (s.shape[0], TOP_K)],
         options=lambda s, device: {"top_k": TOP_K, "activation": "gelu"},
     ),
     "rme_block": Operator(
         lambda s: total(
+            s._replace(recursive=recursive_of(s.shape)),
             *("norm_conv3x3", "calibrate", "striped_conv_router", "low_rank_experts", "pointwise", "gated_ffn"),
-            setting=s._replace(recursive=recursive_of(s.shape)),
         ),
         block="local_block",
         quick=QUICK_BLOCK,
     ),
     "sme_block": Operator(
-        lambda s: total(
-            *("norm_pointwise", "striped_conv", "pointwise", "gated_ffn"), setting=s._replace(taps=11, gated=True)
-        ),
+        lambda s: total(s._replace(**IN_SEE), "norm_pointwise", "striped_conv", "pointwise", "gated_ffn"),
         block="global_block",
         quick=QUICK_BLOCK,
     ),

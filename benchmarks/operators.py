@@ -43,7 +43,8 @@ def random_inputs(operator: Operator, setting: Setting, device: torch.device, se
     Everything is of the setting's dtype but the gradients of probabilities, which are float32.
     """
     parameters = operator.parameters(setting)
-    shapes = dict.fromkeys(operator.images(setting), setting.shape) | parameters
+    images = (*operator.images, "gate") if setting.gated else operator.images
+    shapes = dict.fromkeys(images, setting.shape) | parameters
     if setting.mode != "forward":
         shapes |= {f"upstream_{i}": shape for i, shape in enumerate(operator.results(setting))}
     tensors = harness.random_tensors(shapes, setting.dtype, device, seed)

@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from seemore_fast.analysis.operations import PUBLISHED as COSTS
 from seemore_fast.benchmarks import charts, command, harness
 from seemore_fast.benchmarks.machine import folder_name
 from seemore_fast.evaluation.published import PUBLISHED, published
@@ -57,7 +56,7 @@ def read(paths: list[Path]) -> tuple[dict[str, dict[str, dict]], list[str]]:
     return found, warnings
 
 
-def charts_of(files: dict[str, dict]) -> Iterator[charts.Chart]:
+def charts_of(files: dict[str, dict]) -> Iterator[tuple[charts.Chart, str]]:
     """Yield the charts that the files of one machine allow, each with the origin of its figures."""
     operators = {stem: facts for stem, facts in files.items() if stem not in NOT_OPERATORS}
     if chart := charts.roofline(operators):
@@ -155,9 +154,6 @@ def page(found: dict[str, dict[str, dict]], output: Path) -> str:
     quality = [
         [f"{network} x{scale}", *(published(network, scale, name) for name in names)] for network, scale in PUBLISHED
     ]
-    costs = [
-        [f"{preset.upper()} x{scale}", f"{count:,}", f"{giga:.1f}"] for (preset, scale), (count, giga) in COSTS.items()
-    ]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,"><title>seemore-fast: benchmarks</title><style>{STYLE}</style></head><body>
@@ -166,10 +162,8 @@ def page(found: dict[str, dict[str, dict]], output: Path) -> str:
 providers took turns in one process. Bars and points are medians.</p>
 {sections}
 <h2>Published figures</h2>
-<p>Y-PSNR in dB and SSIM, then the size of the networks.</p>
+<p>Y-PSNR in dB and SSIM.</p>
 {table(["", *names], quality)}
-<p></p>
-{table(["published network", "parameters", "GMAC at 1280x720"], costs)}
 </body></html>
 """
 

@@ -3,6 +3,7 @@
 import itertools
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -275,45 +276,34 @@ def test_missing_modules_come_with_the_command_that_installs_them(harness, monke
 
 
 def test_ours_prepares_and_runs_on_every_backend_and_instruction_set(harness, monkeypatch):
-    current, seen = [], []
+    active, seen = ["avx2"], []
 
     @contextmanager
     def use(name):
-        current.append(name)
+        active.append(name)
         yield
-        current.pop()
+        active.pop()
 
     def provider(tensors):
-        seen.append([*current, native.chosen])
-        return lambda: seen.append([*current, native.chosen])
+        seen.append(list(active))
+        return lambda: seen.append(list(active))
 
-    class native:
-        chosen = "avx2"
-
-        def instruction_set():
-            return native.chosen
-
-        def use_instruction_set(name):
-            native.chosen = name
-
-    info = {
-        "available": ["reference", "cpu", "cuda"],
-        "unavailable": {"triton": "not here"},
-        "cpu": {"instruction_sets": ["portable", "avx2"]},
-    }
+    native = SimpleNamespace(
+        instruction_set=lambda: active[0], use_instruction_set=lambda name: active.__setitem__(0, name)
+    )
+    info = {"unavailable": {"triton": "not here"}, "cpu": {"instruction_sets": ["portable", "avx2"]}}
     monkeypatch.setattr(harness.seemore_fast, "backend_info", lambda: info)
     monkeypatch.setattr(harness.seemore_fast, "use_backend", use)
     monkeypatch.setattr(harness.seemore_fast.backends, "native", native)
     table = harness.ours(provider, CPU, instruction_sets=True)
     assert list(table) == ["seemore-fast cpu", "seemore-fast cpu portable", "seemore-fast cpu avx2"]
     table["seemore-fast cpu portable"]({})()
-    assert seen == [["cpu", "portable"]] * 2
-    assert (current, native.chosen) == ([], "avx2")
+    assert seen == [["portable", "cpu"]] * 2 and active == ["avx2"]
     assert list(harness.ours(provider, CPU)) == ["seemore-fast cpu"]
     on_cuda = harness.ours(provider, torch.device("cuda"), instruction_sets=True)
     assert list(on_cuda) == ["seemore-fast cuda", "seemore-fast triton"]
     assert on_cuda["seemore-fast triton"] == "not here"
-    info |= {"available": ["reference"], "unavailable": {"cpu": "no compiler"}}
+    info["unavailable"] = {"cpu": "no compiler"}
     assert harness.ours(provider, CPU, instruction_sets=True) == {"seemore-fast cpu": "no compiler"}
 
 
@@ -347,11 +337,10 @@ class Gpu:
     """torch.cuda of a GPU on which each call is a millisecond of work, for a slow host; in seconds."""
 
     def __init__(self, monkeypatch):
-        self.now = self.ends = 0.0
-        self.slept = []
+        self.now, self.ends, self.slept = 0.0, 0.0, []
         for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
             monkeypatch.setattr(torch.cuda, name, lambda device: 0)
-        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: self.Event(self))
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
         monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
 
     def sleep(self, cycles):
@@ -366,33 +355,30 @@ class Gpu:
             self.now += host_seconds / kernels
             self.work(1e-3 / kernels)
 
-    class Event:
-        def __init__(self, gpu):
-            self.gpu = gpu
 
-        def record(self):
-            self.gpu.work(0)
-            self.at = self.gpu.ends
+class Event:
+    def __init__(self, gpu):
+        self.gpu = gpu
 
-        def query(self):
-            return self.gpu.now >= self.at
+    def record(self):
+        self.gpu.work(0)
+        self.at = self.gpu.ends
 
-        def synchronize(self):
-            self.gpu.now = max(self.gpu.now, self.at)
+    def query(self):
+        return self.gpu.now >= self.at
 
-        def elapsed_time(self, end):
-            return 1000 * (end.at - self.at)
+    def synchronize(self):
+        self.gpu.now = max(self.gpu.now, self.at)
+
+    def elapsed_time(self, end):
+        return 1000 * (end.at - self.at)
 
 
-@pytest.mark.parametrize("host_seconds, sleeps", [(1e-5, 1), (2e-3, 2), (0.02, 3)])
-def test_launches_are_not_timed(harness, monkeypatch, host_seconds, sleeps):
+@pytest.mark.parametrize(
+    "kernels_only, host_seconds, sleeps", [(True, 1e-5, 1), (True, 2e-3, 2), (True, 0.02, 3), (False, 2e-3, 0)]
+)
+def test_launches_are_timed_with_whole_calls_only(harness, monkeypatch, kernels_only, host_seconds, sleeps):
     gpu = Gpu(monkeypatch)
-    milliseconds, _ = harness.measure(lambda: gpu.call(host_seconds), torch.device("cuda"), kernels_only=True)
-    assert milliseconds == pytest.approx(1)
+    milliseconds, _ = harness.measure(lambda: gpu.call(host_seconds), torch.device("cuda"), kernels_only)
+    assert milliseconds == (pytest.approx(1) if kernels_only else pytest.approx(2, rel=0.2))
     assert gpu.slept == list(harness.SLEEPS[:sleeps])
-
-
-def test_launches_are_timed_with_the_whole_call(harness, monkeypatch):
-    gpu = Gpu(monkeypatch)
-    milliseconds, _ = harness.measure(lambda: gpu.call(2e-3), torch.device("cuda"), kernels_only=False)
-    assert milliseconds == pytest.approx(2, rel=0.2) and not gpu.slept

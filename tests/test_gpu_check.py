@@ -1,4 +1,4 @@
-"""`make gpu-check` without a GPU: its real main in a tree of stubs, and its steps alone. None stops the others."""
+"""`make gpu-check` without a GPU: main in a tree of stubs, and its steps."""
 
 import json
 import os
@@ -136,7 +136,7 @@ def assert_order(order: list[str], repeated: list[str]):
     assert set(beside) == {"build", *names(gpu_check.tests()), *repeated}
 
 
-def test_every_step_is_reached_in_its_order_and_what_is_tuned_is_used_by_what_follows(tree):
+def test_all_steps_run_in_order_and_later_ones_use_the_tuning(tree):
     assert tree.run() == 0
     outcomes = tree.outcomes()
     assert_order(list(outcomes), [])
@@ -152,7 +152,7 @@ def test_every_step_is_reached_in_its_order_and_what_is_tuned_is_used_by_what_fo
     assert not list(tree.root.glob("**/libseemore_cpu.so"))
 
 
-def test_without_nvcc_all_the_rest_runs_and_tests_that_fail_again_with_another_compiler(tree):
+def test_without_nvcc_the_rest_runs_and_failed_tests_run_again_with_another_compiler(tree):
     """Again run only those of Triton, and only the tests that failed."""
     ptxas = tree.root / "bin" / "ptxas"
     ptxas.parent.mkdir()
@@ -187,7 +187,7 @@ def test_quick_and_only(tree):
     assert set(tree.outcomes("_only")) == {"build", *expected} and len(expected) > 3
 
 
-def test_a_kill_at_any_moment_leaves_the_archive(tree):
+def test_a_kill_leaves_the_archive(tree):
     """With every step that had ended; what is printed last may be a moment ahead."""
     chance = random.Random(0)
     for _ in range(5):
@@ -210,11 +210,9 @@ def test_a_kill_at_any_moment_leaves_the_archive(tree):
         )
 
 
-def test_a_request_to_stop_ends_the_steps_too(tree):
-    process, log = (
-        tree.start(STUB_HANGS="inference.py"),
-        tree.root / "build/gpu-check/benchmark-of-inference-first.log",
-    )
+def test_a_termination_ends_the_steps(tree):
+    process = tree.start(STUB_HANGS="inference.py")
+    log = tree.root / "build/gpu-check/benchmark-of-inference-first.log"
     while not (log.exists() and "arguments" in log.read_text()):
         assert process.poll() is None, tree.printed()
         time.sleep(0.05)
@@ -227,33 +225,31 @@ def test_a_request_to_stop_ends_the_steps_too(tree):
 # What the steps are
 
 
-def test_tools_are_beside_nvcc_on_path_or_where_it_is_looked_for(tmp_path, monkeypatch):
-    def make(path: Path) -> str:
+def test_tools_are_found_beside_nvcc_on_path_or_in_a_toolkit(tmp_path, monkeypatch):
+    def make(*parts: str) -> str:
+        path = tmp_path.joinpath(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(0o755)
         return str(path)
 
-    folders = {name: tmp_path / name for name in ("PATH", "CUDA_HOME", "CUDA_PATH", "toolkit")}
-    monkeypatch.setenv("PATH", str(folders["PATH"]))
-    for name in ("CUDA_HOME", "CUDA_PATH"):
-        monkeypatch.setenv(name, str(folders[name]))
-    monkeypatch.setattr(gpu_check.native(), "TOOLKITS", [str(folders["toolkit"])])
+    for name in ("PATH", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setattr(gpu_check.native(), "TOOLKITS", [str(tmp_path / "toolkit")])
     assert "no compute-sanitizer" in gpu_check.sanitizer("memcheck").command
     assert gpu_check.tool("nvcc") is None
-    in_toolkit = make(folders["toolkit"] / "bin" / "compute-sanitizer")
-    assert gpu_check.tool("compute-sanitizer") == in_toolkit
-    on_path = make(folders["PATH"] / "compute-sanitizer")
-    assert gpu_check.tool("compute-sanitizer") == on_path
-    make(folders["CUDA_HOME"] / "bin" / "nvcc")
-    assert gpu_check.tool("compute-sanitizer") == on_path
-    beside = make(folders["CUDA_HOME"] / "bin" / "compute-sanitizer")
+    for folder in (["toolkit", "bin"], ["PATH"]):
+        assert gpu_check.tool("compute-sanitizer") != (found := make(*folder, "compute-sanitizer"))
+        assert gpu_check.tool("compute-sanitizer") == found
+    make("CUDA_HOME", "bin", "nvcc")
+    assert gpu_check.tool("compute-sanitizer") == found
+    beside = make("CUDA_HOME", "bin", "compute-sanitizer")
     step = gpu_check.sanitizer("memcheck")
     assert step.command[:3] == [beside, "--tool", "memcheck"] and step.environment and step.after == "build"
     assert "small_shapes and not triton" in step.command
 
 
-def test_the_build_goes_by_what_there_is(tmp_path, monkeypatch):
-    """With the real csrc/native_build.py: only the CUDA library, and a word where it cannot be."""
+def test_the_build_makes_the_cuda_library_or_reports_why_not(tmp_path, monkeypatch):
+    """With the real csrc/native_build.py: the CUDA library alone."""
     monkeypatch.setattr(gpu_check, "LOGS", tmp_path)
     monkeypatch.setattr(gpu_check, "PACKAGE", tmp_path)
     monkeypatch.setattr(gpu_check.native(), "find_nvcc", lambda: None)
@@ -268,7 +264,7 @@ def test_the_build_goes_by_what_there_is(tmp_path, monkeypatch):
     assert asked[0][0] == tmp_path / "native" and asked[0][3] == ["_C", "libseemore_cuda"]
 
 
-def test_every_file_of_a_step_exists_and_every_name_is_one():
+def test_files_of_steps_exist_and_names_are_unique():
     every = [*gpu_check.figures(), *gpu_check.tests(), *gpu_check.tuning(), *gpu_check.benchmarks()]
     assert len({steps.slug(step.name) for step in every}) == len(every)
     for step in every:
@@ -277,11 +273,11 @@ def test_every_file_of_a_step_exists_and_every_name_is_one():
         assert all((gpu_check.ROOT / file).exists() for file in files), step
 
 
-def test_the_network_comes_first_and_within_three_minutes():
+def test_the_network_takes_at_most_three_minutes():
     assert sum(step.seconds + steps.GRACE_S for step in gpu_check.figures()) < 180
 
 
-def test_a_test_that_does_not_fit_the_memory_with_its_workspaces_is_skipped(monkeypatch):
+def test_tests_that_do_not_fit_the_memory_are_skipped(monkeypatch):
     """The backward of gated_ffn holds 71 GB for the largest image: by its tensors' sizes, in Triton."""
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (71 * 10**9, 80 * 10**9))
@@ -289,7 +285,7 @@ def test_a_test_that_does_not_fit_the_memory_with_its_workspaces_is_skipped(monk
         test_gpu.huge_tensors(test_gpu.CALLS["gated_ffn"], "cuda", test_gpu.HUGE)
 
 
-def test_parts_are_all_tests_once():
+def test_parts_contain_each_test_once():
     import conftest
 
     parts = []

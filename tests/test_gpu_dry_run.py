@@ -1,4 +1,4 @@
-"""What the host does for a GPU, without one: launches, torch's kernels, compiled kernels and pointers of the network.
+"""The host code of a GPU's calls, without a GPU: launches, torch's kernels, compiled kernels and pointers.
 
 Triton's binder needs a process without TRITON_INTERPRET: this file, run as a program, is that.
 """
@@ -170,25 +170,22 @@ def test_odd_sizes_have_the_launches_and_the_kernels_of_even_ones(planned):
 
 
 def test_layers_read_16_bytes_at_a_time_whatever_the_size(planned):
-    """Stencils do where rows begin at whole vectors; else they read pixel by pixel along a row."""
-    even, odd, _ = planned["plans"]
-    assert_wide(planned["widths"], {variant for _, variant, _ in even})
-    assert_wide(planned["widths"], {variant for name, variant, _ in odd if name not in STENCILS})
+    assert_wide(planned)
 
 
 @pytest.mark.slow
 def test_all_kernels_read_16_bytes_at_a_time():
-    found = without_interpreter("plans", True)
+    assert_wide(without_interpreter("plans", True))
+
+
+def assert_wide(found: dict):
+    """Stencils read wide if rows begin at whole vectors; otherwise they read pixel by pixel along a row."""
     even, odd, _ = found["plans"]
-    assert_wide(found["widths"], {variant for _, variant, _ in even})
-    assert_wide(found["widths"], {variant for name, variant, _ in odd if name not in STENCILS})
-
-
-def assert_wide(widths: dict[str, list], variants: set[int]):
-    compiled = {int(number): width for number, width in widths.items() if int(number) in variants}
-    assert compiled
-    for name, load, _ in compiled.values():
-        assert load >= LEAST.get(name, 16), name
+    for variants in ({v for _, v, _ in even}, {v for name, v, _ in odd if name not in STENCILS}):
+        compiled = [width for number, width in found["widths"].items() if int(number) in variants]
+        assert compiled
+        for name, load, _ in compiled:
+            assert load >= LEAST.get(name, 16), name
 
 
 def test_a_repeated_call_launches_the_same_with_other_pointers():

@@ -1,4 +1,4 @@
-"""The table of measured backends: who is asked first, where it comes from, and how it is made."""
+"""The table of measured backends: its effect on the choice, its files, and the command that writes it."""
 
 import json
 
@@ -10,8 +10,6 @@ from seemore_fast.backends import preferences, selection
 from seemore_fast.benchmarks import tune_backends
 from seemore_fast.benchmarks.cases import OPERATORS
 from seemore_fast.cli import main
-
-X = torch.empty(1, 4, 8, 8, device="meta")
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +41,7 @@ def write(path, operators, device="NVIDIA H200"):
     preferences.write(path, device, operators)
 
 
-def test_what_was_measured_goes_first(files, gpu):
+def test_measured_backends_go_first(files, gpu):
     assert backends.select_backend("calibrate", gpu) == "cuda"
     write(files / "shipped.json", {"calibrate": {"float32": ["triton", "reference", "cuda"]}})
     assert backends.select_backend("calibrate", gpu) == "triton"
@@ -52,9 +50,15 @@ def test_what_was_measured_goes_first(files, gpu):
     assert backends.select_backend("calibrate", gpu) == "reference"
     with use_backend("reference"):
         assert backends.select_backend("striped_conv", gpu, 3) == "reference"
+    write(preferences.user_file(), {"router": {"float32": ["triton"]}})  # the other operators' entries remain
+    write(files / "shipped.json", {"router": {"float32": ["cuda"]}, "gated_ffn": {"float32": ["triton"]}})
+    preferred = [
+        preferences.preferred(name, gpu.device, torch.float32) for name in ("router", "gated_ffn", "calibrate")
+    ]
+    assert preferred == [["triton"], ["triton"], ["reference", "cuda"]]
 
 
-def test_other_devices_and_dtypes_are_not_concerned(files, gpu):
+def test_other_devices_and_dtypes_are_not_affected(files, gpu):
     write(files / "shipped.json", {"calibrate": {"float16": ["triton"]}})
     write(files / "shipped.json", {"calibrate": {"float32": ["triton"]}}, device="another")
     assert set(json.loads((files / "shipped.json").read_text())) == {"NVIDIA H200", "another"}
@@ -68,7 +72,7 @@ def test_a_backend_that_cannot_serve_is_passed_over(files, gpu):
     assert backends.select_backend("norm_pointwise", gpu, size=65) == "reference"
 
 
-def test_a_backward_goes_by_it_too(files, gpu, monkeypatch):
+def test_backward_uses_the_table_too(files, gpu, monkeypatch):
     write(files / "shipped.json", {"calibrate": {"float32": ["reference", "triton", "cuda"]}})
     monkeypatch.setattr(selection, "_functions", lambda name, operator: {"triton": 3}[name] and backends)
     monkeypatch.setattr(backends, "calibrate_backward", "found", raising=False)
@@ -76,13 +80,13 @@ def test_a_backward_goes_by_it_too(files, gpu, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": {"b": {"c": [1]}}}', '{"a": {"b": {"c": 1}}}'])
-def test_a_file_that_is_no_table_is_left_out(files, gpu, text):
+def test_invalid_files_are_left_out(files, gpu, text):
     (files / "shipped.json").write_text(text)
     with pytest.warns(UserWarning, match=r"shipped\.json is no table of backends.*tune again"):
         assert backends.select_backend("calibrate", gpu) == "cuda"
 
 
-def test_tune_orders_by_time_and_leaves_out_what_is_wrong():
+def test_tune_orders_by_time_and_leaves_out_wrong_backends():
     lines = {
         "seemore-fast cuda": {"ms": 2.0},
         "seemore-fast triton": {"ms": 1.0},
@@ -112,25 +116,20 @@ def test_the_command_measures_and_writes(files, capsys):
     assert set(json.loads(output.read_text())["cpu"]) == {"striped_conv", "router", "calibrate"}
 
 
-def test_the_command_needs_a_gpu_and_a_place(capsys):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    for options, said in {
-        (): "torch finds no CUDA device here",
-        ("--device", "gpu"): "--device is 'gpu', expected",
-        ("--device", "cpu", "--runs", "0"): "--runs is 0",
-        ("--device", "cpu", "--quick"): "--quick does not measure real sizes",
-    }.items():
-        with pytest.raises(SystemExit) as stopped:
-            main(["benchmark", "tune", *options])
-        assert stopped.value.code == 2 and said in capsys.readouterr().err
-
-
-def test_what_the_user_did_not_measure_is_as_shipped(files, gpu):
-    write(files / "shipped.json", {"calibrate": {"float32": ["triton"]}, "router": {"float32": ["triton"]}})
-    write(preferences.user_file(), {"router": {"float32": ["cuda"]}})
-    assert preferences.preferred("calibrate", gpu.device, torch.float32) == ["triton"]
-    assert preferences.preferred("router", gpu.device, torch.float32) == ["cuda"]
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "torch finds no CUDA device here"),
+        (["--device", "gpu"], "--device is 'gpu', expected"),
+        (["--device", "cpu", "--runs", "0"], "--runs is 0"),
+        (["--device", "cpu", "--quick"], "--quick does not measure real sizes"),
+    ],
+)
+def test_invalid_options(capsys, options, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(["benchmark", "tune", *options])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_settings_are_photos_and_patches():

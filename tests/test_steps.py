@@ -1,4 +1,4 @@
-"""Steps with limits of time (benchmarks/steps.py): outcomes, logs, who waits for whom, and archives."""
+"""Steps with time limits (benchmarks/steps.py): outcomes, logs, order and archives."""
 
 import sys
 import tarfile
@@ -43,7 +43,7 @@ def test_long(): time.sleep(1000)
 """
 
 
-def test_what_takes_too_long_says_first_what_failed(run, tmp_path):
+def test_the_log_of_an_interrupted_step_has_its_failures(run, tmp_path):
     (tmp_path / "test_some.py").write_text(TESTS)
     step = gpu_check.pytest("tests of some", [], "test_some.py", seconds=8)
     command = [word for word in step.command if word not in ("--device", "cuda")]
@@ -53,7 +53,7 @@ def test_what_takes_too_long_says_first_what_failed(run, tmp_path):
     assert "assert (1 + 1) == 3" in log and "KeyboardInterrupt" in log
 
 
-def test_what_does_not_listen_is_killed_with_all_that_it_started(run, tmp_path, monkeypatch):
+def test_a_step_that_ignores_the_interrupt_is_killed_with_its_processes(run, tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "GRACE_S", 1)
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)"
     child = f"{deaf}; print('started'); time.sleep(1000)  # {tmp_path}"
@@ -62,7 +62,7 @@ def test_what_does_not_listen_is_killed_with_all_that_it_started(run, tmp_path, 
     assert not processes(tmp_path)
 
 
-def test_what_cannot_run_says_why(run):
+def test_skipped_steps_have_a_reason(run):
     done = run(Step("memcheck", "there is no compute-sanitizer", 0))
     assert done["outcome"] == "skipped: there is no compute-sanitizer" and done["seconds"] == 0
     assert run(python("1"), time.monotonic())["outcome"] == "failed: no time, 0 s left"
@@ -70,7 +70,7 @@ def test_what_cannot_run_says_why(run):
     assert run(optional, time.monotonic() + 30)["outcome"].startswith("skipped: ")
 
 
-def test_steps_side_by_side_do_not_wait_but_for_whom_they_name(tmp_path):
+def test_parallel_steps_wait_only_for_the_named_ones(tmp_path):
     flag, after = tmp_path / "flag", tmp_path / "after"
     waits = f"import pathlib, time\nwhile not pathlib.Path({str(flag)!r}).exists(): time.sleep(0.1)"
     beside = [
@@ -81,28 +81,20 @@ def test_steps_side_by_side_do_not_wait_but_for_whom_they_name(tmp_path):
         python(
             "import os; raise SystemExit(os.environ['ONE'] + os.environ['TWO'])", name="fails", environment={"ONE": "1"}
         ),
-        python("1", name="names one that is not beside it", after="build"),
+        python("1", name="names a step that does not run", after="build"),
     ]
-    saved = []
-    runner = Runner(
-        tmp_path, tmp_path, time.monotonic() + 1000, {"TWO": "2"}, lambda results: saved.append(len(results))
-    )
+    saved, later = [], time.monotonic() + 1000
+    runner = Runner(tmp_path, tmp_path, later, {"TWO": "2"}, lambda results: saved.append(len(results)))
     done = {result["step"]: result["outcome"] for result in runner.run(beside)}
-    assert done == {
-        "comes after": "passed",
-        "waits": "passed",
-        "cannot run": "skipped: not here",
-        "is waited for": "passed",
-        "fails": "failed: exit status 1",
-        "names one that is not beside it": "passed",
-    }
+    others = {"cannot run": "skipped: not here", "fails": "failed: exit status 1"}
+    assert done == dict.fromkeys([step.name for step in beside], "passed") | others
     order = list(done)
     assert order.index("waits") < order.index("comes after") and order.index("fails") < order.index("is waited for")
     assert saved[-1] == len(done)
     assert (tmp_path / "fails.log").read_text() == "12\n"
 
 
-def test_no_more_steps_at_a_time_than_processors(tmp_path):
+def test_steps_run_on_limited_workers(tmp_path):
     code = f"import os, time; os.mkdir({str(tmp_path / 'one')!r}); time.sleep(0.2); os.rmdir({str(tmp_path / 'one')!r})"
     runner = Runner(tmp_path, tmp_path, time.monotonic() + 1000, {}, lambda results: None, workers=1)
     assert all(result["outcome"] == "passed" for result in runner.run([python(code, name=str(i)) for i in range(3)]))
@@ -117,7 +109,7 @@ def test_a_share_of_the_time_leaves_the_rest(tmp_path, monkeypatch):
     assert result["outcome"] == "passed"
 
 
-def test_an_archive_is_whole_or_the_one_before_and_lacks_what_is_gone(tmp_path, monkeypatch):
+def test_an_archive_is_atomic_and_leaves_out_missing_files(tmp_path, monkeypatch):
     target, here = tmp_path / "results.tgz", tmp_path / "here"
     here.write_text("1")
     steps.archive(target, tmp_path, [here, tmp_path / "gone"])

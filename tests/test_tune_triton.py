@@ -1,4 +1,4 @@
-"""The tuning of Triton's tiles: what it tries first, what it refuses, and that it keeps to its time."""
+"""Tuning of Triton's tiles: order, refused configurations and time limit."""
 
 import json
 import os
@@ -33,7 +33,7 @@ print(tune_triton.fastest("norm_pointwise forward", x, 90, Configuration(16, 2))
 """
 
 
-def test_the_quickest_that_fits_is_chosen_and_wgmma_does_not_fit():
+def test_the_fastest_that_fits_is_chosen_and_wgmma_does_not_fit():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", WITHOUT_A_GPU], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -45,7 +45,7 @@ def test_the_quickest_that_fits_is_chosen_and_wgmma_does_not_fit():
     ]
 
 
-def test_what_counts_most_comes_first():
+def test_the_most_important_kernels_come_first():
     entries = next(iter(configurations.table().values()))
     order = tune_triton.by_value(entries, None)
     assert order[:4] == [(name, "2 bytes", "") for name in (*tune_triton.FIRST, "low_rank_experts forward")]
@@ -57,7 +57,7 @@ def test_what_counts_most_comes_first():
     assert only == [("conv3x3_shuffle forward", "4 bytes", tier) for tier in tune_triton.CHANNELS]
 
 
-def test_no_kernel_is_begun_after_its_time_and_each_is_written(tmp_path, monkeypatch, capsys):
+def test_no_kernel_starts_after_the_time_limit_and_each_is_written(tmp_path, monkeypatch, capsys):
     clock, output, before = iter(range(1000)), tmp_path / "table.json", configurations.FILE.read_text()
     monkeypatch.setattr(tune_triton.time, "monotonic", lambda: next(clock))
     written = []
@@ -79,7 +79,7 @@ def test_no_kernel_is_begun_after_its_time_and_each_is_written(tmp_path, monkeyp
     assert configurations.FILE.read_text() == before and list(tmp_path.iterdir()) == [output]
 
 
-def test_experts_that_are_timed_are_chosen():
+def test_timed_experts_have_valid_indices():
     """Memory as it comes holds no index of an expert: kernels would be timed without any work."""
     torch.use_deterministic_algorithms(True)
     try:
