@@ -113,7 +113,7 @@ def dry_run(architecture: int = ARCHITECTURE) -> Iterator[dict[Any, Variant]]:
     from triton.runtime.jit import JITFunction
 
     import seemore_fast
-    from seemore_fast import backends
+    from seemore_fast.backends import selection
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 is set: interpreted kernels have no binder; unset it in this process")
@@ -130,7 +130,7 @@ def dry_run(architecture: int = ARCHITECTURE) -> Iterator[dict[Any, Variant]]:
     try:
         with (
             mock.patch.object(JITFunction, "_do_compile", compile_nothing),
-            mock.patch.object(backends, "interpreted", lambda: True),  # Triton takes CPU tensors
+            mock.patch.object(selection, "interpreted", lambda: True),  # Triton takes CPU tensors
             seemore_fast.use_backend("triton"),
         ):
             yield compiled

@@ -14,7 +14,6 @@ from .fused import (
     EPS,
     FFN,
     QV,
-    WIDE,
     Calibrate,
     Expand,
     Experts,
@@ -130,7 +129,7 @@ class Block(Fused, ResidualPair):
         """Keep a copy of the parameters, for calls without gradients, until something unfreezes it."""
         with torch.inference_mode(False), torch.no_grad():
             stencils = self.stencils()
-            self._frozen = {"params": map_params(lambda name, t: frozen(t, stencils, name in WIDE), self._params())}
+            self._frozen = {"params": map_params(lambda _, t: frozen(t, stencils), self._params())}
 
     def params(self) -> Params:
         """Return the parameters that the operators take: frozen, or as they are now."""

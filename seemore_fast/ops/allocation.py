@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import backends
+from ..backends import selection
 from ..backends.planes import new_image, new_packed
 
 
@@ -25,7 +25,7 @@ def empty_like(image: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def takes_planes(image: Tensor) -> bool:
     """Return whether images are allocated for kernels on a GPU: on one, or where Triton takes those of the CPU."""
-    return image.device.type == "cuda" or (backends.interpreted() and backends.current_backend() == "triton")
+    return image.device.type == "cuda" or (selection.interpreted() and selection.current_backend() == "triton")
 
 
 def laid_out(weight: Tensor) -> Tensor:
