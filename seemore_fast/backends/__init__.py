@@ -1,4 +1,4 @@
-"""Backends: which kernels there are, which one computes an operator, and why another does not."""
+"""Backends: table of kernels, selection of the one that computes an operator, and a report."""
 
 from .registry import ALL, BACKENDS, CPU, FLOATS, KERNELS, MATRIX, STENCIL, Kernel
 from .report import backend_info

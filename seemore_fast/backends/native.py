@@ -31,7 +31,7 @@ def load(path: Path) -> str | None:
 
 
 def load_cpu() -> str | None:
-    """Load the CPU library and take the instruction set that SEEMORE_FAST_CPU names; return None, or why not."""
+    """Load the CPU library and use the instruction set of SEEMORE_FAST_CPU; return None, or the reason why not."""
     reason = load(FOLDER / "libseemore_cpu.so")
     wanted = os.environ.get("SEEMORE_FAST_CPU")
     if reason is None and wanted:
@@ -43,7 +43,7 @@ def load_cpu() -> str | None:
 
 
 def load_cuda() -> str | None:
-    """Load the CUDA library; return None, or why it cannot be used with this torch. Asks no device."""
+    """Load the CUDA library; return None, or the reason why this torch cannot use it. Queries no device."""
     if torch.version.cuda is None:
         return "torch is built without CUDA"
     return load(FOLDER / "libseemore_cuda.so")
@@ -53,7 +53,7 @@ _cuda_reasons: dict[int, str | None] = {}  # by device index; only answers that 
 
 
 def cuda_unsupported_reason(index: int) -> str | None:
-    """Return None where CUDA device `index` runs the loaded library's kernels, else why it does not.
+    """Return None where CUDA device `index` runs the loaded library's kernels, otherwise the reason why not.
 
     Makes a context on that device, and on no other. An error that may pass, such as a device without free memory, is
     returned but not remembered: the next call asks again.
@@ -91,7 +91,7 @@ def use_instruction_set(name: str):
 
 
 def build_info() -> dict | str:
-    """Return what the libraries were built with and what was left out and why, or why that is not known."""
+    """Return the build's tools, parts left out and reasons, or the reason why they are not known."""
     try:
         info = json.loads((FOLDER / "build_info.json").read_text())
     except (OSError, ValueError) as error:
@@ -104,7 +104,7 @@ def build_info() -> dict | str:
 
 
 def architecture_reason(capability: tuple[int, int]) -> str | None:
-    """Return why the CUDA library has no code for a GPU of this compute capability, None where it has or none is known.
+    """Return the reason why the CUDA library has no code for a compute capability, None if it has or is unknown.
 
     Compares numbers: no device is asked.
     """

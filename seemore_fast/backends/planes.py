@@ -24,7 +24,7 @@ def new_image(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> 
 
 
 def new_packed(like: Tensor, channels: int, dtype: torch.dtype | None = None, room: int = 0) -> Tensor:
-    """Return the same with channels innermost, `channels` elements apart from pixel to pixel or, if given, `room`."""
+    """Return the same with channels innermost; pixels lie `channels` elements apart or, if given, `room`."""
     batch, _, height, width = like.shape
     room = room or channels
     image = padded(height * width) * room

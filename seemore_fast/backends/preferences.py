@@ -56,7 +56,7 @@ def table() -> dict[str, dict]:
 
 
 def write(path: Path, device: str, operators: dict[str, dict[str, list[str]]]):
-    """Enter operators in a device's table in a file; what else the file has stays."""
+    """Enter operators in a device's table in a file, whose other entries stay."""
     tables = _read(path)
     tables[device] = tables.get(device, {}) | operators
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def write(path: Path, device: str, operators: dict[str, dict[str, list[str]]]):
 
 
 def _read(path: Path) -> dict:
-    """Return the tables of a file; none, with a warning, where it is not what `write` writes."""
+    """Return the tables of a file; none, with a warning, if it is not of the format of `write`."""
     try:
         content = path.read_bytes()
     except OSError:

@@ -13,7 +13,7 @@ from .selection import current_backend, unsupported_reason
 
 
 def backend_info() -> dict:
-    """Return what is available, what is not and why, and the versions that matter in a bug report."""
+    """Return available backends, reasons for the others, and the versions that matter in a bug report."""
     reasons = {name: unsupported_reason(name) for name in BACKENDS}
     available = [name for name, reason in reasons.items() if reason is None]
     return {

@@ -1,4 +1,4 @@
-"""Images for the CUDA kernels that go through rows: the pixels of a row side by side in memory.
+"""Row-major images for the CUDA stencils, which read the pixels of a row side by side.
 
 Of other images, channels_last among them, such a kernel would fetch a sector of 32 bytes for each pixel; a copy there
 and one back read and write less.

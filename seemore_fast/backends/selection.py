@@ -77,7 +77,7 @@ def current_backend() -> str:
 
 
 def unsupported_reason(backend: str, device: torch.device | None = None) -> str | None:
-    """Return None for a backend that can be used, on a device or at all, else the reason why not.
+    """Return None for a backend that can be used, on a device or at all, otherwise the reason why not.
 
     Libraries are loaded at the first call. No CUDA context is made but on the device that is asked for.
     """
@@ -94,7 +94,7 @@ def unsupported_reason(backend: str, device: torch.device | None = None) -> str 
 
 @functools.cache
 def _missing_reason(backend: str) -> str | None:
-    """Return None where a backend is installed for this torch, else the reason why not; asks no device."""
+    """Return None if a backend is installed for this torch, otherwise the reason why not; queries no device."""
     if backend == "cpu":
         return native.load_cpu()
     if backend == "cuda":
@@ -111,7 +111,7 @@ def _index_of(device: torch.device) -> int:
 
 
 def _has_capability(kernel: Kernel, device: torch.device) -> bool:
-    """Return whether a GPU is of the compute capability that a kernel needs; other devices have none and need none."""
+    """Return whether a GPU has the compute capability that a kernel needs; always true of other devices."""
     if device.type != "cuda" or kernel.capability == (0, 0):
         return True
     return torch.cuda.get_device_capability(_index_of(device)) >= kernel.capability
@@ -129,7 +129,7 @@ def interpreted() -> bool:
 
 
 def is_plain() -> bool:
-    """Return whether nothing but the reference may run now.
+    """Return whether only the reference may run now.
 
     Exported and traced graphs are for machines without this package: plain operators only.
     """
@@ -151,7 +151,7 @@ def select_backend(operator: str, x: Tensor, size: int = 1) -> str:
 
 
 def _by_preference(operator: str, x: Tensor, backends: list[str]) -> list[str]:
-    """Return the backends, those first that were measured for this device, quickest first."""
+    """Return the backends in the measured order of this device, quickest first; unmeasured ones follow."""
     measured = preferences.preferred(operator, x.device, x.dtype) or []
     return sorted(backends, key=lambda name: measured.index(name) if name in measured else len(measured))
 
@@ -178,7 +178,7 @@ def _serving(operator: str, x: Tensor, size: int, dtypes: set[torch.dtype]) -> l
 
 
 def backend_for_device(device: str | torch.device = "cpu") -> str:
-    """Return the backend that computes what it has kernels for on a device; the rest is the reference's."""
+    """Return the first backend with kernels for a device; the reference computes operators without one."""
     if current_backend() != "auto":
         return current_backend()
     device = torch.device(device)

@@ -52,7 +52,7 @@ def _unwrap(module) -> nn.Module:
 
 
 def _read_config(module: nn.Module, parameters: dict) -> dict:
-    """Return the arguments of SeemoRe: from the shapes, and from the attributes that the published modules keep."""
+    """Return the arguments of SeemoRe, from the shapes and the attributes of the published modules."""
     try:
         block = module.body[0].local_block.block
         moe = block.moe_layer

@@ -1,4 +1,4 @@
-"""Weights in files, and what network they belong to."""
+"""Weight files, and the configuration of the network that they belong to."""
 
 import json
 import math
@@ -26,7 +26,7 @@ _KNOWN = {(p["num_layers"], p["embedding_dim"]): p for p in PRESETS.values()}
 
 
 def shipped_models() -> list[str]:
-    """Return the names of the models that are in the package."""
+    """Return the names of the models that the package contains."""
     return sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
 
 
@@ -35,7 +35,7 @@ def load_model(name_or_path: str | os.PathLike, **overrides) -> SeemoRe:
 
     `name_or_path` is the name of a shipped model ("seemore_t_x2"), or a .safetensors or .pth file in the published
     layout, bare or under "params_ema", "params", "state_dict" or "model", keys with or without "module.".
-    The configuration is read off the shapes; what no shape tells (use_shuffle, recursive, topk, img_range) comes from
+    The configuration follows from the shapes; use_shuffle, recursive, topk and img_range, which do not, come from
     the file's own metadata, from the published sizes, or, with a warning, is that of T. `overrides`
     are arguments of `SeemoRe` and win over all of it.
 
@@ -118,7 +118,7 @@ def _read_pickle(path: Path):
 
 
 def unwrap(content) -> dict[str, Tensor]:
-    """Return the bare published keys of what a checkpoint held."""
+    """Return the weights of a checkpoint by their published keys."""
     while isinstance(content, Mapping):
         inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
@@ -142,7 +142,7 @@ def unwrap(content) -> dict[str, Tensor]:
 
 
 def detect_config(weights: Mapping[str, Tensor], known: Mapping | None = None) -> dict:
-    """Return the arguments of `SeemoRe` that fit a state dict; `known` gives those that no shape tells."""
+    """Return the arguments of `SeemoRe` that fit a state dict; `known` gives those that do not follow from shapes."""
     known = known or {}
     first = _shape(weights, "conv_1.weight", 4)
     channels, in_chans = first[0], first[1]
@@ -168,7 +168,7 @@ def detect_config(weights: Mapping[str, Tensor], known: Mapping | None = None) -
         assumed = ", ".join(f"{name}={PRESETS['t'][name]}" for name in missing)
         warnings.warn(
             f"{config['num_layers']} groups of {channels} channels is no published size: assuming {assumed} as in "
-            "T. Pass them if the network was trained otherwise; no shape tells",
+            "T. Pass them if the network was trained otherwise; shapes do not show them",
             stacklevel=3,
         )
     for name in _UNREADABLE:
@@ -177,7 +177,7 @@ def detect_config(weights: Mapping[str, Tensor], known: Mapping | None = None) -
 
 
 def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
-    """Return how many numbered children `prefix` has: one more than the largest number."""
+    """Return the number of numbered children of `prefix`: one more than the largest number."""
     numbers = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in weights)
     return max((int(match[1]) for match in numbers if match), default=-1) + 1
 
@@ -221,7 +221,7 @@ def check_keys(expected: Mapping[str, torch.Size], weights: Mapping[str, Tensor]
 
 
 def save_model(model: SeemoRe, path: str | os.PathLike, **facts):
-    """Write the weights of a SeemoRe and what rebuilds it as .safetensors: whole, or not at all.
+    """Write the weights and the configuration of a SeemoRe as .safetensors, completely or not at all.
 
     `facts` (numbers or strings) go into the file's metadata beside the configuration. Raises OSError.
     """

@@ -1,4 +1,4 @@
-"""The CPU library's fused inference: the whole network as one operator.
+"""CPU engine: inference of the whole network as one operator of the CPU library.
 
 `SeemoRe` takes it where `unsupported_reason` is None. The weights are packed at every call, so that they are never
 stale, unless `SeemoRe.prepare` froze them.
@@ -35,7 +35,7 @@ class MemoryPlan(NamedTuple):
 
 
 def unsupported_reason(model, x: Tensor) -> str | None:
-    """Return None if `run` can compute model(x) now, else the reason why not."""
+    """Return None if `run` can compute model(x) now, otherwise the reason why not."""
     if select_backend("network", x) != "cpu":
         return "the CPU library is not there or not chosen, or x is not on the CPU or not float32, bfloat16 or float16"
     if model.training:
@@ -54,7 +54,7 @@ def unsupported_reason(model, x: Tensor) -> str | None:
 
 
 def config_of(model) -> list[int]:
-    """Return what the library's operators want to know of the model, as it would be called now.
+    """Return the model's configuration for the library's operators, as it would be called now.
 
     bfloat16 where the processor multiplies it; elsewhere it would be no faster than float32, which is exact.
     """
@@ -105,7 +105,7 @@ def pack(parameters: list[Tensor], config: list[int]) -> Tensor:
 def _run(
     y: Tensor, x: Tensor, weights: list[Tensor], is_packed: bool, mean, img_range, config, folder=None, progress=None
 ) -> bool:
-    """Write the result for x to y; images that are too small are extended, and theirs cropped."""
+    """Write the result for x to y; small images are extended and their results cropped."""
     packed = weights[0] if is_packed else pack(weights, config)
     mean = mean.flatten().float().contiguous()
     shape = _extended(config, x.shape)
@@ -126,7 +126,7 @@ def _run(
 
 
 def _as_known(x: Tensor) -> Tensor:
-    """Return uint16 as int16: torch hardly knows the former."""
+    """Return uint16 as int16: torch has few operators for the former."""
     return x.view(torch.int16) if x.dtype == torch.uint16 else x
 
 
@@ -156,7 +156,7 @@ def _plan(config: list[int], shape: torch.Size, threads: int | None, itemsize: i
 
 
 def _workspace(config: list[int], shape: torch.Size, threads: int, band_rows: int) -> tuple[int, int]:
-    """Return the bytes of the features of whole images, and of all else."""
+    """Return the bytes of the features of whole images, and those of the rest of the workspace."""
     batch, _, height, width = shape
     rows, columns = min(height, 2**20), min(width, 2**20)  # more, in proportion: bytes may be too many for 64 bits
     state, rest = torch.ops.seemore_cpu.network_memory(config, batch, rows, columns, threads, band_rows)

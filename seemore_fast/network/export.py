@@ -1,4 +1,4 @@
-"""Networks as files for other programs: weights in the published layout, ONNX, torch.export."""
+"""Export of networks to other programs: weights in the published layout, ONNX, torch.export."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ MOST = 4096  # images of a batch
 
 
 def export(model: SeemoRe, path: Path):
-    """Write a network as its file's ending says, whole or not at all.
+    """Write a network in the format of the file's extension, completely or not at all.
 
     Raises ValueError for another ending, and ImportError where ONNX's packages are missing.
     """
@@ -48,7 +48,7 @@ def traced(model: SeemoRe) -> torch.export.ExportedProgram:
 
 
 def smallest(model: SeemoRe) -> int:
-    """Return how many pixels a side an exported graph's images have at least.
+    """Return the smallest height and width of an exported graph's images.
 
     torch treats a size of one apart from all others: so the map that `calibrate` makes of an image has two.
     """

@@ -1,4 +1,4 @@
-"""CUDA graphs, or recordings, of a function of one tensor: for each size that comes again, and no more than a few."""
+"""LRU cache of CUDA graphs, or recordings, of a function of one tensor, keyed by size."""
 
 import threading
 import warnings
@@ -18,7 +18,7 @@ EAGER = "came once"
 
 
 class Captured:
-    """A call in a CUDA graph: input and output have their places in memory."""
+    """Call in a CUDA graph, whose input and output keep their memory."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor):
         self._x = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -43,7 +43,7 @@ class Captured:
 
 
 class Graphs:
-    """Calls `function` of an image: the first time of a size as it is, then what `capture` makes of it for that size.
+    """Function of an image, called as it is at the first image of a size and captured at the second.
 
     So images of many sizes, each of which comes once, pay for no graphs. A size is shape, dtype, device, and all that
     chooses other kernels: autocast, backend, TF32. The graph that was not used for longest makes room for a new one.
@@ -73,7 +73,7 @@ class Graphs:
             return self._function(x) if isinstance(call, str | None) else call(x)
 
     def __len__(self) -> int:
-        """Return how many graphs there are."""
+        """Return the number of graphs."""
         return sum(not isinstance(call, str) for call in self._known.values())
 
     def _try(self, x: Tensor) -> Callable | str:
@@ -92,7 +92,7 @@ class Graphs:
 
 
 def size_of(x: Tensor) -> tuple:
-    """Return all by which one call launches other kernels than another."""
+    """Return everything that decides which kernels a call launches."""
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     # these two follow all of torch's switches of TF32; reading an old one raises once a new one is set

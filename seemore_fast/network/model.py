@@ -37,7 +37,7 @@ MOST_REPLAYS = 64  # sizes whose calls are recorded: each takes some 100 KB of t
 
 
 def check_image(x: Tensor, in_chans: int):
-    """Raise for an input that the network cannot take: what was got, what was expected, how to mend it."""
+    """Raise TypeError or ValueError for an input that the network cannot take."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}, expected a torch.Tensor of shape (B, {in_chans}, H, W)")
     if x.dim() != 4 or x.shape[1] != in_chans:
@@ -128,11 +128,11 @@ class SeemoRe(Fused):
         """Freeze a packed copy of the weights for inference, and return the model.
 
         Later changes of the parameters are not seen until train(), load_state_dict() or to() (any conversion) unfreeze
-        it. A copy or a pickle of the model is not frozen. By Triton's kernels, calls for images of a size that comes
-        again are recorded and repeated without their Python (`seemore_fast.network.replay`).
+        it. A copy or a pickle of the model is not frozen. By Triton's kernels, calls for repeated image
+        sizes are recorded and repeated without their Python (`seemore_fast.network.replay`).
 
-        graph: on a CUDA device, replay a CUDA graph for images of a size that comes again
-        (`seemore_fast.network.graphs`). Each graph keeps the memory that a call takes.
+        graph: on a CUDA device, replay a CUDA graph for repeated image sizes
+        (`seemore_fast.network.graphs`). Each graph keeps the memory of a call.
 
         RuntimeError in training mode.
         """
@@ -156,7 +156,7 @@ class SeemoRe(Fused):
         return self
 
     def engine_weights(self, config: list[int]) -> tuple[list[Tensor], bool]:
-        """Return what the engine computes with, and whether it is packed: frozen by `prepare`, or as it is now."""
+        """Return the weights for the engine, frozen by `prepare` or as they are now, and whether they are packed."""
         if not self._frozen:
             return self.ordered_parameters(), False
         key = tuple(config)
@@ -239,7 +239,7 @@ class SeemoRe(Fused):
         return self.last(y, ends)
 
     def _by_modules(self, x: Tensor) -> Tensor:
-        """Return the result by calling the submodules, so that all that was added to them runs."""
+        """Return the result by calling the submodules, so that all additions to them run."""
         # The picture itself travels through f and the upsampler: those stay wide when the body is narrow.
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         f = call_wide(self.conv_1, (x - self.mean) * self.img_range)
@@ -250,7 +250,7 @@ class SeemoRe(Fused):
         return call_wide(self.upsampler, y) / self.img_range + self.mean
 
     def _in_place(self, x: Tensor, ends: Ends) -> Tensor:
-        """Return the same by Triton's kernels, without gradients: images lie as kernels read and write them best."""
+        """Return the same by Triton's kernels, without gradients, with images in the layouts that they prefer."""
         x = self._shifted(x)
         if "replays" in self._frozen and not is_observed() and x.numel() > 0:
             return self._frozen["replays"](x)

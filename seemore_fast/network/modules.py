@@ -16,13 +16,13 @@ from ..reference.router import choose_experts
 
 
 def has_additions(module: nn.Module) -> bool:
-    """Return whether a hook or a `forward` of its own sits on `module`."""
+    """Return whether `module` has a hook or a `forward` of its own."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks or "forward" in vars(module))
 
 
 def is_customised(module: nn.Module) -> bool:
-    """Return whether a hook or a `forward` of its own sits on `module` or on anything inside it."""
+    """Return whether `module` or a module inside it has a hook or a `forward` of its own."""
     return any(map(has_additions, module.modules()))
 
 
@@ -60,7 +60,7 @@ class StripedConv2d(nn.Module):
 
 
 class GatedFFN(nn.Module):
-    """Feed-forward network whose one half is gated by the surroundings of the other."""
+    """Feed-forward network, one half of which is gated by the surroundings of the other."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -74,7 +74,7 @@ class GatedFFN(nn.Module):
 
 
 class Expert(nn.Module):
-    """One low-rank expert. `MoELayer` reads its parameters and calls it only when it is customised."""
+    """Low-rank expert. `MoELayer` reads its parameters, and calls it only when it is customised."""
 
     def __init__(self, channels: int, rank: int):
         super().__init__()
@@ -103,7 +103,7 @@ class Router(nn.Module):
 
 
 class MoELayer(nn.Module):
-    """Mixture of low-rank experts: only those that the router chose for an image work on it."""
+    """Mixture of low-rank experts, of which only those that the router chose for an image are computed."""
 
     def __init__(self, channels: int, ranks: Sequence[int], top_k: int):
         super().__init__()
@@ -115,7 +115,7 @@ class MoELayer(nn.Module):
         return [expert.conv_1.out_channels for expert in self.experts]
 
     def packed_experts(self) -> tuple[Tensor, ...]:
-        """Return weight_a, bias_a, weight_k, bias_k, weight_out, bias_out as `low_rank_experts` takes them."""
+        """Return the experts' parameters in the order and layout of `low_rank_experts`."""
         first, second, third = ([getattr(e, name) for e in self.experts] for name in ("conv_1", "conv_2", "conv_3"))
         return (
             torch.cat([conv.weight.flatten(1) for conv in first]),
@@ -185,7 +185,7 @@ class SEE(nn.Module):
 
 
 class ResidualPair(nn.Module):
-    """x + block(LN(x)), then x + ffn(LN(x)): the frame that RME and SME share."""
+    """Frame of RME and SME: x + block(LN(x)), then x + ffn(LN(x))."""
 
     def __init__(self, channels: int, block: nn.Module):
         super().__init__()

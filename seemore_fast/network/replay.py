@@ -1,4 +1,4 @@
-"""Calls that are recorded once and repeated without their Python: kernels of Triton and operators of torch.
+"""Recordings of calls, repeated without their Python: kernels of Triton and operators of torch.
 
 A recording notes every kernel that a function launches, every operator of torch that computes something, and which
 memory they read and write, from when to when. A repetition allocates and frees the same memory and starts the same
@@ -32,14 +32,14 @@ def name_of(function: torch._ops.OpOverload) -> str:
 
 @functools.cache
 def computes(function: torch._ops.OpOverload) -> bool:
-    """Return whether an operator does more than to allocate, return views or answer what needs no device."""
+    """Return whether an operator does more than allocate, return views or answer questions without the device."""
     returned = [result.alias_info for result in function._schema.returns]
     is_view = bool(returned) and all(alias is not None and not alias.is_write for alias in returned)
     return not is_view and name_of(function) not in FREE | ALLOCATIONS
 
 
 class InsideOperators(TorchDispatchMode):
-    """Passes all operators of torch to `see`, those inside of this package's operators, too."""
+    """Dispatch mode that passes all operators of torch to `see`, including those inside of this package's."""
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         options = options or {}
@@ -63,7 +63,7 @@ class Memory:
 
 
 class Place(NamedTuple):
-    """Where a tensor lies: in the memory of a number, `offset` bytes behind its beginning."""
+    """Place of a tensor: the number of its memory, and `offset` bytes from its beginning."""
 
     memory: int
     offset: int
@@ -73,13 +73,13 @@ class Place(NamedTuple):
 
 
 class Bases:
-    """The memory of a repetition: by number a tensor that owns it, where it begins in that, and the address of that."""
+    """Memories of a repetition: by number, the tensor that owns each, its offset there, and its address."""
 
     def __init__(self, count: int):
         self.tensors, self.offsets, self.addresses = [None] * count, [0] * count, [0] * count
 
     def put(self, memory: int, tensor: Tensor, offset: int = 0):
-        """Use the storage of a tensor; `offset` bytes in it are where recorded offsets begin."""
+        """Use the storage of a tensor, in which recorded offsets begin at byte `offset`."""
         self.tensors[memory], self.offsets[memory] = tensor, offset
         self.addresses[memory] = tensor.data_ptr() - tensor.storage_offset() * tensor.element_size() + offset
 
@@ -92,7 +92,7 @@ class Bases:
 
 
 class Operator(NamedTuple):
-    """A step: a function of tensors, and the memories that its results bring along."""
+    """Step: a function of tensors, and the memories of its results."""
 
     function: Callable
     arguments: Any
@@ -112,7 +112,7 @@ class Operator(NamedTuple):
 
 
 class Recording(InsideOperators):
-    """What runs within, as steps. `given` are the tensors that each repetition gets anew."""
+    """Recording, as steps, of a block of code; each repetition gets new `given` tensors."""
 
     def __init__(self, *given: Tensor):
         super().__init__()
@@ -122,7 +122,7 @@ class Recording(InsideOperators):
             self._enter(tensor, Memory())
 
     def run(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Return function(x), which is recorded."""
+        """Record function(x) and return its result."""
         with self, launching().observed(self._launch):
             return function(x)
 
@@ -154,7 +154,7 @@ class Recording(InsideOperators):
         return self.place_of(value) if isinstance(value, Tensor) else value
 
     def place_of(self, tensor: Tensor) -> Place | Tensor:
-        """Return where a tensor lies, or the tensor itself, which is constant."""
+        """Return the place of a tensor, or the tensor itself if it is constant."""
         memory = self._number(tensor)
         if memory is None:
             return tensor
@@ -178,7 +178,7 @@ class Recording(InsideOperators):
 
 
 class Recorded:
-    """function(x) as it ran for one x, for tensors of the same size, strides and device."""
+    """Recorded call of a function, repeated for tensors of the same size, strides and device."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor):
         recording = Recording(x)
@@ -213,7 +213,7 @@ class Recorded:
 
 @functools.cache
 def launching():
-    """Return the module that launches Triton's kernels; Triton may be missing where it is not asked for."""
+    """Return the module that launches Triton's kernels, imported late: Triton may be missing."""
     return importlib.import_module("seemore_fast.kernels.launch")
 
 

@@ -24,7 +24,7 @@ def empty_like(image: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def takes_planes(image: Tensor) -> bool:
-    """Return whether images are allocated for kernels on a GPU: on one, or where Triton takes those of the CPU."""
+    """Return whether images are allocated for a GPU's kernels: on a GPU, or where Triton takes those of the CPU."""
     return image.device.type == "cuda" or (selection.interpreted() and selection.current_backend() == "triton")
 
 
