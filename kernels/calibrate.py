@@ -20,8 +20,12 @@ from torch import Tensor
 
 from ..backends.planes import new_image
 from .activation import activate, activate_with_slope
-from .images import (
+from .integers import cdiv
+from .interpolation import gathering, stretching
+from .launch import Launch, run
+from .strided import (
     Tiles,
+    accumulation_dtype,
     index_type,
     level_strides,
     locate_tile,
@@ -30,11 +34,7 @@ from .images import (
     store,
     strided,
     tiles_of,
-    wide,
 )
-from .integers import cdiv
-from .interpolation import gathering, stretching
-from .launch import Launch, run
 from .sums import add_parts, new_partial
 
 CHUNK = 16  # channels that are mixed at a time
@@ -70,7 +70,7 @@ def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
         if min(height, width) < least:
             k = x.new_empty(batch, channels, max(height, least), max(width, least))
         cells = batch * channels * (k.shape[2] // least) * (k.shape[3] // least)
-        maps = k.new_empty(cells * (1 + (16**recursive - 1) // 15), dtype=wide(k.dtype))
+        maps = k.new_empty(cells * (1 + (16**recursive - 1) // 15), dtype=accumulation_dtype(k.dtype))
         agg, dw, pw, bias = (k.new_empty(channels, *of) for of in [(1, 4, 4), (1, 3, 3), (channels, 1, 1), ()])
         y, gradients = torch.empty_like(k), ([agg, bias], [dw, bias, pw, bias])
         for number, launch in enumerate(forward(y, maps, k, agg, bias, dw, bias, pw, bias, recursive)):

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from . import norm_conv3x3
 from .configurations import configuration
-from .images import index_type, store
 from .integers import cdiv
 from .launch import Launch, run
+from .strided import index_type, store
 from .tiles import channels_of, launch, load_row, tile_of
 from .windows import columns_of, convolution, convolve, image_of
 

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .images import Tiles, locate_tile, over_planes, pixels_of, store, strided, tiles_of
 from .integers import cdiv, next_power_of_2
 from .launch import Launch
+from .strided import Tiles, locate_tile, over_planes, pixels_of, store, strided, tiles_of
 from .sums import add_parts, new_partial
 
 ROWS = 16  # of a strip, at most

@@ -20,14 +20,14 @@ from torch import Tensor
 from ..backends.planes import new_image
 from . import gate_gradients, norm_pointwise
 from .activation import activate, slope
-from .images import strided
 from .launch import Launch, run
 from .products import parts_of, products
-from .rounding import narrow
+from .rounding import round_to
+from .strided import strided
 from .sums import add_parts, new_partial
 from .tiles import (
+    address,
     affine,
-    at,
     channels_of,
     cut,
     end_of,
@@ -147,7 +147,7 @@ def gated_ffn_forward(
     pixel = first + tl.arange(0, PIXELS)
     inside = pixel < end_of(pixels, ROOM)
     dtype: tl.constexpr = weight_1.dtype.element_ty
-    seen = load_pixels(at(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
+    seen = load_pixels(address(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
     n, _ = normalise(seen, eps, CHANNELS, TILES)
     n = affine(n, norm_weight, norm_bias, dtype, CHANNELS, TILES)
     z = zeros(PIXELS, TILES)
@@ -156,13 +156,13 @@ def gated_ffn_forward(
         matrix = load_columns(weight_1, 1, CHANNELS, block, CHANNELS, TILES, CHANNELS)
         u = activate(multiply(n, matrix, load_row(bias_1, block, CHANNELS), PRECISION), "gelu", dtype)
         factor = gate(g, g_strides, taps, bias_gate, image, pixel, inside, block, rows, columns, CHANNELS)
-        h = narrow(u * factor, dtype)
+        h = round_to(u * factor, dtype)
         z = multiply_block(h, load_lines(weight_2, block, CHANNELS, TILES), z, PRECISION)
     out = ()
     for i in tl.static_range(len(TILES)):
         s = z[i] + load_row(bias_2, channels_of(TILES, i), CHANNELS)
         out += (seen[i].to(tl.float32) + activate(s, "gelu", y.dtype.element_ty),)
-    store_pixels(at(y, y_strides, image, pixel, width), y_strides, inside, out, CHANNELS, TILES)
+    store_pixels(address(y, y_strides, image, pixel, width), y_strides, inside, out, CHANNELS, TILES)
 
 
 @triton.jit(do_not_specialize=["pixels", "width", "rows", "columns"])
@@ -181,28 +181,28 @@ def gated_ffn_backward_gate(
     for start in tl.range(0, CHANNELS, BLOCK, disable_licm=True):
         block = start + tl.arange(0, BLOCK)
         factor = gate(g, g_strides, taps, bias_gate, image, pixel, inside, block, rows, columns, CHANNELS)
-        gated = load_tile(at(u, u_strides, image, pixel, None), u_strides, inside, block, CHANNELS)
-        gated = narrow(gated.to(tl.float32) * factor, dtype)
-        store_tile(at(h, h_strides, image, pixel, None), h_strides, inside, gated, block, CHANNELS)
+        gated = load_tile(address(u, u_strides, image, pixel, None), u_strides, inside, block, CHANNELS)
+        gated = round_to(gated.to(tl.float32) * factor, dtype)
+        store_tile(address(h, h_strides, image, pixel, None), h_strides, inside, gated, block, CHANNELS)
         z = multiply_block(gated, load_lines(weight_2, block, CHANNELS, TILES), z, PRECISION)
-    upstream = load_pixels(at(dy, dy_strides, image, pixel, width), dy_strides, inside, CHANNELS, TILES)
+    upstream = load_pixels(address(dy, dy_strides, image, pixel, width), dy_strides, inside, CHANNELS, TILES)
     gradient = ()
     for i in tl.static_range(len(TILES)):
         s = z[i] + load_row(bias_2, channels_of(TILES, i), CHANNELS)
-        gradient += (narrow(upstream[i].to(tl.float32) * slope(s, "gelu", dtype), dtype),)
-    store_pixels(at(dz, dz_strides, image, pixel, None), dz_strides, inside, gradient, CHANNELS, TILES)
+        gradient += (round_to(upstream[i].to(tl.float32) * slope(s, "gelu", dtype), dtype),)
+    store_pixels(address(dz, dz_strides, image, pixel, None), dz_strides, inside, gradient, CHANNELS, TILES)
     for start in tl.range(0, CHANNELS, BLOCK, disable_licm=True):
         block = start + tl.arange(0, BLOCK)
         matrix = load_columns(weight_2, CHANNELS, 1, block, CHANNELS, TILES, CHANNELS)
         back = multiply(gradient, matrix, tl.zeros((1, BLOCK), tl.float32), PRECISION)
-        store_tile(at(dh, dh_strides, image, pixel, None), dh_strides, inside, back, block, CHANNELS)
+        store_tile(address(dh, dh_strides, image, pixel, None), dh_strides, inside, back, block, CHANNELS)
 
 
 @triton.jit
 def gate(g, g_strides, taps, bias, image, pixel, inside, block, rows, columns, CHANNELS: tl.constexpr):
     """Return bias + depthwise3x3(g), a block of channels (PIXELS, BLOCK) in float32."""
     row, column = pixel // columns, pixel % columns
-    centre = at(g, g_strides, image, pixel, None)
+    centre = address(g, g_strides, image, pixel, None)
     total = tl.broadcast_to(load_row(bias, block, CHANNELS), (pixel.shape[0], block.shape[0]))
     for line in tl.range(0, 3, disable_licm=True):  # not all nine at once: registers
         there = inside & (row + line >= 1) & (row + line <= rows)

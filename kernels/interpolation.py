@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .images import level_strides, locate_tile, over_planes, pixels_of, store, strided, tiles_of
 from .launch import Launch
+from .strided import level_strides, locate_tile, over_planes, pixels_of, store, strided, tiles_of
 
 # What is launched
 

@@ -4,7 +4,7 @@
                m = a + sum over chosen e of p_e * (Wout_e @ (rank_a * rank_k) + bout_e)
                y = m or, with a projection, residual + weight_proj @ m + bias_proj                    one launch
     backward   da, dk, and of the ranks what the gradients of the parameters are sums of              one launch
-               these sums and their second stage (`expert_sums`)                                      two launches
+               these sums and their second stage (`low_rank_experts_grads`)                         two launches
 
 The experts of an image are read on the device. A program has PIXELS pixels of one and goes over the ranks of its
 experts in blocks of 16 (`experts`), so that neither their number nor their ranks change what it takes. For rank 8 the
@@ -18,13 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .expert_sums import add_sums, kept_ranks, new_sums, sum_products
-from .experts import RANKS, blocks_of, load_bias, load_bias_out, load_ranks, locate
-from .images import strided
 from .launch import Launch, run
-from .rounding import narrow
+from .low_rank_experts_common import RANKS, blocks_of, load_bias, load_bias_out, load_ranks, locate
+from .low_rank_experts_grads import add_sums, kept_ranks, new_sums, sum_products
+from .rounding import round_to
+from .strided import strided
 from .tiles import (
-    at,
+    address,
     channels_of,
     cut,
     end_of,
@@ -34,9 +34,9 @@ from .tiles import (
     load_tile,
     multiply,
     multiply_block,
-    narrow_all,
     over_tiles,
     precision,
+    round_all,
     store_pixels,
     store_tile,
     tile_of,
@@ -148,9 +148,9 @@ def low_rank_experts_forward(
     pixel = first + tl.arange(0, PIXELS)
     inside = pixel < end_of(pixels, ROOM)
     dtype: tl.constexpr = weight_a.dtype.element_ty
-    seen = load_pixels(at(a, a_strides, image, pixel, width), a_strides, inside, CHANNELS, TILES)
-    of_k = load_pixels(at(k, k_strides, image, pixel, width), k_strides, inside, CHANNELS, TILES)
-    of_a, of_k, out = narrow_all(seen, dtype), narrow_all(of_k, dtype), narrow_all(seen, tl.float32)
+    seen = load_pixels(address(a, a_strides, image, pixel, width), a_strides, inside, CHANNELS, TILES)
+    of_k = load_pixels(address(k, k_strides, image, pixel, width), k_strides, inside, CHANNELS, TILES)
+    of_a, of_k, out = round_all(seen, dtype), round_all(of_k, dtype), round_all(seen, tl.float32)
     for unit in tl.range(0, top_k * BLOCKS, disable_licm=True):
         slot, block = image * top_k + unit // BLOCKS, unit % BLOCKS
         expert, p, begins, row, own = locate(expert_index, expert_weight, slot, block, EXPERTS)
@@ -159,14 +159,14 @@ def low_rank_experts_forward(
         rank_a = multiply(of_a, matrix_a, load_bias(bias_a, row, own), PRECISION)
         rank_k = multiply(of_k, matrix_k, load_bias(bias_k, row, own), PRECISION)
         matrix_out = transposed(load_ranks(weight_out, row, own, 1, TOTAL, CHANNELS, TILES))
-        out = multiply_block(narrow(rank_a * rank_k * p, dtype), matrix_out, out, PRECISION)
+        out = multiply_block(round_to(rank_a * rank_k * p, dtype), matrix_out, out, PRECISION)
         out = add_bias_out(out, p, bias_out, expert, begins, CHANNELS, TILES)
-    y_at = at(y, y_strides, image, pixel, width)
+    y_at = address(y, y_strides, image, pixel, width)
     if weight_proj is None:
         store_pixels(y_at, y_strides, inside, out, CHANNELS, TILES)
     else:
-        mixed = narrow_all(out, dtype)
-        residual_at = at(residual, residual_strides, image, pixel, width)
+        mixed = round_all(out, dtype)
+        residual_at = address(residual, residual_strides, image, pixel, width)
         for start in tl.range(0, CHANNELS, TILES[0], disable_licm=True):
             made = start + tl.arange(0, TILES[0])
             matrix = load_columns(weight_proj, 1, CHANNELS, made, CHANNELS, TILES, CHANNELS)
@@ -200,18 +200,21 @@ def low_rank_experts_backward_input(
     pixel = first + tl.arange(0, PIXELS)
     inside = pixel < end_of(pixels, ROOM)
     dtype: tl.constexpr = weight_a.dtype.element_ty
-    a_at, k_at = at(a, a_strides, image, pixel, width), at(k, k_strides, image, pixel, width)
-    dy_at, ranked_at = at(dy, dy_strides, image, pixel, width), at(ranked, ranked_strides, image, pixel, width)
+    a_at, k_at = address(a, a_strides, image, pixel, width), address(k, k_strides, image, pixel, width)
+    dy_at, ranked_at = (
+        address(dy, dy_strides, image, pixel, width),
+        address(ranked, ranked_strides, image, pixel, width),
+    )
     if weight_proj is None:
-        from_a = narrow_all(load_pixels(dy_at, dy_strides, inside, CHANNELS, TILES), tl.float32)
+        from_a = round_all(load_pixels(dy_at, dy_strides, inside, CHANNELS, TILES), tl.float32)
     else:
         from_a = zeros(PIXELS, TILES)
         for start in tl.range(0, channels, TILES[0], disable_licm=True):  # not a constant: LLVM would unroll it
             made = start + tl.arange(0, TILES[0])
-            gradient = narrow(load_tile(dy_at, dy_strides, inside, made, CHANNELS).to(tl.float32), dtype)
+            gradient = round_to(load_tile(dy_at, dy_strides, inside, made, CHANNELS).to(tl.float32), dtype)
             matrix = load_columns(weight_proj, 1, CHANNELS, made, CHANNELS, TILES, CHANNELS)
             from_a = multiply_block(gradient, transposed(matrix), from_a, PRECISION)
-    dm, from_k = narrow_all(from_a, dtype), zeros(PIXELS, TILES)
+    dm, from_k = round_all(from_a, dtype), zeros(PIXELS, TILES)
     for unit in tl.range(0, top_k * BLOCKS, disable_licm=True):
         slot, block = image * top_k + unit // BLOCKS, unit % BLOCKS
         _, p, _, row, own = locate(expert_index, expert_weight, slot, block, EXPERTS)
@@ -219,19 +222,19 @@ def low_rank_experts_backward_input(
         matrix = load_ranks(weight_out, row, own, 1, TOTAL, CHANNELS, TILES)
         drank = multiply(dm, matrix, tl.zeros((1, RANKS), tl.float32), PRECISION) * p
         # Images and weights are loaded again and again: what is kept in registers, float32 keeps in two parts each.
-        of_k = narrow_all(load_pixels(k_at, k_strides, inside, CHANNELS, TILES), dtype)
+        of_k = round_all(load_pixels(k_at, k_strides, inside, CHANNELS, TILES), dtype)
         matrix = load_ranks(weight_k, row, own, CHANNELS, 1, CHANNELS, TILES)
         rank_k = multiply(of_k, matrix, load_bias(bias_k, row, own), PRECISION)
-        drank_a = narrow(drank * rank_k, dtype)
+        drank_a = round_to(drank * rank_k, dtype)
         store_tile(place + ROWS, ranked_strides, inside, drank_a, kept, ROWS)
-        of_a = narrow_all(load_pixels(a_at, a_strides, inside, CHANNELS, TILES), dtype)
+        of_a = round_all(load_pixels(a_at, a_strides, inside, CHANNELS, TILES), dtype)
         matrix = load_ranks(weight_a, row, own, CHANNELS, 1, CHANNELS, TILES)
         rank_a = multiply(of_a, matrix, load_bias(bias_a, row, own), PRECISION)
-        drank_k = narrow(drank * rank_a, dtype)
+        drank_k = round_to(drank * rank_a, dtype)
         from_a = multiply_block(drank_a, transposed(matrix), from_a, PRECISION)
         store_tile(place, ranked_strides, inside, rank_a * rank_k, kept, ROWS)
         store_tile(place + 2 * ROWS, ranked_strides, inside, drank_k, kept, ROWS)
         matrix = load_ranks(weight_k, row, own, CHANNELS, 1, CHANNELS, TILES)
         from_k = multiply_block(drank_k, transposed(matrix), from_k, PRECISION)
-    store_pixels(at(da, da_strides, image, pixel, width), da_strides, inside, from_a, CHANNELS, TILES)
-    store_pixels(at(dk, dk_strides, image, pixel, width), dk_strides, inside, from_k, CHANNELS, TILES)
+    store_pixels(address(da, da_strides, image, pixel, width), da_strides, inside, from_a, CHANNELS, TILES)
+    store_pixels(address(dk, dk_strides, image, pixel, width), dk_strides, inside, from_k, CHANNELS, TILES)

@@ -23,13 +23,13 @@ from torch import Tensor
 from ..backends.planes import new_packed
 from .activation import activate, activation_of, slope
 from .configurations import configuration
-from .images import index_type, strided
 from .launch import Launch, run
 from .products import parts_of, products, steps_of
+from .strided import index_type, strided
 from .sums import add_parts, new_partial
 from .tiles import (
     add,
-    at,
+    address,
     channels_of,
     cut,
     end_of,
@@ -40,11 +40,11 @@ from .tiles import (
     load_tile,
     multiply,
     multiply_block,
-    narrow_all,
     normalise,
     normalise_backward,
     over_tiles,
     pixels_of,
+    round_all,
     store_pixels,
     store_tile,
     tile_of,
@@ -216,13 +216,13 @@ def norm_conv3x3_forward(
     sums = convolve(seen, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)
     dtype: tl.constexpr = y.dtype.element_ty if weight_pw is None else weight_pw.dtype.element_ty
     acted = activate_all(sums, bias, ACTIVATION, dtype, OUT_CHANNELS, MADE)
-    y_at = at(y, y_strides, image, pixel, width)
+    y_at = address(y, y_strides, image, pixel, width)
     if weight_pw is None:
         if ADD:
             acted = add(acted, load_pixels(y_at, y_strides, inside, OUT_CHANNELS, MADE))
         store_pixels(y_at, y_strides, inside, acted, OUT_CHANNELS, MADE)
     else:
-        acted = narrow_all(acted, dtype)
+        acted = round_all(acted, dtype)
         for start in tl.range(0, RESULTS, BLOCK, disable_licm=True):
             made = start + tl.arange(0, BLOCK)
             matrix = load_columns(weight_pw, 1, OUT_CHANNELS, made, OUT_CHANNELS, MADE, RESULTS)
@@ -245,11 +245,11 @@ def norm_conv3x3_backward_middle(
     dtype: tl.constexpr = ds.dtype.element_ty
     seen = image_of(n, n_stride, image)
     s = convolve(seen, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)
-    dy_at = at(dy, dy_strides, image, pixel, width)
+    dy_at = address(dy, dy_strides, image, pixel, width)
     if weight_pw is None:
         dacted = load_pixels(dy_at, dy_strides, inside, OUT_CHANNELS, MADE)
     else:
-        acted_at = at(acted, acted_strides, image, pixel, None)
+        acted_at = address(acted, acted_strides, image, pixel, None)
         multiplied = activate_all(s, bias, ACTIVATION, dtype, OUT_CHANNELS, MADE)
         store_pixels(acted_at, acted_strides, inside, multiplied, OUT_CHANNELS, MADE)
         dacted = zeros(PIXELS, MADE)
@@ -262,7 +262,7 @@ def norm_conv3x3_backward_middle(
     for i in tl.static_range(len(MADE)):
         row = load_row(bias, channels_of(MADE, i), OUT_CHANNELS)
         gradients += (dacted[i].to(tl.float32) * slope(s[i] + row, ACTIVATION, dtype),)
-    store_packed(image_of(ds, ds_strides[0], image), pixel, inside, narrow_all(gradients, dtype), OUT_CHANNELS, MADE)
+    store_packed(image_of(ds, ds_strides[0], image), pixel, inside, round_all(gradients, dtype), OUT_CHANNELS, MADE)
 
 
 @triton.jit(do_not_specialize=["lines", "line", "width", "steps"])
@@ -283,7 +283,7 @@ def norm_conv3x3_backward_input(
         inside = pixel < pixels
         dn = convolve(ds, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)
         if gain is not None:
-            seen = load_pixels(at(x, x_strides, image, pixel, width), x_strides, inside, OUT_CHANNELS, MADE)
+            seen = load_pixels(address(x, x_strides, image, pixel, width), x_strides, inside, OUT_CHANNELS, MADE)
             seen, scale = normalise(seen, eps, OUT_CHANNELS, MADE)
             dgain_before, dshift_before = dgain, dshift
             dgain, dshift = (), ()
@@ -291,7 +291,7 @@ def norm_conv3x3_backward_input(
                 dgain += (dgain_before[i] + tl.sum(dn[i] * seen[i], axis=0),)
                 dshift += (dshift_before[i] + tl.sum(dn[i], axis=0),)
             dn = normalise_backward(times_row(dn, gain, OUT_CHANNELS, MADE), seen, scale, OUT_CHANNELS)
-        store_pixels(at(dx, dx_strides, image, pixel, width), dx_strides, inside, dn, OUT_CHANNELS, MADE)
+        store_pixels(address(dx, dx_strides, image, pixel, width), dx_strides, inside, dn, OUT_CHANNELS, MADE)
     if gain is not None:
         partial += tl.program_id(0).to(tl.int64) * (2 * OUT_CHANNELS)
         for i in tl.static_range(len(MADE)):

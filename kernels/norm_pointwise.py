@@ -17,15 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, activation_of, slope
-from .images import strided
 from .launch import Launch, run
 from .products import parts_of, products
-from .rounding import narrow
+from .rounding import round_to
+from .strided import strided
 from .sums import add_parts, new_partial
 from .tiles import (
     add,
+    address,
     affine,
-    at,
     cut,
     end_of,
     load_columns,
@@ -133,13 +133,13 @@ def norm_pointwise_forward(
     image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
     pixel = first + tl.arange(0, PIXELS)
     inside = pixel < end_of(pixels, ROOM)
-    seen = load_pixels(at(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
+    seen = load_pixels(address(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
     if norm_weight is not None:
         seen, _ = normalise(seen, eps, CHANNELS, TILES)
     n = affine(seen, norm_weight, norm_bias, weight.dtype.element_ty, CHANNELS, TILES)
-    y_at = at(y, y_strides, image, pixel, width)
+    y_at = address(y, y_strides, image, pixel, width)
     if residual is not None:
-        residual_at = at(residual, residual_strides, image, pixel, width)
+        residual_at = address(residual, residual_strides, image, pixel, width)
     for start in tl.range(0, OUT_CHANNELS, BLOCK, disable_licm=True):
         made = start + tl.arange(0, BLOCK)
         matrix = load_columns(weight, 1, CHANNELS, made, CHANNELS, TILES, OUT_CHANNELS)
@@ -162,13 +162,13 @@ def norm_pointwise_backward_input(
     image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
     pixel = first + tl.arange(0, PIXELS)
     inside = pixel < end_of(pixels, ROOM)
-    seen = load_pixels(at(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
+    seen = load_pixels(address(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
     if norm_weight is not None:
         seen, scale = normalise(seen, eps, CHANNELS, TILES)
     n = affine(seen, norm_weight, norm_bias, weight.dtype.element_ty, CHANNELS, TILES)
     dy_at, ds_at, dn = (
-        at(dy, dy_strides, image, pixel, width),
-        at(ds, ds_strides, image, pixel, width),
+        address(dy, dy_strides, image, pixel, width),
+        address(ds, ds_strides, image, pixel, width),
         zeros(PIXELS, TILES),
     )
     for start in tl.range(0, OUT_CHANNELS, BLOCK, disable_licm=True):
@@ -179,13 +179,13 @@ def norm_pointwise_backward_input(
             s = multiply(n, matrix, load_row(bias, made, OUT_CHANNELS), PRECISION)
             gradient = gradient.to(tl.float32) * slope(s, ACTIVATION, ds.dtype.element_ty)
             store_tile(ds_at, ds_strides, inside, gradient, made, OUT_CHANNELS)
-            gradient = narrow(gradient, weight.dtype.element_ty)
+            gradient = round_to(gradient, weight.dtype.element_ty)
         dn = multiply_block(gradient, transposed(matrix), dn, PRECISION)
     if norm_weight is not None:
         dn = normalise_backward(times_row(dn, norm_weight, CHANNELS, TILES), seen, scale, CHANNELS)
     if residual is not None:
         more = load_pixels(
-            at(residual, residual_strides, image, pixel, width), residual_strides, inside, CHANNELS, TILES
+            address(residual, residual_strides, image, pixel, width), residual_strides, inside, CHANNELS, TILES
         )
         dn = add(dn, more)
-    store_pixels(at(dx, dx_strides, image, pixel, width), dx_strides, inside, dn, CHANNELS, TILES)
+    store_pixels(address(dx, dx_strides, image, pixel, width), dx_strides, inside, dn, CHANNELS, TILES)

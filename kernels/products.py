@@ -10,23 +10,23 @@ import triton.language as tl
 from torch import Tensor
 
 from .configurations import configuration
-from .images import index_type
 from .integers import cdiv
 from .launch import Launch
-from .rounding import narrow
+from .rounding import round_to
+from .strided import index_type
 from .tiles import (
-    at,
+    address,
     channels_of,
     cut,
     dot,
     launch,
     load_pixels,
     load_row,
-    narrow_all,
     normalise,
     pixels_of,
     powers,
     precision,
+    round_all,
     tile_of,
     zero_row,
     zero_tile,
@@ -82,17 +82,17 @@ def add_products(
     for step in tl.range(0, steps, disable_licm=True):
         pixel = start + step * PIXELS + tl.arange(0, PIXELS)
         inside = pixel < pixels
-        seen = load_pixels(at(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, SUMMED)
-        gradient = load_pixels(at(ds, ds_strides, image, pixel, width), ds_strides, inside, OUT_CHANNELS, MADE)
+        seen = load_pixels(address(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, SUMMED)
+        gradient = load_pixels(address(ds, ds_strides, image, pixel, width), ds_strides, inside, OUT_CHANNELS, MADE)
         if gain is not None:
             seen, _ = normalise(seen, eps, CHANNELS, SUMMED)
-        factor = narrow_all(seen, FACTOR)
+        factor = round_all(seen, FACTOR)
         sums_before, dbias_before = sums, dbias
         sums, dbias = (), ()
         for j in tl.static_range(len(MADE)):
             for i in tl.static_range(len(SUMMED)):
                 before = sums_before[j * len(SUMMED) + i]
-                sums += (dot(tl.trans(narrow(gradient[j].to(tl.float32), FACTOR)), factor[i], before, PRECISION),)
+                sums += (dot(tl.trans(round_to(gradient[j].to(tl.float32), FACTOR)), factor[i], before, PRECISION),)
             dbias += (dbias_before[j] + tl.sum(gradient[j].to(tl.float32), axis=0),)
     NORMS: tl.constexpr = 0 if gain is None else 2
     partial += tl.program_id(0).to(tl.int64) * (NORMS * CHANNELS + OUT_CHANNELS * (CHANNELS + 1))

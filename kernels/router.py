@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .images import locate_tile, over_planes, pixels_of, store, strided, tiles_of
 from .integers import cdiv, next_power_of_2
 from .launch import Launch, run
+from .strided import locate_tile, over_planes, pixels_of, store, strided, tiles_of
 
 TILE, EACH = 4096, 16  # pixels of a program that pools or spreads, and of a thread of it
 NUMBERS = 4096  # of the matrix of experts and channels that a program has at a time

@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, activate_with_slope, activation_of
-from .images import index_type, new_workspace, plane_of, store, strided
 from .integers import cdiv, next_power_of_2
 from .launch import Launch, run
+from .strided import index_type, new_workspace, plane_of, store, strided
 from .sums import add_parts, new_partial
 
 TILE = 1024  # pixels of a program
@@ -160,7 +160,7 @@ def convolve(
         total += tl.load(bias + channel).to(ACCUMULATION)
     position, size = (row, height) if VERTICAL else (column, width)
     step = tl.full((), 1, tl.int64) * x_strides[2 if VERTICAL else 3]
-    centre = at(x, x_strides, batch, channel, row, column)
+    centre = address(x, x_strides, batch, channel, row, column)
     taps = weight + channel * TAPS
     # 4: rows aligned to 16 bytes stay so every fourth tap, registers suffice, and any K compiles at once
     for k in tl.range(0, TAPS, loop_unroll_factor=4):
@@ -171,9 +171,9 @@ def convolve(
         total += tl.load(taps + (TAPS - 1 - k if TRANSPOSED else k)).to(ACCUMULATION) * seen
     total = activate(total, ACTIVATION, y.dtype.element_ty)
     if gate is not None:
-        factor = tl.load(at(gate, gate_strides, batch, channel, row, column), mask=inside, other=0)
+        factor = tl.load(address(gate, gate_strides, batch, channel, row, column), mask=inside, other=0)
         total *= factor.to(ACCUMULATION)
-    store(at(y, y_strides, batch, channel, row, column), total, inside)
+    store(address(y, y_strides, batch, channel, row, column), total, inside)
 
 
 @triton.jit(do_not_specialize=["lines", "channels", "height"])
@@ -183,13 +183,13 @@ def activation_backward(
 ):  # fmt: skip
     """dgate = dy * activation(s), and s becomes its gradient dy * gate * activation'(s)."""
     batch, channel, row, column, inside = locate(lines, channels, height, width, LINES, COLUMNS, INDEX)
-    s_pointer = at(s, s_strides, batch, channel, row, column)
+    s_pointer = address(s, s_strides, batch, channel, row, column)
     value = tl.load(s_pointer, mask=inside, other=0)
-    gradient = tl.load(at(dy, dy_strides, batch, channel, row, column), mask=inside, other=0).to(value.dtype)
+    gradient = tl.load(address(dy, dy_strides, batch, channel, row, column), mask=inside, other=0).to(value.dtype)
     activated, slope = activate_with_slope(value, ACTIVATION, s.dtype.element_ty)
     if gate is not None:
-        store(at(dgate, dgate_strides, batch, channel, row, column), gradient * activated, inside)
-        factor = tl.load(at(gate, gate_strides, batch, channel, row, column), mask=inside, other=0)
+        store(address(dgate, dgate_strides, batch, channel, row, column), gradient * activated, inside)
+        factor = tl.load(address(gate, gate_strides, batch, channel, row, column), mask=inside, other=0)
         gradient *= factor.to(value.dtype)
     tl.store(s_pointer, gradient * slope, mask=inside)
 
@@ -214,10 +214,10 @@ def convolve_taps(
         pixel = part.to(INDEX) * PART + start + tl.arange(0, PIXELS)[None, :]
         line, column = pixel // width, pixel % width
         batch, row = line // height, line % height
-        gradient = tl.load(at(dy, dy_strides, batch, channel, row, column), mask=pixel < pixels, other=0)
+        gradient = tl.load(address(dy, dy_strides, batch, channel, row, column), mask=pixel < pixels, other=0)
         there = (row if VERTICAL else column) + shift
         exists = (pixel < pixels) & (k < TAPS) & (there >= 0) & (there < (height if VERTICAL else width))
-        seen = tl.load(at(x, x_strides, batch, channel, row, column) + step, mask=exists, other=0)
+        seen = tl.load(address(x, x_strides, batch, channel, row, column) + step, mask=exists, other=0)
         total += gradient.to(total.dtype) * tl.where(k == TAPS, 1, seen.to(total.dtype))
     half = channels * (TAPS + 1)
     sums = partial + part.to(tl.int64) * (2 * half) + (half if VERTICAL else 0)
@@ -237,7 +237,7 @@ def locate(lines, channels, height, width, LINES: tl.constexpr, COLUMNS: tl.cons
 
 
 @triton.jit
-def at(image, strides, batch, channel, row, column):
+def address(image, strides, batch, channel, row, column):
     """Return pointers; offsets are 64-bit."""
     line = plane_of(image, strides, batch, channel) + row.to(tl.int64) * strides[2]
     return line + column.to(tl.int64) * strides[3]

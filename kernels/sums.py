@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .integers import cdiv
 from .launch import Launch
-from .rounding import narrow
+from .rounding import round_to
 
 COLUMNS, PARTS = 64, 32  # of a program, and at a time
 
@@ -46,6 +46,6 @@ def add_up(
     total = tl.sum(total, axis=0)
     start = 0
     for i in tl.static_range(len(ENDS)):
-        gradient = narrow(total, gradients[i].dtype.element_ty)
+        gradient = round_to(total, gradients[i].dtype.element_ty)
         tl.store(gradients[i] + (column - start), gradient, mask=(column >= start) & (column < ENDS[i]))
         start = ENDS[i]

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..backends.planes import UNIT, has_room, new_packed
 from .configurations import configuration
-from .images import index_type
 from .integers import cdiv, round_up
 from .launch import Launch
-from .rounding import INTERPRETED, narrow
+from .rounding import INTERPRETED, round_to
+from .strided import index_type
 
 # On the host
 
@@ -117,7 +117,7 @@ def tile_of(program, pixels, PIXELS, INDEX: tl.constexpr):
 
 
 @triton.jit
-def at(image, strides, batch, pixel, width):
+def address(image, strides, batch, pixel, width):
     """Return pointers (PIXELS,) to channel 0; offsets are 64-bit."""
     first = image + tl.full((), 1, tl.int64) * batch * strides[0]
     if width is None:
@@ -151,7 +151,7 @@ def store_tile(pointers, strides, inside, tile, channel, CHANNELS: tl.constexpr)
     """Write some channels of pixels, rounded to the image's dtype."""
     there = inside[:, None] & (channel < CHANNELS)[None, :]
     at_channel = pointers[:, None] + channel.to(tl.int64)[None, :] * strides[1]
-    tl.store(at_channel, narrow(tile, pointers.dtype.element_ty), mask=there)
+    tl.store(at_channel, round_to(tile, pointers.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -184,10 +184,10 @@ def load_columns(
 
 
 @triton.jit
-def narrow_all(tiles, dtype: tl.constexpr):
+def round_all(tiles, dtype: tl.constexpr):
     out = ()
     for i in tl.static_range(len(tiles)):
-        out += (tiles[i] if tiles[i].dtype == dtype else narrow(tiles[i].to(tl.float32), dtype),)
+        out += (tiles[i] if tiles[i].dtype == dtype else round_to(tiles[i].to(tl.float32), dtype),)
     return out
 
 
@@ -331,7 +331,7 @@ def affine(n, gain, shift, dtype: tl.constexpr, CHANNELS: tl.constexpr, TILES: t
             channel = channels_of(TILES, i)
             tile = tile * load_row(gain, channel, CHANNELS) + load_row(shift, channel, CHANNELS)
         out += (tile,)
-    return narrow_all(out, dtype)
+    return round_all(out, dtype)
 
 
 @triton.jit

@@ -11,13 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .configurations import configuration
-from .images import index_type, strided
 from .integers import cdiv
 from .launch import Launch
 from .products import steps_of
+from .strided import index_type, strided
 from .tiles import (
+    address,
     affine,
-    at,
     channels_of,
     cut,
     dot,
@@ -120,7 +120,7 @@ def pack_pixels(
     image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
     pixel = first + tl.arange(0, PIXELS)
     inside = pixel < end_of(pixels, ROOM)
-    seen = load_pixels(at(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
+    seen = load_pixels(address(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
     if gain is not None:
         seen, _ = normalise(seen, eps, CHANNELS, TILES)
     seen = affine(seen, gain, shift, n.dtype.element_ty, CHANNELS, TILES)

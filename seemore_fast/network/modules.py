@@ -1,7 +1,8 @@
 """Modules of the network, with the published tree and state-dict keys, in plain PyTorch.
 
 They run where the fused blocks cannot: with hooks, parametrizations or replaced submodules inside. Every submodule is
-called as a module; experts and the layers of the router only where they were modified.
+called as a module; experts and the layers of the router only where they were modified. The simple ones are those of the
+reference.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..reference.model import SEE, Expert, GatedFFN, LayerNorm, StripedConv2d
 from ..reference.router import choose_experts
+
+__all__ = ["SEE", "Expert", "GatedFFN", "LayerNorm", "MoEBlock", "MoELayer", "ResidualPair", "Router", "StripedConv2d"]
 
 
 def has_additions(module: nn.Module) -> bool:
@@ -31,69 +35,8 @@ def shuffle_channels(x: Tensor, dim: int = 1) -> Tensor:
     return x.unflatten(dim, (2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm over channels; x (B, C, H, W)."""
-
-    def __init__(self, channels: int, eps: float = 1e-6):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return reference.layer_norm(x, self.weight, self.bias, self.eps)
-
-
-class StripedConv2d(nn.Module):
-    """Depthwise 1xK, then depthwise Kx1."""
-
-    def __init__(self, channels: int, kernel_size: int):
-        super().__init__()
-        half = kernel_size // 2
-        self.conv = nn.Sequential(
-            nn.Conv2d(channels, channels, (1, kernel_size), padding=(0, half), groups=channels),
-            nn.Conv2d(channels, channels, (kernel_size, 1), padding=(half, 0), groups=channels),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-
-class GatedFFN(nn.Module):
-    """Feed-forward network, one half of which is gated by the surroundings of the other."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.fn_1 = nn.Sequential(nn.Conv2d(channels, 2 * channels, 1), nn.GELU())
-        self.fn_2 = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.GELU())
-        self.gate = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        u, g = self.fn_1(x).chunk(2, dim=1)
-        return self.fn_2(u * self.gate(g))
-
-
-class Expert(nn.Module):
-    """Low-rank expert. `MoELayer` reads its parameters, and calls it only when it is customised."""
-
-    def __init__(self, channels: int, rank: int):
-        super().__init__()
-        self.conv_1 = nn.Conv2d(channels, rank, 1)
-        self.conv_2 = nn.Conv2d(channels, rank, 1)
-        self.conv_3 = nn.Conv2d(rank, channels, 1)
-
-    def forward(self, a: Tensor, k: Tensor) -> Tensor:
-        return self.conv_3(self.conv_2(k) * self.conv_1(a))
-
-
-class Router(nn.Module):
-    """Choice of experts per image: (index (B, top_k) int64, probability (B, top_k) float32)."""
-
-    def __init__(self, channels: int, num_experts: int, top_k: int):
-        super().__init__()
-        self.top_k = top_k
-        # Called only where someone changed them: `router` does the same in float32.
-        self.body = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_experts, bias=False))
+class Router(reference.model.Router):
+    """Choice of experts per image, by layers of its body that were modified, too."""
 
     def forward(self, a: Tensor) -> tuple[Tensor, Tensor]:
         as_built = [type(layer) for layer in self.body] == [nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear]
@@ -168,20 +111,6 @@ class MoEBlock(nn.Module):
             u = shuffle_channels(u)
         a, k = u.chunk(2, dim=1)
         return self.proj(self.moe_layer(self.conv_2(a), self.calibrate(k)))
-
-
-class SEE(nn.Module):
-    """Spatial Enhancement Expert: a large striped convolution gates a projection."""
-
-    def __init__(self, channels: int, kernel_size: int = 11):
-        super().__init__()
-        self.proj = nn.Conv2d(channels, channels, 1)
-        self.to_qv = nn.Sequential(nn.Conv2d(channels, 2 * channels, 1), nn.GELU())
-        self.attn = StripedConv2d(channels, kernel_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, v = self.to_qv(x).chunk(2, dim=1)
-        return self.proj(self.attn(q) * v)
 
 
 class ResidualPair(nn.Module):

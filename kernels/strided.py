@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backends.planes import new_image
 from .integers import cdiv, next_power_of_2
 from .launch import Launch
-from .rounding import narrow
+from .rounding import round_to
 
 WIDEST = 64  # columns of a tile, at most: divides the usual widths, and whole lines of memory even for 16-bit pixels
 
@@ -27,13 +27,13 @@ def strided(**images: Tensor | None) -> dict:
     return images | strides
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that sums are of: float32, or float64 for that."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def new_workspace(x: Tensor) -> Tensor:
-    return new_image(x, x.shape[1], wide(x.dtype))
+    return new_image(x, x.shape[1], accumulation_dtype(x.dtype))
 
 
 def index_type(largest: int) -> tl.dtype:
@@ -103,4 +103,4 @@ def pixels_of(image, strides, batch, channel, row, column):
 @triton.jit
 def store(pointers, values, mask):
     """tl.store that rounds to the nearest also in Triton's interpreter."""
-    tl.store(pointers, narrow(values, pointers.dtype.element_ty), mask=mask)
+    tl.store(pointers, round_to(values, pointers.dtype.element_ty), mask=mask)

@@ -19,23 +19,23 @@ import triton.language as tl
 from torch import Tensor
 
 from .configurations import configuration
-from .experts import RANKS, load_bias_out, load_some, locate, rows_of
-from .images import index_type, strided
 from .integers import cdiv
 from .launch import Launch
+from .low_rank_experts_common import RANKS, load_bias_out, load_some, locate, rows_of
 from .products import steps_of
-from .rounding import narrow
+from .rounding import round_to
+from .strided import index_type, strided
 from .tiles import (
-    at,
+    address,
     channels_of,
     dot,
     launch,
     load_columns,
     load_pixels,
     load_tile,
-    narrow_all,
     pixels_of,
     powers,
+    round_all,
     tile_of,
     zero_tile,
     zeros,
@@ -119,13 +119,13 @@ def add_products(
     for step in tl.range(0, steps, disable_licm=True):
         pixel = first + step * PIXELS + tl.arange(0, PIXELS)
         inside = pixel < pixels
-        ranked_at = at(ranked, ranked_strides, image, pixel, width) + unit * (3 * ROWS)
+        ranked_at = address(ranked, ranked_strides, image, pixel, width) + unit * (3 * ROWS)
         drank_a = load_tile(ranked_at + ROWS, ranked_strides, inside, rank, ROWS)
         drank_k = load_tile(ranked_at + 2 * ROWS, ranked_strides, inside, rank, ROWS)
-        seen_a = load_pixels(at(a, a_strides, image, pixel, width), a_strides, inside, CHANNELS, TILES)
-        of_a = add_product(narrow_all(seen_a, dtype), drank_a, of_a, PRECISION)
-        seen_k = load_pixels(at(k, k_strides, image, pixel, width), k_strides, inside, CHANNELS, TILES)
-        of_k = add_product(narrow_all(seen_k, dtype), drank_k, of_k, PRECISION)
+        seen_a = load_pixels(address(a, a_strides, image, pixel, width), a_strides, inside, CHANNELS, TILES)
+        of_a = add_product(round_all(seen_a, dtype), drank_a, of_a, PRECISION)
+        seen_k = load_pixels(address(k, k_strides, image, pixel, width), k_strides, inside, CHANNELS, TILES)
+        of_k = add_product(round_all(seen_k, dtype), drank_k, of_k, PRECISION)
         sum_a = dot(tl.trans(drank_a), ones, sum_a, PRECISION)
         sum_k = dot(tl.trans(drank_k), ones, sum_k, PRECISION)
     for i in tl.static_range(len(TILES)):
@@ -141,15 +141,15 @@ def add_products(
     for step in tl.range(0, steps, disable_licm=True):
         pixel = first + step * PIXELS + tl.arange(0, PIXELS)
         inside = pixel < pixels
-        upstream = load_pixels(at(dy, dy_strides, image, pixel, width), dy_strides, inside, CHANNELS, TILES)
-        upstream = narrow_all(upstream, dtype)
-        ranked_at = at(ranked, ranked_strides, image, pixel, width) + unit * (3 * ROWS)
+        upstream = load_pixels(address(dy, dy_strides, image, pixel, width), dy_strides, inside, CHANNELS, TILES)
+        upstream = round_all(upstream, dtype)
+        ranked_at = address(ranked, ranked_strides, image, pixel, width) + unit * (3 * ROWS)
         q = load_tile(ranked_at, ranked_strides, inside, rank, ROWS)
         of_q = add_product(upstream, q, of_q, PRECISION)
         sum_dy = add_product(upstream, ones, sum_dy, PRECISION)
         if weight_proj is not None:
-            seen_a = load_pixels(at(a, a_strides, image, pixel, width), a_strides, inside, CHANNELS, TILES)
-            seen_a = narrow_all(seen_a, dtype)
+            seen_a = load_pixels(address(a, a_strides, image, pixel, width), a_strides, inside, CHANNELS, TILES)
+            seen_a = round_all(seen_a, dtype)
             before, dproj = dproj, ()
             for i in tl.static_range(len(TILES)):
                 for j in tl.static_range(len(TILES)):
@@ -298,4 +298,4 @@ def add_rows(
 
 @triton.jit
 def put(pointers, values, j, end):
-    tl.store(pointers, narrow(values, pointers.dtype.element_ty), mask=(j >= 0) & (j < end))
+    tl.store(pointers, round_to(values, pointers.dtype.element_ty), mask=(j >= 0) & (j < end))
