@@ -278,7 +278,7 @@ def test_unsupported_options_are_noted(load_published, tmp_path, key, value, not
         ("train.total_itr", 5, r"there is no key train.total_itr; did you mean train.total_iter\?"),
         ("datasets.val_1.dataroot_lp", "x", r"no key datasets.val_1.dataroot_lp; did you mean datasets"),
         ("network_g.num_layer", 6, r"there is no key network_g.num_layer; did you mean network_g.num_layers\?"),
-        ("network_g.dropout", 0.1, "there is no key network_g.dropout; expected one of preset, scale"),
+        ("network_g.dropout", 0.1, "there is no key network_g.dropout; expected one of in_chans, "),
     ],
 )  # fmt: skip
 def test_errors_of_option_files(load_published, key, value, message):

@@ -1,11 +1,12 @@
 """Feature maps before and after the experts MoRE and SEE, as in the paper's Figure 5."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..network.inspection import forward_hooks
+from ..network.inspection import forward_hooks, moe_layers
+from ..network.model import SeemoRe
 
 
 class Maps(NamedTuple):
@@ -16,11 +17,12 @@ class Maps(NamedTuple):
 
 
 @torch.no_grad()
-def feature_maps(model: nn.Module, x: Tensor) -> dict[str, Maps]:
+def feature_maps(model: SeemoRe, x: Tensor) -> dict[str, Maps]:
     """Return the maps before and after "MoRE" and "SEE" of an image x (1, C, H, W), group by group."""
-    blocks = {
-        "MoRE": [group.local_block.block.moe_layer for group in model.body],
-        "SEE": [group.global_block.block for group in model.body],
+    groups: Any = model.body
+    blocks: dict[str, list[nn.Module]] = {
+        "MoRE": [*moe_layers(model)],
+        "SEE": [group.global_block.block for group in groups],
     }
     maps = {name: Maps([], []) for name in blocks}
     names = {module: name for name, modules in blocks.items() for module in modules}

@@ -48,7 +48,7 @@ def operations(config: dict, height: int, width: int) -> dict[str, Cost]:
     macs = dict.fromkeys(model.state_dict(), 0)
     names = {module: name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
 
-    def count(module: nn.Module, inputs: tuple, output: Tensor):
+    def count(module: nn.Conv2d | nn.Linear, inputs: tuple, output: Tensor):
         macs[f"{names[module]}.weight"] += output.numel() * module.weight[0].numel()
 
     with torch.no_grad(), forward_hooks(list(names), count):

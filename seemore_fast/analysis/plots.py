@@ -23,13 +23,14 @@ def heat_map(shares: dict[str, Tensor], ranks: list[int], title: str) -> Figure:
     groups = len(next(iter(shares.values())))
     figure = Figure(figsize=(1.4 + 2.1 * len(shares), 1.6 + 0.36 * groups), layout="constrained")
     axes = figure.subplots(1, len(shares), sharey=True, squeeze=False)[0]
+    images = []
     for axis, (name, share) in zip(axes, shares.items(), strict=True):
-        drawn = axis.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        images.append(axis.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto"))
         for (i, j), value in np.ndenumerate(share.numpy()):
             axis.text(j, i, f"{value:.0%}", ha="center", va="center", color="white" if value > 0.6 else "black")
         axis.set(title=name, xlabel="rank of the expert", xticks=range(len(ranks)), xticklabels=ranks)
     axes[0].set(ylabel="group, from the first", yticks=range(groups), yticklabels=range(1, groups + 1))
-    figure.colorbar(drawn, ax=list(axes), label="share of the images")
+    figure.colorbar(images[-1], ax=list(axes), label="share of the images")
     figure.suptitle(title)
     return figure
 

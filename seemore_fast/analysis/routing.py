@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ImageError, first_line
 from ..evaluation.pairs import Pair
 from ..network.inspection import expert_usage
+from ..network.model import SeemoRe
 
 
 class Choice(NamedTuple):
@@ -56,7 +57,7 @@ def write_csv(path: Path, choices: list[Choice], ranks: list[int]):
                 writer.writerow([choice.data, choice.name, i, *row])
 
 
-def choices_of(model: nn.Module, data: str, pairs: list[Pair]) -> Iterator[Choice]:
+def choices_of(model: SeemoRe, data: str, pairs: list[Pair]) -> Iterator[Choice]:
     """Yield the model's choices for the LR image of each pair, in order."""
     for pair in pairs:
         try:

@@ -59,11 +59,12 @@ def _routing(options: argparse.Namespace) -> int:
 
     from ..analysis.routing import choices_of, mean_rank, trend, usage_by_set, write_csv
     from ..evaluation.pairs import find_pairs, names_of
+    from ..network.inspection import moe_layers
 
     plots, model = _plots(), _model(options.model)
     found = [find_pairs(folder, model.scale) for folder in options.data]
     sets = dict(zip(names_of(options.data), found, strict=True))
-    choices, ranks = [], model.body[0].local_block.block.moe_layer.ranks
+    choices, ranks = [], moe_layers(model)[0].ranks
     try:
         with tqdm(total=sum(map(len, found)), unit="image", desc="routing") as progress:
             for name, pairs in sets.items():
@@ -133,7 +134,7 @@ def _operations(options: argparse.Namespace) -> int:
         config = _variant(preset, scale, options.variant)
         title = ", ".join([f"{preset.upper()} x{scale}", *options.variant])
     size = next((size for size, own in PRESETS.items() if all(config[key] == own[key] for key in own)), None)
-    known = PUBLISHED.get((size, config["scale"]))
+    known = PUBLISHED.get((size or "", config["scale"]))
     width, height = _size(options.output_size, config["scale"])
     table = operations(config, height // config["scale"], width // config["scale"])
     every = total(table)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class Result:
     error: str = ""
 
 
-def evaluate(upscale: Callable[[np.ndarray], np.ndarray], data: str, pairs: list[Pair]) -> Iterator[Result]:
+def evaluate(upscale: Callable[[np.ndarray], Any], data: str, pairs: list[Pair]) -> Iterator[Result]:
     """Yield the result of each pair, in order. As is customary, `scale` pixels at every border are not measured."""
     for pair in pairs:
         try:
@@ -52,14 +53,16 @@ def bicubic(scale: int) -> Callable[[np.ndarray], np.ndarray]:
 def mean(results: list[Result]) -> tuple[float, float, float]:
     """Return the means of PSNR, SSIM and seconds over the images without an error."""
     values = [(result.psnr, result.ssim, result.seconds) for result in results if not result.error]
-    return tuple(float(np.mean(column)) for column in zip(*values, strict=True)) if values else (float("nan"),) * 3
+    psnr, ssim, seconds = np.mean(values or [[np.nan] * 3], axis=0).tolist()
+    return psnr, ssim, seconds
 
 
 class Rows:
     """A CSV file with a row per image, flushed as soon as it is measured. The first row creates the file."""
 
     def __init__(self, path: Path):
-        self.path, self.file = path, None
+        self.path = path
+        self.file: TextIO | None = None
 
     def add(self, r: Result):
         if self.file is None:

@@ -1,5 +1,6 @@
 """PSNR and SSIM on the Y channel, as is customary in super-resolution."""
 
+import functools
 import math
 
 import numpy as np
@@ -58,5 +59,5 @@ def _windowed(plane: np.ndarray) -> np.ndarray:
     window /= window.sum()
     for axis in (0, 1):
         places = plane.shape[axis] - SSIM_WINDOW + 1
-        plane = sum(w * plane.take(range(i, i + places), axis) for i, w in enumerate(window))
+        plane = functools.reduce(np.add, (w * plane.take(range(i, i + places), axis) for i, w in enumerate(window)))
     return plane

@@ -1,14 +1,18 @@
 """Forward hooks on parts of a network, and the choices of its routers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .model import SeemoRe
+from .modules import MoELayer
+
 
 @contextmanager
-def forward_hooks(modules: list[nn.Module], callback: Callable) -> Iterator[None]:
+def forward_hooks(modules: Sequence[nn.Module], callback: Callable) -> Iterator[None]:
     """Call `callback(module, inputs, output)` after each of the modules, which a fused network then runs unfused."""
     handles = [module.register_forward_hook(callback) for module in modules]
     try:
@@ -18,14 +22,20 @@ def forward_hooks(modules: list[nn.Module], callback: Callable) -> Iterator[None
             handle.remove()
 
 
+def moe_layers(model: SeemoRe) -> list[MoELayer]:
+    """Return the mixture of experts of each group."""
+    groups: Any = model.body
+    return [group.local_block.block.moe_layer for group in groups]
+
+
 @torch.no_grad()
-def expert_usage(model: nn.Module, x: Tensor) -> Tensor:
+def expert_usage(model: SeemoRe, x: Tensor) -> Tensor:
     """Return how often each group chooses each expert for the images x, int64 (groups, experts)."""
-    chosen = []
+    chosen, layers = [], moe_layers(model)
 
     def count(gate: nn.Module, inputs: tuple, outputs: tuple[Tensor, Tensor]):
-        chosen.append(torch.bincount(outputs[0].flatten(), minlength=gate.body[2].out_features))
+        chosen.append(torch.bincount(outputs[0].flatten(), minlength=len(layers[0].ranks)))
 
-    with forward_hooks([group.local_block.block.moe_layer.gate for group in model.body], count):
+    with forward_hooks([layer.gate for layer in layers], count):
         model(x)
     return torch.stack(chosen)

@@ -9,14 +9,15 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from ..errors import ConfigError
 from ..torchrun import position
-from .config import Model
-from .sections import OneOrMany, Real, Section, Whole, mismatch, validate
+from .config import Arguments
+from .sections import DEFAULTS, OneOrMany, Real, Section, Whole, mismatch, validate
 
 _REASONS = {  # to ignore keys
     "experiments_root": "has no effect: use `out`",
     "resume_state": "has no effect: use --resume with a checkpoint of this package",
     "meta_info_file": "has no effect: all images of the folder are used",
 }
+_AUTO: Any = "auto"
 _LIKELY = 0.8  # similarity to a known key above which an unknown one is taken for a typing error
 
 
@@ -51,10 +52,9 @@ class Options(Section):
                 yield from value.unsupported(where, f"{prefix}{key}.")
 
 
-class Network(Model):
+class Network(Arguments):
     type: Literal["SeemoRe", "SeemoReFast"]
-    preset: None = None
-    scale: Whole | None = Field(None, ge=1)
+    scale: Whole | None = Field(default=None, ge=1)
 
 
 class Backend(Options):
@@ -70,7 +70,7 @@ class TrainingSet(Options):
     dataroot_gt: Files
     dataroot_lq: Files | None = None
     filename_tmpl: Any = "{}"
-    io_backend: Backend = Backend()
+    io_backend: Backend = DEFAULTS
     gt_size: Whole = 128
     use_hflip: Any = True
     use_rot: Any = True
@@ -87,7 +87,7 @@ class ValidationSet(Options):
 
 
 class Datasets(Options):
-    __pydantic_extra__: dict[str, ValidationSet]
+    __pydantic_extra__: dict[str, ValidationSet]  # pyright: ignore[reportIncompatibleVariableOverride]
     train: TrainingSet
 
 
@@ -108,7 +108,7 @@ class Scheduler(Options):
     periods: Annotated[list[Whole], OneOrMany] | None = None
     T_max: Whole | None = None
     eta_min: Real = 0.0
-    eta_mins: Annotated[list[Real], OneOrMany] = Field([0.0], min_length=1)
+    eta_mins: Annotated[list[Real], OneOrMany] = Field(default=[0.0], min_length=1)
     restart_weights: Any = 1
 
 
@@ -122,7 +122,7 @@ class Training(Options):
     total_iter: Whole = 500_000
     ema_decay: Real = 0.0
     optim_g: Optimizer
-    scheduler: Scheduler = Scheduler()
+    scheduler: Scheduler = DEFAULTS
     pixel_opt: Loss | None = None
     fft_opt: Loss | None = None
     grad_clip: Any = None
@@ -163,17 +163,15 @@ class OptionFile(Options):
         "find_unused_parameters", "dist_port", "launcher", "use_petrel",
     )  # fmt: skip
     name: Any = "run"
-    scale: Whole | None = Field(None, ge=1)
+    scale: Whole | None = Field(default=None, ge=1)
     manual_seed: Any = None
-    num_gpu: Annotated[Whole, BeforeValidator(lambda count: position().world if count == "auto" else count)] = Field(
-        "auto", validate_default=True
-    )
+    num_gpu: Annotated[Whole, BeforeValidator(lambda count: position().world if count == "auto" else count)] = _AUTO
     network_g: Network
-    path: Paths = Paths()
+    path: Paths = DEFAULTS
     datasets: Datasets
     train: Training
-    val: Validation = Validation()
-    logger: Logger = Logger()
+    val: Validation = DEFAULTS
+    logger: Logger = DEFAULTS
 
 
 def translate(options: Mapping, where: str) -> tuple[dict, list[str]]:
@@ -196,7 +194,7 @@ def translate(options: Mapping, where: str) -> tuple[dict, list[str]]:
         "steps": train.total_iter,
         "ema": train.ema_decay,
         "init_from": path.pretrain_network_g,
-        "model": {**file.network_g.model_dump(exclude={"type"}), "scale": scale},
+        "model": {"preset": None, **file.network_g.model_dump(exclude={"type"}), "scale": scale},
         "data": _data(file, size // scale, notes),
         "optimizer": _optimizer(train),
         "schedule": _schedule(train, notes),
@@ -293,7 +291,7 @@ def _validation(file: OptionFile, scale: int, notes: list) -> dict:
             reason = f"is {metric.crop_border}: here {scale}, the scale, as published"
             notes.append((f"val.metrics.{name}.crop_border", reason))
     data, lr = {}, {}
-    for key, one in file.datasets.model_extra.items():
+    for key, one in (file.datasets.model_extra or {}).items():
         if not (key.startswith("val") and one.dataroot_gt):
             notes.append((f"datasets.{key}", "has no effect: it is not a val with a dataroot_gt"))
             continue

@@ -6,14 +6,12 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictBool, model_validator
 
 from ..network.config import PRESETS
-from .sections import Folders, NamedFolders, OneOrMany, Real, Section, Share, Whole, expect, mismatch
+from .sections import DEFAULTS, Folders, NamedFolders, OneOrMany, Real, Section, Share, Whole, expect, mismatch
 
 
-class Model(Section):
-    """The network: a published size, or `SeemoRe`'s own arguments, which override those of the size."""
+class Arguments(Section):
+    """Arguments of `SeemoRe` except the scale. Null is its default."""
 
-    preset: Literal["t", "b", "l"] | None = Field("t", description="published size, or null for SeemoRe's defaults")
-    scale: Whole = Field(2, ge=1, description="factor of both sides")
     in_chans: Whole | None = None
     num_experts: Whole | None = None
     num_layers: Whole | None = None
@@ -24,6 +22,15 @@ class Model(Section):
     recursive: Whole | None = None
     lr_space: Literal["linear", "double", "exp"] | None = None
     topk: Whole | None = None
+
+
+class Model(Arguments):
+    """The network: a published size, and arguments that override those of the size."""
+
+    preset: Literal["t", "b", "l"] | None = Field(
+        default="t", description="published size, or null for SeemoRe's defaults"
+    )
+    scale: Whole = Field(default=2, ge=1, description="factor of both sides")
 
     def arguments(self) -> dict:
         """Return the arguments of `SeemoRe`."""
@@ -37,24 +44,24 @@ class Data(Section):
     """Training images. Without `lr`, LR is MATLAB's bicubic of the whole image."""
 
     train: Annotated[Folders, expect(bool, "at least one folder of images")] = Field(
-        [], validate_default=True, description="folders of HR images with subfolders; of one with HR in it, that"
+        default=[], description="folders of HR images with subfolders; of one with HR in it, that"
     )
-    lr: Folders = Field([], description="a folder of LR images for each of `train`, or none")
+    lr: Folders = Field(default=[], description="a folder of LR images for each of `train`, or none")
     lr_name: Annotated[str, expect(lambda name: "{}" in name, "a name with {} in place of the HR image's")] = Field(
-        "{}", description="LR file name without extension: {}x2 for photo.png and photox2.png"
+        default="{}", description="LR file name without extension: {}x2 for photo.png and photox2.png"
     )
     sizes: Annotated[
         list[Annotated[Real, Field(gt=0, le=1)]],
         OneOrMany,
         expect(lambda sizes: sizes and len({*sizes}) == len(sizes), "distinct numbers, at least one"),
-    ] = Field([1.0], description="each image is used at all of these sizes; 0.5: half as wide")
-    cache: str | None = Field(None, description="folder of the decoded images; default: `cache` in `out`")
-    patch: Whole = Field(64, ge=1, description="side of an LR patch, pixels")
-    batch: Whole = Field(32, ge=1, description="patches of a step, over all processes and accumulated parts")
-    augment: StrictBool = Field(True, description="flips and quarter turns")
-    workers: Whole = Field(0, ge=0, description="processes that cut patches; 0: the training process does")
+    ] = Field(default=[1.0], description="each image is used at all of these sizes; 0.5: half as wide")
+    cache: str | None = Field(default=None, description="folder of the decoded images; default: `cache` in `out`")
+    patch: Whole = Field(default=64, ge=1, description="side of an LR patch, pixels")
+    batch: Whole = Field(default=32, ge=1, description="patches of a step, over all processes and accumulated parts")
+    augment: StrictBool = Field(default=True, description="flips and quarter turns")
+    workers: Whole = Field(default=0, ge=0, description="processes that cut patches; 0: the training process does")
     on_device: StrictBool | None = Field(
-        None, description="keep all images on the GPU; default: if they take less than a quarter of its memory"
+        default=None, description="keep all images on the GPU; default: if they take less than a quarter of its memory"
     )
 
 
@@ -62,79 +69,81 @@ class Optimizer(Section):
     """Adam or AdamW."""
 
     name: Literal["adam", "adamw"] = "adam"
-    lr: Real = Field(1e-3, gt=0, description="learning rate before the schedule's factor")
+    lr: Real = Field(default=1e-3, gt=0, description="learning rate before the schedule's factor")
     betas: tuple[Share, Share] = (0.9, 0.99)
-    weight_decay: Real = Field(0.0, ge=0)
-    clip: Real | None = Field(None, gt=0, description="largest norm of all gradients together; default: no limit")
+    weight_decay: Real = Field(default=0.0, ge=0)
+    clip: Real | None = Field(default=None, gt=0, description="largest norm of all gradients together; default: none")
 
 
 class Schedule(Section):
     """Learning rate over the steps, after a linear warm-up."""
 
     name: Literal["constant", "multistep", "cosine"] = Field(
-        "multistep", description="multistep: times gamma at each milestone; cosine: constant until begin, then down"
+        default="multistep",
+        description="multistep: times gamma at milestones; cosine: constant until begin, then down",
     )
-    warmup: Whole = Field(0, ge=0, description="steps from 0 up to the full rate")
+    warmup: Whole = Field(default=0, ge=0, description="steps from 0 up to the full rate")
     milestones: Annotated[list[Whole], OneOrMany, expect(lambda steps: steps == sorted(steps), "increasing steps")] = (
-        Field([], description="steps at which multistep multiplies the rate")
+        Field(default=[], description="steps at which multistep multiplies the rate")
     )
-    gamma: Real = Field(0.5, gt=0, description="factor of each milestone")
-    begin: Whole = Field(0, ge=0, description="first step of the cosine")
-    lowest: Real = Field(0.0, ge=0, le=1, description="factor of the rate at the last step of the cosine")
+    gamma: Real = Field(default=0.5, gt=0, description="factor of each milestone")
+    begin: Whole = Field(default=0, ge=0, description="first step of the cosine")
+    lowest: Real = Field(default=0.0, ge=0, le=1, description="factor of the rate at the last step of the cosine")
 
 
 class Loss(Section):
     """Weights of the losses."""
 
-    l1: Real = Field(1.0, ge=0, description="weight of the mean absolute difference")
-    mse: Real = Field(0.0, ge=0, description="weight of the mean squared difference")
-    fft: Real = Field(0.0, ge=0, description="weight of the mean absolute difference of the parts of rfft2")
+    l1: Real = Field(default=1.0, ge=0, description="weight of the mean absolute difference")
+    mse: Real = Field(default=0.0, ge=0, description="weight of the mean squared difference")
+    fft: Real = Field(default=0.0, ge=0, description="weight of the mean absolute difference of the parts of rfft2")
 
 
 class Validation(Section):
     """Images whose Y-PSNR and SSIM are measured with the averaged weights."""
 
-    data: NamedFolders = Field({}, description="name: folder of HR images, or of HR and LR_bicubic/X<scale>")
-    lr: NamedFolders = Field({}, description="name: folder of LR images, NAME or NAMEx<scale>")
-    every: Whole = Field(5000, ge=1, description="steps between validations")
-    samples: Whole = Field(2, ge=0, description="pictures of each set to keep")
+    data: NamedFolders = Field(default={}, description="name: folder of HR images, or of HR and LR_bicubic/X<scale>")
+    lr: NamedFolders = Field(default={}, description="name: folder of LR images, NAME or NAMEx<scale>")
+    every: Whole = Field(default=5000, ge=1, description="steps between validations")
+    samples: Whole = Field(default=2, ge=0, description="pictures of each set to keep")
 
 
 class Checkpoint(Section):
     """Checkpoints of the run. The best weights are kept beside them."""
 
-    every: Whole = Field(5000, ge=1, description="steps between checkpoints")
-    keep: Whole = Field(3, ge=1, description="number of checkpoints kept, the newest")
+    every: Whole = Field(default=5000, ge=1, description="steps between checkpoints")
+    keep: Whole = Field(default=3, ge=1, description="number of checkpoints kept, the newest")
 
 
 class Log(Section):
     """Progress line, CSV files and TensorBoard."""
 
-    every: Whole = Field(100, ge=1, description="steps between log entries")
-    tensorboard: StrictBool | None = Field(None, description="default: if it is installed")
+    every: Whole = Field(default=100, ge=1, description="steps between log entries")
+    tensorboard: StrictBool | None = Field(default=None, description="default: if it is installed")
 
 
 class Config(Section):
     """A training run."""
 
-    out: str = Field("run", description="folder of checkpoints, weights and logs")
-    steps: Whole = Field(500_000, ge=1)
-    seed: Whole = Field(0, ge=0, lt=2**63)
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field("fp32", description="bf16 and fp16 by autocast")
-    accumulate: Whole = Field(1, ge=1, description="parts in which a process computes its share of a batch")
-    ema: Share = Field(0.999, description="decay of the averaged weights")
+    out: str = Field(default="run", description="folder of checkpoints, weights and logs")
+    steps: Whole = Field(default=500_000, ge=1)
+    seed: Whole = Field(default=0, ge=0, lt=2**63)
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(default="fp32", description="bf16 and fp16 by autocast")
+    accumulate: Whole = Field(default=1, ge=1, description="parts in which a process computes its share of a batch")
+    ema: Share = Field(default=0.999, description="decay of the averaged weights")
     init_from: str | None = Field(
-        "interpolation", description="initial weights: a file, a shipped model, interpolation, or null for random ones"
+        default="interpolation",
+        description="initial weights: file, shipped model, interpolation, or null for random",
     )
-    recompute: Literal["auto", "none", "block"] = Field("auto", description="activation checkpointing")
-    model: Model = Model()
-    data: Data = Field({}, validate_default=True)
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
-    loss: Loss = Loss()
-    validation: Validation = Validation()
-    checkpoint: Checkpoint = Checkpoint()
-    log: Log = Log()
+    recompute: Literal["auto", "none", "block"] = Field(default="auto", description="activation checkpointing")
+    model: Model = DEFAULTS
+    data: Data = DEFAULTS
+    optimizer: Optimizer = DEFAULTS
+    schedule: Schedule = DEFAULTS
+    loss: Loss = DEFAULTS
+    validation: Validation = DEFAULTS
+    checkpoint: Checkpoint = DEFAULTS
+    log: Log = DEFAULTS
 
     @model_validator(mode="after")
     def _check_combinations(self):

@@ -179,13 +179,14 @@ def _decode_all(
 ) -> Iterator[list[tuple[np.ndarray, np.ndarray]] | str]:
     with ThreadPoolExecutor(min(_CHUNK, os.cpu_count() or 1)) as pool:
         for first in range(0, len(pairs), _CHUNK):
-            yield from pool.map(lambda pair: _decode(*pair, scale, sizes), pairs[first : first + _CHUNK])
+            yield from pool.map(lambda pair: _decode(pair, scale, sizes), pairs[first : first + _CHUNK])
 
 
 def _decode(
-    file: Path, partner: Path | None, scale: int, sizes: list[float]
+    pair: tuple[Path, Path | None], scale: int, sizes: list[float]
 ) -> list[tuple[np.ndarray, np.ndarray]] | str:
     """Return LR and HR at each size, or the reason to skip them; raise ConfigError if they do not fit each other."""
+    file, partner = pair
     try:
         hr = read_rgb(file)
         lr = read_rgb(partner) if partner else None

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -81,5 +81,5 @@ def init_distributed(device: str | None = None) -> World:
     if size == 1:
         return World(device=found)
     dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
-    gloo = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    gloo = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=TIMEOUT))
     return World(dist.get_rank(), dist.get_world_size(), found, local_rank, gloo)

@@ -2,15 +2,16 @@
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..network.blocks import parameters_of
 from ..network.checkpoint import load_model
+from ..network.model import SeemoRe
 
 
-def init_weights(model: nn.Module, source: str | None):
+def init_weights(model: SeemoRe, source: str | None):
     """Set the initial weights: "interpolation", a file or shipped model, or None for the random ones."""
     if source == "interpolation":
         init_interpolation(model)
@@ -19,30 +20,31 @@ def init_weights(model: nn.Module, source: str | None):
 
 
 @torch.no_grad()
-def init_interpolation(model: nn.Module):
+def init_interpolation(model: SeemoRe):
     """Set the first and the last layer so that the untrained network interpolates bilinearly.
 
     The first channels of conv_1 pass the image through, conv_2 (which closes the body) starts at zero, and the
     upsampler reads bilinear weights off the passed channels. Saves the first thousand steps.
     """
     scale, channels = model.scale, model.in_chans
-    for parameter in (model.conv_2.weight, model.conv_2.bias, model.upsampler[0].bias):
+    (first, bias), (upsampler, upsampler_bias) = parameters_of(model.conv_1), parameters_of(model.upsampler[0])
+    for parameter in (*parameters_of(model.conv_2), upsampler_bias):
         parameter.zero_()
-    model.conv_1.weight[:channels] = 0
-    model.conv_1.bias[:channels] = 0
-    model.upsampler[0].weight *= 0.1
+    first[:channels] = 0
+    bias[:channels] = 0
+    upsampler *= 0.1
     impulses = torch.eye(9).view(9, 1, 3, 3)
     enlarged = F.interpolate(impulses, scale_factor=scale, mode="bilinear", align_corners=False)
     taps = enlarged[:, 0, scale : 2 * scale, scale : 2 * scale].reshape(9, scale**2).t().reshape(-1, 3, 3)
     for channel in range(channels):
-        model.conv_1.weight[channel, channel, 1, 1] = 1
+        first[channel, channel, 1, 1] = 1
         rows = slice(channel * scale**2, (channel + 1) * scale**2)
-        model.upsampler[0].weight[rows, :channels] = 0
-        model.upsampler[0].weight[rows, channel] = taps
+        upsampler[rows, :channels] = 0
+        upsampler[rows, channel] = taps
 
 
 @torch.no_grad()
-def init_from(model: nn.Module, name_or_path: str):
+def init_from(model: SeemoRe, name_or_path: str):
     """Copy trained weights, as x3 starts from x2 and x4 from x3; raise ConfigError if they do not fit.
 
     The upsampler of another scale is interpolated linearly between its subpixels: the output is nearly the same image

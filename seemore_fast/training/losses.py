@@ -29,4 +29,4 @@ def pixel_loss(x: Tensor, target: Tensor, l1: float, mse: float, fft: float) -> 
         terms.append(mse * F.mse_loss(x, target))
     if fft:
         terms.append(fft * fft_loss(x, target))
-    return sum(terms)
+    return sum(terms[1:], start=terms[0])

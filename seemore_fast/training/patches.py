@@ -5,7 +5,7 @@ The patches of a step depend on the seed and the step alone, not on the number o
 
 import functools
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ class Batches(torch.utils.data.Dataset):
         return self.patches.names(self.first(step), self.share)
 
 
-def load_batches(batches: Batches, begin: int, end: int, workers: int, pin: bool) -> Iterator[tuple[Tensor, Tensor]]:
+def load_batches(batches: Batches, begin: int, end: int, workers: int, pin: bool) -> Generator[tuple[Tensor, Tensor]]:
     """Yield LR and HR of the steps from `begin` to `end`, in order, cut by `workers` processes.
 
     Without workers, or with images on a GPU, which forked processes cannot use, this process cuts them.

@@ -3,7 +3,7 @@
 import contextlib
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -48,10 +48,13 @@ NamedFolders = Annotated[  # a name may look like a number in YAML
 ]
 
 
+DEFAULTS: Any = {}  # of a section without content
+
+
 class Section(BaseModel):
     """Keys of one section. Unknown ones are errors; an empty section has the defaults."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -109,9 +112,10 @@ def _dotted(path: tuple) -> str:
 
 def _suggestion(kind: type[Section], path: tuple) -> str:
     *sections, key = map(str, path)
+    section: Any = kind
     for name in sections:
-        kind = kind.model_fields[name].annotation
-    fields = {name: field.annotation for name, field in kind.model_fields.items()}
+        section = section.model_fields[name].annotation
+    fields = {name: field.annotation for name, field in section.model_fields.items()}
     inside = [f"{name}.{key}" for name, type_ in fields.items() if key in getattr(type_, "model_fields", ())]
     near = difflib.get_close_matches(key, fields, 1) or inside
     return f"did you mean {'.'.join([*sections, near[0]])}?" if near else f"expected one of {', '.join(fields)}"

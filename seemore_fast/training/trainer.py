@@ -6,6 +6,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from ..errors import StateError, TrainingError, first_line, some_of
 from ..network.checkpoint import save_model
 from ..network.inspection import expert_usage
+from ..network.model import SeemoRe
 from .checkpoints import Checkpoints, check_same_network, config_changes, read_state
 from .components import build_model, build_optimizer, check_environment
 from .config import Config
@@ -46,6 +48,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.world.device)
         self.average = AveragedModel(self.model).eval().requires_grad_(False)
+        self.average_model = cast(SeemoRe, self.average.module)
         self.optimizer = build_optimizer(config.optimizer, self.model.parameters())
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=config.precision == "fp16")
         self.checkpoints = Checkpoints(self.out / "checkpoints", config.checkpoint.keep)
@@ -60,7 +63,7 @@ class Trainer:
         if state is not None:
             self._restore(state)
         self._check_same_step()
-        self._parallel = self.model
+        self._parallel: Any = self.model
         if self.world.size > 1:
             ids = [self.world.device] if self.world.device.type == "cuda" else None
             self._parallel = DistributedDataParallel(self.model, device_ids=ids)
@@ -125,7 +128,7 @@ class Trainer:
                     f"{folder} holds a run of {steps[-1]} steps, and {path} is of another one: "
                     "set another folder as `out`"
                 )
-        if state is not None:
+        if state is not None and path is not None:
             check_same_network(state, self.model.config, path)
             self.notes += [f"{path}: {change}" for change in config_changes(*self._configurations(state))]
         return state
@@ -189,7 +192,7 @@ class Trainer:
             return False
         weights = self.out / "weights.safetensors"
         with self._reporting(report, weights):
-            save_model(self.average.module, weights, step=self.step)
+            save_model(self.average_model, weights, step=self.step)
         return True
 
     def _check_weights(self):
@@ -249,11 +252,12 @@ class Trainer:
     @torch.no_grad()
     def _update_average(self):
         """Do what `AveragedModel.update_parameters` does, without its wait for the GPU."""
-        both = list(self.average.module.parameters()), list(self.model.parameters())
+        average: list[Tensor] = list(self.average.module.parameters())
+        weights: list[Tensor] = list(self.model.parameters())
         if self.average.n_averaged:
-            torch._foreach_lerp_(*both, 1 - self.config.ema)
+            torch._foreach_lerp_(average, weights, 1 - self.config.ema)
         else:
-            torch._foreach_copy_(*both)
+            torch._foreach_copy_(average, weights)
         self.average.n_averaged += 1  # on the host
 
     def run(self, until: int | None = None) -> bool:
@@ -355,18 +359,17 @@ class Trainer:
         """
         self._check_weights()
         samples, folder = self.config.validation.samples, self.out / "samples" / f"step_{self.step:09d}"
-        average = self.average.module
+        average = self.average_model
         try:
             results = self.validation.measure(average, samples, folder, progress.write, lambda: self._stop_requested)
         except (MemoryError, OSError, RuntimeError) as error:
             raise TrainingError(f"validation after step {self.step}: {error}; {self._last_checkpoint()}") from error
         if results is None:
             return False
-        dtype, usage = next(self.model.parameters()).dtype, 0
-        for part in lr.chunk(self.config.accumulate):
-            usage = usage + expert_usage(average, part.to(self.world.device).to(dtype) / 255)
-        usage = self.world.sum(usage).tolist()
-        if not self.world.is_first:
+        dtype, parts = next(self.model.parameters()).dtype, lr.chunk(self.config.accumulate)
+        counted = [expert_usage(average, part.to(self.world.device).to(dtype) / 255) for part in parts]
+        usage = self.world.sum(torch.stack(counted).sum(dim=0)).tolist()
+        if log is None:  # not the first process
             return True
         values = {}
         for name, (psnr, ssim) in results.items():

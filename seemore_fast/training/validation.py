@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from ..errors import ConfigError, ImageError, PairError
 from ..evaluation import psnr_y, ssim_y
 from ..evaluation.pairs import find_pairs
 from ..io.atomic import replacing
+from ..network.model import SeemoRe
 from ..upscale import Upscaler
 from .distributed import World
 
@@ -28,14 +28,14 @@ class Validation:
         for name, folder in folders.items():
             try:
                 lr = (lr_folders or {}).get(name)
-                pairs = find_pairs(Path(folder), scale, lr and Path(lr))[world.rank :: world.size]
+                pairs = find_pairs(Path(folder), scale, Path(lr) if lr else None)[world.rank :: world.size]
                 self.sets[name] = [(pair.name, *pair.read()) for pair in pairs]
             except (PairError, ImageError) as error:
                 raise ConfigError(f"validation.data.{name}: {error}") from None
 
     def measure(
         self,
-        model: nn.Module,
+        model: SeemoRe,
         samples: int = 0,
         folder: Path | None = None,
         report: Callable[[str], None] = print,
@@ -54,7 +54,7 @@ class Validation:
                 if must_stop():
                     sums[3] = 1
                     break
-                picture = upscaler(lr)
+                picture = np.asarray(upscaler(lr))
                 if folder and i * self.world.size + self.world.rank < samples:
                     _write_sample(picture, folder / name / f"{picture_name}.png", report)
                 measured = [psnr_y(picture, hr, crop=self.scale), ssim_y(picture, hr, crop=self.scale), 1, 0]
