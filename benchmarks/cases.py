@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from seemore_fast import ops, reference
 from seemore_fast.benchmarks import harness
 
 Shapes = dict[str, tuple[int, ...]]
@@ -18,10 +19,8 @@ ON_CUDA.append((PHOTO, torch.float16))
 CPU_PHOTO = (1, 36, 360, 640)
 ON_CPU = [(CPU_PHOTO, torch.float32), (CPU_PHOTO, torch.bfloat16), (PATCHES, torch.float32)]
 
-RANKS, CHOSEN = (2, 4, 8), 2  # T's ranks, and the expert chosen for every image: the largest
-EXPERTS, TOP_K = len(RANKS), 1
+RANKS, TOP_K, CHOSEN = (2, 4, 8), 1, 2  # T's ranks, and the expert chosen for every image: the largest
 SCALE, PLANES = 2, 3  # of conv3x3_shuffle
-ROUTER_TAPS = 3  # of striped_conv_router, as MoRE has it
 
 
 class Setting(NamedTuple):
@@ -65,18 +64,18 @@ IN_SEE, IN_MORE = {"taps": 11, "gated": True}, {"taps": 3, "activation": "gelu"}
 
 
 class Operator(NamedTuple):
-    """Inputs, results and costs of an operator, as functions of a Setting.
+    """Costs and settings of an operator, whose inputs follow from its declaration in `seemore_fast.ops`.
 
     `operations` are (forward, backward), two for a multiply-add. Elementwise work (norms, GELU, products) and what
-    backward recomputes by choice are left out. Without `traffic`, every input and result counts once.
+    backward recomputes by choice are left out. Without `traffic` in bytes, every input and result counts once.
     """
 
     operations: Callable[[Setting], tuple[int, int]]
-    parameters: Callable[[Setting], Shapes] = lambda s: {}
-    images: tuple[str, ...] = ("x",)
-    results: Callable[[Setting], list[tuple[int, ...]]] = lambda s: [s.shape]
-    options: Callable[[Setting, torch.device], dict] = lambda s, device: {}
+    sizes: Callable[[Setting], dict[str, int]] = lambda s: {}  # of the declaration's letters beyond B, C, H and W
+    optional: tuple[str, ...] = ()  # names of optional tensors that are given
+    options: Callable[[Setting, str | torch.device], dict] = lambda s, device: {}  # all other arguments
     traffic: Callable[[Setting], tuple[int, int]] | None = None
+    declared: str | None = None  # name of the declaration, if it is another one
     block: str | None = None  # name in a residual group, for what is timed as a module
     quick: list[Setting] = QUICK
     cpu: list[Setting] = CPU
@@ -91,27 +90,39 @@ class Operator(NamedTuple):
         return found
 
 
+def input_shapes(name: str, setting: Setting) -> Shapes:
+    """Return the shapes of an operator's floating-point inputs."""
+    operator = OPERATORS[name]
+    if operator.block:
+        return {"x": setting.shape}
+    given = (*operator.optional, "gate") if setting.gated else operator.optional
+    sizes = dict(zip("BCHW", setting.shape, strict=True)) | operator.sizes(setting) | {"": 1}
+    options = operator.options(setting, "meta")
+    specs = {n: spec for n, spec in getattr(ops, operator.declared or name).specs.items() if n not in options}
+    return {
+        n: tuple(factor * sizes[letter] for factor, letter in spec.sizes)
+        for n, spec in specs.items()
+        if n in given or not spec.is_optional
+    }
+
+
+def result_shapes(name: str, setting: Setting) -> list[tuple[int, ...]]:
+    """Return the shapes of an operator's floating-point results."""
+    if OPERATORS[name].block:
+        return [setting.shape]
+    shapes = input_shapes(name, setting)
+    tensors = {n: torch.empty(shape, dtype=setting.dtype, device="meta") for n, shape in shapes.items()}
+    results = getattr(reference, name)(**tensors, **OPERATORS[name].options(setting, "meta"))
+    return [tuple(result.shape) for result in harness.as_list(results)]
+
+
 def in_mode(counted: tuple[int, int], mode: str) -> int:
     """Return the count of a mode from those of forward and backward."""
     forward, backward = counted
     return {"forward": forward, "backward": backward, "both": forward + backward}[mode]
 
 
-def layer(suffix: str, outputs: int, inputs: int, height: int = 1, width: int = 1) -> Shapes:
-    return {f"weight{suffix}": (outputs, inputs, height, width), f"bias{suffix}": (outputs,)}
-
-
-def norm(s: Setting) -> Shapes:
-    return {"norm_weight": (s.channels,), "norm_bias": (s.channels,)}
-
-
-def doubled(s: Setting) -> list[tuple[int, ...]]:
-    batch, channels, *size = s.shape
-    return [(batch, 2 * channels, *size)]
-
-
-def striped(s: Setting) -> Shapes:
-    return layer("_row", s.channels, 1, 1, s.taps) | layer("_col", s.channels, 1, s.taps, 1)
+# Costs and other arguments
 
 
 def striped_operations(s: Setting) -> tuple[int, int]:
@@ -143,25 +154,14 @@ def calibrate_operations(s: Setting) -> tuple[int, int]:
 
 def shuffle_traffic(s: Setting) -> tuple[int, int]:
     """Count x or its gradient and the picture or its gradient, which are float32."""
-    x = math.prod(s.shape) * s.dtype.itemsize
-    picture = math.prod(OPERATORS["conv3x3_shuffle"].results(s)[0]) * 4
+    pixels = math.prod(s.shape) // s.channels
+    x, picture = s.channels * pixels * s.dtype.itemsize, PLANES * SCALE**2 * pixels * 4
     return x + picture, 2 * x + picture
 
 
-def chosen_experts(s: Setting, device: torch.device) -> dict:
+def chosen_experts(s: Setting, device: str | torch.device) -> dict:
     index = torch.full((s.shape[0], 1), CHOSEN, device=device)
     return {"expert_index": index, "expert_weight": torch.full_like(index, 0.75, dtype=torch.float32), "ranks": RANKS}
-
-
-def experts(s: Setting) -> Shapes:
-    into, rank = {}, sum(RANKS)
-    for name in "ak":
-        into |= {f"weight_{name}": (rank, s.channels), f"bias_{name}": (rank,)}
-    return into | {"weight_out": (s.channels, rank), "bias_out": (EXPERTS, s.channels)}
-
-
-def routed(s: Setting) -> Setting:
-    return s._replace(taps=ROUTER_TAPS, activation="gelu")
 
 
 def recursive_of(shape: tuple[int, ...]) -> int:
@@ -173,15 +173,10 @@ def total(setting: Setting, *parts: str) -> tuple[int, int]:
     return tuple(map(sum, zip(*(OPERATORS[part].operations(setting) for part in parts), strict=True)))
 
 
+NORM = "norm_weight", "norm_bias"
 OPERATORS = {
     "calibrate": Operator(
         calibrate_operations,
-        lambda s: (
-            layer("_agg", s.channels, 1, 4, 4)
-            | layer("_dw", s.channels, 1, 3, 3)
-            | layer("_pw", s.channels, s.channels)
-        ),
-        images=("k",),
         options=lambda s, device: {"recursive": s.recursive},
         quick=[
             Setting((1, 5, 17, 20), recursive=2),
@@ -192,54 +187,43 @@ OPERATORS = {
     ),
     "conv3x3_shuffle": Operator(
         lambda s: s.multiply_adds(9 * PLANES * SCALE**2, 1, 2),
-        lambda s: layer("", PLANES * SCALE**2, s.channels, 3, 3),
-        results=lambda s: [(s.shape[0], PLANES, SCALE * s.shape[2], SCALE * s.shape[3])],
+        sizes=lambda s: {"D": PLANES * SCALE**2},
         options=lambda s, device: {"mean": torch.full((1, PLANES, 1, 1), 0.5, device=device), "scale": SCALE},
         traffic=shuffle_traffic,
     ),
-    "gated_ffn": Operator(
-        lambda s: s.multiply_adds(3 * s.channels + 9, 1, 3),
-        lambda s: {
-            **norm(s),
-            **layer("_1", 2 * s.channels, s.channels),
-            **layer("_gate", s.channels, 1, 3, 3),
-            **layer("_2", s.channels, s.channels),
-        },
-    ),
+    "gated_ffn": Operator(lambda s: s.multiply_adds(3 * s.channels + 9, 1, 3)),
     "low_rank_experts": Operator(
         lambda s: s.multiply_adds(RANKS[CHOSEN], 3, 8),  # three products; backward computes two of them again
-        experts,
-        images=("a", "k"),
+        sizes=lambda s: {"R": sum(RANKS), "E": len(RANKS)},
         options=chosen_experts,
     ),
     "norm_conv3x3": Operator(
         lambda s: s.multiply_adds((9 + 2) * s.channels, 1, 3),
-        lambda s: norm(s) | layer("", s.channels, s.channels, 3, 3) | layer("_pw", 2 * s.channels, s.channels),
-        results=doubled,
+        sizes=lambda s: {"D": s.channels, "P": 2 * s.channels},
+        optional=(*NORM, "weight_pw", "bias_pw"),
         options=lambda s, device: {"activation": "gelu"},
     ),
     "norm_pointwise": Operator(
         lambda s: s.multiply_adds(2 * s.channels, 1, 3),
-        lambda s: norm(s) | layer("", 2 * s.channels, s.channels),
-        results=doubled,
+        sizes=lambda s: {"D": 2 * s.channels},
+        optional=NORM,
         options=lambda s, device: {"activation": "gelu"},
     ),
     "pointwise": Operator(
         lambda s: s.multiply_adds(s.channels, 1, 2),
-        lambda s: layer("", s.channels, s.channels),
-        images=("x", "residual"),
+        sizes=lambda s: {"D": s.channels},
+        optional=("residual",),
+        declared="norm_pointwise",
     ),
     "router": Operator(
         lambda s: (math.prod(s.shape), 0),  # the pool's additions; backward only spreads one value per channel
-        lambda s: {"weight": (EXPERTS, s.channels)},
-        images=("a",),
-        results=lambda s: [(s.shape[0], TOP_K)],
+        sizes=lambda s: {"E": len(RANKS)},
         options=lambda s, device: {"top_k": TOP_K},
         traffic=lambda s: (math.prod(s.shape) * s.dtype.itemsize,) * 2,  # backward writes a gradient, reads means alone
     ),
     "striped_conv": Operator(
         striped_operations,
-        striped,
+        sizes=lambda s: {"K": s.taps},
         options=lambda s, device: {"activation": s.activation},
         quick=[
             Setting((1, 5, 9, 14), taps=11),
@@ -260,10 +244,9 @@ OPERATORS = {
         ],
     ),
     "striped_conv_router": Operator(
-        lambda s: total(routed(s), "striped_conv", "router"),
-        lambda s: striped(routed(s)) | {"weight_router": (EXPERTS, s.channels)},
-        results=lambda s: [s.shape, (s.shape[0], TOP_K)],
-        options=lambda s, device: {"top_k": TOP_K, "activation": "gelu"},
+        lambda s: total(s._replace(**IN_MORE), "striped_conv", "router"),
+        sizes=lambda s: {"K": IN_MORE["taps"], "E": len(RANKS)},
+        options=lambda s, device: {"top_k": TOP_K, "activation": IN_MORE["activation"]},
     ),
     "rme_block": Operator(
         lambda s: total(

@@ -15,7 +15,16 @@ import torch
 import seemore_fast
 from seemore_fast import ops, reference
 from seemore_fast.benchmarks import command, harness
-from seemore_fast.benchmarks.cases import OPERATORS, RANKS, TOP_K, Operator, Setting, in_mode, recursive_of
+from seemore_fast.benchmarks.cases import (
+    OPERATORS,
+    RANKS,
+    TOP_K,
+    Setting,
+    in_mode,
+    input_shapes,
+    recursive_of,
+    result_shapes,
+)  # fmt: skip
 
 KERNEL_OF = {"pointwise": "norm_pointwise", "conv3x3_shuffle": "norm_conv3x3"}  # operators that run another's kernel
 EAGER = {"torch eager": torch.contiguous_format, "torch eager channels_last": torch.channels_last}
@@ -25,7 +34,7 @@ def build(name: str, setting: Setting, device: torch.device, options) -> harness
     """Return the Case of an operator, with eager PyTorch in two layouts and, on request, torch.compile."""
     operator, mode = OPERATORS[name], setting.mode
     most = 2 if options.quick else harness.MAX_SETS
-    inputs = harness.input_sets(partial(random_inputs, operator, setting, device), device, most)
+    inputs = harness.input_sets(partial(random_inputs, name, setting, device), device, most)
     make_eager, make_ours, parameters = providers_of(name, setting, device)
     providers = on_backends(name, make_ours(), mode, device, options.instruction_sets)
     providers |= {provider: make_eager(layout=layout) for provider, layout in EAGER.items()}
@@ -37,21 +46,24 @@ def build(name: str, setting: Setting, device: torch.device, options) -> harness
     return harness.operator_case(providers, inputs, exact, mode, operations, traffic, parameters)
 
 
-def random_inputs(operator: Operator, setting: Setting, device: torch.device, seed: int) -> harness.InputSet:
+def random_inputs(name: str, setting: Setting, device: torch.device, seed: int) -> harness.InputSet:
     """Return images in the setting's layout, parameters and, for a backward, the gradients of the results.
 
     Everything is of the setting's dtype but the gradients of probabilities, which are float32.
     """
-    parameters = operator.parameters(setting)
-    images = (*operator.images, "gate") if setting.gated else operator.images
-    shapes = dict.fromkeys(images, setting.shape) | parameters
+    shapes, layout = (
+        input_shapes(name, setting),
+        torch.channels_last if setting.channels_last else torch.contiguous_format,
+    )
     if setting.mode != "forward":
-        shapes |= {f"upstream_{i}": shape for i, shape in enumerate(operator.results(setting))}
+        shapes |= {f"upstream_{i}": shape for i, shape in enumerate(result_shapes(name, setting))}
     tensors = harness.random_tensors(shapes, setting.dtype, device, seed)
-    layout = torch.channels_last if setting.channels_last else torch.contiguous_format
-    for name in tensors.keys() - parameters.keys():
-        is_image = tensors[name].dim() == 4
-        tensors[name] = tensors[name].contiguous(memory_format=layout) if is_image else tensors[name].float()
+    for key, tensor in tensors.items():
+        is_gradient = key.startswith("upstream")
+        if is_gradient and tensor.dim() != 4:
+            tensors[key] = tensor.float()
+        elif is_gradient or shapes[key] == setting.shape:
+            tensors[key] = tensor.contiguous(memory_format=layout)
     return tensors
 
 

@@ -10,12 +10,11 @@ import torch
 from helpers import BENCHMARKS
 from helpers.benchmarks import figures, scaled_sum
 from helpers.networks import T
-from helpers.ops import calibrate_shapes, expert_shapes, ffn_shapes, norm_shapes, striped_shapes
 from torch.utils.flop_counter import FlopCounterMode
 
 from seemore_fast import SeemoRe, ops, reference, use_backend
 from seemore_fast.benchmarks import intensity, operators
-from seemore_fast.benchmarks.cases import OPERATORS, Setting, in_mode
+from seemore_fast.benchmarks.cases import OPERATORS, Setting, input_shapes
 from seemore_fast.cli import main
 
 
@@ -221,15 +220,20 @@ def test_pytest_runs_every_benchmark(tmp_path):
     assert set(tests) == expected
 
 
+WRONG_ROUTER = """
+from seemore_fast.benchmarks import operators
+right = operators.on_backends
+def wrong(name, provider, *rest):
+    def prepare(tensors):
+        index, probability = provider(tensors)()
+        return lambda: (index, 1.1 * probability)
+    return right(name, prepare, *rest)
+operators.on_backends = wrong
+"""
+
+
 def test_pytest_fails_a_wrong_provider(tmp_path):
-    (tmp_path / "break_it.py").write_text(
-        "import seemore_fast.ops as ops\n"
-        "router = ops.router\n"
-        "def wrong(*arguments, **options):\n"
-        "    index, probability = router(*arguments, **options)\n"
-        "    return index, 1.1 * probability\n"
-        "ops.router = wrong\n"
-    )
+    (tmp_path / "break_it.py").write_text(WRONG_ROUTER)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     options = ["-p", "break_it", "-k", "router and forward and not striped and not rme"]
     done, tests = run_pytest(tmp_path, *options, PYTHONPATH=path)
@@ -252,33 +256,31 @@ def counted(function, *arguments, **options):
     return counter.get_total_flops() / 2
 
 
-def on_meta(images, shapes):
-    """Return the arguments: images of T at 480x640, parameters."""
-    shapes = [*[(1, 36, 480, 640)] * images, *shapes.values()]
-    return [torch.empty(shape, device="meta") for shape in shapes]
+PHOTO = Setting((1, 36, 480, 640), taps=11, recursive=2)
+ELEMENTS = 36 * 480 * 640
 
 
-def test_work_is_as_torch_counts(all_work):
-    c, elements = 36, 36 * 480 * 640
-    norm, wide = norm_shapes(c), {"weight": (2 * c, c, 1, 1), "bias": (2 * c,)}
-    dense = {"weight": (c, c, 3, 3), "bias": (c,)}
-    x, *conv_parameters = on_meta(1, norm | dense)
-    index, probability = torch.zeros(1, 1, dtype=torch.int64, device="meta"), torch.zeros(1, 1, device="meta")
-    a, k, *experts = on_meta(2, expert_shapes(c, [2, 4, 8]))
-    found = {
-        "striped_conv K=11, forward": counted(reference.striped_conv, *on_meta(1, striped_shapes(c, 11))),
-        "striped_conv K=3 gelu, forward": counted(reference.striped_conv, *on_meta(1, striped_shapes(c, 3))),
-        "calibrate, forward": counted(reference.calibrate, *on_meta(1, calibrate_shapes(c)), 2) + 4 * elements,
-        "norm_pointwise C to 2C gelu": counted(reference.norm_pointwise, *on_meta(1, norm | wide)),
-        "norm_conv3x3 C to C gelu to 2C": counted(
-            reference.norm_conv3x3, x, *conv_parameters, *on_meta(0, wide), activation="gelu"
-        ),
-        "gated_ffn": counted(reference.gated_ffn, *on_meta(1, norm | ffn_shapes(c))),
-        "low_rank_experts, rank 8": counted(
-            reference.low_rank_experts, a, k, index, probability, *experts, ranks=[2, 4, 8]
-        ),
-    }
-    assert {name: elements * (all_work[name].vector + all_work[name].matrix) for name in found} == found
+@pytest.mark.parametrize(
+    ("name", "setting", "row"),
+    [
+        ("striped_conv", PHOTO, "striped_conv K=11, forward"),
+        ("striped_conv", PHOTO._replace(gated=True), "striped_conv K=11 gate, forward"),
+        ("striped_conv", PHOTO._replace(taps=3, activation="gelu"), "striped_conv K=3 gelu, forward"),
+        ("calibrate", PHOTO, "calibrate, forward"),
+        ("norm_pointwise", PHOTO, "norm_pointwise C to 2C gelu"),
+        ("norm_conv3x3", PHOTO, "norm_conv3x3 C to C gelu to 2C"),
+        ("gated_ffn", PHOTO, "gated_ffn"),
+        ("low_rank_experts", PHOTO, "low_rank_experts, rank 8"),
+        ("pointwise", PHOTO, None),
+        ("conv3x3_shuffle", PHOTO, None),
+    ],
+)
+def test_operations_are_as_torch_counts(all_work, name, setting, row):
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in input_shapes(name, setting).items()}
+    in_torch = counted(getattr(reference, name), **tensors, **OPERATORS[name].options(setting, "meta"))
+    in_torch += 4 * ELEMENTS * (name == "calibrate")  # the interpolation, which torch does not count
+    assert OPERATORS[name].operations(setting)[0] == 2 * in_torch
+    assert row is None or ELEMENTS * (all_work[row].vector + all_work[row].matrix) == in_torch
 
 
 def test_work_of_blocks_is_as_torch_counts(all_work):
@@ -287,16 +289,6 @@ def test_work_of_blocks_is_as_torch_counts(all_work):
         in_torch = 100 * (counted(group, torch.rand(1, 36, 48, 64)) - 36 * 3)  # without the router's matrix
     ours = elements * sum(all_work[name].vector + all_work[name].matrix for name in ("rme_block", "sme_block"))
     assert ours == in_torch + 4 * elements + elements  # interpolation and pool, which torch does not count
-
-
-def test_costs_of_operators_agree_with_the_table(all_work):
-    """Blocks differ by the interpolation and by the pool's additions, which count as multiply-adds in the table."""
-    setting = Setting((1, 36, 480, 640))
-    for name, row in (("norm_pointwise", "norm_pointwise C to 2C gelu"), ("gated_ffn", "gated_ffn"),
-                      ("low_rank_experts", "low_rank_experts, rank 8"), ("sme_block", "sme_block"),
-                      ("norm_conv3x3", "norm_conv3x3 C to C gelu to 2C")):  # fmt: skip
-        operations = in_mode(OPERATORS[name].operations(setting), "forward")
-        assert operations == 2 * 36 * 480 * 640 * (all_work[row].vector + all_work[row].matrix), name
 
 
 def test_the_readme_has_the_table():
