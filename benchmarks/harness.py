@@ -41,7 +41,7 @@ Provider = Callable[[InputSet], Callable[[], object]]
 class Case:
     """One table: providers, their inputs and the expected results.
 
-    The allowed error of a result is `atol` plus twice the error of eager PyTorch in the same dtype, all relative to the
+    The allowed error of a result is `atol` plus 2x the error of eager PyTorch in the same dtype, all relative to the
     largest expected value. Names of eager providers begin with `baseline`; the largest of their errors counts. Without
     a baseline, `()`, `atol` alone is allowed. A list of tensors within `expected`, such as a network's gradients, is
     one result. `bytes` counts each tensor once.
@@ -58,8 +58,8 @@ class Case:
     images: int | None = None  # per call, for tables of images per second
     kernels_only: bool = True  # leave out the host's launches on CUDA, and fresh pages on the CPU
     pause: float = 0  # seconds between calls, until other runtimes' threads stop spinning
-    discard_first: bool = False  # call twice and time the second: memory freed by other providers does not matter
-    precision: str | None = None  # "bf16", for example, where neither names nor inputs say it
+    discard_first: bool = False  # time the second of two calls: memory freed by other providers does not matter
+    precision: str | None = None  # "bf16", for example, if neither names nor inputs show it
     timeout: float = math.inf  # seconds for all calls of one provider, which is then called no more
     figures: dict[str, dict] = field(default_factory=dict)  # more figures by provider, filled when they are prepared
 
@@ -171,7 +171,7 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, devic
 
 
 def input_sets(make: Callable[[int], InputSet], device: torch.device, most: int = MAX_SETS) -> list[InputSet]:
-    """Return make(0), make(1), ..., together more than twice the last-level cache: no input is cached when reused."""
+    """Return make(0), make(1), ..., together more than 2x the last-level cache: no input is cached when reused."""
     first = make(0)
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else cpu_cache()
     count = min(2 * cache // sum(t.nbytes for t in first.values()) + 1, most)
@@ -254,7 +254,7 @@ def check(case: Case) -> tuple[dict[str, dict], dict[str, list[Callable]]]:
 
 
 def keep_memory():
-    """Make glibc keep freed memory: results on fresh pages, which only some calls get, can take five times as long."""
+    """Make glibc keep freed memory: results on fresh pages, which only some calls get, can take 5x as long."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

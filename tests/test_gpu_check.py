@@ -29,7 +29,7 @@ STUBS = {
             get_device_capability = lambda: (9, 0)
         device = lambda kind, index: (kind, index)
         """,
-    # Every test and benchmark: prints what it is told, fails or goes on for ever where STUB_FAILS or STUB_HANGS has it
+    # Every test and benchmark: prints its environment, and fails or hangs if STUB_FAILS or STUB_HANGS is in its command
     "stubs/stub_step.py": """
         import os, pathlib, sys, time
         command = " ".join(sys.argv)
@@ -116,8 +116,8 @@ class Tree:
 
     def outcomes(self, kind: str = "") -> dict[str, str]:
         """Return {step: outcome}, in the order in which they ended, of the archive."""
-        told = json.loads(self.archived()[f"{FOLDER}/gpu_check{kind}.json"])["steps"]
-        return {result["step"]: result["outcome"] for result in told}
+        results = json.loads(self.archived()[f"{FOLDER}/gpu_check{kind}.json"])["steps"]
+        return {result["step"]: result["outcome"] for result in results}
 
     def log(self, step: str) -> str:
         return self.archived()[f"build/gpu-check/{steps.slug(step)}.log"]
