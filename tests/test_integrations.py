@@ -56,10 +56,8 @@ def torchvision():
         pytest.skip("torchvision is not installed")
     try:
         module = importlib.import_module("torchvision")
-    except (
-        RuntimeError
-    ):  # a CUDA build beside a CPU torch: its operators do not load. Two are needed at import, none by a test
-        for name in ("nms", "qnms"):
+    except RuntimeError:  # a CUDA build beside a CPU torch: its operators do not load
+        for name in ("nms", "qnms"):  # needed at import, by no test
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
         module = importlib.import_module("torchvision")
     return module

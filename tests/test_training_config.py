@@ -1,6 +1,7 @@
 """Configurations: sections, overrides, recipes, option files in BasicSR's format, and their errors."""
 
 import functools
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -33,14 +34,15 @@ def load(tmp_path):
     return load
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes(name):
+@pytest.mark.parametrize("size, scale", itertools.product("tbl", (2, 3, 4)))
+def test_recipes(size, scale):
+    name = f"{size}_x{scale}"
     config, notes = load_config(name, [TRAIN])
-    size, scale = name.split("_x")
-    assert (config.model.preset, config.model.scale, notes) == (size, int(scale), [])
+    assert name in RECIPES and len(RECIPES) == 9
+    assert (config.model.preset, config.model.scale, notes) == (size, scale, [])
     assert (config.steps, config.data.batch, config.data.patch, config.loss.fft) == (500_000, 32, 64, 0.1)
     assert config.optimizer.betas == (0.9, 0.99) and config.schedule.milestones[-1] == 475_000
-    weights = "interpolation" if scale == "2" else f"runs/{size}_x{int(scale) - 1}/weights.safetensors"
+    weights = "interpolation" if scale == 2 else f"runs/{size}_x{scale - 1}/weights.safetensors"
     assert (config.out, config.init_from) == (f"runs/{name}", weights)
 
 
