@@ -34,7 +34,7 @@ def load(tmp_path):
     return load
 
 
-@pytest.mark.parametrize("size, scale", itertools.product("tbl", (2, 3, 4)))
+@pytest.mark.parametrize("size, scale", [*itertools.product("tbl", (2, 3, 4))])
 def test_recipes(size, scale):
     name = f"{size}_x{scale}"
     config, notes = load_config(name, [TRAIN])

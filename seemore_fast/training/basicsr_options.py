@@ -52,6 +52,9 @@ class Options(Section):
                 yield from value.unsupported(where, f"{prefix}{key}.")
 
 
+# The sections of an option file; their fields are the supported keys.
+
+
 class Network(Arguments):
     type: Literal["SeemoRe", "SeemoReFast"]
     scale: Whole | None = Field(default=None, ge=1)
