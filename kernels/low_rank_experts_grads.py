@@ -84,7 +84,9 @@ def add_sums(gradients: dict[str, Tensor | None], sums: Tensor, a: Tensor, exper
     programs = len(experts["EXPERTS"]) * blocks * cdiv(of_expert(channels, rows), COLUMNS) + batch * top_k
     if gradients["dweight_proj"] is not None:
         programs += cdiv(channels * (channels + 1), COLUMNS)
-    return Launch(add_up, programs, gradients | known | sizes | dict(COLUMNS=COLUMNS, PARTS=PARTS))
+    arguments = gradients | known | sizes | dict(COLUMNS=COLUMNS, PARTS=PARTS)
+    # Left to itself, ptxas spills some registers for more warps at a time (sm_100).
+    return Launch(add_up, programs, arguments, more_options={"maxnreg": 255})
 
 
 # Kernels
