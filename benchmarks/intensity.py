@@ -8,10 +8,8 @@ For T at 480x640: x is (1, 36, 480, 640). benchmarks/README.md contains the tabl
 import math
 from typing import NamedTuple
 
-from seemore_fast.benchmarks.cases import OPERATORS, PHOTO, Setting, in_mode
+from seemore_fast.benchmarks.cases import IN_MORE, IN_SEE, OPERATORS, PHOTO, Setting, in_mode
 
-CHANNELS = PHOTO[1]
-RANK = 8  # of T's largest expert, of which it chooses one
 ERF = 21  # instructions of erff: nvcc 13.0, sm_90, counted in the SASS without loads of constants
 COPY = 4.3e12  # bytes per second, read and written
 VECTOR, MATRIX = 67e12, 990e12  # operations per second: float32 multiply-adds; dense bfloat16 on the tensor cores
@@ -48,43 +46,38 @@ def fused(images: int, *parts: Work) -> Work:
     return Work(images, *map(sum, zip(*(part[1:] for part in parts), strict=True)))
 
 
-def pointwise(images: int, outputs: int, gelu: bool = False) -> Work:
-    """Return the work of a 1x1 convolution from C to so many times C channels."""
-    return Work(images, matrix=outputs * CHANNELS, erfs=outputs * gelu)
+def multiply_adds(operator: str, mode: str = "forward", **options) -> float:
+    """Return an operator's multiply-adds for each element of x."""
+    setting = Setting(PHOTO, mode=mode, **options)
+    return in_mode(OPERATORS[operator].operations(setting), mode) / 2 / math.prod(PHOTO)
 
 
 def all_work() -> dict[str, Work]:
     """Return the work of every operator by name; for those with stencils or pools, backward, too."""
     table = {}
     for mode in ("forward", "backward"):
-
-        def counted(operator: str, mode=mode, **options) -> float:
-            setting = Setting(PHOTO, mode=mode, **options)
-            return in_mode(OPERATORS[operator].operations(setting), mode) / 2 / math.prod(PHOTO)
-
         gradients = mode == "backward"  # as many results as inputs, and the result's own gradient
-        gelu = {"taps": 3, "activation": "gelu"}
-        table |= {
-            f"striped_conv K=11, {mode}": Work(2 + gradients, counted("striped_conv", taps=11)),
-            f"striped_conv K=11 gate, {mode}": Work(3 + 2 * gradients, counted("striped_conv", taps=11, gated=True)),
-            f"striped_conv K=3 gelu, {mode}": Work(2 + gradients, counted("striped_conv", **gelu), erfs=1),
-            f"calibrate, {mode}": Work(2 + gradients, counted("calibrate", recursive=2), erfs=1 / 16 + 1 / 256),
-            f"router, {mode}": Work(1, 2 * counted("router")),  # additions, each in the place of a multiply-add
-        }
-    striped_gate, striped_gelu, calibrate, router = (
-        table[f"{name}, forward"] for name in ("striped_conv K=11 gate", "striped_conv K=3 gelu", "calibrate", "router")
-    )
-    expand, projection = pointwise(3, 2, gelu=True), pointwise(2, 1)
-    ffn = fused(2, expand, Work(3, vector=9), pointwise(2, 1, gelu=True))
-    conv = fused(3, Work(2, matrix=9 * CHANNELS, erfs=1), pointwise(3, 2))
-    experts = Work(3, matrix=3 * RANK)
+        stripes = {"K=11": {"taps": 11}, "K=11 gate": IN_SEE, "K=3 gelu": IN_MORE}
+        for name, options in stripes.items():
+            images = 3 + 2 * gradients if options.get("gated") else 2 + gradients
+            vector = multiply_adds("striped_conv", mode, **options)
+            table[f"striped_conv {name}, {mode}"] = Work(images, vector, erfs="activation" in options)
+        calibrate = multiply_adds("calibrate", mode, recursive=2)
+        table[f"calibrate, {mode}"] = Work(2 + gradients, calibrate, erfs=1 / 16 + 1 / 256)
+        # The pool's additions, each in the place of a multiply-add
+        table[f"router, {mode}"] = Work(1, 2 * multiply_adds("router", mode))
+    expand = Work(3, matrix=multiply_adds("norm_pointwise"), erfs=2)
+    conv = Work(3, matrix=multiply_adds("norm_conv3x3"), erfs=1)
+    ffn = Work(2, vector=9, matrix=multiply_adds("gated_ffn") - 9, erfs=3)
+    experts, projection = (Work(3, matrix=multiply_adds(name)) for name in ("low_rank_experts", "pointwise"))
+    more = (table[f"{name}, forward"] for name in ("striped_conv K=3 gelu", "calibrate", "router"))
     return table | {
         "norm_pointwise C to 2C gelu": expand,
         "norm_conv3x3 C to C gelu to 2C": conv,
         "gated_ffn": ffn,
         "low_rank_experts, rank 8": experts,
-        "rme_block": fused(2, conv, striped_gelu, calibrate, router, experts, projection, ffn),
-        "sme_block": fused(2, expand, striped_gate, projection, ffn),
+        "rme_block": fused(2, conv, *more, experts, projection, ffn),
+        "sme_block": fused(2, expand, table["striped_conv K=11 gate, forward"], projection, ffn),
     }
 
 
