@@ -69,7 +69,7 @@ PARTS = {
     "calibrate": 3,
     "striped_conv": 4,
 }
-OTHERS = ["layer_norm", "pointwise", "conv3x3_shuffle", "blocks"]
+OTHERS = ["conformance", "layer_norm", "conv3x3_shuffle", "blocks"]
 PHOTO, BF16 = "1x36x480x640 bf16", ["--case", "bf16"]
 BENCHMARKED = {  # operator, the slowest first: the case in which torch.compile is timed, too
     "gated_ffn": PHOTO,
@@ -165,7 +165,10 @@ def tests() -> list[Step]:
         pytest("tests of the GPU", ["gpu"], "-k", f"not ({LIMITED})", after="build"),
         sanitizer("memcheck", "--report-api-errors", "no"),
         sanitizer("racecheck"),
-        *(pytest(f"{TRITON}, {stem} {part}", [stem], "-k", "triton", "--part", part) for stem, part in parts),
+        *(
+            pytest(f"{TRITON}, {stem} {part}", ["conformance", stem], "-k", f"triton and {stem}", "--part", part)
+            for stem, part in parts
+        ),
         pytest("tests of the model", ["model"], *without_triton, after="build"),
     ]
 

@@ -75,12 +75,8 @@ def arguments_of(item) -> dict:
 
 def has_kernel(arguments: dict) -> bool:
     """Return whether the backend of a test, if it has one, has kernels for its dtype and taps."""
-    backend, dtype = arguments.get("backend"), arguments.get("dtype")
-    if not isinstance(backend, Backend):
-        return True
-    if backend.taps and arguments.get("taps", backend.taps[0]) not in backend.taps:
-        return False
-    return not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype in backend.dtypes
+    backend = arguments.get("backend")
+    return not isinstance(backend, Backend) or backend.serves(arguments)
 
 
 def is_too_much_to_interpret(item) -> bool:

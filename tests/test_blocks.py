@@ -1,12 +1,14 @@
 """Blocks: RME, a routed mixture of low-rank experts, and SME, spatial enhancement, each with its GatedFFN."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from helpers.backends import each_backend, each_kernel, running_on
+from helpers.backends import running_on
+from helpers.cases import OpCase, each, grid
 from helpers.naive import (
     naive_calibrate,
     naive_conv1x1,
-    naive_expert_weight,
     naive_gated_ffn,
     naive_low_rank_experts,
     naive_norm_conv3x3,
@@ -15,15 +17,13 @@ from helpers.naive import (
     naive_striped_conv,
 )
 from helpers.ops import (
-    assert_close_to_naive,
+    LAYOUTS,
+    SHAPES,
     assert_compiles,
     assert_gradcheck,
-    assert_within_yardstick,
+    assert_values,
     calibrate_shapes,
     cast,
-    each_layout,
-    each_narrow_dtype,
-    each_shape,
     expert_shapes,
     ffn_shapes,
     norm_shapes,
@@ -31,6 +31,7 @@ from helpers.ops import (
     striped_shapes,
     value_and_gradients,
 )
+from helpers.table import BFLOAT, DTYPES, FLOAT, LAST, SPREAD
 
 from seemore_fast import use_backend
 from seemore_fast.network.blocks import RME, SME
@@ -38,16 +39,11 @@ from seemore_fast.network.fused import RMEParams, SMEParams, rme, sme, unflatten
 from seemore_fast.network.modules import shuffle_channels
 
 STEM = ("norm_1_weight", "norm_1_bias", "weight_conv", "bias_conv", "weight_expand", "bias_expand")
-CALIBRATE = ("weight_agg", "bias_agg", "weight_dw", "bias_dw", "weight_pw", "bias_pw")
-STRIPED = ("weight_row", "bias_row", "weight_col", "bias_col")
-EXPERTS = ("weight_a", "bias_a", "weight_k", "bias_k", "weight_out", "bias_out")
-FFN = ("norm_2_weight", "norm_2_bias", "weight_1", "bias_1", "weight_gate", "bias_gate", "weight_2", "bias_2")
-OPTIONS = {"ranks": (2, 4, 8), "top_k": 1, "recursive": 1, "use_shuffle": False}
-
-each_mixture = pytest.mark.parametrize(
-    "ranks, top_k", [((3,), 1), ((2, 4, 8), 1), ((2, 4, 8), 3), ((2, 3, 4, 5), 2)], ids=str
-)
-each_shuffle = pytest.mark.parametrize("use_shuffle", [False, True])
+CALIBRATE = tuple(calibrate_shapes(1))
+STRIPED = tuple(striped_shapes(1, 3))
+EXPERTS = tuple(expert_shapes(1, [1]))
+QV = ("norm_1_weight", "norm_1_bias", "weight_qv", "bias_qv")
+FFN = ("norm_2_weight", "norm_2_bias", *ffn_shapes(1))
 
 
 def rme_block(x, *, ranks, top_k, recursive, use_shuffle, **p):
@@ -70,9 +66,6 @@ def by_reference(block):
     return eager
 
 
-rme_block.reference, sme_block.reference = by_reference(rme_block), by_reference(sme_block)
-
-
 def naive_inputs_of_the_experts(x, p, recursive, use_shuffle):
     channels = x.shape[1]
     u = naive_norm_conv3x3(x, *(p[name] for name in STEM), activation="gelu")
@@ -84,20 +77,19 @@ def naive_inputs_of_the_experts(x, p, recursive, use_shuffle):
 
 def naive_rme_block(x, ranks, top_k, recursive, use_shuffle, **p):
     a, k = naive_inputs_of_the_experts(x, p, recursive, use_shuffle)
-    index = naive_router(a, p["weight_router"], top_k)[0].to(x.device)
-    weight = naive_expert_weight(a, p["weight_router"], index)
-    m = naive_low_rank_experts(a, k, index, weight, *(p[name] for name in EXPERTS), ranks)
+    routed = naive_router(a, p["weight_router"], top_k)
+    m = naive_low_rank_experts(a, k, *routed, *(p[name] for name in EXPERTS), ranks)
     x = x + naive_conv1x1(m, p["weight_proj"], p["bias_proj"])
     return naive_gated_ffn(x, *(p[name] for name in FFN))
 
 
-def rme_tensors(device, shape=(3, 4, 6, 7), ranks=(2, 4, 8), use_shuffle=False):
-    """Random tensors whose images choose different experts."""
+def rme_arguments(device, shape=(3, 4, 6, 7), ranks=(2, 4, 8), top_k=1, taps=3, recursive=1, use_shuffle=False):
+    """Return random tensors whose images choose different experts, and options."""
     channels = shape[1]
     shapes = {"x": shape} | norm_shapes(channels, "norm_1")
     shapes |= {"weight_conv": (channels, channels, 3, 3), "bias_conv": (channels,)}
     shapes |= {"weight_expand": (2 * channels, channels, 1, 1), "bias_expand": (2 * channels,)}
-    shapes |= calibrate_shapes(channels) | striped_shapes(channels, 3)
+    shapes |= calibrate_shapes(channels) | striped_shapes(channels, taps)
     shapes |= {"weight_router": (len(ranks), channels)} | expert_shapes(channels, ranks)
     shapes |= {"weight_proj": (channels, channels, 1, 1), "bias_proj": (channels,)}
     shapes |= norm_shapes(channels, "norm_2") | ffn_shapes(channels)
@@ -108,193 +100,154 @@ def rme_tensors(device, shape=(3, 4, 6, 7), ranks=(2, 4, 8), use_shuffle=False):
         common = pooled.mean(dim=0) / pooled.mean(dim=0).norm()
         p["weight_router"] -= torch.outer(p["weight_router"] @ common, common)
         p["weight_router"] *= 2 / (pooled @ p["weight_router"].t()).std()
-    return p
-
-
-@each_backend("rme_block")
-@pytest.mark.parametrize(
-    "shape, recursive",
-    [
-        ((1, 1, 4, 4), 1),
-        ((0, 3, 4, 5), 1),
-        ((3, 5, 5, 9), 1),
-        ((1, 36, 7, 8), 1),
-        ((2, 3, 16, 16), 2),
-        ((2, 4, 17, 35), 2),
-    ],
-    ids=str,
-)
-@each_shuffle
-def test_values(backend, device, shape, recursive, use_shuffle):
-    options = OPTIONS | {"recursive": recursive, "use_shuffle": use_shuffle}
-    tensors = rme_tensors(device, shape, use_shuffle=use_shuffle)
-    assert_close_to_naive(backend, rme_block, naive_rme_block, tensors, **options)
-
-
-@each_backend("rme_block")
-@each_mixture
-@each_shuffle
-def test_mixtures(backend, device, ranks, top_k, use_shuffle):
-    options = OPTIONS | {"ranks": ranks, "top_k": top_k, "use_shuffle": use_shuffle}
-    tensors = rme_tensors(device, ranks=ranks, use_shuffle=use_shuffle)
-    assert_close_to_naive(backend, rme_block, naive_rme_block, tensors, **options)
-
-
-@each_backend("rme_block")
-@pytest.mark.parametrize("taps", [1, 7])
-def test_other_striped_kernels(backend, device, taps):
-    tensors = rme_tensors(device)
-    tensors |= random_parameters(striped_shapes(4, taps), device)
-    assert_close_to_naive(backend, rme_block, naive_rme_block, tensors, **OPTIONS)
-
-
-@each_backend("rme_block")
-@each_shuffle
-def test_each_image_is_routed_alone(backend, device, use_shuffle):
-    """Images of a batch that choose different experts come out as they do one by one."""
-    tensors = rme_tensors(device, (6, 4, 6, 7), use_shuffle=use_shuffle)
-    options = OPTIONS | {"use_shuffle": use_shuffle}
-    a, _ = naive_inputs_of_the_experts(tensors["x"], tensors, 1, use_shuffle)
-    assert len(set(naive_router(a, tensors["weight_router"], 1)[0][:, 0].tolist())) > 1
-    with running_on(backend, device):
-        batch = rme_block(**tensors, **options)
-        alone = [rme_block(**tensors | {"x": image[None]}, **options) for image in tensors["x"]]
-    torch.testing.assert_close(batch, torch.cat(alone), rtol=1e-10, atol=1e-10)
-
-
-@each_backend("rme_block")
-@each_layout
-@each_shuffle
-def test_layouts(backend, device, layout, use_shuffle):
-    options = OPTIONS | {"use_shuffle": use_shuffle}
-    tensors = rme_tensors(device, use_shuffle=use_shuffle)
-    assert_close_to_naive(backend, rme_block, naive_rme_block, tensors, layout, **options)
-
-
-@each_backend("rme_block")
-@each_narrow_dtype
-@pytest.mark.parametrize("layout", [None, "channels_last"])
-@pytest.mark.parametrize("spread", [1, 300])
-def test_narrow_dtypes(backend, device, dtype, layout, spread):
-    """Squares of 300 overflow float16: the statistics must not be computed in it."""
-    options = OPTIONS | {"top_k": 2, "use_shuffle": True}
-    tensors = rme_tensors(device, (2, 8, 17, 19), use_shuffle=True)
-    tensors["x"] *= spread
-    a, _ = naive_inputs_of_the_experts(tensors["x"], tensors, 1, use_shuffle=True)
-    p = naive_router(a, tensors["weight_router"], 3)[1]
-    assert (p[:, 1] / p[:, 2]).log().min() > 0.3, "rounding may flip the choice: errors then mean nothing"
-    assert_within_yardstick(backend, rme_block, naive_rme_block, tensors, dtype, layout, **options)
-
-
-@each_backend("rme_block", dtype=torch.float64)
-@each_shuffle
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_gradcheck(backend, device, use_shuffle, top_k):
-    options = OPTIONS | {"ranks": (1, 2), "top_k": top_k, "use_shuffle": use_shuffle}
-    with running_on(backend, device):
-        assert_gradcheck(rme_block, rme_tensors(device, (2, 2, 4, 4), (1, 2), use_shuffle), **options)
-
-
-@each_backend("rme_block")
-def test_experts_not_chosen_get_zero_gradients(backend, device):
-    tensors = rme_tensors(device, (1, 4, 6, 7))
-    with running_on(backend, device):
-        gradients = value_and_gradients(rme_block, tensors, **OPTIONS)
-    used = gradients["gradient of bias_out"].abs().sum(dim=1) > 0
-    assert used.sum() == 1
-    for name in ("weight_a", "bias_a", "weight_k", "bias_k"):
-        experts = gradients[f"gradient of {name}"].split((2, 4, 8))
-        assert [bool(gradient.any()) for gradient in experts] == used.tolist(), name
-
-
-@each_backend("rme_block")
-def test_compiles(backend, device):
-    with running_on(backend, device):
-        assert_compiles(
-            rme_block, rme_tensors(device), rme_tensors(device, (2, 4, 9, 5)), **OPTIONS | {"use_shuffle": True}
-        )
-
-
-@each_kernel("low_rank_experts")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", [None, "channels_last"])
-def test_of_kernels(backend, device, dtype, layout):
-    options = OPTIONS | {"use_shuffle": True}
-    tensors = rme_tensors(device, (2, 12, 7, 18), use_shuffle=True)
-    a, _ = naive_inputs_of_the_experts(tensors["x"], tensors, 1, use_shuffle=True)
-    p = naive_router(a, tensors["weight_router"], 2)[1]
-    assert (p[:, 0] / p[:, 1]).log().min() > 0.1, "rounding may flip the choice: errors then mean nothing"
-    assert_within_yardstick(backend, rme_block, naive_rme_block, tensors, dtype, layout, **options)
-
-
-@each_kernel("low_rank_experts")
-def test_of_kernels_is_one_graph(backend, device):
-    calls = (cast(rme_tensors(device, shape), torch.float32) for shape in [(2, 4, 6, 7), (3, 4, 9, 5)])
-    with running_on(backend, device):
-        assert_compiles(rme_block, *calls, **OPTIONS | {"use_shuffle": True})
+    return p | {"ranks": ranks, "top_k": top_k, "recursive": recursive, "use_shuffle": use_shuffle}
 
 
 def naive_sme_block(x, **p):
     channels = x.shape[1]
-    qv = naive_norm_pointwise(x, p["norm_1_weight"], p["norm_1_bias"], p["weight_qv"], p["bias_qv"], "gelu")
+    qv = naive_norm_pointwise(x, *(p[name] for name in QV), "gelu")
     q = naive_striped_conv(qv[:, :channels], *(p[name] for name in STRIPED))
     x = x + naive_conv1x1(q * qv[:, channels:], p["weight_proj"], p["bias_proj"])
     return naive_gated_ffn(x, *(p[name] for name in FFN))
 
 
-def sme_tensors(device, shape=(2, 3, 6, 7), taps=5):
+def sme_arguments(device, shape=(2, 3, 6, 7), taps=5, **options):
     channels = shape[1]
     shapes = {"x": shape} | norm_shapes(channels, "norm_1")
     shapes |= {"weight_qv": (2 * channels, channels, 1, 1), "bias_qv": (2 * channels,)}
     shapes |= striped_shapes(channels, taps)
     shapes |= {"weight_proj": (channels, channels, 1, 1), "bias_proj": (channels,)}
     shapes |= norm_shapes(channels, "norm_2") | ffn_shapes(channels)
-    return random_parameters(shapes, device)
+    return random_parameters(shapes, device) | options
 
 
-@each_backend("sme_block")
-@each_shape
-@pytest.mark.parametrize("taps", [1, 3, 11, 31])
-def test_values_of_sme(backend, device, shape, taps):
-    assert_close_to_naive(backend, sme_block, naive_sme_block, sme_tensors(device, shape, taps))
+SHUFFLE = {"use_shuffle": [False, True]}
+RME_CASE = OpCase(
+    "rme_block",
+    rme_arguments,
+    naive_rme_block,
+    rme_block,
+    by_reference(rme_block),
+    "rme_block",
+    values=grid(
+        {
+            "shape, recursive": [
+                ((1, 1, 4, 4), 1),
+                ((0, 3, 4, 5), 1),
+                ((3, 5, 5, 9), 1),
+                ((1, 36, 7, 8), 1),
+                ((2, 3, 16, 16), 2),
+                ((2, 4, 17, 35), 2),
+            ]
+        }
+        | SHUFFLE
+    )
+    + grid({"ranks, top_k": [((3,), 1), ((2, 4, 8), 1), ((2, 4, 8), 3), ((2, 3, 4, 5), 2)]} | SHUFFLE)
+    + grid({"taps": [1, 7]})
+    + grid({"layout": LAYOUTS} | SHUFFLE),
+    narrow=grid(DTYPES | LAST | SPREAD, shape=(2, 8, 17, 19), top_k=2, use_shuffle=True),
+    gradcheck=grid({"top_k": [1, 2]} | SHUFFLE, shape=(2, 2, 4, 4), ranks=(1, 2)),
+    compiles=grid(use_shuffle=True),
+    other={"shape": (2, 4, 9, 5)},
+)
+SME_CASE = OpCase(
+    "sme_block",
+    sme_arguments,
+    naive_sme_block,
+    sme_block,
+    by_reference(sme_block),
+    "sme_block",
+    values=grid({"shape": SHAPES, "taps": [1, 3, 11, 31]}) + grid({"layout": LAYOUTS}),
+    narrow=grid(DTYPES | LAST | SPREAD, shape=(2, 8, 17, 19), taps=11),
+    gradcheck=grid(shape=(2, 2, 3, 3), taps=3),
+)
+CASES = [RME_CASE, SME_CASE]
+# on the kernels of their parts
+NARROW = {"dtype": [FLOAT, BFLOAT]} | LAST
+OF_KERNELS = [
+    replace(
+        RME_CASE,
+        kernel="low_rank_experts",
+        narrow=grid(NARROW, shape=(2, 12, 7, 18), use_shuffle=True),
+        compiles=grid(use_shuffle=True, dtype=FLOAT),
+    ),
+    replace(
+        SME_CASE,
+        kernel="gated_ffn",
+        narrow=grid(NARROW | {"recompute": [False, True]}, shape=(2, 12, 7, 18), taps=11),
+        compiles=grid(dtype=FLOAT),
+    ),
+]
 
 
-@each_backend("sme_block")
-@each_layout
-def test_layouts_of_sme(backend, device, layout):
-    assert_close_to_naive(backend, sme_block, naive_sme_block, sme_tensors(device), layout)
+@each(CASES, "values")
+def test_values(case, backend, example, device):
+    assert_values(backend, case, *case.call_of(backend, device, example))
 
 
-@each_backend("sme_block")
-@each_narrow_dtype
-@pytest.mark.parametrize("layout", [None, "channels_last"])
-@pytest.mark.parametrize("spread", [1, 300])
-def test_narrow_dtypes_of_sme(backend, device, dtype, layout, spread):
-    tensors = sme_tensors(device, (2, 8, 17, 19), taps=11)
-    tensors["x"] *= spread
-    assert_within_yardstick(backend, sme_block, naive_sme_block, tensors, dtype, layout)
+@each(CASES, "narrow")
+def test_narrow_dtypes(case, backend, example, device):
+    check_narrow(backend, case, *case.call_of(backend, device, example))
 
 
-@each_backend("sme_block", dtype=torch.float64)
-def test_gradcheck_of_sme(backend, device):
+@each(OF_KERNELS, "narrow", reference=False)
+def test_of_kernels(case, backend, example, device):
+    check_narrow(backend, case, *case.call_of(backend, device, example))
+
+
+def check_narrow(backend, case, tensors, options):
+    if case.name == "rme_block":
+        wide, top_k = cast(tensors, torch.float64), options["top_k"]
+        a, _ = naive_inputs_of_the_experts(wide["x"], wide, 1, use_shuffle=True)
+        p = naive_router(a, wide["weight_router"], top_k + 1)[1]
+        margin = (p[:, top_k - 1] / p[:, top_k]).log().min()
+        assert margin > (0.3 if top_k > 1 else 0.1), "rounding may flip the choice: errors then mean nothing"
+    assert_values(backend, case, tensors, options)
+
+
+@each(CASES, "gradcheck")
+def test_gradcheck(case, backend, example, device):
+    tensors, options = case.call_of(backend, device, example)
     with running_on(backend, device):
-        assert_gradcheck(sme_block, sme_tensors(device, (2, 2, 3, 3), taps=3))
+        assert_gradcheck(case.run, tensors, **options)
 
 
-@each_kernel("gated_ffn")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", [None, "channels_last"])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_kernels_of_sme(backend, device, dtype, layout, recompute):
-    tensors = sme_tensors(device, (2, 12, 7, 18), taps=11)
-    assert_within_yardstick(backend, sme_block, naive_sme_block, tensors, dtype, layout, recompute=recompute)
+@each(CASES, "compiles")
+def test_compiles(case, backend, example, device):
+    check_compiles(case, backend, example, device)
 
 
-@each_kernel("gated_ffn")
-def test_kernels_of_sme_are_one_graph(backend, device):
-    calls = (cast(sme_tensors(device, shape), torch.float32) for shape in [(2, 3, 6, 7), (3, 3, 9, 5)])
+@each(OF_KERNELS, "compiles", reference=False)
+def test_kernels_are_one_graph(case, backend, example, device):
+    check_compiles(case, backend, example, device)
+
+
+def check_compiles(case, backend, example, device):
+    tensors, options = case.call_of(backend, device, example)
+    others, _ = case.call_of(backend, device, example, **case.other)
     with running_on(backend, device):
-        assert_compiles(sme_block, *calls)
+        assert_compiles(case.run, tensors, others, **options)
+
+
+@pytest.mark.parametrize("use_shuffle", [False, True])
+def test_each_image_is_routed_alone(device, use_shuffle):
+    """Images of a batch that choose different experts come out as they do one by one."""
+    tensors, options = RME_CASE.call(device, shape=(6, 4, 6, 7), use_shuffle=use_shuffle)
+    a, _ = naive_inputs_of_the_experts(tensors["x"], tensors, 1, use_shuffle)
+    assert len(set(naive_router(a, tensors["weight_router"], 1)[0][:, 0].tolist())) > 1
+    batch = rme_block(**tensors, **options)
+    alone = [rme_block(**tensors | {"x": image[None]}, **options) for image in tensors["x"]]
+    torch.testing.assert_close(batch, torch.cat(alone), rtol=1e-10, atol=1e-10)
+
+
+def test_experts_not_chosen_get_zero_gradients(device):
+    tensors, options = RME_CASE.call(device, shape=(1, 4, 6, 7))
+    gradients = value_and_gradients(rme_block, tensors, **options)
+    used = gradients["gradient of bias_out"].abs().sum(dim=1) > 0
+    assert used.sum() == 1
+    for name in ("weight_a", "bias_a", "weight_k", "bias_k"):
+        experts = gradients[f"gradient of {name}"].split((2, 4, 8))
+        assert [bool(gradient.any()) for gradient in experts] == used.tolist(), name
 
 
 # The modules

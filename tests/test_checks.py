@@ -1,12 +1,12 @@
-"""The checker of the operators' arguments: what it accepts, and the words with which it refuses."""
+"""The checker of the operators' tensors: what it accepts, and the words with which it refuses.
+
+Checks of options: test_conformance.py.
+"""
 
 import pytest
 import torch
 
-from seemore_fast.ops.calibrate import check_aggregable
-from seemore_fast.ops.checks import check_at_least, check_choice, check_odd, check_tensors
-from seemore_fast.ops.low_rank_experts import check_ranks
-from seemore_fast.ops.router import check_top_k
+from seemore_fast.ops.checks import check_tensors
 
 
 def test_sizes_are_returned():
@@ -80,51 +80,3 @@ def test_empty_images_are_refused():
     for shape in [(1, 0, 4, 5), (1, 3, 0, 5), (1, 3, 4, 0)]:
         with pytest.raises(ValueError, match=r"^op: x has shape .*, expected no size of 0 but B's$"):
             check_tensors("op", x=(torch.zeros(shape), "B C H W"))
-
-
-def test_choice():
-    check_choice("op", "activation", None, (None, "gelu"))
-    check_choice("op", "activation", "gelu", (None, "gelu"))
-    with pytest.raises(ValueError, match=r"^op: activation is 'relu', expected one of None, 'gelu'$"):
-        check_choice("op", "activation", "relu", (None, "gelu"))
-
-
-@pytest.mark.parametrize("taps", [-1, 0, 2, 10])
-def test_odd(taps):
-    check_odd("op", "weight", taps + 1 if taps % 2 == 0 else 1)
-    with pytest.raises(ValueError, match=f"^op: weight has {taps} taps, expected an odd number$"):
-        check_odd("op", "weight", taps)
-
-
-@pytest.mark.parametrize("value", [1, 0, -2, 2.0, "2", None])
-def test_at_least(value):
-    check_at_least("op", "n", 2, 2)
-    check_at_least("op", "n", 3, 2)
-    with pytest.raises(ValueError, match=f"^op: n is {value!r}, expected an integer of at least 2$"):
-        check_at_least("op", "n", value, 2)
-
-
-@pytest.mark.parametrize("top_k", [0, -1, 4, 1.0, "1", None])
-def test_top_k(top_k):
-    check_top_k("op", 1, 3)
-    check_top_k("op", 3, 3)
-    with pytest.raises(ValueError, match=f"^op: top_k is {top_k!r}, expected 1 to 3, the number of experts$"):
-        check_top_k("op", top_k, 3)
-
-
-@pytest.mark.parametrize("ranks", [(), (2, 4), (2, 4, 8), (0, 14), (-1, 15), (7, 7, 0)], ids=str)
-def test_ranks(ranks):
-    check_ranks("op", (2, 12), 14, 2)
-    check_ranks("op", [7, 7], 14, 2)
-    with pytest.raises(ValueError) as refused:
-        check_ranks("op", ranks, 14, 2)
-    assert str(refused.value).startswith(f"op: ranks are {ranks!r}, expected 2 positive integers")
-
-
-@pytest.mark.parametrize("height, width, recursive", [(3, 99, 1), (99, 3, 1), (15, 15, 2), (0, 0, 1)])
-def test_aggregable(height, width, recursive):
-    least = 4**recursive
-    check_aggregable("op", "x", least, least, recursive)
-    with pytest.raises(ValueError) as refused:
-        check_aggregable("op", "x", height, width, recursive)
-    assert str(refused.value).startswith(f"op: x is {height}x{width} pixels, expected at least {least}x{least}")

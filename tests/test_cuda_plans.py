@@ -7,7 +7,7 @@ import torch
 from helpers import cuda_host
 from helpers.backends import running_on
 from helpers.cuda_host import available
-from helpers.cuda_host.strips import STRIPS, WALKS, walk
+from helpers.cuda_host.strips import STRIPS, SWEEPS, sweep
 from helpers.ops import calibrate_shapes, cast, random_parameters, striped_shapes, value_and_gradients
 from torch import Tensor
 
@@ -113,7 +113,7 @@ def tensors_of(name: str, taps: int, dtype: torch.dtype) -> tuple[dict[str, Tens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name, taps", [*WALKS, ("calibrate", 0)])
+@pytest.mark.parametrize("name, taps", [*SWEEPS, ("calibrate", 0)])
 def test_results_do_not_depend_on_the_length_of_vectors(name, taps, dtype):
     """Rows of the same image at multiples of 4, 2 and 1 elements, bit for bit."""
     tensors, images, options = tensors_of(name, taps, dtype)
@@ -127,18 +127,18 @@ def test_results_do_not_depend_on_the_length_of_vectors(name, taps, dtype):
         assert all(torch.equal(first, other[what]) for other in results[1:]), what
 
 
-@pytest.mark.parametrize("name, taps", WALKS)
+@pytest.mark.parametrize("name, taps", SWEEPS)
 def test_results_do_not_depend_on_the_gpu(monkeypatch, name, taps):
     results = []
     for multiprocessors in (H200, RTX_3090, 3):
         monkeypatch.setenv("CUDA_HOST_MULTIPROCESSORS", str(multiprocessors))
         with running_on("cuda_host", "cpu"):
-            results.append(walk(name, STRIPS["some, of quads"], taps, torch.bfloat16))
+            results.append(sweep(name, STRIPS["some, of quads"], taps, torch.bfloat16))
     for what, first in results[0].items():
         assert all(torch.equal(first, other[what]) for other in results[1:]), what
 
 
-@pytest.mark.parametrize("name, taps", [*WALKS, ("calibrate", 0)])
+@pytest.mark.parametrize("name, taps", [*SWEEPS, ("calibrate", 0)])
 def test_kernels_are_given_rows(monkeypatch, name, taps):
     """Of channels_last images copies, and results are as for the same images in rows, where they belong."""
     tensors, images, options = tensors_of(name, taps, torch.float32)

@@ -159,7 +159,7 @@ def test_without_nvcc_the_rest_runs_and_failed_tests_run_again_with_another_comp
     ptxas.touch(0o755)
     name = "tests of triton, calibrate 2/3"
     again = f"{name}, other compiler"
-    assert tree.run(lacks="nvcc", STUB_FAILS="tests/test_calibrate.py -k triton --part 2/3") == 1
+    assert tree.run(lacks="nvcc", STUB_FAILS="tests/test_calibrate.py -k triton and calibrate --part 2/3") == 1
     outcomes = tree.outcomes()
     assert_order(list(outcomes), [again])
     failed = {step for step, outcome in outcomes.items() if outcome != "passed" and "check" not in step}

@@ -1,6 +1,7 @@
 """The tests' own tools: a test runs what its name says, in the dtypes that its backend has, and no more than needed."""
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,13 +17,14 @@ from helpers.backends import (
     uses_tensor_cores,
 )
 from helpers.naive import naive_norm_pointwise
-from helpers.ops import assert_close_to_naive, cast, largest_difference, largest_of, terms_of, value_and_gradients
-from test_norm_pointwise import tensors_of
+from helpers.ops import assert_values, cast, largest_difference, largest_of, terms_of, value_and_gradients
+from helpers.table import BY_NAME
 
 from seemore_fast import backends
 from seemore_fast.backends import select_backend
 from seemore_fast.ops import norm_pointwise
 
+CASE = BY_NAME["norm_pointwise"]
 NAMES = [name for name in kernels_of("norm_pointwise") if name in ("triton", "cpu portable", "cpu avx2")]
 each_name = pytest.mark.parametrize("name", NAMES)
 
@@ -41,13 +43,13 @@ def test_kernels_serve_the_dtypes_that_tests_take_and_the_reference_the_rest(ope
 
 @each_name
 def test_the_widest_dtype_is_computed(name, device, monkeypatch):
-    """By a kernel: in float64 to 1e-10; where there is none in float32, within the yardstick."""
+    """By a kernel: in float64 to 1e-10; where there is none in float32, within twice the error of the reference."""
     dtypes, forward = set(), value_and_gradients
     monkeypatch.setattr(
         "helpers.ops.value_and_gradients", lambda f, t, **o: dtypes.add(t["x"].dtype) or forward(f, t, **o)
     )
     calls.clear()
-    assert_close_to_naive(name, norm_pointwise, naive_norm_pointwise, tensors_of(device))
+    assert_values(name, CASE, *CASE.call(device, name.widest))
     assert_computed(name, None)
     assert name.widest in dtypes
 
@@ -58,13 +60,13 @@ def test_what_is_not_close_to_naive_is_seen(name, device):
         return naive_norm_pointwise(**tensors, eps=1e-3)
 
     with pytest.raises(AssertionError, match=r"y.?: "):
-        assert_close_to_naive(name, norm_pointwise, naive_with_another_eps, tensors_of(device))
+        assert_values(name, replace(CASE, naive=naive_with_another_eps), *CASE.call(device, name.widest))
 
 
 @each_name
 def test_a_name_whose_kernel_did_not_run_fails(name, device):
     other = next(other for other in (*NAMES, Backend("reference", "norm_pointwise")) if other != name)
-    tensors = cast(tensors_of(device), torch.float32)
+    tensors = cast(CASE.call(device).tensors, torch.float32)
     calls.clear()
     with pytest.raises(AssertionError, match=f"named after {name}, whose kernel of norm_pointwise never ran"):
         assert_computed(name, None)
@@ -81,7 +83,7 @@ def test_a_name_whose_kernel_did_not_run_fails(name, device):
 
 @each_name
 def test_a_name_whose_work_the_reference_did_fails(name, device):
-    tensors = cast(tensors_of(device), torch.float32)
+    tensors = cast(CASE.call(device).tensors, torch.float32)
     leaves_it = pytest.mark.falls_back(name.family, reason="a test").mark
     calls.clear()
     with running_on(name, device):
@@ -99,7 +101,7 @@ def test_a_name_whose_work_the_reference_did_fails(name, device):
 
 @each_name
 def test_a_kernel_that_was_looked_up_before_is_noted(name, device):
-    x = tensors_of(device)["x"].float()
+    x = CASE.call(device).tensors["x"].float()
     with running_on(name, device):
         kept = backends.lookup_kernel("norm_pointwise", x)
         calls.clear()
@@ -160,7 +162,7 @@ def test_tensor_cores_lose_no_more_than_they_may(terms):
 
 
 def test_the_terms_of_a_sum(device):
-    tensors = tensors_of(device, (2, 3, 6, 7), out=5)
+    tensors = CASE.call(device).tensors
     assert [terms_of(what, tensors) for what in ("y", "gradient of x", "gradient of norm_bias")] == [5, 5, 84]
     gpu = torch.device("cuda")
     assert uses_tensor_cores(Backend("triton", "norm_pointwise"), gpu)

@@ -2,52 +2,67 @@
 
 import pytest
 import torch
-from helpers.backends import Backend
+from helpers.backends import running_on
+from helpers.cases import OpCase, each, grid
 from helpers.naive import naive_layer_norm, per_channel
 from helpers.ops import (
     LAYOUTS,
-    assert_close_to_naive,
+    SHAPES,
     assert_compiles,
     assert_gradcheck,
+    assert_values,
     cast,
-    each_layout,
     each_narrow_dtype,
-    each_shape,
     largest_difference,
     random_parameters,
 )
+from helpers.table import LAST
 
 from seemore_fast.reference import layer_norm
 
-REFERENCE = Backend("reference", "layer_norm")
-each_memory_format = pytest.mark.parametrize("layout", [None, "channels_last"])
+
+def arguments(device, shape=(2, 8, 6, 7), **options):
+    return random_parameters({"x": shape, "weight": (shape[1],), "bias": (shape[1],)}, device) | options
 
 
-def tensors_of(device, shape=(2, 8, 6, 7)):
-    return random_parameters({"x": shape, "weight": (shape[1],), "bias": (shape[1],)}, device)
+CASE = OpCase(
+    "layer_norm",
+    arguments,
+    naive_layer_norm,
+    layer_norm,
+    layer_norm,
+    "layer_norm",
+    # the two layouts take different paths
+    values=grid({"shape": SHAPES, "eps": [1e-6, 0.5]} | LAST) + grid({"layout": LAYOUTS}),
+    gradcheck=grid(LAST, shape=(2, 3, 2, 3)),
+    other={"shape": (3, 8, 9, 5)},
+)
+each_layout = pytest.mark.parametrize("layout", LAST["layout"])
 
 
-@each_shape
-@pytest.mark.parametrize("eps", [1e-6, 0.5])
-@each_memory_format
-def test_values(device, shape, eps, layout):
-    """The two layouts take different paths."""
-    tensors = tensors_of(device, shape)
-    assert_close_to_naive(REFERENCE, layer_norm, naive_layer_norm, tensors, layout, eps=eps)
+@each([CASE], "values")
+def test_values(case, backend, example, device):
+    assert_values(backend, case, *case.call_of(backend, device, example))
 
 
-@each_layout
-def test_layouts(device, layout):
-    assert_close_to_naive(REFERENCE, layer_norm, naive_layer_norm, tensors_of(device), layout)
+@each([CASE], "gradcheck")
+def test_gradcheck(case, backend, example, device):
+    with running_on(backend, device):
+        assert_gradcheck(layer_norm, case.call_of(backend, device, example).tensors)
+
+
+@each([CASE], "compiles")
+def test_compiles(case, backend, example, device):
+    with running_on(backend, device):
+        assert_compiles(layer_norm, case.call(device).tensors, case.call(device, **case.other).tensors)
 
 
 @each_narrow_dtype
-@each_memory_format
+@each_layout
 @pytest.mark.parametrize("spread, offset", [(1, 0), (300, 0), (1, 300), (1000, 1000)])
 def test_narrow_dtypes(device, dtype, layout, spread, offset):
     """Squares beyond 256 overflow float16, their mean minus the squared mean cancels: neither may happen."""
-    tensors = cast(tensors_of(device), dtype)
-    tensors["x"] = LAYOUTS[layout](tensors["x"] * spread + offset) if layout else tensors["x"] * spread + offset
+    tensors, _ = CASE.call(device, dtype, layout, spread, offset)
     exact = naive_layer_norm(**cast(tensors, torch.float64))
     y = layer_norm(**tensors)
     assert y.dtype == dtype
@@ -57,43 +72,29 @@ def test_narrow_dtypes(device, dtype, layout, spread, offset):
 
 
 @each_narrow_dtype
-@each_memory_format
+@each_layout
 def test_gradients_of_many_pixels(device, dtype, layout):
     """The sums over 2 x 64 x 64 pixels need more than 16 bits, whatever the layout."""
-    tensors = cast(tensors_of(device, (2, 8, 64, 64)), dtype)
-    upstream = torch.linspace(0.5, 1, tensors["x"].numel(), device=device).view_as(tensors["x"]).to(dtype)
+    tensors, _ = CASE.call(device, dtype, layout, shape=(2, 8, 64, 64))
+    upstream = torch.linspace(0.5, 1, tensors["x"].numel(), device=device).view(tensors["x"].shape).to(dtype)
 
     def gradients(function, tensors):
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
         return torch.autograd.grad(function(**leaves), list(leaves.values()), upstream.to(tensors["x"].dtype))
 
     exact = gradients(naive_layer_norm, cast(tensors, torch.float64))
-    laid_out = {name: LAYOUTS[layout](tensor) for name, tensor in tensors.items()} if layout else tensors
-    for name, actual, expected in zip(tensors, gradients(layer_norm, laid_out), exact, strict=True):
+    for name, actual, expected in zip(tensors, gradients(layer_norm, tensors), exact, strict=True):
         tolerance = max(2 * torch.finfo(dtype).eps, 1e-5) * expected.abs().max().item()
         assert largest_difference(actual, expected) <= tolerance, f"gradient of {name}"
 
 
 @each_narrow_dtype
-@each_memory_format
+@each_layout
 def test_flat_pixels_become_the_bias(device, dtype, layout):
     """No variance: eps keeps the quotient, and its gradient, finite."""
-    tensors = cast(tensors_of(device), dtype)
-    x = torch.full_like(tensors["x"], 0.5)
-    x = (LAYOUTS[layout](x) if layout else x).requires_grad_()
-    y = layer_norm(x, tensors["weight"], tensors["bias"])
+    tensors, _ = CASE.call(device, dtype, layout, spread=0, offset=0.5)
+    x = tensors["x"].requires_grad_()
+    y = layer_norm(**tensors)
     y.sum().backward()
     assert torch.equal(y, per_channel(tensors["bias"]).expand_as(y))
     assert x.grad.isfinite().all()
-
-
-@each_memory_format
-def test_gradcheck(device, layout):
-    tensors = tensors_of(device, (2, 3, 2, 3))
-    if layout:
-        tensors = {name: LAYOUTS[layout](tensor) for name, tensor in tensors.items()}
-    assert_gradcheck(layer_norm, tensors)
-
-
-def test_compiles(device):
-    assert_compiles(layer_norm, tensors_of(device), tensors_of(device, (3, 8, 9, 5)))

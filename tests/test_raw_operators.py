@@ -1,4 +1,4 @@
-"""The native libraries' own operators: what their schemas may hold, and that a call keeps no memory.
+"""The native libraries' own operators: schemas, memory, and what they do with results and with bad arguments.
 
 The stable ABI of torch 2.10 to 2.13 loses the memory of every string that an operator takes or returns: 48 bytes each.
 """
@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.ops import striped_shapes
+from helpers.backends import kernels_of, recorded_calls, running_on
+from helpers.ops import striped_shapes, value_and_gradients
+from helpers.table import CASES
 
 from seemore_fast import backends
 from seemore_fast.backends import native
@@ -99,3 +101,97 @@ def test_calls_keep_no_memory(prepare, one_thread):
     for _ in range(CALLS):
         call()
     assert bytes_in_use() - before < 8 * CALLS
+
+
+# Calls as the package makes them, with one argument replaced
+
+
+def libraries_of(operator):
+    """Return the libraries that have an operator, the CPU's in one instruction set: all share their bindings."""
+    found = {name.family: name for name in kernels_of(operator, interpreted=False)}
+    return [found[family] for family in ("cpu", "cuda") if family in found]
+
+
+each_library = pytest.mark.parametrize(
+    "case, backend",
+    [pytest.param(row, name, id=f"{row.name}-{name}") for row in CASES for name in libraries_of(row.kernel)],
+)
+
+
+def calls_of(case, backend, device, dtype=torch.float32, **given):
+    """Yield the operators of the library that a forward and a backward call, with arguments by name."""
+    tensors, options = case.call(device, dtype, **given)
+    with recorded_calls() as recorded:
+        value_and_gradients(case.run, tensors, **options)
+    assert recorded
+    for function, arguments in recorded:
+        schema = function.default._schema
+        yield function, schema, dict(zip((argument.name for argument in schema.arguments), arguments, strict=True))
+
+
+@each_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [2, 0])
+def test_all_of_the_results_is_written_and_nothing_beside(case, backend, dtype, batch, device):
+    """The results lie in larger tensors of a value that nothing computes here."""
+    if case.name == "striped_conv_router" and not batch:
+        pytest.skip("left to the kernels of its parts")
+    shape = (batch, *next(iter(case.call(device).tensors.values())).shape[1:])
+    with running_on(backend, device):
+        for function, schema, arguments in calls_of(case, backend, device, dtype, shape=shape):
+            storages = {}
+            for argument in schema.arguments:
+                like = arguments[argument.name]
+                if argument.alias_info and argument.alias_info.is_write and like is not None:
+                    storage = torch.full((like.numel() + 32,), 77, dtype=like.dtype, device=device)
+                    storages[argument.name], arguments[argument.name] = storage, storage[16:-16].view(like.shape)
+            function(*arguments.values())
+            for name, storage in storages.items():
+                assert (storage[:16] == 77).all() and (storage[-16:] == 77).all(), f"{schema.name} wrote beside {name}"
+                assert not (storage[16:-16] == 77).any(), f"{name} of {schema.name} is not written whole"
+
+
+def narrower(x):
+    return x[..., :-1].contiguous()
+
+
+def scattered(x):
+    return x.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+FAULTS = {
+    "shape": (narrower, r"has shape|has \d+ taps"),
+    "dtype": (lambda x: x.to(torch.int32), "has another dtype|is int32"),
+    "strides": (scattered, "is not contiguous"),
+    "device": (lambda x: x.to("meta"), "is on another (kind of )?device"),
+}
+
+
+@each_library
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_tensors_are_named(case, backend, fault, device):
+    """Each tensor in turn, but images where they may have any strides, and the pooled ones any width."""
+    spoil, message = FAULTS[fault]
+    batch = len(next(iter(case.call(device).tensors.values())))
+    with running_on(backend, device):
+        for function, schema, arguments in calls_of(case, backend, device):
+            for name, value in arguments.items():
+                if not isinstance(value, torch.Tensor) or not value.numel():
+                    continue
+                is_image = value.dim() == 4 and len(value) == batch
+                if fault == "strides" and (is_image or name == "dexpert_weight"):
+                    continue
+                if fault == "shape" and is_image and schema.name.split("::")[1] in ("router", "router_backward"):
+                    continue
+                with pytest.raises(RuntimeError, match=rf"\w+: \w+ ({message})"):
+                    function(*(arguments | {name: spoil(value)}).values())
+
+
+@each_library
+def test_bad_numbers_are_named(case, backend, device):
+    with running_on(backend, device):
+        for function, _, arguments in calls_of(case, backend, device):
+            for name in {"top_k", "recursive", "pixels"} & arguments.keys():
+                for bad in (0, 99) if name != "pixels" else (0,):
+                    with pytest.raises(RuntimeError, match=rf"{name} is {bad}, expected|has shape|pixels, expected"):
+                        function(*(arguments | {name: bad}).values())

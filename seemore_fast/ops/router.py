@@ -9,7 +9,7 @@ from .. import reference
 from ..backends import lookup_kernel, select_backend
 from .operator import Operator, Values
 
-MOST_EXPERTS = 64  # of the kernels
+MOST_EXPERTS = 1024  # of the kernels
 
 
 def check_top_k(operator: str, top_k: int, num_experts: int):

@@ -27,6 +27,7 @@ from seemore_fast.ops import allocation
 from . import cuda_host
 
 calls: set[tuple[str, str]] = set()  # (backend, operator) of all kernels, and fallbacks, that ran in this test
+raw_calls: list[tuple] | None = None  # (function, its arguments) of kernels, while they are recorded
 
 
 class Backend(str):
@@ -47,6 +48,13 @@ class Backend(str):
     def family(self) -> str:
         """The backend's name for users: "cpu" for "cpu avx2", "cuda" for "cuda_host"."""
         return family(self)
+
+    def serves(self, arguments: dict) -> bool:
+        """Return whether there is a kernel for the dtype and the taps among arguments of a test."""
+        dtype, taps = arguments.get("dtype"), arguments.get("taps")
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype not in self.dtypes:
+            return False
+        return not self.taps or taps is None or taps in self.taps
 
     @property
     def widest(self) -> torch.dtype:
@@ -166,10 +174,19 @@ class Noted:
     def __call__(self, *arguments, **options):
         cpu = self._backend == "cpu"
         calls.add((f"cpu {native.instruction_set()}" if cpu else self._backend, self._operator))
+        if raw_calls is not None:
+            raw_calls.append((self._function, arguments))
         return self._function(*arguments, **options)
 
     def __getattr__(self, name: str):
         return getattr(self._function, name)
+
+
+@contextlib.contextmanager
+def recorded_calls():
+    """Record what kernels are called with."""
+    with mock.patch(f"{__name__}.raw_calls", []) as recorded:
+        yield recorded
 
 
 @functools.cache

@@ -82,31 +82,28 @@ def naive_calibrate(k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias
     return k + rows @ s @ columns.t()
 
 
+def naive_choice(mean, weight, top_k):
+    """Return the most probable experts, one image and one expert after another in Python floats."""
+    images, experts = mean.detach().tolist(), weight.detach().tolist()
+    logits = [[math.fsum(w * m for w, m in zip(row, image, strict=True)) for row in experts] for image in images]
+    index = [sorted(range(len(image)), key=lambda e: -image[e])[:top_k] for image in logits]
+    return torch.tensor(index, dtype=torch.int64, device=mean.device).view(len(mean), top_k)
+
+
 def naive_router(a, weight, top_k):
-    """One image and one expert after another, in Python floats; no two probabilities are equal."""
-    index, probability = [], []
-    for image in a.double():
-        pooled = [channel.sum().item() / channel.numel() for channel in image]
-        logits = [math.fsum(w * p for w, p in zip(row, pooled, strict=True)) for row in weight.tolist()]
-        total = math.fsum(math.exp(logit) for logit in logits)
-        order = sorted(range(len(logits)), key=lambda e: -logits[e])[:top_k]
-        index.append(order)
-        probability.append([math.exp(logits[e]) / total for e in order])
-    shape = (len(a), top_k)
-    return torch.tensor(index, dtype=torch.int64).view(shape), torch.tensor(probability, dtype=torch.float64).view(
-        shape
-    )
+    mean = a.sum(dim=(2, 3)) / (a.shape[2] * a.shape[3])
+    index = naive_choice(mean, weight, top_k)
+    e = torch.exp(mean @ weight.t())
+    return index, (e / e.sum(dim=1, keepdim=True)).gather(1, index)
 
 
-def naive_expert_weight(a, weight, expert_index):
-    """The probabilities of given experts, differentiable."""
-    e = torch.exp(a.sum(dim=(2, 3)) / (a.shape[2] * a.shape[3]) @ weight.t())
-    return (e / e.sum(dim=1, keepdim=True)).gather(1, expert_index)
+def naive_striped_conv_router(x, weight_row, bias_row, weight_col, bias_col, weight_router, top_k, activation=None):
+    y = naive_striped_conv(x, weight_row, bias_row, weight_col, bias_col, activation)
+    return y, *naive_router(y, weight_router, top_k)
 
 
-def naive_norm_pointwise(x, norm_weight, norm_bias, weight, bias, activation=None, eps=1e-6):
-    y = naive_conv1x1(naive_layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
-    return naive_activation(y, activation)
+def naive_norm_pointwise(x, norm_weight, norm_bias, weight, bias, activation=None, eps=1e-6, residual=None):
+    return naive_pointwise(naive_layer_norm(x, norm_weight, norm_bias, eps), weight, bias, activation, residual)
 
 
 def naive_pointwise(x, weight, bias, activation=None, residual=None):
@@ -140,7 +137,20 @@ def naive_gated_ffn(x, norm_weight, norm_bias, weight_1, bias_1, weight_gate, bi
 
 
 def naive_low_rank_experts(
-    a, k, expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out, ranks
+    a,
+    k,
+    expert_index,
+    expert_weight,
+    weight_a,
+    bias_a,
+    weight_k,
+    bias_k,
+    weight_out,
+    bias_out,
+    ranks,
+    weight_proj=None,
+    bias_proj=None,
+    residual=None,
 ):
     """One image after another, one chosen expert after another."""
     y = a.clone()
@@ -151,4 +161,4 @@ def naive_low_rank_experts(
             rank_k = torch.einsum("rc,chw->rhw", weight_k[rows], k[image]) + per_channel(bias_k[rows])
             out = torch.einsum("cr,rhw->chw", weight_out[:, rows], rank_a * rank_k) + per_channel(bias_out[e])
             y[image] += expert_weight[image, slot] * out
-    return y
+    return y if residual is None else residual + naive_conv1x1(y, weight_proj, bias_proj)

@@ -5,17 +5,15 @@ A test of an operator hands `backend` (see `each_backend`) to the helpers; a new
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from seemore_fast import reference
-
 from .backends import (
     Backend,
-    at_large_offsets,
     cut_off_by_tensor_cores,
     guarded_results,
     running_on,
@@ -130,7 +128,7 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 def value_and_gradients(function: Callable, tensors: dict[str, Tensor], **options) -> dict[str, Tensor]:
     """Return y and the gradient of every floating tensor for a fixed upstream gradient, itself not contiguous.
 
-    A gradient that is missing raises: optimizers and DDP tell None from zero. Only naive functions may leave it out.
+    A gradient that is missing raises: optimizers and DDP distinguish None from zero. Only naive functions may omit it.
     """
     leaves = {name: t.detach().requires_grad_() if t.is_floating_point() else t for name, t in tensors.items()}
     y = function(**leaves, **options)
@@ -143,86 +141,65 @@ def value_and_gradients(function: Callable, tensors: dict[str, Tensor], **option
     return {"y": y.detach()} | {f"gradient of {name}": g for name, g in zip(wanted, gradients, strict=True)}
 
 
-def results(
-    backend: Backend, operator: Callable, tensors: dict[str, Tensor], layout: str | None = None, **options
-) -> dict[str, Tensor]:
+def results(backend: Backend, function: Callable, tensors: dict[str, Tensor], **options) -> dict[str, Tensor]:
     """Return value_and_gradients of a backend, and y without autograd; the inputs stay as they were."""
-    laid_out = {name: LAYOUTS[layout](t) for name, t in tensors.items()} if layout else tensors
-    before = {name: t.clone() for name, t in laid_out.items()}
+    before = {name: t.clone() for name, t in tensors.items()}
     with running_on(backend, next(iter(tensors.values())).device):
-        found = value_and_gradients(operator, laid_out, **options)
+        found = value_and_gradients(function, tensors, **options)
         with torch.no_grad():
-            found["y without autograd"] = operator(**laid_out, **options)
-    for name, tensor in laid_out.items():
+            found["y without autograd"] = function(**tensors, **options)
+    for name, tensor in tensors.items():
         assert torch.equal(tensor, before[name]), f"{name} was modified"
     return found
 
 
-def assert_close_to_naive(
-    backend: Backend,
-    operator: Callable,
-    naive: Callable,
-    tensors: dict[str, Tensor],
-    layout: str | None = None,
-    **options,
-):
-    """In float64, y (with and without autograd) and all gradients are naive's.
+def assert_values(backend: Backend, case, tensors: dict[str, Tensor], options: dict):
+    """y (with and without autograd) and all gradients are those of the naive formula, in float64.
 
-    A backend without a kernel for float64 computes in the widest dtype that it has kernels for, within the yardstick.
+    In narrower dtypes they err at most twice as much as PyTorch's eager operators, plus a little (`errors_of`).
     """
-    if backend.widest != torch.float64:
-        return assert_within_yardstick(backend, operator, naive, tensors, backend.widest, layout, **options)
-    expected = value_and_gradients(naive, tensors, **options)
-    for what, value in results(backend, operator, tensors, layout, **options).items():
-        torch.testing.assert_close(
-            value,
-            expected[what.removesuffix(" without autograd")],
-            rtol=1e-10,
-            atol=1e-10,
-            msg=lambda text, what=what: f"{what}: {text}",
-        )
+    expected = value_and_gradients(case.formula, cast(tensors, torch.float64), **options)
+    dtype = next(iter(tensors.values())).dtype
+    if dtype != torch.float64:
+        failures = errors_of(backend, case, tensors, options, expected)
+        assert not failures, f"{case.name} in {dtype}: {failures}"
+        return
+    for found, value in results(backend, case.run, tensors, **options).items():
+        exact = expected[found.removesuffix(" without autograd")]
+        torch.testing.assert_close(value, exact, rtol=1e-10, atol=1e-10, msg=partial("{}: {}".format, found))
 
 
-def assert_within_yardstick(
-    backend: Backend,
-    operator: Callable,
-    naive: Callable,
-    tensors: dict[str, Tensor],
-    dtype: torch.dtype,
-    layout: str | None = None,
-    **options,
-):
-    """In `dtype`, y and gradients err at most twice as much as torch's eager operators, plus a little.
+def errors_of(
+    backend: Backend, case, tensors: dict[str, Tensor], options: dict, expected: dict[str, Tensor]
+) -> dict[str, str]:
+    """Return which results of a backend err too much, and by how much.
 
-    Eager is the reference in `dtype` and the same layout; the little is half an eps of the largest value, in float32
-    1e-6 of it (another order of summation) or what tensor cores cut off, if that is more. Eager's error is capped, at
-    16 eps for y and 64 for gradients, some of which nearly cancel: else a reference without float32 statistics would
-    excuse itself and every kernel.
+    The baseline is the error of the reference, in the same dtype and layout; a little is half an eps of the largest
+    value, in float32 1e-6 of it (another order of summation) or what tensor cores cut off, if that is more. The
+    baseline is capped at 16 eps for y and 64 for gradients, some of which nearly cancel: else a reference without
+    float32 statistics would excuse itself and every kernel.
     """
-    narrow = cast(tensors, dtype)
-    truth = value_and_gradients(naive, cast(narrow, torch.float64), **options)
-    laid_out = {name: LAYOUTS[layout](t) for name, t in narrow.items()} if layout else narrow
-    eager_operator = getattr(operator, "reference", None) or getattr(reference, operator.__name__)
-    eager = value_and_gradients(eager_operator, laid_out, **options)
+    dtype = next(iter(tensors.values())).dtype
+    baseline = value_and_gradients(case.baseline, tensors, **options)
     failures = {}
-    for found, value in results(backend, operator, narrow, layout, **options).items():
+    for found, value in results(backend, case.run, tensors, **options).items():
         what = found.removesuffix(" without autograd")
-        exact = truth[what]
-        assert value.dtype == (dtype if what == "y" else narrow[what.removeprefix("gradient of ")].dtype), what
-        eps, largest = torch.finfo(dtype).eps, largest_of(exact)
-        eager_error = min(largest_difference(eager[what], exact), (16 if what == "y" else 64) * eps * largest)
+        exact, is_y = expected[what], what == "y"
+        assert value.dtype == (case.dtype_of_y(dtype) if is_y else tensors[what.removeprefix("gradient of ")].dtype)
+        eps, largest = torch.finfo(value.dtype if is_y else dtype).eps, largest_of(exact)
+        tolerated = min(largest_difference(baseline[what], exact), (16 if is_y else 64) * eps * largest)
         little = max(eps / 2, 1e-6)
         if dtype == torch.float32 and uses_tensor_cores(backend, value.device):
-            little = max(little, cut_off_by_tensor_cores(terms_of(what, narrow)))
-        allowed = 2 * eager_error + little * largest
+            little = max(little, cut_off_by_tensor_cores(terms_of(what, tensors)))
+        allowed = 2 * tolerated + little * largest
         error = largest_difference(value, exact)
         if not error <= allowed:  # NaN fails, too
             failures[found] = f"error {error:.3g}, allowed {allowed:.3g}, largest value {largest:.3g}"
-    assert not failures, f"{operator.__name__} in {dtype}: {failures}"
+    return failures
 
 
 def terms_of(what: str, tensors: dict[str, Tensor]) -> int:
-    """Return of how many products sums are: a parameter's gradient's of pixels, others' of channels and taps."""
+    """Return the number of products in a sum: pixels for a gradient of parameters, channels and taps for others."""
     image = next(iter(tensors.values()))
     if "weight" in what or "bias" in what:
         return image.numel() // image.shape[1]
@@ -239,102 +216,85 @@ def largest_difference(actual: Tensor, expected: Tensor) -> float:
     return largest_of(actual.double() - expected)
 
 
-def assert_gradcheck(operator: Callable, tensors: dict[str, Tensor], **options):
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]):
+    """All results are equal to the bit."""
+    assert actual.keys() == expected.keys()
+    for what, value in expected.items():
+        torch.testing.assert_close(actual[what], value, rtol=0, atol=0, msg=partial("{}: {}".format, what))
+
+
+def assert_gradcheck(function: Callable, tensors: dict[str, Tensor], **options):
     """Finite differences agree with the gradient of every floating tensor, which is the same with all others frozen."""
     wanted = {name: t.clone().requires_grad_() for name, t in tensors.items() if t.is_floating_point()}
 
-    def function(*values: Tensor) -> Tensor:
-        return operator(**tensors | dict(zip(wanted, values, strict=True)), **options)
+    def of_values(*values: Tensor) -> Tensor:
+        return function(**tensors | dict(zip(wanted, values, strict=True)), **options)
 
     # nondet_tol: torch's bilinear gradient on a GPU adds in any order
-    assert torch.autograd.gradcheck(function, tuple(wanted.values()), nondet_tol=1e-10)
-    together = torch.autograd.grad(function(*wanted.values()).square().sum(), wanted.values())
+    assert torch.autograd.gradcheck(of_values, tuple(wanted.values()), nondet_tol=1e-10)
+    together = torch.autograd.grad(of_values(*wanted.values()).square().sum(), wanted.values())
     for (name, tensor), expected in zip(wanted.items(), together, strict=True):
-        y = operator(**tensors | {name: tensor}, **options)
+        y = function(**tensors | {name: tensor}, **options)
         (alone,) = torch.autograd.grad(y.square().sum(), tensor)
-        torch.testing.assert_close(
-            alone, expected, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(alone, expected, rtol=1e-10, atol=1e-10, msg=partial("{}: {}".format, name))
 
 
-def assert_compiles(operator: Callable, *calls: dict[str, Tensor], **options):
+def assert_compiles(function: Callable, *calls: dict[str, Tensor], **options):
     """As one graph, traced once per call in `calls` (other sizes trace dynamic shapes), with bit-equal results."""
     torch._dynamo.reset()
-    compiled = torch.compile(operator, fullgraph=True, backend="eager")
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
     for tensors in calls:
-        torch.testing.assert_close(compiled(**tensors, **options), operator(**tensors, **options), rtol=0, atol=0)
-
-
-def dispatcher_arguments(operator: Callable, tensors: dict[str, Tensor], **options) -> tuple:
-    """Return the operator that torch's dispatcher knows and its positional arguments."""
-    known = getattr(torch.ops.seemore_fast, operator.__name__).default
-    given = tensors | options
-    return known, tuple(given.get(argument.name) for argument in known._schema.arguments)
+        torch.testing.assert_close(compiled(**tensors, **options), function(**tensors, **options), rtol=0, atol=0)
 
 
 def assert_opcheck(operator: Callable, tensors: dict[str, Tensor], **options):
-    """torch.library.opcheck finds schema, fake, autograd and compilation of the operator consistent."""
-    wanted = {name: t.clone().requires_grad_() if t.is_floating_point() else t for name, t in tensors.items()}
-    torch.library.opcheck(*dispatcher_arguments(operator, wanted, **options))
+    """torch.library.opcheck finds schema, fake, autograd and compilation of the dispatcher's operator consistent."""
+    known = getattr(torch.ops.seemore_fast, operator.__name__).default
+    given = {name: t.clone().requires_grad_() if t.is_floating_point() else t for name, t in tensors.items()} | options
+    torch.library.opcheck(known, tuple(given.get(argument.name) for argument in known._schema.arguments))
 
 
-def assert_writes_its_results_only(operator: Callable, tensors: dict[str, Tensor], **options):
+def assert_writes_its_results_only(function: Callable, tensors: dict[str, Tensor], **options):
     """Results and gradients are written whole and not beyond, and workspace is not read before it is written."""
-    expected = value_and_gradients(operator, tensors, **options)
+    expected = value_and_gradients(function, tensors, **options)
     with guarded_results(), uninitialised_is_nan():
-        actual = value_and_gradients(operator, tensors, **options)
-    for what, value in expected.items():
-        torch.testing.assert_close(actual[what], value, rtol=0, atol=0, msg=lambda text, what=what: f"{what}: {text}")
+        actual = value_and_gradients(function, tensors, **options)
+    assert_same(actual, expected)
 
 
-def assert_large_offsets(operator: Callable, tensors: dict[str, Tensor], names: Iterable[str], **options):
-    """With the images of the tensors called `names` 2^31 elements apart, results and gradients are the same."""
-    expected = value_and_gradients(operator, tensors, **options)
-    far = {name: at_large_offsets(t) if name in names else t for name, t in tensors.items()}
-    for what, value in value_and_gradients(operator, far, **options).items():
-        torch.testing.assert_close(value, expected[what], rtol=0, atol=0, msg=lambda text, what=what: f"{what}: {text}")
-
-
-def assert_deterministic(operator: Callable, tensors: dict[str, Tensor], **options):
+def assert_deterministic(function: Callable, tensors: dict[str, Tensor], **options):
     """Results and gradients are bit-equal in every run and for every number of threads."""
     threads = torch.get_num_threads()
     try:
         runs = []
         for count in (1, 2, 3, 2):
             torch.set_num_threads(count)
-            runs.append(value_and_gradients(operator, tensors, **options))
+            runs.append(value_and_gradients(function, tensors, **options))
     finally:
         torch.set_num_threads(threads)
     for what, value in runs[0].items():
         assert all(torch.equal(run[what], value) for run in runs), what
 
 
-def assert_images_are_alone(operator: Callable, tensors: dict[str, Tensor], **options):
+def assert_images_are_alone(function: Callable, tensors: dict[str, Tensor], **options):
     """NaN in the first image of the batch leaves the results and gradients of all others as they are, to the bit."""
     batch = next(iter(tensors.values())).shape[0]
     images = {name: t.clone() for name, t in tensors.items() if t.dim() == 4 and t.shape[0] == batch}
-    expected = value_and_gradients(operator, tensors, **options)
+    expected = value_and_gradients(function, tensors, **options)
     for image in images.values():
         image[0] = torch.nan
-    actual = value_and_gradients(operator, tensors | images, **options)
+    actual = value_and_gradients(function, tensors | images, **options)
     for what in ("y", *(f"gradient of {name}" for name in images)):
         assert torch.equal(actual[what][1:], expected[what][1:]), what
         assert not expected[what].isnan().any(), what
 
 
-def assert_refuses_double_backward(operator: Callable, tensors: dict[str, Tensor], **options):
-    """A gradient of a gradient is an error that names the operator and the way out, never a silent zero."""
+def assert_refuses_double_backward(function: Callable, kernel: str, tensors: dict[str, Tensor], **options):
+    """A gradient of a gradient is an error that names the operator, or its kernel's, and the way out."""
+    message = rf"^({function.__name__}|{kernel}): its gradient is not differentiable, .*use_backend"
     name, first = next((name, t) for name, t in tensors.items() if t.is_floating_point())
     leaf = first.clone().requires_grad_()
-    y = operator(**tensors | {name: leaf}, **options)
+    y = function(**tensors | {name: leaf}, **options)
     (gradient,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match=rf"^{operator.__name__}: its gradient is not differentiable, .*use_backend"):
+    with pytest.raises(RuntimeError, match=message):
         gradient.sum().backward()
-
-
-def assert_operator(operator: Callable, tensors: dict[str, Tensor], defaults: dict | None = None, **options):
-    """What every operator with kernels promises beside its values; `defaults` are what the dispatcher is told more."""
-    assert_opcheck(operator, tensors, **options, **(defaults or {}))
-    assert_writes_its_results_only(operator, tensors, **options)
-    assert_deterministic(operator, tensors, **options)
-    assert_refuses_double_backward(operator, tensors, **options)

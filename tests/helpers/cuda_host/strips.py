@@ -15,10 +15,10 @@ STRIPS = {
 }
 
 
-def walk(name: str, shape: tuple[int, ...], taps: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def sweep(name: str, shape: tuple[int, ...], taps: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return y and the gradients of an operator, by the library that is loaded."""
     shapes = {"x": shape, "gate": shape} | striped_shapes(shape[1], taps)
     return value_and_gradients(getattr(ops, name), cast(random_parameters(shapes, "cpu"), dtype), activation="gelu")
 
 
-WALKS = [("striped_conv", 3), ("striped_conv", 7), ("striped_conv", 11)]
+SWEEPS = [("striped_conv", 3), ("striped_conv", 7), ("striped_conv", 11)]
