@@ -12,6 +12,7 @@ Tensor striped_conv_router(const Tensor& y, const Tensor& x, const Tensor& weigh
                            const Tensor& weight_col, const Tensor& bias_col, bool gelu) {
   const Check check("striped_conv_router", "x", x);
   const auto inputs = striped_conv_inputs(check, x, weight_row, bias_row, weight_col, bias_col, gelu, std::nullopt);
+  if (check.dtype() == seemore::DType::float64) check.refuse("x", "is float64", "float32, float16 or bfloat16");
   const auto [batch, channels, height, width] = size(x);
   check("y", y, {batch, channels, height, width});
   const int64_t parts = seemore::striped_conv_router_parts(inputs);

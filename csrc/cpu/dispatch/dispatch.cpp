@@ -1,4 +1,4 @@
-// The instruction sets that the kernels were compiled for, and the choice between them.
+// Dispatch to the kernels of one of the instruction sets that they were compiled for.
 //
 // SEEMORE_INSTRUCTION_SETS is a list X(name) ..., best last, of the namespaces that hold a build of every kernel.
 
@@ -82,76 +82,10 @@ void throw_in_parallel(int64_t count, int64_t at) {
 
 }  // namespace
 
-void striped_conv(const StripedConv& inputs, const Image& y, void* stream) { chosen->striped_conv(inputs, y, stream); }
-
-StripedConvWorkspace striped_conv_workspace(const StripedConv& inputs) {
-  return chosen->striped_conv_workspace(inputs);
-}
-
-void striped_conv_backward(const StripedConv& inputs, const StripedConvGradients& gradients, void* stream) {
-  chosen->striped_conv_backward(inputs, gradients, stream);
-}
-
-int64_t striped_conv_router_parts(const StripedConv& inputs) { return chosen->striped_conv_router_parts(inputs); }
-
-void striped_conv_router(const StripedConv& inputs, const Image& y, float* sums, void* stream) {
-  if (inputs.dtype == DType::float64) throw std::runtime_error("striped_conv_router: x is float64, expected float32");
-  chosen->striped_conv_router(inputs, y, sums, stream);
-}
-
-int64_t pool_parts(const Pooled& a) { return chosen->pool_parts(a); }
-
-void pool(const Pooled& a, void* partial, void* stream) { chosen->pool(a, partial, stream); }
-
-void spread(const Pooled& da, const void* dmean, void* stream) { chosen->spread(da, dmean, stream); }
-
-void calibrate(const Calibrate& inputs, const Image& y, void* maps, void* small, void* stream) {
-  chosen->calibrate(inputs, y, maps, small, stream);
-}
-
-CalibrateWorkspace calibrate_workspace(const Calibrate& inputs) { return chosen->calibrate_workspace(inputs); }
-
-void calibrate_backward(const Calibrate& inputs, const CalibrateGradients& gradients, void* stream) {
-  chosen->calibrate_backward(inputs, gradients, stream);
-}
-
-void norm_pointwise(const NormPointwise& inputs, const TypedImage& residual, const TypedImage& y) {
-  chosen->norm_pointwise(inputs, residual, y);
-}
-
-void norm_pointwise_backward(const NormPointwise& inputs, const NormPointwiseGradients& gradients) {
-  chosen->norm_pointwise_backward(inputs, gradients);
-}
-
-void gated_ffn(const GatedFfn& inputs, const TypedImage& y) { chosen->gated_ffn(inputs, y); }
-
-void gated_ffn_backward(const GatedFfn& inputs, const GatedFfnGradients& gradients) {
-  chosen->gated_ffn_backward(inputs, gradients);
-}
-
-void norm_conv3x3(const NormConv3x3& inputs, const TypedImage& y) { chosen->norm_conv3x3(inputs, y); }
-
-void norm_conv3x3_backward(const NormConv3x3& inputs, const NormConv3x3Gradients& gradients) {
-  chosen->norm_conv3x3_backward(inputs, gradients);
-}
-
-void low_rank_experts(const LowRankExperts& inputs, const TypedImage& residual, const TypedImage& y) {
-  chosen->low_rank_experts(inputs, residual, y);
-}
-
-void low_rank_experts_backward(const LowRankExperts& inputs, const LowRankExpertsGradients& gradients) {
-  chosen->low_rank_experts_backward(inputs, gradients);
-}
-
-NetworkSizes network_sizes(const NetworkConfig& config) { return chosen->network_sizes(config); }
-
-void network_pack(const NetworkConfig& config, const float* parameters, void* weights) {
-  chosen->network_pack(config, parameters, weights);
-}
-
-NetworkMemory network_memory(const Network& network) { return chosen->network_memory(network); }
-
-bool network(const Network& network, void* state, void* rest) { return chosen->network(network, state, rest); }
+#define KERNEL(result, name, parameters, arguments) \
+  result name parameters { return chosen->name arguments; }
+#include "cpu/dispatch/kernels.def"
+#undef KERNEL
 
 }  // namespace seemore
 

@@ -1,4 +1,4 @@
-// The kernels of one instruction set; dispatch.cpp chooses between these tables.
+// The table of an instruction set's kernels; dispatch.cpp chooses between the tables.
 #pragma once
 
 #include "params/calibrate.h"
@@ -15,29 +15,9 @@ namespace seemore {
 
 struct Kernels {
   const char* instruction_set;
-  decltype(&seemore::striped_conv) striped_conv;
-  decltype(&seemore::striped_conv_workspace) striped_conv_workspace;
-  decltype(&seemore::striped_conv_backward) striped_conv_backward;
-  decltype(&seemore::network_sizes) network_sizes;
-  decltype(&seemore::network_pack) network_pack;
-  decltype(&seemore::network_memory) network_memory;
-  decltype(&seemore::network) network;
-  decltype(&seemore::pool_parts) pool_parts;
-  decltype(&seemore::pool) pool;
-  decltype(&seemore::spread) spread;
-  decltype(&seemore::striped_conv_router_parts) striped_conv_router_parts;
-  decltype(&seemore::striped_conv_router) striped_conv_router;
-  decltype(&seemore::calibrate) calibrate;
-  decltype(&seemore::calibrate_workspace) calibrate_workspace;
-  decltype(&seemore::calibrate_backward) calibrate_backward;
-  decltype(&seemore::norm_pointwise) norm_pointwise;
-  decltype(&seemore::norm_pointwise_backward) norm_pointwise_backward;
-  decltype(&seemore::gated_ffn) gated_ffn;
-  decltype(&seemore::gated_ffn_backward) gated_ffn_backward;
-  decltype(&seemore::norm_conv3x3) norm_conv3x3;
-  decltype(&seemore::norm_conv3x3_backward) norm_conv3x3_backward;
-  decltype(&seemore::low_rank_experts) low_rank_experts;
-  decltype(&seemore::low_rank_experts_backward) low_rank_experts_backward;
+#define KERNEL(result, name, parameters, arguments) result(*name) parameters;
+#include "cpu/dispatch/kernels.def"
+#undef KERNEL
 };
 
 }  // namespace seemore
