@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+import re
 import threading
 
 import pytest
 import torch
 import torch.nn as nn
+from helpers import CSRC
 from helpers.networks import SMALL, network
 from torch._dynamo.backends.common import aot_autograd
 
@@ -211,8 +213,15 @@ def test_the_dispatcher_finds_the_operator_consistent(is_packed, dtype):
     model, x = network(num_layers=1), torch.rand(1, 3, 16, 17).to(dtype)
     config, weights = engine.config_of(model), model.ordered_parameters()
     weights = [engine.pack(weights, config)] if is_packed else weights
-    arguments = (x, weights, is_packed, model.mean, 1.0, config)
+    arguments = (x, weights, is_packed, model.mean, 1.0, config.numbers())
     torch.library.opcheck(torch.ops.seemore_fast.network.default, arguments)
+
+
+def test_the_configuration_has_the_fields_of_the_library_in_their_order():
+    listed = re.search(r"#define SEEMORE_NETWORK_FIELDS(.*?)\n\n", (CSRC / "params/network.h").read_text(), re.DOTALL)
+    assert tuple(re.findall(r"FIELD\((\w+)\)", listed[1])) == engine.EngineConfig._fields[:-1]
+    config = engine.config_of(network())
+    assert engine.EngineConfig.from_numbers(config.numbers()) == config
 
 
 def test_threads_of_python_do_not_disturb_each_other():

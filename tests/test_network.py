@@ -194,8 +194,7 @@ for config, shape in ({}, (1, 3, 20, 130)), (dict(embedding_dim=5, global_kernel
     for name in native.instruction_sets():
         native.use_instruction_set(name)
         for in_bfloat16 in (0, 1):
-            options = engine.config_of(model)
-            options[8] = in_bfloat16
+            options = engine.config_of(model)._replace(is_bfloat16=in_bfloat16).numbers()
             y = torch.ops.seemore_fast.network(x, model.ordered_parameters(), False, model.mean, 1.0, options).double()
             print(y.sum().item(), y.square().sum().item())
 """

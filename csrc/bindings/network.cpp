@@ -1,4 +1,4 @@
-// The network's operators. Arguments were checked in Python (seemore_fast/network/engine.py).
+// The network's operators. SeemoRe.forward and engine.py in seemore_fast/network check images and model.
 
 #include "params/network.h"
 
@@ -11,21 +11,21 @@ namespace {
 
 using namespace seemore::bindings;
 
-// [scale, in_channels, channels, groups, taps, recursive, top_k, is_shuffled, is_bfloat16, ranks ...]
-seemore::NetworkConfig config_of(const std::vector<int64_t>& values) {
-  constexpr int64_t fixed = 9;
-  STD_TORCH_CHECK(values.size() > fixed, "expected more than nine numbers");
-  return {values[0],
-          values[1],
-          values[2],
-          values[3],
-          values[4],
-          values[5],
-          values[6],
-          static_cast<int64_t>(values.size()) - fixed,
-          values.data() + fixed,
-          values[7] != 0,
-          values[8] != 0};
+// The fields of the configuration, then the experts' ranks.
+seemore::NetworkConfig config_of(const std::vector<int64_t>& numbers) {
+  seemore::NetworkConfig config;
+  int64_t next = 0, fields = 0;
+#define FIELD(name) ++fields;
+  SEEMORE_NETWORK_FIELDS(FIELD)
+#undef FIELD
+  const int64_t count = numbers.size();
+  STD_TORCH_CHECK(count > fields, "expected ", fields, " numbers and the experts' ranks, got ", count, " numbers");
+#define FIELD(name) config.name = numbers[next++];
+  SEEMORE_NETWORK_FIELDS(FIELD)
+#undef FIELD
+  config.experts = count - fields;
+  config.ranks = numbers.data() + fields;
+  return config;
 }
 
 Tensor pack(const Tensor& parameters, const std::vector<int64_t>& config) {

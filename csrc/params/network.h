@@ -5,11 +5,25 @@
 
 namespace seemore {
 
+// The fields of a configuration in their order, which is that of EngineConfig in seemore_fast/network/engine.py.
+// is_bfloat16: operands of the dense and pointwise convolutions; all else is float32.
+#define SEEMORE_NETWORK_FIELDS(FIELD) \
+  FIELD(scale)                        \
+  FIELD(in_channels)                  \
+  FIELD(channels)                     \
+  FIELD(groups)                       \
+  FIELD(taps)                         \
+  FIELD(recursive)                    \
+  FIELD(top_k)                        \
+  FIELD(is_shuffled)                  \
+  FIELD(is_bfloat16)
+
 struct NetworkConfig {
-  int64_t scale, in_channels, channels, groups, taps, recursive, top_k, experts;
+#define FIELD(name) int64_t name;
+  SEEMORE_NETWORK_FIELDS(FIELD)
+#undef FIELD
+  int64_t experts;
   const int64_t* ranks;  // of the experts
-  bool is_shuffled;
-  bool is_bfloat16;  // operands of the dense and pointwise convolutions; all else is float32
 };
 
 // Elements of `parameters`, the model's in the order of its state dict, and bytes of the packed weights.

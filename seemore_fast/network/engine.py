@@ -34,6 +34,31 @@ class MemoryPlan(NamedTuple):
     rows: int = 0  # of a band, where there are features on the disk
 
 
+class EngineConfig(NamedTuple):
+    """The network as the library takes it: the fields of `NetworkConfig` in csrc/params/network.h, then the ranks."""
+
+    scale: int
+    in_channels: int
+    channels: int
+    groups: int
+    taps: int
+    recursive: int
+    top_k: int
+    is_shuffled: bool
+    is_bfloat16: bool  # operands of the dense and pointwise convolutions; all else is float32
+    ranks: tuple[int, ...]  # of the experts
+
+    @classmethod
+    def from_numbers(cls, numbers: list[int]) -> "EngineConfig":
+        """Return the configuration that an operator was called with."""
+        ranks = len(cls._fields) - 1
+        return cls(*numbers[:ranks], tuple(numbers[ranks:]))
+
+    def numbers(self) -> list[int]:
+        """Return the configuration as operators take it."""
+        return [int(number) for number in (*self[:-1], *self.ranks)]
+
+
 def unsupported_reason(model, x: Tensor) -> str | None:
     """Return None if `run` can compute model(x) now, otherwise the reason why not."""
     if select_backend("network", x) != "cpu":
@@ -53,7 +78,7 @@ def unsupported_reason(model, x: Tensor) -> str | None:
     return None
 
 
-def config_of(model) -> list[int]:
+def config_of(model) -> EngineConfig:
     """Return the model's configuration for the library's operators, as it would be called now.
 
     bfloat16 where the processor multiplies it; elsewhere it would be no faster than float32, which is exact.
@@ -61,9 +86,18 @@ def config_of(model) -> list[int]:
     c = model.config
     is_narrow = body_dtype(model.conv_1.weight) == torch.bfloat16
     in_bfloat16 = is_narrow and native.instruction_set() == "avx512_bf16"
-    names = ("scale", "in_chans", "embedding_dim", "num_layers", "global_kernel_size", "recursive", "topk")
-    ranks = model.body[0].local_block.block.moe_layer.ranks
-    return [*(c[name] for name in names), int(c["use_shuffle"]), int(in_bfloat16), *ranks]
+    return EngineConfig(
+        scale=c["scale"],
+        in_channels=c["in_chans"],
+        channels=c["embedding_dim"],
+        groups=c["num_layers"],
+        taps=c["global_kernel_size"],
+        recursive=c["recursive"],
+        top_k=c["topk"],
+        is_shuffled=c["use_shuffle"],
+        is_bfloat16=in_bfloat16,
+        ranks=tuple(model.body[0].local_block.block.moe_layer.ranks),
+    )
 
 
 def plan_memory(
@@ -79,7 +113,9 @@ def run(model, x: Tensor) -> Tensor:
     Raises MemoryError, before anything is allocated, where what it takes is not there.
     """
     config = config_of(model)
-    return torch.ops.seemore_fast.network(x, *model.engine_weights(config), model.mean, model.img_range, config)
+    return torch.ops.seemore_fast.network(
+        x, *model.engine_weights(config), model.mean, model.img_range, config.numbers()
+    )
 
 
 def run_out(model, x: Tensor, y: Tensor, folder: Path | None = None, progress: Tensor | None = None) -> bool:
@@ -95,11 +131,11 @@ def run_out(model, x: Tensor, y: Tensor, folder: Path | None = None, progress: T
     return _run(y, x, *model.engine_weights(config), model.mean, model.img_range, config, folder, progress)
 
 
-def pack(parameters: list[Tensor], config: list[int]) -> Tensor:
+def pack(parameters: list[Tensor], config: EngineConfig) -> Tensor:
     """Return the weights as the engine uses them, from the model's parameters in their order."""
     with torch.no_grad():
         flat = torch.cat([parameter.flatten() for parameter in parameters]).float()
-    return torch.ops.seemore_cpu.network_pack(flat, config)
+    return torch.ops.seemore_cpu.network_pack(flat, config.numbers())
 
 
 def _run(
@@ -115,12 +151,12 @@ def _run(
         state = mapped_buffer(resident + disk, folder, resident)[0] if disk else None
     streaming = (state, rows, resident, progress)
     if shape == x.shape:
-        return torch.ops.seemore_cpu.network(y, x, packed, mean, img_range, config, *streaming)
+        return torch.ops.seemore_cpu.network(y, x, packed, mean, img_range, config.numbers(), *streaming)
     height, width = x.shape[2:]
     rows, columns = torch.arange(shape[2]).clamp(max=height - 1), torch.arange(shape[3]).clamp(max=width - 1)
     x = _as_known(x)[:, :, rows[:, None], columns].view(x.dtype)
-    y_extended = y.new_empty(*shape[:2], shape[2] * config[0], shape[3] * config[0])
-    is_finite = torch.ops.seemore_cpu.network(y_extended, x, packed, mean, img_range, config, *streaming)
+    y_extended = y.new_empty(*shape[:2], shape[2] * config.scale, shape[3] * config.scale)
+    is_finite = torch.ops.seemore_cpu.network(y_extended, x, packed, mean, img_range, config.numbers(), *streaming)
     y.copy_(y_extended[:, :, : y.shape[2], : y.shape[3]])
     return is_finite
 
@@ -130,16 +166,16 @@ def _as_known(x: Tensor) -> Tensor:
     return x.view(torch.int16) if x.dtype == torch.uint16 else x
 
 
-def _extended(config: list[int], shape: torch.Size) -> torch.Size:
+def _extended(config: EngineConfig, shape: torch.Size) -> torch.Size:
     """Return the shape that the library works on: at least 4^recursive pixels a side."""
-    least = 4 ** config[5]
+    least = 4**config.recursive
     return torch.Size((*shape[:2], max(shape[2], least), max(shape[3], least)))
 
 
-def _plan(config: list[int], shape: torch.Size, threads: int | None, itemsize: int, streamed: bool) -> MemoryPlan:
+def _plan(config: EngineConfig, shape: torch.Size, threads: int | None, itemsize: int, streamed: bool) -> MemoryPlan:
     threads = threads or torch.get_num_threads()
     shape = _extended(config, shape)
-    result = itemsize * math.prod(shape) * config[0] ** 2
+    result = itemsize * math.prod(shape) * config.scale**2
     whole = sum(_workspace(config, shape, threads, band_rows=0)) + result
     if not streamed:
         return MemoryPlan(whole)
@@ -149,34 +185,35 @@ def _plan(config: list[int], shape: torch.Size, threads: int | None, itemsize: i
         return MemoryPlan(whole)
     band_rows = _band_rows(config, shape, threads)
     state, rest = _workspace(config, shape, threads, band_rows)
-    at_once = band_rows + 2 * (4 + config[4] // 2)  # a band, and copies of its neighbours' rows
+    at_once = band_rows + 2 * (4 + config.taps // 2)  # a band, and copies of its neighbours' rows
     least = min(state, threads * at_once * _row_bytes(config, shape)) + rest + result
     resident = max(0, min(budget - least, state - 1)) // PAGESIZE * PAGESIZE if memory.CAN_STAY_RESIDENT else 0
     return MemoryPlan(least + resident, state - resident, resident, band_rows)
 
 
-def _workspace(config: list[int], shape: torch.Size, threads: int, band_rows: int) -> tuple[int, int]:
+def _workspace(config: EngineConfig, shape: torch.Size, threads: int, band_rows: int) -> tuple[int, int]:
     """Return the bytes of the features of whole images, and those of the rest of the workspace."""
     batch, _, height, width = shape
     rows, columns = min(height, 2**20), min(width, 2**20)  # more, in proportion: bytes may be too many for 64 bits
-    state, rest = torch.ops.seemore_cpu.network_memory(config, batch, rows, columns, threads, band_rows)
+    state, rest = torch.ops.seemore_cpu.network_memory(config.numbers(), batch, rows, columns, threads, band_rows)
     return tuple(part * height * width // (rows * columns) for part in (state, rest))
 
 
-def _row_bytes(config: list[int], shape: torch.Size) -> int:
+def _row_bytes(config: EngineConfig, shape: torch.Size) -> int:
     one = torch.Size((1, shape[1], *shape[2:]))
     return -(-_workspace(config, one, 1, 0)[0] // shape[2])
 
 
-def _band_rows(config: list[int], shape: torch.Size, threads: int) -> int:
+def _band_rows(config: EngineConfig, shape: torch.Size, threads: int) -> int:
     """Return the rows of a band of an image whose features lie in a file."""
     available = memory.available_memory()
     budget = MAX_BANDS if available is None else min(MAX_BANDS, available // 4)
     return max(MIN_ROWS, budget // (threads * _row_bytes(config, shape)))
 
 
-def _forward(x, weights, is_packed, mean, img_range, config):
-    scale = config[0]
+def _forward(x, weights, is_packed, mean, img_range, numbers):
+    config = EngineConfig.from_numbers(numbers)
+    scale = config.scale
     batch, channels, height, width = x.shape
     shape = _extended(config, x.shape)
     is_copied = x.dtype != torch.float32 or shape != x.shape
@@ -187,9 +224,10 @@ def _forward(x, weights, is_packed, mean, img_range, config):
     return y
 
 
-def _forward_fake(x, weights, is_packed, mean, img_range, config):
+def _forward_fake(x, weights, is_packed, mean, img_range, numbers):
+    config = EngineConfig.from_numbers(numbers)
     batch, channels, height, width = x.shape
-    return x.new_empty(batch, channels, height * config[0], width * config[0], dtype=torch.float32)
+    return x.new_empty(batch, channels, height * config.scale, width * config.scale, dtype=torch.float32)
 
 
 define(

@@ -155,11 +155,11 @@ class SeemoRe(Fused):
             self._frozen["graphs"] = Graphs(self._padded)
         return self
 
-    def engine_weights(self, config: list[int]) -> tuple[list[Tensor], bool]:
+    def engine_weights(self, config: engine.EngineConfig) -> tuple[list[Tensor], bool]:
         """Return the weights for the engine, frozen by `prepare` or as they are now, and whether they are packed."""
         if not self._frozen:
             return self.ordered_parameters(), False
-        key = tuple(config)
+        key = tuple(config.numbers())
         if key not in self._frozen:
             if torch.compiler.is_compiling():
                 return self._frozen["parameters"], False
