@@ -1,4 +1,4 @@
-// seemore_fast._C: what this processor has. The libraries work without it.
+// seemore_fast._C: the features of this processor. The libraries work without it.
 
 #include <pybind11/pybind11.h>
 

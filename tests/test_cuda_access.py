@@ -98,7 +98,7 @@ ACCESSES = [
     Access("calibrate_backward", r"gatherI{type}Li{bytes16}E", 0, 4, 30, 0),
     Access("calibrate_spread", r"calibrate_spreadI{type}Li[12]ELi4E", 4, 8, 25, 4),
     Access("calibrate_spread", r"calibrate_spreadI{type}Li2ELi4E", 4, 8, 100, 4),
-    Access("striped_conv", r"striped_conv_walk_forwardI{type}Li(3|11)ELi4E", 4, 5, 40, 4),
+    Access("striped_conv", r"striped_conv_sweep_forwardI{type}Li(3|11)ELi4E", 4, 5, 40, 4),
     Access("striped_conv_backward", r"backward_columnI{type}Li(3|11)ELi4E", 4, 4, 35, 0),
     Access("striped_conv_backward", r"backward_rowI{type}(?:{type}|S\w_)Li(3|11)ELi4E", 4, 4, 45, 4),
 ]

@@ -18,11 +18,11 @@ WITHOUT = {"shared"}  # not printed where it is 0
 # How many warps of these a multiprocessor is to hold at least, of two in a block: what hides the time of reading. The
 # last number of their names says how many neighbours they read at once.
 WARPS = {
-    r"striped_conv_walk_forward.*Li11ELi[24]E": 12,
-    r"striped_conv_walk_forward.*Li3ELi[24]E": 16,
-    r"striped_conv_walk_backward_\w+Li(3|7|11)ELi[24]E": 12,
-    r"striped_conv_walk_backward_row.*Li3ELi[24]E": 16,
-    r"striped_conv_walk_\w+ELi1EE": 8,
+    r"striped_conv_sweep_forward.*Li11ELi[24]E": 12,
+    r"striped_conv_sweep_forward.*Li3ELi[24]E": 16,
+    r"striped_conv_sweep_backward_\w+Li(3|7|11)ELi[24]E": 12,
+    r"striped_conv_sweep_backward_row.*Li3ELi[24]E": 16,
+    r"striped_conv_sweep_\w+ELi1EE": 8,
 }
 BLOCK_WARPS = 2
 SHARED = {75: 64, 80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # KB of a multiprocessor

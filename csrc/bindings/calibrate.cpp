@@ -80,10 +80,10 @@ void calibrate_backward(const Tensor& dk, const Tensor& dweight_agg, const Tenso
   check_maps(check, maps, k, inputs);
   const OnDevice device(k);
   const auto [agg_parts, mix_parts, scratch_elements] = seemore::calibrate_workspace(inputs);
-  const auto wide = accumulation_type(k);
-  const auto partial_agg = torch::stable::new_empty(k, {agg_parts, channels, 16 + 1}, wide);
-  const auto partial_mix = torch::stable::new_empty(k, {mix_parts, channels, channels + 1 + 9 + 1}, wide);
-  const auto scratch = torch::stable::new_empty(k, {scratch_elements}, wide);
+  const auto accum = accumulation_type(k);
+  const auto partial_agg = torch::stable::new_empty(k, {agg_parts, channels, 16 + 1}, accum);
+  const auto partial_mix = torch::stable::new_empty(k, {mix_parts, channels, channels + 1 + 9 + 1}, accum);
+  const auto scratch = torch::stable::new_empty(k, {scratch_elements}, accum);
   seemore::calibrate_backward(
       inputs,
       {image(dy), image(dk), maps.data_ptr(), partial_agg.data_ptr(), partial_mix.data_ptr(), scratch.data_ptr()},
@@ -118,7 +118,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
       "int recursive) -> ()");
 }
 
-// For tensors of every device, so that it is Check that refuses those of another one.
+// For tensors of every device, so that Check refuses those of another one.
 STABLE_TORCH_LIBRARY_IMPL(SEEMORE_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("calibrate", TORCH_BOX(&calibrate));
   m.impl("calibrate_backward", TORCH_BOX(&calibrate_backward));

@@ -1,4 +1,4 @@
-// What the bindings ask of a device: on the CPU, nothing but its names.
+// The CPU as the bindings use it: names only.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,4 +1,4 @@
-// What the bindings ask of a device: CUDA's names, the tensor's GPU made current, and torch's stream on it.
+// A GPU as the bindings use it: names, the tensor's GPU made current, and torch's stream on it.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -8,8 +8,8 @@
 
 #define SEEMORE_NAMESPACE seemore_cuda
 
-// As shim.h has it under USE_CUDA, which a CPU build of torch lacks. (torch::stable's Stream tells its cudaStream_t
-// from torch 2.13 on only.)
+// As shim.h has it under USE_CUDA, which a CPU build of torch lacks. (torch::stable's Stream has its cudaStream_t from
+// torch 2.13 on only.)
 extern "C" AOTI_TORCH_EXPORT AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 inline constexpr const char* kDevice = "a CUDA tensor";

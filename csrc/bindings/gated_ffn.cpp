@@ -71,7 +71,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
       "Tensor weight_gate, Tensor bias_gate, Tensor weight_2, Tensor bias_2, float eps) -> ()");
 }
 
-// For tensors of every device, so that it is Check that refuses those of another one.
+// For tensors of every device, so that Check refuses those of another one.
 STABLE_TORCH_LIBRARY_IMPL(SEEMORE_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("gated_ffn", TORCH_BOX(&gated_ffn));
   m.impl("gated_ffn_backward", TORCH_BOX(&gated_ffn_backward));

@@ -1,5 +1,5 @@
-// Tensors of layers as the kernels' structs, checked: each may have a floating type of its own, as under autocast, but
-// float64, which all have or none.
+// Tensors of layers as the kernels' structs, checked: each may have a floating type of its own, as under autocast; if
+// one is float64, all are.
 #pragma once
 
 #include "bindings/tensors.h"

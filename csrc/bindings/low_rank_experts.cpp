@@ -96,7 +96,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
       "Tensor bias_out, int[] ranks, Tensor? weight_proj) -> ()");
 }
 
-// For tensors of every device, so that it is Check that refuses those of another one.
+// For tensors of every device, so that Check refuses those of another one.
 STABLE_TORCH_LIBRARY_IMPL(SEEMORE_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("low_rank_experts", TORCH_BOX(&low_rank_experts));
   m.impl("low_rank_experts_backward", TORCH_BOX(&low_rank_experts_backward));

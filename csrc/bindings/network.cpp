@@ -39,19 +39,19 @@ Tensor pack(const Tensor& parameters, const std::vector<int64_t>& config) {
 }
 
 std::vector<int64_t> memory(const std::vector<int64_t>& config, int64_t batch, int64_t height, int64_t width,
-                            int64_t threads, int64_t lines) {
+                            int64_t threads, int64_t resident_rows) {
   seemore::Network network{};
   network.config = config_of(config);
   network.size = {batch, network.config.in_channels, height, width};
   network.threads = threads;
-  network.lines = lines;
+  network.resident_rows = resident_rows;
   const auto needed = seemore::network_memory(network);
-  return {needed.state, needed.rest};
+  return {needed.state, needed.workspace};
 }
 
 bool run(const Tensor& y, const Tensor& x, const Tensor& weights, const Tensor& mean, double img_range,
-         const std::vector<int64_t>& config, const std::optional<Tensor>& mapped, int64_t lines, int64_t kept,
-         const std::optional<Tensor>& progress) {
+         const std::vector<int64_t>& config, const std::optional<Tensor>& mapped, int64_t resident_rows,
+         int64_t resident_bytes, const std::optional<Tensor>& progress) {
   const auto type = x.scalar_type();
   const auto network = seemore::Network{config_of(config),
                                         size(x),
@@ -64,25 +64,25 @@ bool run(const Tensor& y, const Tensor& x, const Tensor& weights, const Tensor& 
                                         static_cast<float>(img_range),
                                         weights.data_ptr(),
                                         static_cast<int64_t>(torch::stable::get_num_threads()),
-                                        lines,
-                                        kept,
+                                        resident_rows,
+                                        resident_bytes,
                                         progress ? static_cast<int64_t*>(progress->data_ptr()) : nullptr};
   const auto needed = seemore::network_memory(network);
   const auto state = mapped ? *mapped : torch::stable::new_empty(weights, {(needed.state + 3) / 4});
   const int64_t bytes = mapped ? state.numel() : needed.state;
   STD_TORCH_CHECK(bytes >= needed.state, "expected ", needed.state, " bytes of state, got ", bytes);
-  const auto rest = torch::stable::new_empty(weights, {(needed.rest + 3) / 4});
-  return seemore::network(network, state.data_ptr(), rest.data_ptr());
+  const auto workspace = torch::stable::new_empty(weights, {(needed.workspace + 3) / 4});
+  return seemore::network(network, state.data_ptr(), workspace.data_ptr());
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
   m.def("network_pack(Tensor parameters, int[] config) -> Tensor");
-  m.def("network_memory(int[] config, int batch, int height, int width, int threads, int lines) -> int[]");
+  m.def("network_memory(int[] config, int batch, int height, int width, int threads, int resident_rows) -> int[]");
   m.def(
       "network(Tensor(a!) y, Tensor x, Tensor weights, Tensor mean, float img_range, int[] config, Tensor? mapped, "
-      "int lines, int kept, Tensor(b!)? progress) -> bool");
+      "int resident_rows, int resident_bytes, Tensor(b!)? progress) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(SEEMORE_NAMESPACE, CPU, m) {

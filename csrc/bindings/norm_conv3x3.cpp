@@ -69,7 +69,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
       "float eps) -> ()");
 }
 
-// For tensors of every device, so that it is Check that refuses those of another one.
+// For tensors of every device, so that Check refuses those of another one.
 STABLE_TORCH_LIBRARY_IMPL(SEEMORE_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("norm_conv3x3", TORCH_BOX(&norm_conv3x3));
   m.impl("norm_conv3x3_backward", TORCH_BOX(&norm_conv3x3_backward));

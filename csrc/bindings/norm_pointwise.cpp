@@ -62,7 +62,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
       "bool gelu, float eps) -> ()");
 }
 
-// For tensors of every device, so that it is Check that refuses those of another one.
+// For tensors of every device, so that Check refuses those of another one.
 STABLE_TORCH_LIBRARY_IMPL(SEEMORE_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("norm_pointwise", TORCH_BOX(&norm_pointwise));
   m.impl("norm_pointwise_backward", TORCH_BOX(&norm_pointwise_backward));

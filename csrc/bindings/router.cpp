@@ -12,11 +12,11 @@ struct Decision {
   int64_t batch, channels, experts, top_k;
 };
 
-// Checks the tensors that forward and backward share: all but the images and the weights are of `wide`.
+// Checks the tensors that forward and backward share: all but the images and the weights are of `accum`.
 class RouterCheck {
  public:
-  RouterCheck(const Check& check, ScalarType wide, const Tensor& weight, Decision sizes)
-      : check_(check), wide_(wide), sizes_(sizes) {
+  RouterCheck(const Check& check, ScalarType accum, const Tensor& weight, Decision sizes)
+      : check_(check), accum_(accum), sizes_(sizes) {
     for (const int64_t size : {sizes.channels, sizes.experts}) {
       if (size == 0) check.refuse("weight", "has no elements", "at least one expert and channel");
     }
@@ -32,19 +32,19 @@ class RouterCheck {
 
   void index(const Tensor& x) const { plain("expert_index", x, {sizes_.batch, sizes_.top_k}, ScalarType::Long); }
 
-  void choices(const char* name, const Tensor& x) const { wide(name, x, {sizes_.batch, sizes_.top_k}); }
+  void choices(const char* name, const Tensor& x) const { accumulated(name, x, {sizes_.batch, sizes_.top_k}); }
 
-  void means(const char* name, const Tensor& x) const { wide(name, x, {sizes_.batch, sizes_.channels}); }
+  void means(const char* name, const Tensor& x) const { accumulated(name, x, {sizes_.batch, sizes_.channels}); }
 
-  void probability(const Tensor& x) const { wide("probability", x, {sizes_.batch, sizes_.experts}); }
+  void probability(const Tensor& x) const { accumulated("probability", x, {sizes_.batch, sizes_.experts}); }
 
   // Of any strides.
-  void upstream(const Tensor& x) const { typed("dexpert_weight", x, {sizes_.batch, sizes_.top_k}, wide_); }
+  void upstream(const Tensor& x) const { typed("dexpert_weight", x, {sizes_.batch, sizes_.top_k}, accum_); }
 
   seemore::Routing routing(const Tensor& weight) const {
-    const auto wide = wide_ == ScalarType::Double ? seemore::DType::float64 : seemore::DType::float32;
+    const auto accum = accum_ == ScalarType::Double ? seemore::DType::float64 : seemore::DType::float32;
     const auto dtype = Check("router", "weight", weight, 2, "(E, C)").dtype();
-    return {wide, dtype, sizes_.batch, sizes_.channels, sizes_.experts, sizes_.top_k, weight.data_ptr()};
+    return {accum, dtype, sizes_.batch, sizes_.channels, sizes_.experts, sizes_.top_k, weight.data_ptr()};
   }
 
  private:
@@ -62,16 +62,16 @@ class RouterCheck {
     if (!x.is_contiguous()) check_.refuse(name, "is not contiguous", "a contiguous tensor");
   }
 
-  void wide(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const {
-    plain(name, x, shape, wide_);
+  void accumulated(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const {
+    plain(name, x, shape, accum_);
   }
 
   const Check& check_;
-  ScalarType wide_;
+  ScalarType accum_;
   Decision sizes_;
 };
 
-// The number of experts; of what is no matrix, which RouterCheck refuses, any.
+// The number of experts; any number for a tensor that is no matrix, which RouterCheck refuses.
 int64_t rows(const Tensor& weight) { return weight.dim() == 2 ? weight.size(0) : 1; }
 
 int64_t columns(const Tensor& x) { return x.dim() == 2 ? x.size(1) : 1; }
@@ -92,7 +92,7 @@ void router(const Tensor& expert_index, const Tensor& expert_weight, const Tenso
   checked.probability(probability);
   const auto routing = checked.routing(weight);
   const OnDevice device(a);
-  const seemore::Pooled pooled{check.dtype(), size(a), image(a)};
+  const seemore::SizedImage pooled{check.dtype(), size(a), image(a)};
   const int64_t parts = seemore::pool_parts(pooled);
   const auto partial = torch::stable::new_empty(a, {parts, batch, channels}, accumulation_type(a));
   seemore::pool(pooled, partial.data_ptr(), device.stream);
@@ -107,10 +107,10 @@ void router_from_sums(const Tensor& expert_index, const Tensor& expert_weight, c
                       const Tensor& probability, const Tensor& partial, const Tensor& weight, int64_t pixels,
                       int64_t top_k) {
   const Check check("router", "partial", partial, 3, "(parts, B, C)");
-  const auto wide = partial.scalar_type();
-  if (wide != accumulation_type(partial)) check.refuse("partial", "has another dtype", "float32 or float64");
+  const auto accum = partial.scalar_type();
+  if (accum != accumulation_type(partial)) check.refuse("partial", "has another dtype", "float32 or float64");
   const int64_t parts = partial.size(0), batch = partial.size(1), channels = partial.size(2);
-  const RouterCheck checked(check, wide, weight, {batch, channels, rows(weight), top_k});
+  const RouterCheck checked(check, accum, weight, {batch, channels, rows(weight), top_k});
   if (!partial.is_contiguous()) check.refuse("partial", "is not contiguous", "a contiguous tensor");
   if (pixels < 1) check.refuse("pixels", "is " + std::to_string(pixels), "at least 1");
   if (!mean && (parts != 1 || pixels != 1)) check.refuse("mean", "is None", "a tensor: partial has no means");
@@ -158,7 +158,7 @@ void router_backward(const Tensor& da, const Tensor& dweight, const Tensor& dexp
   seemore::spread({check.dtype(), size(da), image(da)}, dmean.data_ptr(), device.stream);
 }
 
-// The gradient of the mean alone, for who pooled.
+// The gradient with respect to the pooled mean only.
 void router_from_sums_backward(const Tensor& dmean, const Tensor& dweight, const Tensor& dexpert_weight,
                                const Tensor& expert_index, const Tensor& mean, const Tensor& probability,
                                const Tensor& weight) {
@@ -190,7 +190,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
       "Tensor mean, Tensor probability, Tensor weight) -> ()");
 }
 
-// For tensors of every device, so that it is Check that refuses those of another one.
+// For tensors of every device, so that Check refuses those of another one.
 STABLE_TORCH_LIBRARY_IMPL(SEEMORE_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("router", TORCH_BOX(&router));
   m.impl("router_backward", TORCH_BOX(&router_backward));

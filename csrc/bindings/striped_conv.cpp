@@ -61,7 +61,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
       "Tensor weight_col, Tensor bias_col, bool gelu, Tensor? gate) -> ()");
 }
 
-// For tensors of every device, so that it is Check that refuses those of another one.
+// For tensors of every device, so that Check refuses those of another one.
 STABLE_TORCH_LIBRARY_IMPL(SEEMORE_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("striped_conv", TORCH_BOX(&striped_conv));
   m.impl("striped_conv_backward", TORCH_BOX(&striped_conv_backward));

@@ -30,7 +30,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
       "Tensor bias_col, bool gelu) -> Tensor");
 }
 
-// For tensors of every device, so that it is Check that refuses those of another one.
+// For tensors of every device, so that Check refuses those of another one.
 STABLE_TORCH_LIBRARY_IMPL(SEEMORE_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("striped_conv_router", TORCH_BOX(&striped_conv_router));
 }

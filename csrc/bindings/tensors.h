@@ -1,5 +1,5 @@
-// What the bindings share: torch's tensors as the kernels' structs, and checks for who calls a library's operators
-// directly. (seemore_fast/ops checks, too, with more to say.)
+// Torch's tensors as the kernels' structs, and checks for direct calls of a library's operators. (seemore_fast/ops
+// checks, too, with longer messages.)
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -35,7 +35,8 @@ inline Size size(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.s
 // to 2.13).
 inline Activation activation(bool gelu) { return gelu ? Activation::gelu : Activation::none; }
 
-// Checks an operator's tensors against its first one, on this library's kind of device: mostly an image (B, C, H, W).
+// Checks of an operator's tensors against its first one, on this library's kind of device: mostly an image (B, C, H,
+// W).
 class Check {
  public:
   Check(const char* op, const char* name, const Tensor& first, int64_t dimensions = 4,

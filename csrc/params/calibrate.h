@@ -1,4 +1,4 @@
-// calibrate as the libraries see it; formula and shapes in seemore_fast/reference/calibrate.py.
+// Parameters of calibrate; formula and shapes in seemore_fast/reference/calibrate.py.
 #pragma once
 
 #include "params/views.h"
@@ -21,14 +21,14 @@ struct MapSize {
   int64_t elements() const { return channels * batch * height * width; }
 };
 
-// What aggregation number `level` makes (1 .. recursive), without the rows and columns that no later one reads.
+// The size of aggregation number `level` (1 .. recursive), without the rows and columns that no later one reads.
 inline MapSize level_size(const Calibrate& inputs, int64_t level) {
   const Size& size = inputs.size;
   const auto side = [&](int64_t pixels) { return (pixels >> 2 * inputs.recursive) << 2 * (inputs.recursive - level); };
   return {size.channels, size.batch, side(size.height), side(size.width)};
 }
 
-// Elements of `maps`, which forward leaves to backward, of the accumulation type (float32, or float64 for that): the
+// Elements of `maps`, which forward leaves for backward, of the accumulation type (float32, or float64 for that): the
 // sums of aggregations 1, 2, .. before GELU, and the last one's after it.
 inline int64_t maps_elements(const Calibrate& inputs) {
   int64_t elements = level_size(inputs, inputs.recursive).elements();
@@ -36,7 +36,8 @@ inline int64_t maps_elements(const Calibrate& inputs) {
   return elements;
 }
 
-// What backward adds. Partial sums are of the accumulation type, over parts of the image; the caller adds them up.
+// The further arguments of backward. Partial sums are of the accumulation type, over parts of the image; the caller
+// adds them up.
 struct CalibrateGradients {
   Image dy, dk;
   const void* maps;

@@ -1,4 +1,4 @@
-// gated_ffn as the CPU library sees it; formula and shapes in seemore_fast/reference/gated_ffn.py.
+// Parameters of gated_ffn in the CPU library; formula and shapes in seemore_fast/reference/gated_ffn.py.
 #pragma once
 
 #include "params/layer_types.h"

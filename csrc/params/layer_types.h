@@ -1,5 +1,4 @@
-// What the trained layers of the CPU library are told of: images and parameters of types of their own, as under
-// autocast.
+// Images and parameters of the trained layers of the CPU library, each of a type of its own, as under autocast.
 #pragma once
 
 #include "params/views.h"

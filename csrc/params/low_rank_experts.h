@@ -1,4 +1,4 @@
-// low_rank_experts as the CPU library sees it; formula and shapes in seemore_fast/reference/low_rank_experts.py.
+// Parameters of low_rank_experts in the CPU library; formula and shapes in seemore_fast/reference/low_rank_experts.py.
 #pragma once
 
 #include "params/layer_types.h"
@@ -23,7 +23,7 @@ struct LowRankExpertsGradients {
   Parameter dexpert_weight, dweight_a, dbias_a, dweight_k, dbias_k, dweight_out, dbias_out, dweight_proj, dbias_proj;
 };
 
-// residual: with a projection, what it is added to.
+// residual: with a projection, the image that it is added to.
 void low_rank_experts(const LowRankExperts& inputs, const TypedImage& residual, const TypedImage& y);
 void low_rank_experts_backward(const LowRankExperts& inputs, const LowRankExpertsGradients& gradients);
 

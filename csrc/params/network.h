@@ -1,4 +1,4 @@
-// The whole network for inference, as the CPU library sees it; its definition is seemore_fast/reference/model.py.
+// The whole network for inference, in the CPU library; its definition is seemore_fast/reference/model.py.
 #pragma once
 
 #include "params/views.h"
@@ -33,30 +33,30 @@ struct NetworkSizes {
 
 NetworkSizes network_sizes(const NetworkConfig& config);
 
-// Fold what folds exactly and put the weights into the order in which they are used.
+// Fold the weights as far as that is exact, and put them into the order of their use.
 void network_pack(const NetworkConfig& config, const float* parameters, void* weights);
 
 struct Network {
   NetworkConfig config;
   Size size;          // of x; height and width are at least 4^recursive
-  int64_t whole;      // of x and y: 0 for float32, 255 for uint8, 65535 for uint16, which stands for 1
+  int64_t max_value;  // of x and y: 0 for float32, 255 for uint8, 65535 for uint16, which stands for 1
   Image x, y;         // y: (B, in_channels, scale * H, scale * W)
   const float* mean;  // in_channels
   float img_range;
-  const void* weights;  // from network_pack
-  int64_t threads;      // into how many bands to cut the images; results do not depend on it
-  int64_t lines;        // 0, or the state is mapped, fresh and zero: at most so many lines of its file at a time
-  int64_t kept;         // the state's first bytes, which no file has
-  int64_t* progress;    // null, or two numbers that others may read meanwhile: how much is done, of how much
+  const void* weights;    // from network_pack
+  int64_t threads;        // the least number of bands of the images; results do not depend on it
+  int64_t resident_rows;  // 0, or the state is a mapped file, new and zero, of which at most so many rows are in memory
+  int64_t resident_bytes;  // at the beginning of the state, which the file does not have
+  int64_t* progress;       // null, or two numbers that other threads may read meanwhile: how much is done, of how much
 };
 
-// Bytes of what is kept of the features of all pixels, and of all else that a run needs.
+// Bytes of the features of all pixels that are kept between sweeps, and of all other memory of a run.
 struct NetworkMemory {
-  int64_t state, rest;
+  int64_t state, workspace;
 };
 
 NetworkMemory network_memory(const Network& network);
-// Returns whether all pixels are numbers, where y holds integers.
-bool network(const Network& network, void* state, void* rest);
+// Returns whether all pixels were finite before they were converted to integers.
+bool network(const Network& network, void* state, void* workspace);
 
 }  // namespace seemore

@@ -1,4 +1,4 @@
-// norm_conv3x3 as the CPU library sees it; formula and shapes in seemore_fast/reference/norm_conv3x3.py.
+// Parameters of norm_conv3x3 in the CPU library; formula and shapes in seemore_fast/reference/norm_conv3x3.py.
 #pragma once
 
 #include "params/layer_types.h"

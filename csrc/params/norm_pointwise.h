@@ -1,4 +1,4 @@
-// norm_pointwise as the CPU library sees it; formula and shapes in seemore_fast/reference/norm_pointwise.py.
+// Parameters of norm_pointwise in the CPU library; formula and shapes in seemore_fast/reference/norm_pointwise.py.
 #pragma once
 
 #include "params/layer_types.h"

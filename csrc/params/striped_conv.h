@@ -1,4 +1,4 @@
-// striped_conv as the libraries see it; formula and shapes in seemore_fast/reference/striped_conv.py.
+// Parameters of striped_conv; formula and shapes in seemore_fast/reference/striped_conv.py.
 #pragma once
 
 #include "params/views.h"
@@ -15,7 +15,7 @@ struct StripedConv {
   const void *weight_row, *bias_row, *weight_col, *bias_col;
 };
 
-// What backward adds. `dgate` is there if and only if `gate` is.
+// The further arguments of backward. `dgate` is there if and only if `gate` is.
 struct StripedConvGradients {
   Image dy, dx, dgate;
   // (parts, C, 2K + 2) of the accumulation type (float32, or float64 for that): sums over a part of the image, for

@@ -1,4 +1,4 @@
-// What kernels are told about tensors: plain structs, free of torch, the same for both libraries.
+// Views of tensors: plain structs, free of torch, the same for both libraries.
 #pragma once
 
 #include <cstdint>

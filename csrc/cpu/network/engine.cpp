@@ -1,12 +1,12 @@
-// The whole network for inference: one sweep over the image between two global pools.
+// The max_value network for inference: one sweep over the image between two global pools.
 //
 //   head    conv_1(image)                          -> first half of group 0's MoE block
 //   middle  experts, FFN, SEE, FFN of group g      -> first half of group g + 1's MoE block
 //   tail    experts, FFN, SEE, FFN of the last one -> conv_2, + conv_1(image), upsampler, pixels
 //
-// A sweep overwrites the state in place, each thread a band of lines. What a band needs of its neighbours' lines is
-// copied before. Where the state is larger than the memory, all but its beginning lies in a mapped file: bands are then
-// so low that one of each thread fits, and are released once they are done.
+// A sweep overwrites the state in place, each thread a band of rows; the halo rows of a band are copied before. Where
+// the state is larger than the memory, all but its beginning lies in a mapped file: bands are then so low that one of
+// each thread fits, and are released once they are done.
 
 #include "cpu/network/chains.h"
 #include "cpu/network/pages.h"
@@ -16,7 +16,8 @@
 namespace seemore::SEEMORE_ISA {
 namespace {
 
-constexpr int64_t kStripWidth = 128;  // whole tiles, whose lines stay in the second-level cache; the last is wider
+constexpr int64_t kStripWidth =
+    128;  // columns, whole register tiles whose rows stay in the second-level cache; the last strip is wider
 
 template <class Body>
 void for_each(int64_t count, const Body& body) {
@@ -30,52 +31,54 @@ void for_each(int64_t count, const Body& body) {
 
 constexpr int64_t parts(int64_t whole, int64_t most) { return (whole + most - 1) / most; }
 
-// How images are cut and how far stages lag behind. Strips, whose sums are added up, depend on the size alone.
+// The cut of images into bands and strips, and the lags of stages. Strips, whose sums are added up, depend on the size
+// alone.
 struct Plan {
   Plan(const Network& net, int64_t batch)
       : half(net.config.taps / 2),
         start((4 - (3 + half) % 4) % 4),
-        around(4 + half),
-        columns(round_up(net.size.width + start + around, kTileVectors == 2 ? 2 * kWidth : kWidth)),
+        halo(4 + half),
+        columns(round_up(net.size.width + start + halo, kTileVectors == 2 ? 2 * kWidth : kWidth)),
         strips(larger(1, columns / kStripWidth)),
-        stride(round_up(columns + around, 16)),
+        row_stride(round_up(columns + halo, 16)),
         images(smaller(batch, net.threads)),
         workers(images ? larger(1, smaller(parts(net.threads, images), net.size.height / 4)) : 1),
-        bands(workers * larger(1, smaller(net.lines ? parts(net.size.height, workers * net.lines) : 1,
+        bands(workers * larger(1, smaller(net.resident_rows ? parts(net.size.height, workers * net.resident_rows) : 1,
                                           net.size.height / 4 / workers))) {}
 
   int64_t begin(int64_t strip) const { return strip == strips ? columns : strip * kStripWidth; }
   int64_t widest() const { return columns - begin(strips - 1); }
 
   int64_t half;
-  int64_t start;   // lag, in columns, of a group's first line: such that k's, where it is aggregated, divides by four
-  int64_t around;  // how far a group and what follows look around, in lines and columns
-  int64_t columns, strips, stride;
+  int64_t
+      start;  // lag, in columns, of a group's first stage: such that k's, where it is aggregated, is a multiple of four
+  int64_t halo;  // of a group and the stages after it, in rows and columns
+  int64_t columns, strips, row_stride;
   int64_t images, workers, bands;  // images at a time; threads and bands of each
 };
 
 template <class Cell>
-class Run {
+class Engine {
  public:
-  Run(const Network& net, void* state, void* rest)
+  Engine(const Network& net, void* state, void* workspace)
       : net_(net), config_(net.config), plan_(net, net.size.batch), weights_(outer_weights(net)) {
     Arena states(state);
-    filed_ = static_cast<const char*>(state) + net.kept;
-    state_ = take_state(states, plan_.images * net.size.height);
-    frames_ = take_state(states, plan_.bands > 1 ? plan_.images * plan_.bands * 2 * plan_.around : 0);
-    Arena arena(rest);
-    sums_ = arena.take<float>(plan_.images * sums_size());
-    finite_ = arena.take<int64_t>(plan_.images * plan_.bands);
-    table_ = arena.take<char>(table_bytes());
-    routes_ = arena.take<char>(plan_.images * route_bytes());
+    filed_ = static_cast<const char*>(state) + net.resident_bytes;
+    state_ = allocate_state(states, plan_.images * net.size.height);
+    halo_rows_ = allocate_state(states, plan_.bands > 1 ? plan_.images * plan_.bands * 2 * plan_.halo : 0);
+    Arena arena(workspace);
+    sums_ = arena.allocate<float>(plan_.images * sums_size());
+    finite_ = arena.allocate<int64_t>(plan_.images * plan_.bands);
+    table_ = arena.allocate<char>(table_bytes());
+    routings_ = arena.allocate<char>(plan_.images * routing_bytes());
     scratch_bytes_ = scratch_bytes();
-    scratch_ = arena.take<char>(plan_.images * plan_.workers * scratch_bytes_);
+    scratch_ = arena.allocate<char>(plan_.images * plan_.workers * scratch_bytes_);
     memory_ = {states.bytes(), arena.bytes()};
   }
 
   NetworkMemory memory() const { return memory_; }
 
-  // Returns whether all pixels are numbers, where they are integers.
+  // Return whether all pixels were finite before they were converted to integers.
   bool operator()() {
     bool is_finite = true;
     Arena table(table_);
@@ -86,11 +89,11 @@ class Run {
     }
     for (int64_t first = 0; first < net_.size.batch; first += plan_.images) {
       const int64_t images = smaller(plan_.images, net_.size.batch - first);
-      if (!net_.lines || first > 0) clear(images);  // a file comes with zeros
+      if (!net_.resident_rows || first > 0) clear(images);  // a new file has zeros
       for (int64_t group = 0; group <= config_.groups; ++group) {
         if (group > 0) {
-          route(images, group - 1);
-          if (plan_.bands > 1) copy_frames(images);
+          choose_experts(images, group - 1);
+          if (plan_.bands > 1) copy_halo_rows(images);
         }
         for_each(images * plan_.workers, [&](int64_t worker) { sweep_bands(worker, first, group, up); });
       }
@@ -105,12 +108,12 @@ class Run {
     return NetworkWeights<Cell>(arena, net.config);
   }
 
-  State<Cell> take_state(Arena& arena, int64_t lines) const {
-    const int64_t lag = plan_.start + plan_.around - 2;
-    State<Cell> state{config_.channels, all_ranks(config_), plan_.stride, lag, nullptr, nullptr, nullptr};
-    state.x = arena.take<float>(lines * state.channels * state.stride);
-    state.a = arena.take<Cell>(lines * cells_of<Cell>(state.channels) * state.stride);
-    state.k = arena.take<float>(lines * state.ranks * state.stride);
+  State<Cell> allocate_state(Arena& arena, int64_t rows) const {
+    const int64_t lag = plan_.start + plan_.halo - 2;
+    State<Cell> state{config_.channels, all_ranks(config_), plan_.row_stride, lag, nullptr, nullptr, nullptr};
+    state.x = arena.allocate<float>(rows * state.channels * state.row_stride);
+    state.a = arena.allocate<Cell>(rows * cells_of<Cell>(state.channels) * state.row_stride);
+    state.k = arena.allocate<float>(rows * state.ranks * state.row_stride);
     return state;
   }
 
@@ -125,14 +128,14 @@ class Run {
     ColumnTable(arena, plan_.columns, 1, 1);
     return arena.bytes();
   }
-  int64_t route_bytes() const {
+  int64_t routing_bytes() const {
     Arena arena(nullptr);
-    Route<Cell>(arena, config_, net_.size);
+    RoutingState<Cell>(arena, config_, net_.size);
     return arena.bytes();
   }
-  Route<Cell> route_of(int64_t image) const {
-    Arena arena(routes_ + image * route_bytes());
-    return Route<Cell>(arena, config_, net_.size);
+  RoutingState<Cell> routing_of(int64_t image) const {
+    Arena arena(routings_ + image * routing_bytes());
+    return RoutingState<Cell>(arena, config_, net_.size);
   }
 
   Band<Cell> band_of(int64_t task, int64_t first_image = 0) const {
@@ -142,81 +145,83 @@ class Run {
             first_image + image,
             edge(band),
             edge(band + 1),
-            state_.from_line(image * height),
-            frames_.from_line(task * 2 * plan_.around),
-            plan_.around};
+            state_.from_row(image * height),
+            halo_rows_.from_row(task * 2 * plan_.halo),
+            plan_.halo};
   }
 
-  // What no sweep writes must still be numbers: columns beyond the image are computed with, though never used.
+  // Columns beyond the image enter computations, though no result: they must be finite.
   void clear(int64_t images) {
-    for_each(images * net_.size.height, [&](int64_t line) {
-      const State<Cell> end = state_.from_line(line + 1), begin = state_.from_line(line);
+    for_each(images * net_.size.height, [&](int64_t row) {
+      const State<Cell> end = state_.from_row(row + 1), begin = state_.from_row(row);
       std::memset(begin.x, 0, (end.x - begin.x) * sizeof(float));
       std::memset(begin.a, 0, (end.a - begin.a) * sizeof(Cell));
       std::memset(begin.k, 0, (end.k - begin.k) * sizeof(float));
-      if (net_.lines) release(state_, line, 1);
+      if (net_.resident_rows) release(state_, row, 1);
     });
   }
 
-  void copy_frames(int64_t images) {
+  void copy_halo_rows(int64_t images) {
     for_each(images * plan_.bands, [&](int64_t task) {
       const Band<Cell> band = band_of(task);
-      for (int64_t i = 0; i < 2 * plan_.around; ++i) {
-        const int64_t row = i < plan_.around ? band.top - plan_.around + i : band.bottom + i - plan_.around;
+      for (int64_t i = 0; i < 2 * plan_.halo; ++i) {
+        const int64_t row = i < plan_.halo ? band.top - plan_.halo + i : band.bottom + i - plan_.halo;
         if (row < 0 || row >= net_.size.height) continue;
-        const State<Cell> from = band.state.from_line(row), next = band.state.from_line(row + 1),
-                          to = band.frames.from_line(i);
+        const State<Cell> from = band.state.from_row(row), next = band.state.from_row(row + 1),
+                          to = band.halo_rows.from_row(i);
         std::memcpy(to.x, from.x, (next.x - from.x) * sizeof(float));
         std::memcpy(to.a, from.a, (next.a - from.a) * sizeof(Cell));
         std::memcpy(to.k, from.k, (next.k - from.k) * sizeof(float));
-        if (net_.lines) release(state_, band.image * net_.size.height + row, 1);
+        if (net_.resident_rows) release(state_, band.image * net_.size.height + row, 1);
       }
-      if (net_.lines) release(frames_, task * 2 * plan_.around, 2 * plan_.around);
+      if (net_.resident_rows) release(halo_rows_, task * 2 * plan_.halo, 2 * plan_.halo);
     });
   }
 
-  void route(int64_t images, int64_t group) {
+  void choose_experts(int64_t images, int64_t group) {
     const GroupWeights<Cell> weights = group_weights<Cell>(config_, net_.weights, group);
     for_each(images * config_.channels,
-             [&](int64_t i) { route_of(i / config_.channels).calibrate(weights, i % config_.channels); });
+             [&](int64_t i) { routing_of(i / config_.channels).calibrate(weights, i % config_.channels); });
     for_each(images, [&](int64_t image) {
-      route_of(image).choose(weights.experts, sums_ + image * sums_size(), plan_.strips);
+      routing_of(image).choose(weights.experts, sums_ + image * sums_size(), plan_.strips);
     });
   }
 
-  // Builds the chain of a band's sweep that begins after group - 1, or with the image, and ends at the pool of group
-  // `group`, or with the pixels; calls body(source, sink).
+  // Call body(source, sink) with the chain of a band's sweep, which begins after group - 1, or with the image, and ends
+  // at the pool of group `group`, or with the pixels.
   template <class Body>
   void with_chain(const Band<Cell>& band, Strip& strip, int64_t group, const ColumnTable& up, const Body& body) const {
     const int64_t channels = config_.channels, lag = state_.lag;
     const GroupWeights<Cell> before = group_weights<Cell>(config_, net_.weights, larger(0, group - 1));
-    const GroupWeights<Cell> next = group_weights<Cell>(config_, net_.weights, group);  // of the last, only counted
-    const Route<Cell> route = route_of(band.image);
+    const GroupWeights<Cell> next =
+        group_weights<Cell>(config_, net_.weights, group);  // of the last group, only counted
+    const RoutingState<Cell> routing = routing_of(band.image);
     const auto with_source = [&](auto& source) {
       if (group == config_.groups) {
-        Tail<Cell> tail(strip, band, net_, weights_, lag);
+        OutputSink<Cell> tail(strip, band, net_, weights_, lag);
         body(source, tail);
       } else {
-        Pool<Cell> pool(strip, band, next, route.pooled(sums_ + band.image * sums_size(), plan_.strips), channels, lag);
+        PoolSink<Cell> pool(strip, band, next, routing.group_sums(sums_ + band.image * sums_size(), plan_.strips),
+                            channels, lag);
         body(source, pool);
       }
     };
     if (group == 0) {
-      Head<Cell> head(strip, band, net_, weights_.conv_1, lag);
+      HeadSource<Cell> head(strip, band, net_, weights_.conv_1, lag);
       with_source(head);
     } else {
-      Group<Cell> source(strip, band, before, route, up, channels, plan_.start);
+      GroupSource<Cell> source(strip, band, before, routing, up, channels, plan_.start);
       with_source(source);
     }
   }
 
   Strip strip_of(const Band<Cell>& band, Arena& scratch) const {
-    const int64_t first_row = larger(0, band.top - plan_.around);
-    const int64_t last_row = smaller(net_.size.height, band.bottom + plan_.around);
+    const int64_t first_row = larger(0, band.top - plan_.halo);
+    const int64_t last_row = smaller(net_.size.height, band.bottom + plan_.halo);
     return {net_.size.height, net_.size.width, first_row, last_row, plan_.widest(), &scratch, false, 0, 0};
   }
 
-  // Of the largest chain of any band.
+  // Return the bytes of the largest chain of any band.
   int64_t scratch_bytes() const {
     Arena nothing(nullptr);
     const ColumnTable up(nothing, 0, 1, 1);
@@ -233,22 +238,22 @@ class Run {
     return most;
   }
 
-  // All bands of one worker: forth and back by turns, since what was last used is likely to be in memory still.
+  // All bands of one worker, alternately forth and back: the last ones are likely to be in memory still.
   void sweep_bands(int64_t worker, int64_t first_image, int64_t group, const ColumnTable& up) {
     const int64_t count = plan_.bands / plan_.workers;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t task = worker * count + (group % 2 == 0 ? i : count - 1 - i);
       sweep(task, scratch_ + worker * scratch_bytes_, first_image, group, up);
-      if (net_.lines) {
+      if (net_.resident_rows) {
         const Band<Cell> band = band_of(task);
         release(state_, band.image * net_.size.height + band.top, band.bottom - band.top);
-        if (plan_.bands > 1) release(frames_, task * 2 * plan_.around, 2 * plan_.around);
+        if (plan_.bands > 1) release(halo_rows_, task * 2 * plan_.halo, 2 * plan_.halo);
       }
     }
   }
 
-  void release(const State<Cell>& state, int64_t line, int64_t count) const {
-    const State<Cell> begin = state.from_line(line), end = state.from_line(line + count);
+  void release(const State<Cell>& state, int64_t row, int64_t count) const {
+    const State<Cell> begin = state.from_row(row), end = state.from_row(row + count);
     release(begin.x, end.x);
     release(begin.a, end.a);
     release(begin.k, end.k);
@@ -272,8 +277,8 @@ class Run {
       strip.is_last = s + 1 == plan_.strips;
       strip.begin = plan_.begin(s);
       strip.width = plan_.begin(s + 1) - strip.begin;
-      // Convolutions make two lines at once, and bands begin at even ones: after line 2n + 1 they make 2n - 1 and 2n,
-      // and what follows them, which looks one line around, 2n - 2 and 2n - 1.
+      // Convolutions compute two rows at once, and bands begin at even ones: after row 2n + 1 they compute 2n - 1 and
+      // 2n, and the stages after them, with a halo of one row, 2n - 2 and 2n - 1.
       for (int64_t row = band.top - 2 - 2 * source.delay; row < band.bottom + 3; ++row) {
         source.step(row + source.delay);
         if (band.takes_part(row, 2, strip)) sink.push(row, source);
@@ -289,11 +294,11 @@ class Run {
   const NetworkConfig& config_;
   const Plan plan_;
   const NetworkWeights<Cell> weights_;
-  State<Cell> state_, frames_;
-  const void* filed_;  // what of them lies in a file, up to the end
+  State<Cell> state_, halo_rows_;
+  const void* filed_;  // from here on to the end of the state, memory is mapped from a file
   float* sums_;
   int64_t* finite_;
-  char *table_, *routes_, *scratch_;
+  char *table_, *routings_, *scratch_;
   int64_t scratch_bytes_;
   NetworkMemory memory_;
 };
@@ -301,12 +306,12 @@ class Run {
 }  // namespace
 
 NetworkMemory network_memory(const Network& net) {
-  return net.config.is_bfloat16 ? Run<Pair>(net, nullptr, nullptr).memory()
-                                : Run<float>(net, nullptr, nullptr).memory();
+  return net.config.is_bfloat16 ? Engine<Pair>(net, nullptr, nullptr).memory()
+                                : Engine<float>(net, nullptr, nullptr).memory();
 }
 
-bool network(const Network& net, void* state, void* rest) {
-  return net.config.is_bfloat16 ? Run<Pair>(net, state, rest)() : Run<float>(net, state, rest)();
+bool network(const Network& net, void* state, void* workspace) {
+  return net.config.is_bfloat16 ? Engine<Pair>(net, state, workspace)() : Engine<float>(net, state, workspace)();
 }
 
 }  // namespace seemore::SEEMORE_ISA

@@ -1,4 +1,4 @@
-// Epilogues of `multiply`: where the sums of a product go, and what is done with them on the way.
+// Epilogues of `multiply`: functors that finish the sums of a product and store them.
 #pragma once
 
 #include "cpu/simd/math.h"
@@ -6,43 +6,42 @@
 
 namespace seemore::SEEMORE_ISA {
 
-// What to do with the sums of a product's rows: those below `split` go to one line, the rest to another.
-
-struct Lines {
+// The target of a product: rows below `split` go to `first`, the others to `second`.
+struct SplitRows {
   float *first, *second;
-  int64_t first_stride, second_stride, split, rows;
+  int64_t first_row_stride, second_row_stride, split, rows;
 
   float* operator[](int64_t row) const {
-    return row < split ? first + row * first_stride : second + (row - split) * second_stride;
+    return row < split ? first + row * first_row_stride : second + (row - split) * second_row_stride;
   }
 };
 
 // to = sums, or GELU(sums)
 template <bool is_gelu>
-struct Keep {
-  Lines to;
+struct StoreEpilogue {
+  SplitRows to;
   template <int R, int V>
   void operator()(int64_t row, int64_t i, const Vec<float> (&sums)[R][V]) const {
     for (int r = 0; r < R && row + r < to.rows; ++r) {
-      float* line = to[row + r] + i;
-      for (int v = 0; v < V; ++v) store(line + v * kWidth, is_gelu ? gelu<float>(sums[r][v]) : sums[r][v]);
+      float* target = to[row + r] + i;
+      for (int v = 0; v < V; ++v) store(target + v * kWidth, is_gelu ? gelu<float>(sums[r][v]) : sums[r][v]);
     }
   }
 };
 
 // to = x + sums, or x + GELU(sums); `x` may be `to`
 template <bool is_gelu>
-struct Add {
+struct ResidualEpilogue {
   float* to;
   const float* x;
-  int64_t stride, x_stride, rows;
+  int64_t row_stride, x_row_stride, rows;
   template <int R, int V>
   void operator()(int64_t row, int64_t i, const Vec<float> (&sums)[R][V]) const {
     for (int r = 0; r < R && row + r < rows; ++r) {
       for (int v = 0; v < V; ++v) {
         const int64_t place = i + v * kWidth;
         const Vec<float> y = is_gelu ? gelu<float>(sums[r][v]) : sums[r][v];
-        store(to + (row + r) * stride + place, load(x + (row + r) * x_stride + place) + y);
+        store(to + (row + r) * row_stride + place, load(x + (row + r) * x_row_stride + place) + y);
       }
     }
   }
@@ -50,9 +49,9 @@ struct Add {
 
 // GELU(sums) as cells
 template <class Cell>
-struct Activate {
+struct GeluCellEpilogue {
   Cell* to;
-  int64_t stride, rows;
+  int64_t row_stride, rows;
   template <int R, int V>
   void operator()(int64_t row, int64_t i, const Vec<float> (&sums)[R][V]) const {
     constexpr int G = kChannels<Cell>;
@@ -60,7 +59,7 @@ struct Activate {
       for (int v = 0; v < V; ++v) {
         Vec<float> y[G];
         for (int g = 0; g < G; ++g) y[g] = gelu<float>(sums[r + g][v]);
-        store_cells(to + (row + r) / G * stride + i + v * kWidth, y);
+        store_cells(to + (row + r) / G * row_stride + i + v * kWidth, y);
       }
     }
   }

@@ -6,13 +6,13 @@ namespace seemore::SEEMORE_ISA {
 namespace {
 
 // The model's parameters, one after another in the order of its state dict.
-class Parameters {
+class ParameterReader {
  public:
-  explicit Parameters(const float* next) : next_(next) {}
-  const float* take(int64_t count) {
-    const float* taken = next_;
+  explicit ParameterReader(const float* next) : next_(next) {}
+  const float* read(int64_t count) {
+    const float* values = next_;
     next_ += count;
-    return taken;
+    return values;
   }
   const float* next() const { return next_; }
 
@@ -21,8 +21,8 @@ class Parameters {
 };
 
 struct Layer {
-  Layer(Parameters& parameters, int64_t rows, int64_t inputs)
-      : weight(parameters.take(rows * inputs)), bias(parameters.take(rows)), inputs(inputs) {}
+  Layer(ParameterReader& parameters, int64_t rows, int64_t inputs)
+      : weight(parameters.read(rows * inputs)), bias(parameters.read(rows)), inputs(inputs) {}
   float operator()(int64_t row, int64_t input) const { return weight[row * inputs + input]; }
   const float *weight, *bias;
   int64_t inputs;
@@ -74,7 +74,7 @@ void copy(const Affine& to, const Layer& from, int64_t channels) {
 }
 
 template <class Cell>
-void pack_ffn(const FfnWeights<Cell>& to, Parameters& parameters, int64_t c) {
+void pack_ffn(const FfnWeights<Cell>& to, ParameterReader& parameters, int64_t c) {
   const Layer norm(parameters, c, 1), expand(parameters, 2 * c, c), project(parameters, c, c);
   const Layer gate(parameters, c, 9);
   pack_norm_pointwise(to.expand, norm, expand, 2 * c, c);
@@ -83,7 +83,7 @@ void pack_ffn(const FfnWeights<Cell>& to, Parameters& parameters, int64_t c) {
 }
 
 template <class Cell>
-void pack_group(const NetworkConfig& config, const GroupWeights<Cell>& to, Parameters& parameters) {
+void pack_group(const NetworkConfig& config, const GroupWeights<Cell>& to, ParameterReader& parameters) {
   const int64_t c = config.channels;
   // Local block.
   copy(to.norm_1, Layer(parameters, c, 1), c);
@@ -94,19 +94,19 @@ void pack_group(const NetworkConfig& config, const GroupWeights<Cell>& to, Param
   const Layer pointwise(parameters, c, c);
   copy(to.row, Layer(parameters, c, 3), c);
   copy(to.col, Layer(parameters, c, 3), c);
-  const Parameters first_expert = parameters;
+  const ParameterReader first_expert = parameters;
   for (int64_t e = 0; e < config.experts; ++e) {
     const int64_t rank = config.ranks[e];
-    parameters.take(2 * (rank * c + rank) + c * rank + c);
+    parameters.read(2 * (rank * c + rank) + c * rank + c);
   }
-  const float* router = parameters.take(config.experts * c);
+  const float* router = parameters.read(config.experts * c);
   const Layer proj(parameters, c, c);
 
   const ExpertWeights& experts = to.experts;
   copy(experts.router, router, config.experts * c);
   copy(experts.weight_proj, proj.weight, c * c);
   copy(experts.bias_proj, proj.bias, c);
-  Parameters next = first_expert;
+  ParameterReader next = first_expert;
   const auto expand_row = [&](int64_t row) { return config.is_shuffled ? row % 2 * c + row / 2 : row; };
   Buffer<float> weight_k(experts.ranks * c), bias_k(experts.ranks), expand_k(c * c), bias_expand_k(c);
   for (int64_t i = 0; i < c; ++i) {
@@ -155,7 +155,7 @@ void pack_group(const NetworkConfig& config, const GroupWeights<Cell>& to, Param
 
 template <class Cell>
 void pack_network(const NetworkConfig& config, const float* from, void* weights) {
-  Parameters parameters(from);
+  ParameterReader parameters(from);
   Arena arena(weights);
   const NetworkWeights<Cell> to(arena, config);
   const int64_t c = config.channels, outputs = config.in_channels * config.scale * config.scale;

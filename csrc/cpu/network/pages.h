@@ -1,4 +1,4 @@
-// What makes a mapped file larger than the memory usable.
+// Release of the memory of a mapped file that is larger than the memory (madvise).
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@
 
 namespace seemore::SEEMORE_ISA {
 
-// Take the pages within [begin, end) of a shared mapping of a file out of this process's memory. What they hold stays:
-// the system keeps it while there is room, and writes it to the file. Elsewhere than on Unix the system is left alone.
+// Take the pages within [begin, end) of a shared mapping of a file out of this process's memory. Their contents stay:
+// the system keeps them while there is room, and writes them to the file. Does nothing elsewhere than on Unix.
 inline void release_pages(const void* begin, const void* end) {
 #if defined(__unix__) || defined(__APPLE__)
   static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));

@@ -1,14 +1,16 @@
-// What happens at a group's global pool: the small map of the calibration, and which experts work on an image.
+// The work at a group's global pool: the small map of the calibration, the choice of experts, and their matrices.
 #pragma once
 
 #include "cpu/network/stages.h"
 
 namespace seemore::SEEMORE_ISA {
 
-// Where the columns of an image lie on a narrower map (bilinear, align_corners = False).
+// Positions of an image's columns on a narrower map (bilinear, align_corners = False).
 struct ColumnTable {
   ColumnTable(Arena& arena, int64_t count, int64_t columns, int64_t map_columns)
-      : left(arena.take<int32_t>(count)), right(arena.take<int32_t>(count)), share(arena.take<float>(count)) {
+      : left(arena.allocate<int32_t>(count)),
+        right(arena.allocate<int32_t>(count)),
+        share(arena.allocate<float>(count)) {
     if (!left) return;
     for (int64_t i = 0; i < count; ++i) {
       const Position position(smaller(i, columns - 1), columns, map_columns);
@@ -20,8 +22,8 @@ struct ColumnTable {
   struct Position {
     Position(int64_t i, int64_t size, int64_t map_size) {
       const float scale = static_cast<float>(map_size) / static_cast<float>(size);
-      const float at = scale * (static_cast<float>(i) + 0.5f) - 0.5f;
-      const float inside = at > 0 ? at : 0;
+      const float place = scale * (static_cast<float>(i) + 0.5f) - 0.5f;
+      const float inside = place > 0 ? place : 0;
       first = smaller(static_cast<int64_t>(inside), map_size - 1);
       second = smaller(first + 1, map_size - 1);
       share = inside - static_cast<float>(first);
@@ -34,11 +36,11 @@ struct ColumnTable {
   float* share;
 };
 
-// All that belongs to one image between two sweeps.
+// The state of one image between two sweeps.
 template <class Cell>
-class Route {
+class RoutingState {
  public:
-  Route(Arena& arena, const NetworkConfig& config, const Size& size)
+  RoutingState(Arena& arena, const NetworkConfig& config, const Size& size)
       : config_(config),
         height_(size.height),
         pixels_(size.height * size.width),
@@ -48,19 +50,19 @@ class Route {
         map_columns_(size.width) {
     for (int64_t i = 0; i < config.recursive; ++i) map_rows_ /= 4, map_columns_ /= 4;
     const int64_t c = config.channels, ranks = all_ranks(config);
-    for (float*& maps : maps_) maps = arena.take<float>(c * rows_ * columns_);
-    s_ = arena.take<float>(ranks * map_rows_ * map_columns_);
-    chosen_ = arena.take<int64_t>(ranks);
-    count_ = arena.take<int64_t>(1);
-    project_a_ = take_matrix<Cell>(arena, ranks, 1, c);
-    mix_ = take_matrix<Cell>(arena, c, 2, c, ranks);
+    for (float*& maps : maps_) maps = arena.allocate<float>(c * rows_ * columns_);
+    s_ = arena.allocate<float>(ranks * map_rows_ * map_columns_);
+    chosen_ = arena.allocate<int64_t>(ranks);
+    count_ = arena.allocate<int64_t>(1);
+    project_a_ = allocate_matrix<Cell>(arena, ranks, 1, c);
+    mix_ = allocate_matrix<Cell>(arena, c, 2, c, ranks);
   }
 
-  Pooled pooled(float* sums, int64_t strips) const { return {sums, maps_[0], strips, rows_, columns_}; }
+  GroupSums group_sums(float* sums, int64_t strips) const { return {sums, maps_[0], strips, rows_, columns_}; }
   int64_t map_rows() const { return map_rows_; }
   int64_t map_columns() const { return map_columns_; }
 
-  // For what the chosen experts do: rows of the packed projections, in cells of two or one; k's row of each.
+  // Of the chosen experts: rows of the packed projections, in cells of two or one; k's row of each.
   int64_t ranks() const { return count_ ? *count_ : 0; }  // null: memory is only counted
   int64_t row_of_k(int64_t i) const { return chosen_[i]; }
   const float* small_map(int64_t i, int64_t row) const { return s_ + (i * map_rows_ + row) * map_columns_; }
@@ -75,7 +77,7 @@ class Route {
     return matrix;
   }
 
-  // A channel's way from its aggregate to the small map.
+  // Compute a channel of the small map from its aggregate.
   void calibrate(const GroupWeights<Cell>& weights, int64_t channel) const {
     float* from = maps_[0] + channel * rows_ * columns_;
     float* to = maps_[1] + channel * rows_ * columns_;
@@ -91,14 +93,14 @@ class Route {
     convolve(to, from, rows, columns, weights.calibrate[channel]);
   }
 
-  // Choose the experts from the sums of a, and prepare their work.
+  // Choose the experts from the sums of a, and pack their matrices.
   void choose(const ExpertWeights& experts, const float* sums, int64_t strips) const {
     const int64_t c = config_.channels, ranks = experts.ranks;
     Buffer<double> mean(c);
     Buffer<float> probability(config_.experts);
     for (int64_t i = 0; i < c; ++i) mean[i] = 0;
-    for (int64_t line = 0; line < height_ * strips; ++line) {
-      for (int64_t i = 0; i < c; ++i) mean[i] += sums[line * c + i];
+    for (int64_t part = 0; part < height_ * strips; ++part) {
+      for (int64_t i = 0; i < c; ++i) mean[i] += sums[part * c + i];
     }
     float largest_logit = 0, total = 0;
     for (int64_t e = 0; e < config_.experts; ++e) {
@@ -163,12 +165,12 @@ class Route {
     std::memcpy(map + i, last, (count - i) * sizeof(float));
   }
 
-  static void aggregate(float* to, const float* from, int64_t rows, int64_t columns, int64_t stride,
+  static void aggregate(float* to, const float* from, int64_t rows, int64_t columns, int64_t row_stride,
                         const Taps<float>& taps) {
     for (int64_t y = 0; y < rows; ++y) {
       for (int64_t x = 0; x < columns; ++x) {
         float sum = taps.bias;
-        for (int64_t k = 0; k < 16; ++k) sum += taps.weight[k] * from[(4 * y + k / 4) * stride + 4 * x + k % 4];
+        for (int64_t k = 0; k < 16; ++k) sum += taps.weight[k] * from[(4 * y + k / 4) * row_stride + 4 * x + k % 4];
         to[y * columns + x] = sum;
       }
     }
@@ -176,14 +178,14 @@ class Route {
 
   static void convolve(float* to, const float* from, int64_t rows, int64_t columns, const Taps<float>& taps) {
     for (int64_t y = 0; y < rows; ++y) {
-      float* line = to + y * columns;
-      for (int64_t x = 0; x < columns; ++x) line[x] = taps.bias;
+      float* out = to + y * columns;
+      for (int64_t x = 0; x < columns; ++x) out[x] = taps.bias;
       for (int64_t k = 0; k < 9; ++k) {
         const int64_t source = y + k / 3 - 1, shift = k % 3 - 1;
         if (source < 0 || source >= rows) continue;
         const float* in = from + source * columns + shift;
         const float weight = taps.weight[k];
-        for (int64_t x = shift < 0 ? 1 : 0; x < columns - (shift > 0 ? 1 : 0); ++x) line[x] += weight * in[x];
+        for (int64_t x = shift < 0 ? 1 : 0; x < columns - (shift > 0 ? 1 : 0); ++x) out[x] += weight * in[x];
       }
     }
   }

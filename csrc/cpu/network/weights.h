@@ -9,14 +9,15 @@ namespace seemore::SEEMORE_ISA {
 // Depthwise weights, [channel][tap], and biases.
 struct Depthwise {
   Depthwise(Arena& arena, int64_t channels, int64_t count)
-      : count(count), weights(arena.take<float>(channels * count)), bias(arena.take<float>(channels)) {}
+      : count(count), weights(arena.allocate<float>(channels * count)), bias(arena.allocate<float>(channels)) {}
   Taps<float> operator[](int64_t channel) const { return {weights + channel * count, count, bias[channel]}; }
   int64_t count;
   float *weights, *bias;
 };
 
 struct Affine {
-  Affine(Arena& arena, int64_t channels) : weight(arena.take<float>(channels)), bias(arena.take<float>(channels)) {}
+  Affine(Arena& arena, int64_t channels)
+      : weight(arena.allocate<float>(channels)), bias(arena.allocate<float>(channels)) {}
   float *weight, *bias;
 };
 
@@ -32,25 +33,27 @@ inline int64_t all_ranks(const NetworkConfig& config) {
 template <class Cell>
 struct FfnWeights {
   FfnWeights(Arena& arena, int64_t c)
-      : expand(take_matrix<Cell>(arena, 2 * c, 1, c)), gate(arena, c, 9), project(take_matrix<Cell>(arena, c, 1, c)) {}
+      : expand(allocate_matrix<Cell>(arena, 2 * c, 1, c)),
+        gate(arena, c, 9),
+        project(allocate_matrix<Cell>(arena, c, 1, c)) {}
   Matrix<Cell> expand;  // with the norm's weight and bias
   Depthwise gate;
   Matrix<Cell> project;
 };
 
-// What the experts are made of; an image's own matrices are packed from it once its experts are chosen.
+// The weights of all experts; an image's own matrices are packed from them once its experts are chosen.
 struct ExpertWeights {
   ExpertWeights(Arena& arena, const NetworkConfig& config)
       : ranks(all_ranks(config)),
-        router(arena.take<float>(config.experts * config.channels)),
-        weight_a(arena.take<float>(ranks * config.channels)),
-        bias_a(arena.take<float>(ranks)),
-        weight_s(arena.take<float>(ranks * config.channels)),
-        bias_s(arena.take<float>(ranks)),
-        weight_out(arena.take<float>(config.channels * ranks)),
-        bias_out(arena.take<float>(config.experts * config.channels)),
-        weight_proj(arena.take<float>(config.channels * config.channels)),
-        bias_proj(arena.take<float>(config.channels)) {}
+        router(arena.allocate<float>(config.experts * config.channels)),
+        weight_a(arena.allocate<float>(ranks * config.channels)),
+        bias_a(arena.allocate<float>(ranks)),
+        weight_s(arena.allocate<float>(ranks * config.channels)),
+        bias_s(arena.allocate<float>(ranks)),
+        weight_out(arena.allocate<float>(config.channels * ranks)),
+        bias_out(arena.allocate<float>(config.experts * config.channels)),
+        weight_proj(arena.allocate<float>(config.channels * config.channels)),
+        bias_proj(arena.allocate<float>(config.channels)) {}
   int64_t ranks;
   float* router;                 // (E, C)
   float *weight_a, *bias_a;      // (R, C), R
@@ -63,18 +66,18 @@ template <class Cell>
 struct GroupWeights {
   GroupWeights(Arena& arena, const NetworkConfig& config)
       : norm_1(arena, config.channels),
-        conv(take_conv3x3<Cell>(arena, config.channels, config.channels)),
-        expand(take_matrix<Cell>(arena, 2 * config.channels + all_ranks(config), 1, config.channels)),
+        conv(allocate_conv3x3<Cell>(arena, config.channels, config.channels)),
+        expand(allocate_matrix<Cell>(arena, 2 * config.channels + all_ranks(config), 1, config.channels)),
         aggregate(arena, config.channels, 16),
         calibrate(arena, config.channels, 9),
         row(arena, config.channels, 3),
         col(arena, config.channels, 3),
         experts(arena, config),
         local_ffn(arena, config.channels),
-        to_qv(take_matrix<Cell>(arena, 2 * config.channels, 1, config.channels)),
+        to_qv(allocate_matrix<Cell>(arena, 2 * config.channels, 1, config.channels)),
         striped_row(arena, config.channels, config.taps),
         striped_col(arena, config.channels, config.taps),
-        project(take_matrix<Cell>(arena, config.channels, 1, config.channels)),
+        project(allocate_matrix<Cell>(arena, config.channels, 1, config.channels)),
         global_ffn(arena, config.channels) {}
   Affine norm_1;
   Matrix<Cell> conv, expand;  // expand: to a, k and weight_k @ k of all experts
@@ -90,10 +93,10 @@ struct GroupWeights {
 template <class Cell>
 struct NetworkWeights {
   NetworkWeights(Arena& arena, const NetworkConfig& config)
-      : conv_1(take_matrix<float>(arena, config.channels, 9, config.in_channels)),
+      : conv_1(allocate_matrix<float>(arena, config.channels, 9, config.in_channels)),
         norm(arena, config.channels),
-        conv_2(take_conv3x3<Cell>(arena, config.channels, config.channels)),
-        upsampler(take_conv3x3<float>(arena, config.in_channels * config.scale * config.scale, config.channels)),
+        conv_2(allocate_conv3x3<Cell>(arena, config.channels, config.channels)),
+        upsampler(allocate_conv3x3<float>(arena, config.in_channels * config.scale * config.scale, config.channels)),
         groups(arena.bytes()) {}
   Matrix<float> conv_1;
   Affine norm;
@@ -102,7 +105,7 @@ struct NetworkWeights {
   int64_t groups;  // where the first group's weights begin, in bytes
 };
 
-// The group's weights in the block that holds all.
+// A group's weights in the block that holds all.
 template <class Cell>
 GroupWeights<Cell> group_weights(const NetworkConfig& config, const void* weights, int64_t group) {
   Arena start(nullptr);

@@ -14,22 +14,22 @@ namespace {
 template <class T, class A = Accumulate<T>>
 void aggregate_tile(const Calibrate& in, const CalibrateParameters<T>& parameters, const Tile& tile, Map<A> one,
                     Rows<A>& buffers) {
-  const int64_t width = 4 * one.width, span = round_up(width, kLanes<A>);
+  const int64_t width = 4 * one.width, row_stride = round_up(width, kLanes<A>);
   A* const sums = buffers[1];
   for (int64_t y = tile.h0; y < tile.h1; ++y) {
     for (int64_t i = 0; i < 4; ++i) {
-      const Place place{tile.b, tile.c, tile.channels, 4 * y + i, 0, span};
+      const Place place{tile.b, tile.c, tile.channels, 4 * y + i, 0, row_stride};
       const A* const k = read_rows<T>(buffers[0], in.k, in.size, place, width);
       for (int64_t c = 0; c < tile.channels; ++c) {
-        for (int64_t x = 0; x < span; x += kLanes<A>) {
-          const Vec<A> product = parameters.aggregate(tile.c + c, i, x) * load(k + c * span + x);
-          store(sums + c * span + x, i == 0 ? product : load(sums + c * span + x) + product);
+        for (int64_t x = 0; x < row_stride; x += kLanes<A>) {
+          const Vec<A> product = parameters.aggregate(tile.c + c, i, x) * load(k + c * row_stride + x);
+          store(sums + c * row_stride + x, i == 0 ? product : load(sums + c * row_stride + x) + product);
         }
       }
     }
     for (int64_t c = 0; c < tile.channels; ++c) {
       A* const to = one.plane(tile.b, tile.c + c) + y * one.width;
-      add_fourfold(to, sums + c * span, parameters.bias_agg[tile.c + c], one.width);
+      add_fourfold(to, sums + c * row_stride, parameters.bias_agg[tile.c + c], one.width);
     }
   }
 }
@@ -38,8 +38,8 @@ void aggregate_tile(const Calibrate& in, const CalibrateParameters<T>& parameter
 template <class T, class A = Accumulate<T>>
 void aggregate_again(const Calibrate& in, const CalibrateParameters<T>& parameters, void* maps, int64_t b, int64_t c) {
   const Map<A> one = level_of<A>(in, maps, 1);
-  const int64_t span = round_up(one.width, kLanes<A>);
-  Rows<A> seen_row(1, span), sum_row(1, span);
+  const int64_t row_stride = round_up(one.width, kLanes<A>);
+  Rows<A> seen_row(1, row_stride), sum_row(1, row_stride);
   A *const seen = seen_row[0], *const sums = sum_row[0];
   for (int64_t level = 2; level <= in.recursive; ++level) {
     const Map<A> from = level_of<A>(in, maps, level - 1), to = level_of<A>(in, maps, level);
@@ -62,15 +62,16 @@ void aggregate_again(const Calibrate& in, const CalibrateParameters<T>& paramete
 template <class T, class A = Accumulate<T>>
 void mix(const CalibrateParameters<T>& parameters, Map<const A> activated, Map<A> mixed, int64_t b, int64_t first,
          int64_t last) {
-  const int64_t pixels = (last - first) * activated.width, span = round_up(pixels, kLanes<A>);
-  Buffer<A> seen(9 * span), depth(parameters.channels * span), result(parameters.rows * span);
+  const int64_t pixels = (last - first) * activated.width, row_stride = round_up(pixels, kLanes<A>);
+  Buffer<A> seen(9 * row_stride), depth(parameters.channels * row_stride), result(parameters.rows * row_stride);
   for (int64_t c = 0; c < parameters.channels; ++c) {
-    look_around<A>(seen, span, activated.plane(b, c), activated.height, activated.width, first, last);
-    depthwise<1, A>(depth + c * span, seen, span, parameters.dw + c * 9, parameters.bias_dw[c], span);
+    gather_taps<A>(seen, row_stride, activated.plane(b, c), activated.height, activated.width, first, last);
+    depthwise<1, A>(depth + c * row_stride, seen, row_stride, parameters.dw + c * 9, parameters.bias_dw[c], row_stride);
   }
-  multiply_rows<A>(result, depth, span, parameters.pw, parameters.bias_pw, parameters.rows, parameters.channels, span);
+  multiply_rows<A>(result, depth, row_stride, parameters.pw, parameters.bias_pw, parameters.rows, parameters.channels,
+                   row_stride);
   for (int64_t c = 0; c < parameters.channels; ++c) {
-    std::memcpy(mixed.plane(b, c) + first * mixed.width, result + c * span, pixels * sizeof(A));
+    std::memcpy(mixed.plane(b, c) + first * mixed.width, result + c * row_stride, pixels * sizeof(A));
   }
 }
 
@@ -78,7 +79,7 @@ void mix(const CalibrateParameters<T>& parameters, Map<const A> activated, Map<A
 template <class T, class A = Accumulate<T>>
 void add_stretched(const Calibrate& in, const Image& y, const Tile& tile, Map<const A> mixed, const Axis<A>& rows,
                    const Axis<A>& columns, Rows<A>& buffers) {
-  const int64_t width = in.size.width, span = round_up(width, kLanes<A>);
+  const int64_t width = in.size.width, row_stride = round_up(width, kLanes<A>);
   int64_t kept[2] = {-1, -1};
   const auto stretch = [&](int64_t row) {
     A* const to = buffers[2 + row % 2];
@@ -88,14 +89,14 @@ void add_stretched(const Calibrate& in, const Image& y, const Tile& tile, Map<co
       const A* const from = mixed.plane(tile.b, tile.c + c) + row * mixed.width;
       for (int64_t x = 0; x < width; ++x) {
         const A share = columns.share[x];
-        to[c * span + x] = (1 - share) * from[columns.before[x]] + share * from[columns.after[x]];
+        to[c * row_stride + x] = (1 - share) * from[columns.before[x]] + share * from[columns.after[x]];
       }
     }
     return to;
   };
   for (int64_t h = tile.h0; h < tile.h1; ++h) {
     const A *const above = stretch(rows.before[h]), *const below = stretch(rows.after[h]);
-    const Place place{tile.b, tile.c, tile.channels, h, 0, span};
+    const Place place{tile.b, tile.c, tile.channels, h, 0, row_stride};
     const A* const k = read_rows<T>(buffers[0], in.k, in.size, place, width);
     const A share = rows.share[h], rest = 1 - share;
     store_rows<T>(y, place, buffers[1], width,

@@ -3,7 +3,7 @@
 // 1. gather: the transposed interpolation, dy -> ds, the gradient of the small map; along columns first, then rows.
 // 2. mix: C x C matrix and depthwise 3x3 of a few rows of the small map, all channels.
 // 3. descend: from the last aggregation to the sums of the first one, a plane at a time.
-// 4. spread: what the first aggregation gives to dk, and its weights' gradient.
+// 4. spread: the first aggregation's contribution to dk, and its weights' gradient.
 
 #include "cpu/ops/calibrate_maps.h"
 #include "params/calibrate.h"
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kAggregationSums = 16 + 1;
 
-// What backward keeps in `scratch`, of the accumulation type.
+// The maps in `scratch`, of the accumulation type.
 template <class A>
 struct Scratch {
   Scratch(const Calibrate& in, void* memory)
@@ -30,25 +30,25 @@ struct Scratch {
 template <class T, class A = Accumulate<T>>
 void gather(const Calibrate& in, const Image& dy, const Tile& tile, Map<A> gathered, const Axis<A>& rows,
             const Axis<A>& columns, Rows<A>& buffers) {
-  const int64_t width = in.size.width, span = round_up(width, kLanes<A>);
+  const int64_t width = in.size.width, row_stride = round_up(width, kLanes<A>);
   A* const sums = buffers[1];
   for (int64_t i = tile.h0; i < tile.h1; ++i) {
     bool is_first = true;
     for (int64_t h = rows.starts[larger(i - 1, 0)]; h < rows.starts[i + 1]; ++h) {
       const A share = rows.share[h];
       const A weight = (rows.before[h] == i ? 1 - share : A(0)) + (rows.after[h] == i ? share : A(0));
-      const Place place{tile.b, tile.c, tile.channels, h, 0, span};
+      const Place place{tile.b, tile.c, tile.channels, h, 0, row_stride};
       const A* const from = read_rows<T>(buffers[0], dy, in.size, place, width);
-      for (int64_t x = 0; x < tile.channels * span; x += kLanes<A>) {
+      for (int64_t x = 0; x < tile.channels * row_stride; x += kLanes<A>) {
         const Vec<A> product = weight * load(from + x);
         store(sums + x, is_first ? product : load(sums + x) + product);
       }
       is_first = false;
     }
     for (int64_t c = 0; c < tile.channels; ++c) {
-      const A* const from = sums + c * span;
+      const A* const from = sums + c * row_stride;
       A* const to = gathered.plane(tile.b, tile.c + c) + i * gathered.width;
-      A carried = 0;  // what the column before gives
+      A carried = 0;  // from the column before
       for (int64_t j = 0; j < gathered.width; ++j) {
         A before = 0, after = 0;
         for (int64_t x = columns.starts[j]; x < columns.starts[j + 1]; ++x) {
@@ -98,25 +98,27 @@ template <class T, class A = Accumulate<T>>
 void mix_backward(const CalibrateParameters<T>& parameters, Map<const A> activated, const Scratch<A>& scratch,
                   int64_t b, int64_t first, int64_t last, A* partial) {
   const int64_t channels = parameters.channels, columns = channels + 1 + 9 + 1, width = activated.width;
-  const int64_t pixels = (last - first) * width, span = round_up(pixels, kLanes<A>);
-  Buffer<A> seen(channels * 9 * span), depth(channels * span), ds(channels * span), result(parameters.rows * span);
+  const int64_t pixels = (last - first) * width, row_stride = round_up(pixels, kLanes<A>);
+  Buffer<A> seen(channels * 9 * row_stride), depth(channels * row_stride), ds(channels * row_stride),
+      result(parameters.rows * row_stride);
   for (int64_t c = 0; c < channels; ++c) {
-    A* const around = seen + c * 9 * span;
-    look_around<A>(around, span, activated.plane(b, c), activated.height, width, first, last);
-    depthwise<1, A>(depth + c * span, around, span, parameters.dw + c * 9, parameters.bias_dw[c], span);
-    A* const d = ds + c * span;
+    A* const seen_taps = seen + c * 9 * row_stride;
+    gather_taps<A>(seen_taps, row_stride, activated.plane(b, c), activated.height, width, first, last);
+    depthwise<1, A>(depth + c * row_stride, seen_taps, row_stride, parameters.dw + c * 9, parameters.bias_dw[c],
+                    row_stride);
+    A* const d = ds + c * row_stride;
     std::memcpy(d, scratch.gathered.plane(b, c) + first * width, pixels * sizeof(A));
-    for (int64_t i = pixels; i < span; ++i) d[i] = depth[c * span + i] = 0;
-    partial[c * columns + channels] = sum_of_lanes<A>(row_sum<A>(d, span));
+    for (int64_t i = pixels; i < row_stride; ++i) d[i] = depth[c * row_stride + i] = 0;
+    partial[c * columns + channels] = sum_of_lanes<A>(row_sum<A>(d, row_stride));
   }
-  multiply_transposed<A>(partial, columns, ds, channels, depth, channels, span);
-  multiply_rows<A>(result, ds, span, parameters.pw_transposed, nullptr, parameters.rows, channels, span);
+  multiply_transposed<A>(partial, columns, ds, channels, depth, channels, row_stride);
+  multiply_rows<A>(result, ds, row_stride, parameters.pw_transposed, nullptr, parameters.rows, channels, row_stride);
   for (int64_t c = 0; c < channels; ++c) {
-    const A* const d = result + c * span;
+    const A* const d = result + c * row_stride;
     std::memcpy(scratch.unmixed.plane(b, c) + first * width, d, pixels * sizeof(A));
     A* const sums = partial + c * columns + channels + 1;
-    multiply_transposed<A>(sums, 0, d, 1, seen + c * 9 * span, 9, span);
-    sums[9] = sum_of_lanes<A>(row_sum<A>(d, span));
+    multiply_transposed<A>(sums, 0, d, 1, seen + c * 9 * row_stride, 9, row_stride);
+    sums[9] = sum_of_lanes<A>(row_sum<A>(d, row_stride));
   }
 }
 
@@ -141,16 +143,16 @@ void descend(const Calibrate& in, const CalibrateParameters<T>& parameters, cons
              int64_t b, int64_t c, A* partial) {
   const Map<const A> last = level_of<const A>(in, maps, in.recursive);
   const Map<A> one = scratch.first;
-  const int64_t pixels = last.pixels(), span = round_up(pixels, kLanes<A>), wide = round_up(one.width, kLanes<A>);
-  Buffer<A> seen(9 * span), d(one.pixels() + wide), above(one.pixels() / 16 + wide), pre(span);
+  const int64_t pixels = last.pixels(), row_stride = round_up(pixels, kLanes<A>), wide = round_up(one.width, kLanes<A>);
+  Buffer<A> seen(9 * row_stride), d(one.pixels() + wide), above(one.pixels() / 16 + wide), pre(row_stride);
   Rows<A> repeated(1, wide), row(1, wide);
-  look_around<A>(seen, span, scratch.unmixed.plane(b, c), last.height, last.width, 0, last.height);
+  gather_taps<A>(seen, row_stride, scratch.unmixed.plane(b, c), last.height, last.width, 0, last.height);
   A *now = in.recursive % 2 ? d : above, *next = in.recursive % 2 ? above : d;  // it ends in d, which is the larger one
-  depthwise<-1, A>(now, seen, span, parameters.dw + c * 9, A(0), span);
+  depthwise<-1, A>(now, seen, row_stride, parameters.dw + c * 9, A(0), row_stride);
   std::memcpy(pre, last.plane(b, c), pixels * sizeof(A));
-  for (int64_t i = pixels; i < span; ++i) pre[i] = 0;
+  for (int64_t i = pixels; i < row_stride; ++i) pre[i] = 0;
   double bias = 0;
-  for (int64_t i = 0; i < span; i += kLanes<A>) {
+  for (int64_t i = 0; i < row_stride; i += kLanes<A>) {
     const Vec<A> x = load(pre + i);
     const Normal<A> n = normal(x);
     store(now + i, load(now + i) * (n.distribution + x * n.density));
@@ -185,30 +187,30 @@ void descend(const Calibrate& in, const CalibrateParameters<T>& parameters, cons
   partial[16] = bias;
 }
 
-// Rows of dk that rows [tile.h0, tile.h1) of the first aggregation see; the last tile has what none sees, too.
+// Rows of dk that rows [tile.h0, tile.h1) of the first aggregation cover; the last tile has the uncovered ones, too.
 template <class T, class A = Accumulate<T>>
 void spread(const Calibrate& in, const CalibrateParameters<T>& parameters, const Image& dy, const Image& dk,
             const Tile& tile, Map<A> one, A* partial, Rows<A>& buffers) {
-  const int64_t width = in.size.width, seen = 4 * one.width, span = round_up(width, kLanes<A>);
+  const int64_t width = in.size.width, seen = 4 * one.width, row_stride = round_up(width, kLanes<A>);
   const Size seen_size{in.size.batch, in.size.channels, in.size.height, seen};
   Buffer<AggregationSums<A>> sums(tile.channels);
   for (int64_t c = 0; c < tile.channels; ++c) sums[c] = {};
   const int64_t last = tile.h1 == one.height ? in.size.height : 4 * tile.h1;
   for (int64_t h = 4 * tile.h0; h < last; ++h) {
     const bool is_seen = h < 4 * one.height;
-    const Place place{tile.b, tile.c, tile.channels, h, 0, span};
+    const Place place{tile.b, tile.c, tile.channels, h, 0, row_stride};
     const A* const d = read_rows<T>(buffers[0], dy, in.size, place, width);
     if (is_seen) {
       const A* const k = read_rows<T>(buffers[1], in.k, seen_size, place, round_up(seen, kLanes<A>));
       for (int64_t c = 0; c < tile.channels; ++c) {
-        A *const upstream = buffers[2] + c * span, *const to = buffers[3] + c * span;
+        A *const upstream = buffers[2] + c * row_stride, *const to = buffers[3] + c * row_stride;
         if (h % 4 == 0) repeat_fourfold(upstream, one.plane(tile.b, tile.c + c) + h / 4 * one.width, one.width);
         for (int64_t x = 0; x < seen; x += kLanes<A>) {
           const Vec<A> v = load(upstream + x);
-          sums[c].add(h % 4, x, v * load(k + c * span + x));
+          sums[c].add(h % 4, x, v * load(k + c * row_stride + x));
           store(to + x, v * parameters.aggregate(tile.c + c, h % 4, x));
         }
-        for (int64_t x = seen; x < span; ++x) to[x] = 0;
+        for (int64_t x = seen; x < row_stride; ++x) to[x] = 0;
       }
     }
     const A* const add = buffers[3];

@@ -1,5 +1,5 @@
-// What forward and backward of calibrate share on the CPU: parameters in the accumulation type, small maps, where
-// bilinear interpolation looks, 4x4 blocks of a row, 3x3 neighbourhoods, and the product with a C x C matrix.
+// Parts of calibrate's forward and backward on the CPU: parameters in the accumulation type, small maps, bilinear
+// positions, 4x4 blocks of a row, 3x3 neighbourhoods, and the product with a C x C matrix.
 #pragma once
 
 #include "cpu/simd/math.h"
@@ -79,7 +79,7 @@ inline Map<A> map_of(const MapSize& size, A* data) {
   return {data, size.batch, size.height, size.width};
 }
 
-// level_size() of this namespace, for which nothing inline from outside may be used.
+// level_size() in this namespace, which may not use inline functions of another.
 inline MapSize size_of_level(const Calibrate& in, int64_t level) {
   const int64_t drop = 2 * in.recursive, keep = 2 * (in.recursive - level);
   return {in.size.channels, in.size.batch, in.size.height >> drop << keep, in.size.width >> drop << keep};
@@ -98,7 +98,7 @@ inline Map<A> level_of(const Calibrate& in, Data* maps, int64_t level) {
   return map_of(size_of_level(in, smaller(level, in.recursive)), static_cast<A*>(maps) + offset);
 }
 
-// Where bilinear interpolation looks along one axis: as in torch's upsample_bilinear2d, align_corners=False.
+// Positions of bilinear interpolation along one axis, as in torch's upsample_bilinear2d, align_corners=False.
 template <class A>
 struct Axis {
   Axis(int64_t pixels, int64_t small)
@@ -119,15 +119,16 @@ struct Axis {
   int64_t pixels;
   Buffer<int32_t> before, after;
   Buffer<A> share;         // of `after`
-  Buffer<int64_t> starts;  // the first pixel that looks at [i] or behind it
+  Buffer<int64_t> starts;  // the first pixel with `before` at least [i]
 };
 
-// Pixels [0, count) of `row` where they lie as they are needed, else a copy; vectors beyond `count` can be read.
+// Pixels [0, count) of a place, in memory where they lie as they are needed, else as a copy; vectors beyond `count` can
+// be read.
 template <class T, class A = Accumulate<T>>
 inline const A* read_rows(A* copy, const Image& image, const Size& size, const Place& place, int64_t count) {
   if constexpr (sizeof(T) == sizeof(A)) {
     if (image.column == 1 && place.channels == 1 && count % kLanes<A> == 0 && place.w + count <= size.width) {
-      return at<const A>(image, place.b, place.c, place.h, place.w);
+      return address<const A>(image, place.b, place.c, place.h, place.w);
     }
   }
   load_rows<T>(copy, image, size, place, count);
@@ -162,10 +163,10 @@ inline void gelu_row(A* to, const A* from, int64_t count) {
   for (int64_t j = 0; i + j < count; ++j) to[i + j] = last[j];
 }
 
-// What the nine taps around the pixels of rows [first, last) of a plane see: seen[tap * stride + pixel], 0 outside. Up
-// to a whole vector, pixels beyond are 0, too.
+// Gather the inputs of the nine taps for rows [first, last) of a plane: seen[tap * stride + pixel], 0 outside. Up to a
+// whole vector, pixels beyond are 0, too.
 template <class A>
-inline void look_around(A* seen, int64_t stride, const A* plane, int64_t height, int64_t width, int64_t first,
+inline void gather_taps(A* seen, int64_t stride, const A* plane, int64_t height, int64_t width, int64_t first,
                         int64_t last) {
   for (int64_t tap = 0; tap < 9; ++tap) {
     A* to = seen + tap * stride;
@@ -231,13 +232,13 @@ inline void multiply_rows(A* to, const A* from, int64_t stride, const A* matrix,
   for (; i < count; i += kLanes<A>) multiply_columns<1>(to + i, from + i, stride, matrix, bias, rows, channels);
 }
 
-// Tiles of an image, or of what has as many rows as a map; all columns together.
+// Tiles of an image, or of a map with so many rows; all columns together.
 inline Tiling calibrate_tiling(const Calibrate& in, int64_t height) {
   const Size size{in.size.batch, in.size.channels, height, in.size.width};
   return Tiling(size, is_interleaved(in.k) ? smaller(larger(1, size.channels), 16) : 1, larger(1, size.width));
 }
 
-// task(tile, buffers) for all tiles, with `count` rows for all channels of a tile.
+// Call task(tile, buffers) for all tiles, with `count` rows for all channels of a tile.
 template <class A, class Task>
 inline void for_each_calibrated(const Tiling& tiling, int64_t count, const Task& task) {
   const int64_t length = tiling.channels * round_up(tiling.size.width, kLanes<A>);

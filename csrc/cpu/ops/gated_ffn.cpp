@@ -1,5 +1,5 @@
-// gated_ffn on the CPU: a band of lines slides through its stages, of which each lags behind the one before as far as
-// the 3x3 kernel sees.
+// gated_ffn on the CPU: a band of rows slides through its stages, each of which lags behind the one before by the halo
+// of the 3x3 kernel.
 //
 //   s = W1 LN(x);  u, g = GELU(s);  c = stencil(g);  t = W2 (u c);  y = x + GELU(t)
 //
@@ -18,10 +18,10 @@ namespace {
 
 constexpr int64_t kPixels = 640;  // of a step
 
-// The parameters in the type of sums, and packed.
+// The parameters in the accumulation type, and packed.
 template <class A, class Cell>
-struct Layers {
-  explicit Layers(const GatedFfn& in)
+struct GatedFfnWeights {
+  explicit GatedFfnWeights(const GatedFfn& in)
       : channels(in.size.channels),
         first(in.norm_weight, in.norm_bias, in.weight_1, in.bias_1, 2 * channels, channels),
         second({}, {}, in.weight_2, in.bias_2, channels, channels),
@@ -32,17 +32,19 @@ struct Layers {
     }
   }
 
-  // bias + the sum of what the taps of channel c see around g
-  Vec<A> stencil(int64_t c, const A* g, int64_t pitch) const {
+  // The stencil of channel c at g, with its bias.
+  Vec<A> stencil(int64_t c, const A* g, int64_t padded_width) const {
     const A* const weight = gate + c * 10;
     Vec<A> sum = broadcast(weight[9]);
-    each_of_nine(pitch, [&](int64_t distance, auto tap) { sum += weight[decltype(tap)::value] * load(g + distance); });
+    each_of_nine(padded_width,
+                 [&](int64_t distance, auto tap) { sum += weight[decltype(tap)::value] * load(g + distance); });
     return sum;
   }
-  Vec<A> stencil_backward(int64_t c, const A* d, int64_t pitch) const {
+  Vec<A> stencil_backward(int64_t c, const A* d, int64_t padded_width) const {
     const A* const weight = gate + c * 10;
     Vec<A> sum{};
-    each_of_nine(pitch, [&](int64_t distance, auto tap) { sum += weight[decltype(tap)::value] * load(d - distance); });
+    each_of_nine(padded_width,
+                 [&](int64_t distance, auto tap) { sum += weight[decltype(tap)::value] * load(d - distance); });
     return sum;
   }
 
@@ -52,257 +54,264 @@ struct Layers {
 };
 
 template <class A, class Cell>
-class Forward {
+class GatedFfnForward {
  public:
-  Forward(const GatedFfn& in, const TypedImage& y, const Layers<A, Cell>& layers, const Bands& bands)
+  GatedFfnForward(const GatedFfn& in, const TypedImage& y, const GatedFfnWeights<A, Cell>& weights, const Bands& bands)
       : in_(in),
         y_(y),
-        layers_(layers),
+        weights_(weights),
         bands_(bands),
-        held_(in.size.width, 2, kPixels),
-        x_(held_, layers.channels),
-        u_(held_, layers.channels),
-        g_(held_, layers.channels),
-        product_(held_, layers.channels),
-        scale_(held_, 1) {}
+        window_(in.size.width, 2, kPixels),
+        x_(window_, weights.channels),
+        u_(window_, weights.channels),
+        g_(window_, weights.channels),
+        product_(window_, weights.channels),
+        scale_(window_, 1) {}
 
   void operator()(int64_t band) {
     const int64_t image = bands_.image(band);
-    Stage reading(bands_, band, 1), writing(bands_, band, 0);
+    BandStage reading(bands_, band, 1), writing(bands_, band, 0);
     Slab<A>* const slabs[] = {&x_, &u_, &g_};
     for (Slab<A>* slab : slabs) slab->clear();
-    held_.base = reading.first - held_.kept;
+    window_.base = reading.first - window_.kept;
     while (writing.end < writing.last) {
       reading.begin = reading.end;
-      reading.end = smaller(reading.last, reading.begin + held_.step);
+      reading.end = smaller(reading.last, reading.begin + window_.step);
       read(image, reading);
       writing.follow(reading, 1);
       write(image, writing);
       if (writing.end == writing.last) return;
       u_.slide(reading.end), g_.slide(reading.end);
-      held_.base = reading.end - held_.kept;
+      window_.base = reading.end - window_.kept;
     }
   }
 
  private:
-  void read(int64_t image, const Stage& lines) {
-    const int64_t width = lines.lines() * held_.pitch, C = layers_.channels;
-    x_.load(in_.x, in_.size, image, lines.begin, lines.end);
-    normalise_pixels<A>(x_.at(lines.begin), x_.span(), C, width, scale_.at(lines.begin), static_cast<A>(in_.eps));
-    Ahead x = x_.ahead(in_.x, in_.size, image, lines.end, lines.end + held_.step, 2 * C, width);
-    layers_.first.forward(x_.at(lines.begin), x_.span(), width, [&](int64_t row, int64_t i, const auto& sums) {
-      x.some();
-      each_vector(sums, 2 * C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
-        const int64_t c = row + r;
-        store((c < C ? u_.at(lines.begin, c) : g_.at(lines.begin, c - C)) + i + v, gelu<A>(sum));
-      });
-    });
-    g_.clear_gaps(lines.begin, lines.end);
-    if (lines.end == in_.size.height) g_.clear_line(lines.end);
+  void read(int64_t image, const BandStage& stage) {
+    const int64_t width = stage.rows() * window_.padded_width, C = weights_.channels;
+    x_.load(in_.x, in_.size, image, stage.begin, stage.end);
+    normalise_pixels<A>(x_.address(stage.begin), x_.row_stride(), C, width, scale_.address(stage.begin),
+                        static_cast<A>(in_.eps));
+    Prefetcher x = x_.prefetch(in_.x, in_.size, image, stage.end, stage.end + window_.step, 2 * C, width);
+    weights_.first.forward(
+        x_.address(stage.begin), x_.row_stride(), width, [&](int64_t row, int64_t i, const auto& sums) {
+          x.advance();
+          each_vector(sums, 2 * C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
+            const int64_t c = row + r;
+            store((c < C ? u_.address(stage.begin, c) : g_.address(stage.begin, c - C)) + i + v, gelu<A>(sum));
+          });
+        });
+    g_.clear_gaps(stage.begin, stage.end);
+    if (stage.end == in_.size.height) g_.clear_row(stage.end);
   }
 
-  void write(int64_t image, const Stage& lines) {
-    const int64_t width = lines.lines() * held_.pitch, C = layers_.channels;
+  void write(int64_t image, const BandStage& stage) {
+    const int64_t width = stage.rows() * window_.padded_width, C = weights_.channels;
     for (int64_t c = 0; c < C; ++c) {
-      const A *const u = u_.at(lines.begin, c), *const g = g_.at(lines.begin, c);
-      A* const product = product_.at(lines.begin, c);
+      const A *const u = u_.address(stage.begin, c), *const g = g_.address(stage.begin, c);
+      A* const product = product_.address(stage.begin, c);
       for (int64_t i = 0; i < width; i += kLanes<A>) {
-        store(product + i, load(u + i) * layers_.stencil(c, g + i, held_.pitch));
+        store(product + i, load(u + i) * weights_.stencil(c, g + i, window_.padded_width));
       }
     }
-    x_.load(in_.x, in_.size, image, lines.begin, lines.end);
-    layers_.second.forward(product_.at(lines.begin), product_.span(), width,
-                           [&](int64_t row, int64_t i, const auto& sums) {
-                             each_vector(sums, C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
-                               A* const at = x_.at(lines.begin, row + r) + i + v;
-                               store(at, load(at) + gelu<A>(sum));
-                             });
-                           });
-    x_.save(y_, image, lines.begin, lines.end);
+    x_.load(in_.x, in_.size, image, stage.begin, stage.end);
+    weights_.second.forward(product_.address(stage.begin), product_.row_stride(), width,
+                            [&](int64_t row, int64_t i, const auto& sums) {
+                              each_vector(sums, C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
+                                A* const at = x_.address(stage.begin, row + r) + i + v;
+                                store(at, load(at) + gelu<A>(sum));
+                              });
+                            });
+    x_.save(y_, image, stage.begin, stage.end);
   }
 
   const GatedFfn& in_;
   const TypedImage& y_;
-  const Layers<A, Cell>& layers_;
+  const GatedFfnWeights<A, Cell>& weights_;
   const Bands& bands_;
-  Held held_;
+  SlabWindow window_;
   Slab<A> x_, u_, g_, product_, scale_;
 };
 
 template <class A, class Cell>
-class Backward {
+class GatedFfnBackward {
  public:
-  Backward(const GatedFfn& in, const GatedFfnGradients& grad, const Layers<A, Cell>& layers, const Bands& bands)
+  GatedFfnBackward(const GatedFfn& in, const GatedFfnGradients& grad, const GatedFfnWeights<A, Cell>& weights,
+                   const Bands& bands)
       : in_(in),
         grad_(grad),
-        layers_(layers),
+        weights_(weights),
         bands_(bands),
-        held_(in.size.width, 3, kPixels),
-        x_(held_, layers.channels),
-        u_(held_, layers.channels),
-        g_(held_, layers.channels),
-        u_slope_(held_, layers.channels),
-        g_slope_(held_, layers.channels),
-        du_(held_, layers.channels),
-        dc_(held_, layers.channels),
-        product_(held_, layers.channels),
-        dt_(held_, layers.channels),
-        ds_(held_, 2 * layers.channels),
-        scale_(held_, 1) {}
+        window_(in.size.width, 3, kPixels),
+        x_(window_, weights.channels),
+        u_(window_, weights.channels),
+        g_(window_, weights.channels),
+        u_slope_(window_, weights.channels),
+        g_slope_(window_, weights.channels),
+        du_(window_, weights.channels),
+        dc_(window_, weights.channels),
+        product_(window_, weights.channels),
+        dt_(window_, weights.channels),
+        ds_(window_, 2 * weights.channels),
+        scale_(window_, 1) {}
 
   // Adds to the sums of the first layer, the second, and the gate.
   void operator()(int64_t band, A* sums) {
     const int64_t image = bands_.image(band);
     own_ = {bands_.top(band), bands_.bottom(band)};
-    Stage reading(bands_, band, 2), gating(bands_, band, 1), writing(bands_, band, 0);
+    BandStage reading(bands_, band, 2), gating(bands_, band, 1), writing(bands_, band, 0);
     Slab<A>* const cleared[] = {&x_, &u_, &g_, &dc_, &dt_};
     Slab<A>* const sliding[] = {&x_, &u_, &g_, &u_slope_, &g_slope_, &du_, &dc_, &scale_};
     for (Slab<A>* slab : cleared) slab->clear();
-    held_.base = reading.first - held_.kept;
+    window_.base = reading.first - window_.kept;
     while (true) {
       reading.begin = reading.end;
-      reading.end = smaller(reading.last, reading.begin + held_.step);
+      reading.end = smaller(reading.last, reading.begin + window_.step);
       read(image, reading);
       gating.follow(reading, 1);
-      gate(image, gating, sums + layers_.first.sums());
+      gate(image, gating, sums + weights_.first.sums());
       writing.follow(gating, 1);
       write(image, writing, sums);
       if (writing.end == writing.last) return;
       for (Slab<A>* slab : sliding) slab->slide(reading.end);
-      held_.base = reading.end - held_.kept;
+      window_.base = reading.end - window_.kept;
     }
   }
 
  private:
-  void read(int64_t image, const Stage& lines) {
-    const int64_t width = lines.lines() * held_.pitch, C = layers_.channels;
-    x_.load(in_.x, in_.size, image, lines.begin, lines.end);
-    normalise_pixels<A>(x_.at(lines.begin), x_.span(), C, width, scale_.at(lines.begin), static_cast<A>(in_.eps));
-    Ahead x = x_.ahead(in_.x, in_.size, image, lines.end, lines.end + held_.step, 2 * C, width);
-    Ahead dy = dt_.ahead(grad_.dy, in_.size, image, lines.begin, lines.end, 2 * C, width);
-    layers_.first.forward(x_.at(lines.begin), x_.span(), width, [&](int64_t row, int64_t i, const auto& sums) {
-      x.some(), dy.some();
-      each_vector(sums, 2 * C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
-        const bool is_u = row + r < C;
-        const int64_t c = is_u ? row + r : row + r - C;
-        const GeluBoth<A> both = gelu_both<A>(sum);
-        store((is_u ? u_ : g_).at(lines.begin, c) + i + v, both.value);
-        store((is_u ? u_slope_ : g_slope_).at(lines.begin, c) + i + v, both.gradient);
-      });
-    });
-    g_.clear_gaps(lines.begin, lines.end);
-    if (lines.end == in_.size.height) g_.clear_line(lines.end);
+  void read(int64_t image, const BandStage& stage) {
+    const int64_t width = stage.rows() * window_.padded_width, C = weights_.channels;
+    x_.load(in_.x, in_.size, image, stage.begin, stage.end);
+    normalise_pixels<A>(x_.address(stage.begin), x_.row_stride(), C, width, scale_.address(stage.begin),
+                        static_cast<A>(in_.eps));
+    Prefetcher x = x_.prefetch(in_.x, in_.size, image, stage.end, stage.end + window_.step, 2 * C, width);
+    Prefetcher dy = dt_.prefetch(grad_.dy, in_.size, image, stage.begin, stage.end, 2 * C, width);
+    weights_.first.forward(x_.address(stage.begin), x_.row_stride(), width,
+                           [&](int64_t row, int64_t i, const auto& sums) {
+                             x.advance(), dy.advance();
+                             each_vector(sums, 2 * C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
+                               const bool is_u = row + r < C;
+                               const int64_t c = is_u ? row + r : row + r - C;
+                               const GeluBoth<A> both = gelu_both<A>(sum);
+                               store((is_u ? u_ : g_).address(stage.begin, c) + i + v, both.value);
+                               store((is_u ? u_slope_ : g_slope_).address(stage.begin, c) + i + v, both.gradient);
+                             });
+                           });
+    g_.clear_gaps(stage.begin, stage.end);
+    if (stage.end == in_.size.height) g_.clear_row(stage.end);
   }
 
-  void gate(int64_t image, const Stage& lines, A* sums) {
-    const int64_t width = lines.lines() * held_.pitch, C = layers_.channels;
+  void gate(int64_t image, const BandStage& stage, A* sums) {
+    const int64_t width = stage.rows() * window_.padded_width, C = weights_.channels;
     if (width == 0) return;
     for (int64_t c = 0; c < C; ++c) {
-      const A *const u = u_.at(lines.begin, c), *const g = g_.at(lines.begin, c);
-      A *const product = product_.at(lines.begin, c), *const du = du_.at(lines.begin, c);
+      const A *const u = u_.address(stage.begin, c), *const g = g_.address(stage.begin, c);
+      A *const product = product_.address(stage.begin, c), *const du = du_.address(stage.begin, c);
       for (int64_t i = 0; i < width; i += kLanes<A>) {
-        const Vec<A> seen = layers_.stencil(c, g + i, held_.pitch);
+        const Vec<A> seen = weights_.stencil(c, g + i, window_.padded_width);
         store(du + i, seen);
         store(product + i, load(u + i) * seen);
       }
     }
-    dt_.load(grad_.dy, in_.size, image, lines.begin, lines.end);
-    layers_.second.forward(product_.at(lines.begin), product_.span(), width,
-                           [&](int64_t row, int64_t i, const auto& t) {
-                             each_vector(t, C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
-                               A* const at = dt_.at(lines.begin, row + r) + i + v;
-                               store(at, load(at) * gelu_gradient<A>(sum));
-                             });
-                           });
-    dt_.clear_gaps(lines.begin, lines.end);
-    dt_.clear_behind(lines.end);
-    layers_.second.backward(dt_.at(lines.begin), dt_.span(), width, [&](int64_t row, int64_t i, const auto& dp) {
-      each_vector(dp, C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
-        const int64_t c = row + r;
-        A* const du = du_.at(lines.begin, c) + i + v;
-        store(du, load(du) * sum);
-        store(dc_.at(lines.begin, c) + i + v, load(u_.at(lines.begin, c) + i + v) * sum);
-      });
-    });
-    if (lines.end == in_.size.height) dc_.clear_line(lines.end);
-    const int64_t first = larger(lines.begin, own_.first), last = smaller(lines.end, own_.last);
+    dt_.load(grad_.dy, in_.size, image, stage.begin, stage.end);
+    weights_.second.forward(product_.address(stage.begin), product_.row_stride(), width,
+                            [&](int64_t row, int64_t i, const auto& t) {
+                              each_vector(t, C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
+                                A* const at = dt_.address(stage.begin, row + r) + i + v;
+                                store(at, load(at) * gelu_gradient<A>(sum));
+                              });
+                            });
+    dt_.clear_gaps(stage.begin, stage.end);
+    dt_.clear_behind(stage.end);
+    weights_.second.backward(
+        dt_.address(stage.begin), dt_.row_stride(), width, [&](int64_t row, int64_t i, const auto& dp) {
+          each_vector(dp, C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
+            const int64_t c = row + r;
+            A* const du = du_.address(stage.begin, c) + i + v;
+            store(du, load(du) * sum);
+            store(dc_.address(stage.begin, c) + i + v, load(u_.address(stage.begin, c) + i + v) * sum);
+          });
+        });
+    if (stage.end == in_.size.height) dc_.clear_row(stage.end);
+    const int64_t first = larger(stage.begin, own_.first), last = smaller(stage.end, own_.last);
     if (first >= last) return;
-    if (last < lines.end) dt_.clear_line(last);  // which is made again for its band
-    layers_.second.add_gradients(sums, dt_.at(first), dt_.span(), product_.at(first), product_.span(),
-                                 (last - first) * held_.pitch);
+    if (last < stage.end) dt_.clear_row(last);  // which its own band computes
+    weights_.second.add_gradients(sums, dt_.address(first), dt_.row_stride(), product_.address(first),
+                                  product_.row_stride(), (last - first) * window_.padded_width);
   }
 
-  void write(int64_t image, const Stage& lines, A* sums) {
-    const int64_t width = lines.lines() * held_.pitch, C = layers_.channels;
+  void write(int64_t image, const BandStage& stage, A* sums) {
+    const int64_t width = stage.rows() * window_.padded_width, C = weights_.channels;
     if (width == 0) return;
-    A* const gate_sums = sums + layers_.first.sums() + layers_.second.sums();
+    A* const gate_sums = sums + weights_.first.sums() + weights_.second.sums();
     for (int64_t c = 0; c < C; ++c) {
-      const A *const dc = dc_.at(lines.begin, c), *const g = g_.at(lines.begin, c);
-      const A *const u_slope = u_slope_.at(lines.begin, c), *const g_slope = g_slope_.at(lines.begin, c);
-      const A* const du = du_.at(lines.begin, c);
-      A *const ds_u = ds_.at(lines.begin, c), *const ds_g = ds_.at(lines.begin, c + C);
+      const A *const dc = dc_.address(stage.begin, c), *const g = g_.address(stage.begin, c);
+      const A *const u_slope = u_slope_.address(stage.begin, c), *const g_slope = g_slope_.address(stage.begin, c);
+      const A* const du = du_.address(stage.begin, c);
+      A *const ds_u = ds_.address(stage.begin, c), *const ds_g = ds_.address(stage.begin, c + C);
       Vec<A> sum[10]{};
       for (int64_t i = 0; i < width; i += kLanes<A>) {
         const Vec<A> d = i + kLanes<A> <= width ? load(dc + i) : first_of<A>(load(dc + i), width - i);
-        each_of_nine(held_.pitch,
+        each_of_nine(window_.padded_width,
                      [&](int64_t distance, auto tap) { sum[decltype(tap)::value] += d * load(g + i + distance); });
         sum[9] += d;
         store(ds_u + i, load(du + i) * load(u_slope + i));
-        store(ds_g + i, layers_.stencil_backward(c, dc + i, held_.pitch) * load(g_slope + i));
+        store(ds_g + i, weights_.stencil_backward(c, dc + i, window_.padded_width) * load(g_slope + i));
       }
       for (int k = 0; k < 10; ++k) gate_sums[c * 10 + k] += total<A>(sum[k]);
     }
-    ds_.clear_gaps(lines.begin, lines.end);
-    ds_.clear_behind(lines.end);
-    layers_.first.add_gradients(sums, ds_.at(lines.begin), ds_.span(), x_.at(lines.begin), x_.span(), width);
-    A* const dx = product_.at(lines.begin);
-    layers_.first.backward(dx, product_.span(), ds_.at(lines.begin), ds_.span(), width);
-    normalise_backward<A>(dx, x_.at(lines.begin), x_.span(), C, width, scale_.at(lines.begin));
-    dt_.load(grad_.dy, in_.size, image, lines.begin, lines.end);
+    ds_.clear_gaps(stage.begin, stage.end);
+    ds_.clear_behind(stage.end);
+    weights_.first.add_gradients(sums, ds_.address(stage.begin), ds_.row_stride(), x_.address(stage.begin),
+                                 x_.row_stride(), width);
+    A* const dx = product_.address(stage.begin);
+    weights_.first.backward(dx, product_.row_stride(), ds_.address(stage.begin), ds_.row_stride(), width);
+    normalise_backward<A>(dx, x_.address(stage.begin), x_.row_stride(), C, width, scale_.address(stage.begin));
+    dt_.load(grad_.dy, in_.size, image, stage.begin, stage.end);
     for (int64_t c = 0; c < C; ++c) {
-      A* const row = product_.at(lines.begin, c);
-      const A* const dy = dt_.at(lines.begin, c);
+      A* const row = product_.address(stage.begin, c);
+      const A* const dy = dt_.address(stage.begin, c);
       for (int64_t i = 0; i < width; i += kLanes<A>) store(row + i, load(row + i) + load(dy + i));
     }
-    product_.save(grad_.dx, image, lines.begin, lines.end);
+    product_.save(grad_.dx, image, stage.begin, stage.end);
   }
 
   const GatedFfn& in_;
   const GatedFfnGradients& grad_;
-  const Layers<A, Cell>& layers_;
+  const GatedFfnWeights<A, Cell>& weights_;
   const Bands& bands_;
-  Held held_;
-  LineRange own_{};
-  // What the stages know by the names above; du is c at first. `product` is u c, then dx; dt begins and ends as dy.
+  SlabWindow window_;
+  RowRange own_{};
+  // The values of the formulas above; du is c at first. `product` is u c, then dx; dt begins and ends as dy.
   Slab<A> x_, u_, g_, u_slope_, g_slope_, du_, dc_, product_, dt_, ds_, scale_;
 };
 
 template <class A, class Cell>
 void run_forward(const GatedFfn& in, const TypedImage& y) {
-  const Layers<A, Cell> layers(in);
+  const GatedFfnWeights<A, Cell> weights(in);
   const Bands bands(in.size);
   for_each_range(bands.count(), [&](int64_t begin, int64_t end) {
-    Forward<A, Cell> forward(in, y, layers, bands);
+    GatedFfnForward<A, Cell> forward(in, y, weights, bands);
     for (int64_t band = begin; band < end; ++band) forward(band);
   });
 }
 
 template <class A, class Cell>
 void run_backward(const GatedFfn& in, const GatedFfnGradients& grad) {
-  const Layers<A, Cell> layers(in);
+  const GatedFfnWeights<A, Cell> weights(in);
   const Bands bands(in.size);
-  const int64_t of_gate = layers.channels * 10, all = layers.first.sums() + layers.second.sums() + of_gate;
+  const int64_t of_gate = weights.channels * 10, all = weights.first.sums() + weights.second.sums() + of_gate;
   const Buffer<A> partial(bands.count() * all), sums(all);
   std::memset(partial, 0, bands.count() * all * sizeof(A));
   for_each_range(bands.count(), [&](int64_t begin, int64_t end) {
-    Backward<A, Cell> backward(in, grad, layers, bands);
+    GatedFfnBackward<A, Cell> backward(in, grad, weights, bands);
     for (int64_t band = begin; band < end; ++band) backward(band, partial + band * all);
   });
   add_up<A>(sums, partial, bands.count(), all);
-  layers.first.write_gradients(sums, grad.dnorm_weight, grad.dnorm_bias, grad.dweight_1, grad.dbias_1);
-  layers.second.write_gradients(sums + layers.first.sums(), {}, {}, grad.dweight_2, grad.dbias_2);
-  const A* const of = sums + layers.first.sums() + layers.second.sums();
-  for (int64_t c = 0; c < layers.channels; ++c) {
+  weights.first.write_gradients(sums, grad.dnorm_weight, grad.dnorm_bias, grad.dweight_1, grad.dbias_1);
+  weights.second.write_gradients(sums + weights.first.sums(), {}, {}, grad.dweight_2, grad.dbias_2);
+  const A* const of = sums + weights.first.sums() + weights.second.sums();
+  for (int64_t c = 0; c < weights.channels; ++c) {
     for (int64_t tap = 0; tap < 9; ++tap) set_value(grad.dweight_gate, c * 9 + tap, of[c * 10 + tap]);
     set_value(grad.dbias_gate, c, of[c * 10 + 9]);
   }

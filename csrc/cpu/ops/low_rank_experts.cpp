@@ -3,8 +3,8 @@
 //
 //   m_e = p_e (Wa_e a + ba_e) (Wk_e k + bk_e);  y = r + P [I, Wout_e, ..] [a, m_e, ..] + P sum p_e bout_e + bp
 //
-// P is the projection, or 1 with r = 0. So the gradients of P, Wout, bout and bp are all made of the sums over the
-// pixels of dy [a, m, 1]^T.
+// P is the projection, or 1 with r = 0. So the gradients of P, Wout, bout and bp follow from the sums over the pixels
+// of dy [a, m, 1]^T.
 
 #include "params/low_rank_experts.h"
 
@@ -16,10 +16,10 @@ namespace {
 
 constexpr int64_t kPixels = 1024;  // of a block
 
-// The parameters in the type of sums.
+// The parameters in the accumulation type.
 template <class A>
-struct Parameters {
-  explicit Parameters(const LowRankExperts& in)
+struct ExpertParameters {
+  explicit ExpertParameters(const LowRankExperts& in)
       : in(in),
         channels(in.size.channels),
         weight_a(in.rank * channels),
@@ -54,7 +54,7 @@ struct Parameters {
 template <class A>
 class Choice {
  public:
-  Choice(const Parameters<A>& parameters, int64_t image)
+  Choice(const ExpertParameters<A>& parameters, int64_t image)
       : parameters_(parameters), rows_(rows_of(parameters, image)), packed_row_(rows_), slot_(rows_), p_(rows_) {
     const LowRankExperts& in = parameters.in;
     for (int64_t slot = 0, row = 0; slot < in.top_k; ++slot) {
@@ -90,7 +90,7 @@ class Choice {
   }
 
  private:
-  static int64_t rows_of(const Parameters<A>& parameters, int64_t image) {
+  static int64_t rows_of(const ExpertParameters<A>& parameters, int64_t image) {
     const LowRankExperts& in = parameters.in;
     int64_t rows = 0;
     for (int64_t slot = 0; slot < in.top_k; ++slot) {
@@ -100,7 +100,7 @@ class Choice {
     return rows;
   }
 
-  const Parameters<A>& parameters_;
+  const ExpertParameters<A>& parameters_;
   int64_t rows_;
   Buffer<int64_t> packed_row_, slot_;
   Buffer<A> p_;
@@ -108,7 +108,7 @@ class Choice {
 
 // sum p_e bout_e of an image
 template <class A>
-inline double chosen_bias(const Parameters<A>& parameters, int64_t image, int64_t c) {
+inline double chosen_bias(const ExpertParameters<A>& parameters, int64_t image, int64_t c) {
   const LowRankExperts& in = parameters.in;
   double sum = 0;
   for (int64_t slot = 0; slot < in.top_k; ++slot) {
@@ -119,10 +119,10 @@ inline double chosen_bias(const Parameters<A>& parameters, int64_t image, int64_
   return sum;
 }
 
-// What an image's blocks are multiplied with.
+// The packed matrices of an image's experts.
 template <class A, class Cell>
-struct Packed {
-  Packed(const Parameters<A>& parameters, int64_t image, bool for_backward)
+struct PackedExperts {
+  PackedExperts(const ExpertParameters<A>& parameters, int64_t image, bool for_backward)
       : choice(parameters, image),
         rows(choice.rows()),
         of_a(rows, parameters.channels),
@@ -157,19 +157,21 @@ struct Packed {
     }
   }
 
-  // Without a projection a itself is added, and takes no product.
-  static int64_t first(const Parameters<A>& parameters) { return parameters.has_proj() ? parameters.channels : 0; }
+  // Without a projection a is added as it is, without a product.
+  static int64_t first(const ExpertParameters<A>& parameters) {
+    return parameters.has_proj() ? parameters.channels : 0;
+  }
 
   Choice<A> choice;
   int64_t rows;
-  Weights<A, Cell> of_a, of_k, out;                       // forward
-  Weights<A, Cell> out_backward, a_backward, k_backward;  // dm of dy; da of dy and d(Wa a); dk of d(Wk k)
+  Linear<A, Cell> of_a, of_k, out;                       // forward
+  Linear<A, Cell> out_backward, a_backward, k_backward;  // dm of dy; da of dy and d(Wa a); dk of d(Wk k)
 };
 
-// task(image, begin, end) for the blocks of each image in a range.
+// Call task(image, begin, end) for the blocks of each image in a range.
 template <class Task>
 inline void for_each_image(const Blocks& blocks, int64_t begin, int64_t end, const Task& task) {
-  const int64_t of_image = blocks.size.height * blocks.of_a_line;
+  const int64_t of_image = blocks.size.height * blocks.of_a_row;
   while (begin < end) {
     const int64_t image = begin / of_image, last = smaller(end, (image + 1) * of_image);
     task(image, begin, last);
@@ -179,29 +181,29 @@ inline void for_each_image(const Blocks& blocks, int64_t begin, int64_t end, con
 
 template <class A, class Cell>
 void run_forward(const LowRankExperts& in, const TypedImage& residual, const TypedImage& y) {
-  const Parameters<A> parameters(in);
+  const ExpertParameters<A> parameters(in);
   const Blocks blocks(kPixels, in.size, in.a, in.k, residual, y);
-  const int64_t C = parameters.channels, most = parameters.most_rows(), span = blocks.span();
+  const int64_t C = parameters.channels, most = parameters.most_rows(), row_stride = blocks.row_stride();
   for_each_range(blocks.count(), [&](int64_t begin, int64_t end) {
-    const Block<A> a(C + most, span), k(C, span), more(residual.view.data ? C : 0, span);
+    const Block<A> a(C + most, row_stride), k(C, row_stride), more(residual.view.data ? C : 0, row_stride);
     for_each_image(blocks, begin, end, [&](int64_t image, int64_t first, int64_t last) {
-      const Packed<A, Cell> packed(parameters, image, false);
+      const PackedExperts<A, Cell> packed(parameters, image, false);
       const Choice<A>& choice = packed.choice;
       for (int64_t b = first; b < last; ++b) {
         const int64_t count = blocks.width(b), width = round_up(count, kLanes<A>);
-        const Place place = blocks.place(b, C, span);
+        const Place place = blocks.place(b, C, row_stride);
         load_image(a, in.a, blocks.size, place, count);
         load_image(k, in.k, blocks.size, place, count);
         if (residual.view.data) load_image(more, residual, blocks.size, place, count);
-        packed.of_a(a[C], span, a, span, width);
-        packed.of_k(k, span, width, [&](int64_t row, int64_t i, const auto& sums) {
+        packed.of_a(a[C], row_stride, a, row_stride, width);
+        packed.of_k(k, row_stride, width, [&](int64_t row, int64_t i, const auto& sums) {
           each_vector(sums, packed.rows - row, [&](int64_t r, int64_t v, Vec<A> sum) {
             A* const m = a[C + row + r] + i + v;
             store(m, load(m) * sum * choice.p(row + r));
           });
         });
         const Block<A>& added = residual.view.data ? more : a;
-        packed.out(a[C - Packed<A, Cell>::first(parameters)], span, width,
+        packed.out(a[C - PackedExperts<A, Cell>::first(parameters)], row_stride, width,
                    [&](int64_t row, int64_t i, const auto& sums) {
                      each_vector(sums, C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
                        store(k[row + r] + i + v, load(added[row + r] + i + v) + sum);
@@ -213,10 +215,10 @@ void run_forward(const LowRankExperts& in, const TypedImage& residual, const Typ
   });
 }
 
-// Where the sums of a block lie, for the most rows.
+// The sums of a block, with room for the most rows.
 template <class A>
-struct Sums {
-  Sums(int64_t channels, int64_t most, int64_t top_k, A* memory)
+struct ExpertSums {
+  ExpertSums(int64_t channels, int64_t most, int64_t top_k, A* memory)
       : columns(channels + most),
         dy(memory),
         of_dy(dy + channels * columns),
@@ -228,18 +230,20 @@ struct Sums {
   int64_t columns;
   A *dy, *of_dy;   // of dy [a, m]^T (C, C + rows) and dy (C)
   A *of_a, *of_k;  // of d(Wa a) [a, 1]^T and d(Wk k) [k, 1]^T, (rows, C + 1)
-  A* of_p;         // of dp, but for what bout adds (top_k)
+  A* of_p;         // of dp without the part of bout (top_k)
   int64_t count;
 };
 
 template <class A, class Cell>
-void add_block(const Parameters<A>& parameters, const Packed<A, Cell>& packed, const Block<A>& a, const Block<A>& k,
-               const Block<A>& dy, const Block<A>& dm, const Block<A>& dk, int64_t width, const Sums<A>& sums) {
-  const int64_t C = parameters.channels, first = C - Packed<A, Cell>::first(parameters), span = a.span();
+void add_block(const ExpertParameters<A>& parameters, const PackedExperts<A, Cell>& packed, const Block<A>& a,
+               const Block<A>& k, const Block<A>& dy, const Block<A>& dm, const Block<A>& dk, int64_t width,
+               const ExpertSums<A>& sums) {
+  const int64_t C = parameters.channels, first = C - PackedExperts<A, Cell>::first(parameters),
+                row_stride = a.row_stride();
   const Choice<A>& choice = packed.choice;
-  packed.of_a(a[C], span, a, span, width);
-  packed.of_k(k[C], span, k, span, width);
-  packed.out_backward(dm, span, dy, span, width);
+  packed.of_a(a[C], row_stride, a, row_stride, width);
+  packed.of_k(k[C], row_stride, k, row_stride, width);
+  packed.out_backward(dm, row_stride, dy, row_stride, width);
   for (int64_t r = 0; r < packed.rows; ++r) {  // m; d(Wa a) and d(Wk k)
     A *const of_a = a[C + r], *const of_k = k[C + r], *const d = dm[r], *const da = dy[C + r];
     Vec<A> dp{};
@@ -252,21 +256,22 @@ void add_block(const Parameters<A>& parameters, const Packed<A, Cell>& packed, c
     }
     sums.of_p[choice.slot(r)] += total<A>(dp);
   }
-  add_outer<A, Cell>(sums.dy + first, sums.columns, dy, span, C, a[first], span, C - first + packed.rows, width);
-  add_outer<A, Cell>(sums.of_a, C + 1, dy[C], span, packed.rows, a, span, C, width);
-  add_outer<A, Cell>(sums.of_k, C + 1, dm, span, packed.rows, k, span, C, width);
+  add_outer<A, Cell>(sums.dy + first, sums.columns, dy, row_stride, C, a[first], row_stride, C - first + packed.rows,
+                     width);
+  add_outer<A, Cell>(sums.of_a, C + 1, dy[C], row_stride, packed.rows, a, row_stride, C, width);
+  add_outer<A, Cell>(sums.of_k, C + 1, dm, row_stride, packed.rows, k, row_stride, C, width);
   for (int64_t c = 0; c < C; ++c) sums.of_dy[c] += total<A>(row_sum(dy[c], width));
   for (int64_t r = 0; r < packed.rows; ++r) {
     sums.of_a[r * (C + 1) + C] += total<A>(row_sum(dy[C + r], width));
     sums.of_k[r * (C + 1) + C] += total<A>(row_sum(dm[r], width));
   }
-  packed.k_backward(dk, span, dm, span, width);
+  packed.k_backward(dk, row_stride, dm, row_stride, width);
 }
 
 // The gradients of parameters, dense: added up image by image.
-class Dense {
+class DenseGradient {
  public:
-  explicit Dense(int64_t count) : sums_(count), count_(count) { std::memset(sums_, 0, count * sizeof(double)); }
+  explicit DenseGradient(int64_t count) : sums_(count), count_(count) { std::memset(sums_, 0, count * sizeof(double)); }
   double& operator[](int64_t i) { return sums_[i]; }
   void write(const Parameter& to) const {
     for (int64_t i = 0; i < count_ && to.data; ++i) set_value(to, i, sums_[i]);
@@ -278,17 +283,17 @@ class Dense {
 };
 
 template <class A>
-void write_gradients(const Parameters<A>& parameters, const LowRankExpertsGradients& grad, const A* partial,
-                     int64_t parts, const Sums<A>& layout) {
+void write_gradients(const ExpertParameters<A>& parameters, const LowRankExpertsGradients& grad, const A* partial,
+                     int64_t parts, const ExpertSums<A>& layout) {
   const LowRankExperts& in = parameters.in;
   const int64_t C = parameters.channels, count = layout.count;
-  Dense of_a(in.rank * C), bias_a(in.rank), of_k(in.rank * C), bias_k(in.rank), of_out(C * in.rank);
-  Dense bias_out(in.experts * C), proj(C * C), bias_proj(C), of_p(in.size.batch * in.top_k);
+  DenseGradient of_a(in.rank * C), bias_a(in.rank), of_k(in.rank * C), bias_k(in.rank), of_out(C * in.rank);
+  DenseGradient bias_out(in.experts * C), proj(C * C), bias_proj(C), of_p(in.size.batch * in.top_k);
   const Buffer<A> memory(count);
-  const Buffer<double> dm(C);  // sum of the gradient of what is projected
+  const Buffer<double> dm(C);  // sum of the gradient before the projection
   for (int64_t image = 0; image < in.size.batch; ++image) {
     add_up<A>(memory, partial + image * parts * count, parts, count);
-    const Sums<A> sums(C, layout.columns - C, in.top_k, memory);
+    const ExpertSums<A> sums(C, layout.columns - C, in.top_k, memory);
     const Choice<A> choice(parameters, image);
     for (int64_t r = 0; r < choice.rows(); ++r) {
       const int64_t row = choice.packed(r);
@@ -330,28 +335,29 @@ void write_gradients(const Parameters<A>& parameters, const LowRankExpertsGradie
 
 template <class A, class Cell>
 void run_backward(const LowRankExperts& in, const LowRankExpertsGradients& grad) {
-  const Parameters<A> parameters(in);
+  const ExpertParameters<A> parameters(in);
   const Blocks blocks(kPixels, in.size, in.a, in.k, grad.dy, grad.da, grad.dk);
-  const int64_t C = parameters.channels, most = parameters.most_rows(), span = blocks.span();
-  const Sums<A> layout(C, most, in.top_k, nullptr);
+  const int64_t C = parameters.channels, most = parameters.most_rows(), row_stride = blocks.row_stride();
+  const ExpertSums<A> layout(C, most, in.top_k, nullptr);
   const Buffer<A> partial(blocks.count() * layout.count);
   std::memset(partial, 0, blocks.count() * layout.count * sizeof(A));
   for_each_range(blocks.count(), [&](int64_t begin, int64_t end) {
-    // With room for what belongs to the experts' rows: m, Wk k, d(Wa a); dm, then d(Wk k).
-    const Block<A> a(C + most, span), k(C + most, span), dy(C + most, span), dm(most, span), out(C, span);
+    // With room for the experts' rows: m, Wk k, d(Wa a); dm, then d(Wk k).
+    const Block<A> a(C + most, row_stride), k(C + most, row_stride), dy(C + most, row_stride), dm(most, row_stride),
+        out(C, row_stride);
     for_each_image(blocks, begin, end, [&](int64_t image, int64_t first, int64_t last) {
-      const Packed<A, Cell> packed(parameters, image, true);
+      const PackedExperts<A, Cell> packed(parameters, image, true);
       for (int64_t b = first; b < last; ++b) {
         const int64_t count = blocks.width(b), width = round_up(count, kLanes<A>);
-        const Place place = blocks.place(b, C, span);
+        const Place place = blocks.place(b, C, row_stride);
         load_image(a, in.a, blocks.size, place, count);
         load_image(k, in.k, blocks.size, place, count);
         load_image(dy, grad.dy, blocks.size, place, count);
         clear_tail(dy, C, count);
-        const Sums<A> sums(C, most, in.top_k, partial + b * layout.count);
+        const ExpertSums<A> sums(C, most, in.top_k, partial + b * layout.count);
         add_block(parameters, packed, a, k, dy, dm, out, width, sums);
         store_image(grad.dk, place, out, count);
-        packed.a_backward(dy[C - Packed<A, Cell>::first(parameters)], span, width,
+        packed.a_backward(dy[C - PackedExperts<A, Cell>::first(parameters)], row_stride, width,
                           [&](int64_t row, int64_t i, const auto& d) {
                             each_vector(d, C - row, [&](int64_t r, int64_t v, Vec<A> sum) {
                               if (!parameters.has_proj()) sum += load(dy[row + r] + i + v);

@@ -1,4 +1,4 @@
-// What the router does after the pool, and the gradient of that; compiled once, for it is no work.
+// The router's decision after the pool, and its gradient; not performance-critical: compiled once.
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -94,37 +94,37 @@ void gradients_of(const Routing& routing, const RoutingGradients& gradients) {
   std::transform(dweight.begin(), dweight.end(), to, [](double sum) { return static_cast<W>(static_cast<A>(sum)); });
 }
 
-// function(0 of the wide type, 0 of the weights' type)
+// Call function(0 of the accumulation type, 0 of the weights' type).
 template <class Function>
 void with_types(const Routing& routing, const Function& function) {
-  const auto choose_weight = [&](auto wide) {
+  const auto choose_weight = [&](auto accum) {
     switch (routing.weight_dtype) {
       case DType::float32:
-        return function(wide, float());
+        return function(accum, float());
       case DType::float64:
-        return function(wide, double());
+        return function(accum, double());
       case DType::float16:
-        return function(wide, c10::Half());
+        return function(accum, c10::Half());
       case DType::bfloat16:
-        return function(wide, c10::BFloat16());
+        return function(accum, c10::BFloat16());
     }
   };
-  routing.wide == DType::float64 ? choose_weight(double()) : choose_weight(float());
+  routing.accum == DType::float64 ? choose_weight(double()) : choose_weight(float());
 }
 
 }  // namespace
 
 void route(const Routing& routing, const Routed& routed, void*) {
-  with_types(routing, [&](auto wide, auto weight) {
+  with_types(routing, [&](auto accum, auto weight) {
     for (int64_t image = 0; image < routing.batch; ++image) {
-      route_image<decltype(wide), decltype(weight)>(routing, routed, image);
+      route_image<decltype(accum), decltype(weight)>(routing, routed, image);
     }
   });
 }
 
 void route_backward(const Routing& routing, const RoutingGradients& gradients, void*) {
   with_types(routing,
-             [&](auto wide, auto weight) { gradients_of<decltype(wide), decltype(weight)>(routing, gradients); });
+             [&](auto accum, auto weight) { gradients_of<decltype(accum), decltype(weight)>(routing, gradients); });
 }
 
 }  // namespace seemore

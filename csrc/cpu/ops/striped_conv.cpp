@@ -1,4 +1,4 @@
-// striped_conv on the CPU: forward is striped_conv_forward.h's; backward sweeps down the lines of a tile in the same
+// striped_conv on the CPU: forward is in striped_conv_forward.h; backward sweeps down the rows of a tile in the same
 // way.
 
 #include "params/striped_conv.h"
@@ -24,14 +24,14 @@ inline void activation_gradients(A* ds, A* dgate, const A* s, const A* dy, const
   }
 }
 
-// With r = row(x), s = col(r), y = act(s) * gate, going backwards down the lines with two windows:
+// With r = row(x), s = col(r), y = act(s) * gate, going down the rows with two windows:
 //   dgate = dy * act(s);  ds = dy * gate * act'(s);  dr = col transposed(ds);  dx = row transposed(dr)
 //   dweight_col[k] = sum ds[h] * r[h + k - half];  dweight_row[k] = sum dr[w] * x[w + k - half]
-// r and s are computed again. Where the tile has neighbours on its lines, rows begin `halo` columns before it.
+// r and s are recomputed. Where the tile has neighbours beside it, rows begin `halo` columns before it.
 template <class T, int K, class A = Accumulate<T>>
-class Backward {
+class StripedConvBackward {
  public:
-  Backward(const StripedConv& in, const StripedConvGradients& grad, const Tiling& tiling)
+  StripedConvBackward(const StripedConv& in, const StripedConvGradients& grad, const Tiling& tiling)
       : in_(in),
         grad_(grad),
         margin_(margin_of<A>(in)),
@@ -66,26 +66,26 @@ class Backward {
     dy_.move(tile, tile.w0 - halo, wide, 0, false);
     gate_.move(tile, tile.w0 - halo, wide, 0, false);
     const auto sum_of = [&](int64_t c, int64_t first) { return reinterpret_cast<Vec<A>*>(sum_rows_[c]) + first; };
-    const auto needed_within = [&](int64_t line, int64_t around) {
-      return needed_of(line, R, larger(tile.h0 - around, 0), smaller(tile.h1 + around, in_.size.height));
+    const auto needed_within = [&](int64_t row, int64_t halo_rows) {
+      return needed_of(row, R, larger(tile.h0 - halo_rows, 0), smaller(tile.h1 + halo_rows, in_.size.height));
     };
 
     for (int64_t h = tile.h0 - round_up(4 * half, R); h < tile.h1; h += R) {
       r_window_.advance(R);
-      const LineRange r_lines = needed_within(h + 2 * half, 2 * half);
-      for (int64_t r = r_lines.first; r < r_lines.last; ++r) x_.read(r, h + 2 * half + r);
+      const RowRange r_rows = needed_within(h + 2 * half, 2 * half);
+      for (int64_t r = r_rows.first; r < r_rows.last; ++r) x_.read(r, h + 2 * half + r);
       for (int64_t r = 0; r < R; ++r) {
         A* const to = r_window_[taps - 1 + r];
-        if (r < r_lines.first || r >= r_lines.last) {
+        if (r < r_rows.first || r >= r_rows.last) {
           std::memset(to, 0, channels * wide * sizeof(A));
           continue;
         }
-        for (int64_t c = 0; c < channels; ++c) row_taps<K>(to + c * wide, x_.line(r, c), parameters_.row(c), wide);
+        for (int64_t c = 0; c < channels; ++c) row_taps<K>(to + c * wide, x_.edged_row(r, c), parameters_.row(c), wide);
       }
 
       ds_window_.advance(R);
-      const LineRange ds_lines = needed_within(h + half, half), own = needed_within(h + half, 0);
-      const bool is_any = ds_lines.first < ds_lines.last;
+      const RowRange ds_range = needed_within(h + half, half), own = needed_within(h + half, 0);
+      const bool is_any = ds_range.first < ds_range.last;
       for (int64_t c = 0; is_any && (is_gelu || is_gated) && c < channels; ++c) {
         column_taps<K, R>(s, r_window_.rows(), parameters_.col(c), c * wide, wide);
       }
@@ -93,14 +93,14 @@ class Backward {
       for (int64_t r = 0; r < R; ++r) {
         A* const ds = ds_window_[taps - 1 + r];
         ds_rows[r] = ds;
-        if (r < ds_lines.first || r >= ds_lines.last) {
+        if (r < ds_range.first || r >= ds_range.last) {
           std::memset(ds, 0, channels * wide * sizeof(A));
           continue;
         }
-        const int64_t line = h + half + r;
+        const int64_t image_row = h + half + r;
         const bool is_own = r >= own.first && r < own.last;
-        dy_.read(0, line);
-        if (is_gated) gate_.read(0, line);
+        dy_.read(0, image_row);
+        if (is_gated) gate_.read(0, image_row);
         for (int64_t c = 0; c < channels; ++c) {
           const A* const factor = is_gated ? gate_.row(0, c) : nullptr;
           A *const from = s[r] + c * wide, *const dgate = is_gated ? from : nullptr;
@@ -110,13 +110,13 @@ class Backward {
             activation_gradients<false>(ds + c * wide, dgate, from, dy_.row(0, c), factor, wide);
           }
           if (is_own) {
-            const Vec<A> line_sum = row_sum(ds + c * wide + halo, width);
-            *sum_of(c, sums - 1) += line_sum;
-            *sum_of(c, taps) += parameters_.col_sum(c, line, in_.size.height) * line_sum;
+            const Vec<A> row_total = row_sum(ds + c * wide + halo, width);
+            *sum_of(c, sums - 1) += row_total;
+            *sum_of(c, taps) += parameters_.col_sum(c, image_row, in_.size.height) * row_total;
           }
         }
         if (is_gated && is_own) {
-          const Place place{tile.b, tile.c, channels, line, tile.w0, wide};
+          const Place place{tile.b, tile.c, channels, image_row, tile.w0, wide};
           store_rows<T>(grad_.dgate, place, s[r] + halo, tile.w1 - tile.w0);
         }
       }
@@ -141,9 +141,9 @@ class Backward {
         own_x_.read(0, h + r);
         for (int64_t c = 0; c < channels; ++c) {
           const A* const row = dr[r] + c * padded + halo;
-          const Line<A> line{row, load(row - kLanes<A>), load(row + width)};
-          row_taps<K>(dx_[0] + c * width, line, parameters_.row_backwards(c), width);
-          row_tap_gradients<K>(sum_of(c, 0), row, own_x_.line(0, c), taps, width);
+          const EdgedRow<A> edged{row, load(row - kLanes<A>), load(row + width)};
+          row_taps<K>(dx_[0] + c * width, edged, parameters_.row_backwards(c), width);
+          row_tap_gradients<K>(sum_of(c, 0), row, own_x_.edged_row(0, c), taps, width);
         }
         store_rows<T>(grad_.dx, {tile.b, tile.c, channels, h + r, tile.w0, width}, dx_[0], tile.w1 - tile.w0);
       }
@@ -154,14 +154,14 @@ class Backward {
   }
 
  private:
-  static constexpr int R = kLinesAtOnce;
+  static constexpr int R = kRowsPerStep;
   const StripedConv& in_;
   const StripedConvGradients& grad_;
   int64_t margin_, columns_;
   StripedConvParameters<T> parameters_;
-  LineReader<T> x_, own_x_, dy_, gate_;
-  Window<A> r_window_;   // at step h: lines h .. h + 2 * half + R - 1
-  Window<A> ds_window_;  // at step h: lines h - half .. h + half + R - 1
+  RowReader<T> x_, own_x_, dy_, gate_;
+  RowWindow<A> r_window_;   // at step h: rows h .. h + 2 * half + R - 1
+  RowWindow<A> ds_window_;  // at step h: rows h - half .. h + half + R - 1
   Rows<A> s_rows_, dr_rows_, dx_, sum_rows_;
 };
 
@@ -184,8 +184,8 @@ void striped_conv_backward(const StripedConv& in, const StripedConvGradients& gr
     using T = typename Pointee<decltype(type)>::type;
     using A = Accumulate<T>;
     const Tiling tiling = tiling_of(in.size, in.x);
-    const auto make = [&] { return Backward<T, taps.value>(in, grad, tiling); };
-    for_each_tile(tiling, make, [&](const Tile& tile, Backward<T, taps.value>& backward) {
+    const auto make = [&] { return StripedConvBackward<T, taps.value>(in, grad, tiling); };
+    for_each_tile(tiling, make, [&](const Tile& tile, StripedConvBackward<T, taps.value>& backward) {
       const int64_t place = (tiling.part(tile) * in.size.channels + tile.c) * (2 * in.taps + 2);
       backward(tile, static_cast<A*>(grad.partial) + place);
     });

@@ -1,6 +1,6 @@
-// striped_conv's forward: row pass and column pass of a tile in one sweep down its lines.
+// striped_conv's forward: row pass and column pass of a tile in one sweep down its rows.
 //
-// A window holds the last K + R - 1 lines of the intermediate; each step adds R lines by row taps and gives R lines of
+// A window holds the last K + R - 1 rows of the intermediate; each step adds R rows by row taps and gives R rows of
 // the result by column taps. Nothing but the inputs is read from memory and nothing but the result written.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace seemore::SEEMORE_ISA {
 
-constexpr int kLinesAtOnce = 4;  // 4 sums and 11 weights just fit the 16 registers of AVX2
+constexpr int kRowsPerStep = 4;  // 4 sums and 11 weights just fit the 16 registers of AVX2
 
 // The four parameters of a tile's channels in the accumulation type, each also backwards for the transposed passes.
 template <class T, class A = Accumulate<T>>
@@ -36,7 +36,7 @@ struct StripedConvParameters {
   Taps<A> col(int64_t i) { return {rows[2] + i * taps, taps, rows[5][i]}; }
   Taps<A> col_backwards(int64_t i) { return {rows[3] + i * taps, taps, 0}; }
 
-  // What line `h` of ds is multiplied by in the sum of all dr. (Summing dr itself would sum its rounding, too.)
+  // The factor of row `h` of ds in the sum of all dr. (Summing dr itself would also sum its rounding.)
   A col_sum(int64_t i, int64_t h, int64_t height) {
     A sum = 0;
     for (int64_t k = larger(int64_t(0), taps / 2 - h); k < smaller(taps, height + taps / 2 - h); ++k) {
@@ -56,7 +56,8 @@ inline int64_t margin_of(const StripedConv& in) {
   return round_up(larger(in.taps / 2, 1), kLanes<A>);
 }
 
-// Pooled, it leaves the sums of what is written, as it is rounded, one for each of the tile's channels; without a gate.
+// striped_conv of tiles; if it pools, without a gate, with the sum of the rounded results for each of a tile's
+// channels.
 template <class T, int K, bool is_pooled = false>
 class StripedConvForward {
  public:
@@ -83,7 +84,7 @@ class StripedConvForward {
 
     for (int64_t h = tile.h0 - round_up(2 * half, R); h < tile.h1; h += R) {
       intermediate_.advance(R);
-      const LineRange needed =
+      const RowRange needed =
           needed_of(h + half, R, larger(tile.h0 - half, 0), smaller(tile.h1 + half, in_.size.height));
       for (int64_t r = needed.first; r < needed.last; ++r) x_.read(r, h + half + r);
       for (int64_t r = 0; r < R; ++r) {
@@ -92,7 +93,8 @@ class StripedConvForward {
           std::memset(to, 0, channels * width * sizeof(A));
           continue;
         }
-        for (int64_t c = 0; c < channels; ++c) row_taps<K>(to + c * width, x_.line(r, c), parameters_.row(c), width);
+        for (int64_t c = 0; c < channels; ++c)
+          row_taps<K>(to + c * width, x_.edged_row(r, c), parameters_.row(c), width);
       }
       if (h < tile.h0) continue;
       for (int64_t c = 0; c < channels; ++c) {
@@ -125,13 +127,13 @@ class StripedConvForward {
 
  private:
   using A = Accumulate<T>;
-  static constexpr int R = kLinesAtOnce;
+  static constexpr int R = kRowsPerStep;
   const StripedConv& in_;
   const Image& y_;
   int64_t margin_, columns_;
   StripedConvParameters<T> parameters_;
-  LineReader<T> x_, gate_;
-  Window<A> intermediate_;  // at step h: lines h - half .. h + half + R - 1
+  RowReader<T> x_, gate_;
+  RowWindow<A> intermediate_;  // at step h: rows h - half .. h + half + R - 1
   Rows<A> result_, total_rows_;
 };
 

@@ -1,5 +1,5 @@
-// striped_conv_router on the CPU: striped_conv's forward, which adds up what it writes. So the router's pool, which
-// would read all of it again, costs next to nothing; route.cpp does the rest.
+// striped_conv_router on the CPU: striped_conv's forward, which adds up its results. So the router's pool, which
+// would read all of it again, costs next to nothing; the decision is in router_decision.cpp.
 
 #include "params/striped_conv_router.h"
 

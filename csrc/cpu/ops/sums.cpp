@@ -1,4 +1,4 @@
-// Adds partial sums up; compiled once, for it is no work.
+// The sum of partial sums; not performance-critical: compiled once.
 
 #include "params/sums.h"
 

@@ -1,5 +1,5 @@
 // Dense 3x3 convolution of slabs, and its gradient, by Winograd's F(2x2, 3x3): 16 products for each tile of four pixels
-// where there were 36.
+// in place of 36.
 //
 // Along one axis, with d the four values around a pair of pixels and g the taps,
 //
@@ -52,12 +52,12 @@ inline Halves<V> join(V a, V b) {
   }
 }
 
-// The tiles of some lines of a slab, row after row of them: an odd last line or column has no partner.
-struct Tiles {
-  Tiles(const Held& held, int64_t first, int64_t last)
-      : first(first), last(last), rows((last - first + 1) / 2), columns((held.width + 1) / 2) {}
+// The tiles of some image rows of a slab, row after row of tiles: an odd last image row or column has no partner.
+struct WinogradTiles {
+  WinogradTiles(const SlabWindow& window, int64_t first, int64_t last)
+      : first(first), last(last), rows((last - first + 1) / 2), columns((window.width + 1) / 2) {}
   int64_t count() const { return rows * columns; }
-  static int64_t most(const Held& held) { return (held.step / 2 + 2) * ((held.width + 1) / 2); }
+  static int64_t most(const SlabWindow& window) { return (window.step / 2 + 2) * ((window.width + 1) / 2); }
 
   int64_t first, last, rows, columns;
 };
@@ -66,95 +66,95 @@ struct Tiles {
 template <class A>
 class Transformed {
  public:
-  Transformed(const Held& held, int64_t channels)
-      : channels_(channels), rows_(16 * channels, span_for(Tiles::most(held) + kLanes<A>)) {}
+  Transformed(const SlabWindow& window, int64_t channels)
+      : channels_(channels), rows_(16 * channels, row_stride_for(WinogradTiles::most(window) + kLanes<A>)) {}
 
-  int64_t span() const { return rows_.span(); }
+  int64_t row_stride() const { return rows_.row_stride(); }
   const A* operator[](int64_t mn) const { return rows_[mn * channels_]; }
 
-  // What the tiles see of x. A vector may reach into the next row of tiles: what lies there is made after it.
-  void around(const Slab<A>& x, const Tiles& tiles) {
+  // Transform the input of the tiles. A vector may reach into the next row of tiles, which is computed after it.
+  void transform_input(const Slab<A>& x, const WinogradTiles& tiles) {
     for (int64_t c = 0; c < channels_; ++c) {
       for (int64_t column = (tiles.columns - 1) / kLanes<A> * kLanes<A>; column >= 0; column -= kLanes<A>) {
         Vec<A> seen[4][4];
-        along_line(seen[2], x.at(tiles.first - 1, c) + 2 * column);
-        along_line(seen[3], x.at(tiles.first, c) + 2 * column);
+        along_row(seen[2], x.address(tiles.first - 1, c) + 2 * column);
+        along_row(seen[3], x.address(tiles.first, c) + 2 * column);
         for (int64_t row = 0; row < tiles.rows; ++row) {
           for (int n = 0; n < 4; ++n) seen[0][n] = seen[2][n], seen[1][n] = seen[3][n];
-          along_line(seen[2], x.at(tiles.first + 2 * row + 1, c) + 2 * column);
-          along_line(seen[3], x.at(tiles.first + 2 * row + 2, c) + 2 * column);
+          along_row(seen[2], x.address(tiles.first + 2 * row + 1, c) + 2 * column);
+          along_row(seen[3], x.address(tiles.first + 2 * row + 2, c) + 2 * column);
           A* const to = rows_[c] + row * tiles.columns + column;
 #pragma GCC unroll 4
           for (int n = 0; n < 4; ++n) {
-            keep(to, 0, n, seen[0][n] - seen[2][n]);
-            keep(to, 1, n, seen[1][n] + seen[2][n]);
-            keep(to, 2, n, seen[2][n] - seen[1][n]);
-            keep(to, 3, n, seen[1][n] - seen[3][n]);
+            store_number(to, 0, n, seen[0][n] - seen[2][n]);
+            store_number(to, 1, n, seen[1][n] + seen[2][n]);
+            store_number(to, 2, n, seen[2][n] - seen[1][n]);
+            store_number(to, 3, n, seen[1][n] - seen[3][n]);
           }
         }
       }
     }
   }
 
-  // What the products of the tiles are given of the gradient dy; lines outside [first, last) count as 0.
-  void back(const Slab<A>& dy, const Tiles& tiles, int64_t first, int64_t last) {
+  // Transform the gradient dy for the products of the tiles; image rows outside [first, last) count as 0.
+  void transform_gradient(const Slab<A>& dy, const WinogradTiles& tiles, int64_t first, int64_t last) {
     for (int64_t c = 0; c < channels_; ++c) {
       for (int64_t row = 0; row < tiles.rows; ++row) {
         for (int64_t column = 0; column < tiles.columns; column += kLanes<A>) {
           Vec<A> along[2][4];
 #pragma GCC unroll 2
           for (int y = 0; y < 2; ++y) {
-            const int64_t line = tiles.first + 2 * row + y;
-            const A* const from = dy.at(line, c) + 2 * column;
+            const int64_t image_row = tiles.first + 2 * row + y;
+            const A* const from = dy.address(image_row, c) + 2 * column;
             auto [e0, e1] = split(load(from), load(from + kLanes<A>));
-            if (line < first || line >= last) e0 = e1 = Vec<A>{};
+            if (image_row < first || image_row >= last) e0 = e1 = Vec<A>{};
             along[y][0] = e0, along[y][1] = e0 + e1, along[y][2] = e0 - e1, along[y][3] = -e1;
           }
           A* const to = rows_[c] + row * tiles.columns + column;
 #pragma GCC unroll 4
           for (int n = 0; n < 4; ++n) {
-            keep(to, 0, n, along[0][n]);
-            keep(to, 1, n, along[0][n] + along[1][n]);
-            keep(to, 2, n, along[0][n] - along[1][n]);
-            keep(to, 3, n, -along[1][n]);
+            store_number(to, 0, n, along[0][n]);
+            store_number(to, 1, n, along[0][n] + along[1][n]);
+            store_number(to, 2, n, along[0][n] - along[1][n]);
+            store_number(to, 3, n, -along[1][n]);
           }
         }
       }
     }
   }
 
-  // What lies behind the tiles is 0 from now on.
-  void clear_behind(const Tiles& tiles) {
+  // Clear a vector behind the tiles.
+  void clear_behind(const WinogradTiles& tiles) {
     for (int64_t row = 0; row < 16 * channels_; ++row) store(rows_[row] + tiles.count(), Vec<A>{});
   }
 
  private:
-  // Of a line, at its columns around tiles.
-  static void along_line(Vec<A> (&seen)[4], const A* from) {
+  // Of a image_row, at its columns around tiles.
+  static void along_row(Vec<A> (&seen)[4], const A* from) {
     const auto [d0, d1] = split(load(from - 1), load(from - 1 + kLanes<A>));
     const auto [d2, d3] = split(load(from + 1), load(from + 1 + kLanes<A>));
     seen[0] = d0 - d2, seen[1] = d1 + d2, seen[2] = d2 - d1, seen[3] = d1 - d3;
   }
-  void keep(A* to, int m, int n, Vec<A> v) const { store(to + (4 * m + n) * channels_ * span(), v); }
+  void store_number(A* to, int m, int n, Vec<A> v) const { store(to + (4 * m + n) * channels_ * row_stride(), v); }
 
   int64_t channels_;
   Block<A> rows_;
 };
 
-// The results of tiles, a row of each channel for each of a tile's four pixels, and back to lines.
+// The results of tiles, a row of each channel for each of a tile's four pixels, and their way back to image rows.
 template <class A>
 class Quarters {
  public:
-  Quarters(const Held& held, int64_t channels)
-      : rows_(4 * channels, span_for(Tiles::most(held) + kLanes<A>)), channels_(channels) {}
+  Quarters(const SlabWindow& window, int64_t channels)
+      : rows_(4 * channels, row_stride_for(WinogradTiles::most(window) + kLanes<A>)), channels_(channels) {}
 
   A* row(int64_t quarter, int64_t c) const { return rows_[quarter * channels_ + c]; }
 
-  void write(const Slab<A>& to, int64_t channels, const Tiles& tiles) const {
+  void write(const Slab<A>& to, int64_t channels, const WinogradTiles& tiles) const {
     for (int64_t c = 0; c < channels; ++c) {
-      for (int64_t line = tiles.first; line < tiles.last; ++line) {
-        const int64_t half = (line - tiles.first) % 2 * 2, first = (line - tiles.first) / 2 * tiles.columns;
-        A* const out = to.at(line, c);
+      for (int64_t image_row = tiles.first; image_row < tiles.last; ++image_row) {
+        const int64_t half = (image_row - tiles.first) % 2 * 2, first = (image_row - tiles.first) / 2 * tiles.columns;
+        A* const out = to.address(image_row, c);
         for (int64_t j = 0; j < tiles.columns; j += kLanes<A>) {
           const auto [a, b] = join(load(row(half, c) + first + j), load(row(half + 1, c) + first + j));
           store(out + 2 * j, a);
@@ -169,7 +169,7 @@ class Quarters {
   int64_t channels_;
 };
 
-// G g along one axis, and G^T of what the products of the four numbers add up to.
+// G g along one axis, and G^T of the sums of the four products.
 inline void transform_taps(double (&to)[4], double first, double middle, double last) {
   to[0] = first, to[1] = (first + middle + last) / 2, to[2] = (first - middle + last) / 2, to[3] = last;
 }
@@ -190,7 +190,7 @@ class WinogradWeights {
 
   A* bias() const { return bias_; }
 
-  // taps(row, channel): where the nine taps lie, line by line; they are taken so or from the last to the first.
+  // taps(row, channel) points to the nine taps, row by row; they are packed in this order or in reverse.
   template <bool from_last, class Taps>
   void pack(const Taps& taps) {
     const int64_t of_number = 4 * round_up(rows_, 2) * channels_;
@@ -199,15 +199,15 @@ class WinogradWeights {
       for (int64_t c = 0; c < channels_; ++c) {
         A* const to = weights_ + 4 * (first * channels_ + R * c);
         for (int64_t r = 0; r < R; ++r) {
-          double lines[3][4], both[4][4];
+          double kernel_rows[3][4], both[4][4];
           const A* const tap = taps(smaller(first + r, rows_ - 1), c);
-          for (int line = 0; line < 3; ++line) {
-            const A* const at = tap + 3 * (from_last ? 2 - line : line);
-            transform_taps(lines[line], at[from_last ? 2 : 0], at[1], at[from_last ? 0 : 2]);
+          for (int image_row = 0; image_row < 3; ++image_row) {
+            const A* const row = tap + 3 * (from_last ? 2 - image_row : image_row);
+            transform_taps(kernel_rows[image_row], row[from_last ? 2 : 0], row[1], row[from_last ? 0 : 2]);
           }
           for (int n = 0; n < 4; ++n) {
             double column[4];
-            transform_taps(column, lines[0][n], lines[1][n], lines[2][n]);
+            transform_taps(column, kernel_rows[0][n], kernel_rows[1][n], kernel_rows[2][n]);
             for (int m = 0; m < 4; ++m) both[m][n] = column[m];
           }
           for (int m = 0; m < 4; ++m) {
@@ -220,7 +220,7 @@ class WinogradWeights {
     });
   }
 
-  // The convolution of so many tiles. All rows' products of one number m come together: what they are made of stays in
+  // The convolution of so many tiles. All rows' products of one number m come together, so that their inputs stay in
   // the first cache.
   void operator()(const Quarters<A>& y, const Transformed<A>& d, int64_t tiles) const {
     for (int64_t i = 0; i < tiles; i += kLanes<A>) {
@@ -265,14 +265,15 @@ class WinogradWeights {
     if (row + 2 == round_up(rows_, 2)) body(Constant<2>(), row);
   }
 
-  // The products of number m, and the weights that follow; never inlined, for its registers' sake, as `add_products`.
+  // The products of number m, and the weights that follow; never inlined, so that sums stay in registers, as
+  // `add_products`.
   template <int R>
   __attribute__((noinline)) const A* add_up_four(Vec<A> (&result)[4][R], const A* weight, const Transformed<A>& d,
                                                  int m, int64_t i) const {
     const A *d0 = d[4 * m] + i, *d1 = d[4 * m + 1] + i, *d2 = d[4 * m + 2] + i, *d3 = d[4 * m + 3] + i;
     Vec<A> sums[4][R]{};
     for (int64_t c = 0; c < channels_; ++c, weight += 4 * R) {
-      const int64_t at = c * d.span();
+      const int64_t at = c * d.row_stride();
       const Vec<A> x0 = load(d0 + at), x1 = load(d1 + at), x2 = load(d2 + at), x3 = load(d3 + at);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
@@ -293,7 +294,7 @@ class WinogradWeights {
 // A convolution on the tiles of slabs, to `rows` channels.
 template <class A>
 inline void convolve(const Slab<A>& to, int64_t rows, const WinogradWeights<A>& weights, const Transformed<A>& d,
-                     const Quarters<A>& quarters, const Tiles& tiles) {
+                     const Quarters<A>& quarters, const WinogradTiles& tiles) {
   weights(quarters, d, tiles.count());
   quarters.write(to, rows, tiles);
 }

@@ -91,7 +91,7 @@ __attribute__((always_inline)) inline Vec<float> gelu<float>(Vec<float> x) {
   q = q * s + 0.250550091f;
   p = p * s + 0.797884464f;
   q = q * s + 1.f;
-  // The bound comes first: what is not a number passes through.
+  // The bound comes first: NaN passes through.
   const Vec<float> e = larger(broadcast(-1.f), smaller(broadcast(1.f), divide(x * p, q)));
   const Vec<float> half = 0.5f * x;
   return half * e + half;
@@ -120,7 +120,7 @@ inline Vec<A> gelu_gradient(Vec<A> x) {
 // beyond which it is within 4e-8 of 0 or 1; fitted by iterated reweighting.
 template <>
 __attribute__((always_inline)) inline Vec<float> gelu_gradient<float>(Vec<float> x) {
-  // The bound comes first: what is not a number passes through.
+  // The bound comes first: NaN passes through.
   const Vec<float> bounded = larger(broadcast(-6.f), smaller(broadcast(6.f), x));
   const Vec<float> s = bounded * bounded;
   Vec<float> q = s * 1.3147724e-09f + 3.38980698e-07f;

@@ -1,7 +1,7 @@
 // Blocks of pixels with all their channels, and parameters, as the trained layers read and write them.
 //
-// A block has one row of `span` elements for each channel, a multiple of a vector. Padding beyond the pixels is finite,
-// and zero in what is summed over.
+// A block has one row for each channel, `row_stride` elements from one to the next, a multiple of a vector. Padding
+// beyond the pixels is finite, and zero where it is summed over.
 #pragma once
 
 #include "cpu/tile/prefetch.h"
@@ -10,23 +10,23 @@
 
 namespace seemore::SEEMORE_ISA {
 
-// From one channel's pixels to the next's: an odd number of cache lines, lest all channels lie in the same few sets of
-// the first cache.
-inline int64_t span_for(int64_t pixels) { return (round_up(pixels, 16) / 16 | 1) * 16; }
+// The stride of rows of so many pixels: an odd number of cache lines, so that channels do not share a few sets of the
+// first cache.
+inline int64_t row_stride_for(int64_t pixels) { return (round_up(pixels, 16) / 16 | 1) * 16; }
 
-// A block's memory.
+// The memory of a block, zeroed.
 template <class A>
 class Block {
  public:
-  Block(int64_t channels, int64_t span) : span_(span), data_(channels * span) {
-    std::memset(data_, 0, channels * span * sizeof(A));
+  Block(int64_t channels, int64_t row_stride) : row_stride_(row_stride), data_(channels * row_stride) {
+    std::memset(data_, 0, channels * row_stride * sizeof(A));
   }
-  int64_t span() const { return span_; }
-  A* operator[](int64_t c) const { return data_ + c * span_; }
+  int64_t row_stride() const { return row_stride_; }
+  A* operator[](int64_t c) const { return data_ + c * row_stride_; }
   operator A*() const { return data_; }
 
  private:
-  int64_t span_;
+  int64_t row_stride_;
   Buffer<A> data_;
 };
 
@@ -56,7 +56,7 @@ inline void set_value(const Parameter& parameter, int64_t i, double value) {
   }
 }
 
-// A whole parameter in the type of sums, and its gradient.
+// A whole parameter in the accumulation type, and its gradient.
 template <class A>
 inline void read_values(A* to, const Parameter& parameter, int64_t count) {
   switch (parameter.dtype) {
@@ -87,7 +87,7 @@ inline void write_values(const Parameter& parameter, const A* from, int64_t coun
   }
 }
 
-// load_rows and store_rows of images of any type; in double, all are.
+// load_rows and store_rows of images of any type; if one is double, all are.
 
 inline void load_image(float* out, const TypedImage& image, const Size& size, const Place& place, int64_t count) {
   if (image.dtype == DType::float32) return load_rows<float>(out, image.view, size, place, count);
@@ -107,33 +107,33 @@ inline void store_image(const TypedImage& image, const Place& place, double* row
   store_rows<double>(image.view, place, rows, count);
 }
 
-// The pixels of images in blocks of `most`, one after another: of a line, or of the whole image where in all of the
-// images line follows on line. The blocks depend on sizes and strides alone, so that sums do not depend on threads.
+// The cut of images into blocks of at most `most` pixels, one after another: of a row, or of the whole image if the
+// rows of all the images are adjacent. Blocks depend on sizes and strides alone, so that sums do not depend on threads.
 struct Blocks {
   template <class... Images>
   Blocks(int64_t most, const Size& whole, const Images&... images) : size(whole), most(most) {
-    if ((follow(whole, images.view) && ...)) size.height = 1, size.width = whole.height * whole.width;
-    of_a_line = (size.width + most - 1) / most;
+    if ((are_rows_adjacent(whole, images.view) && ...)) size.height = 1, size.width = whole.height * whole.width;
+    of_a_row = (size.width + most - 1) / most;
   }
-  static bool follow(const Size& size, const Image& image) {
+  static bool are_rows_adjacent(const Size& size, const Image& image) {
     return !image.data || size.height == 1 || image.row == size.width * image.column;
   }
-  int64_t count() const { return size.batch * size.height * of_a_line; }
-  int64_t span() const { return span_for(smaller(most, size.width)); }
-  Place place(int64_t block, int64_t channels, int64_t span) const {
-    const int64_t line = block / of_a_line;
-    return {line / size.height, 0, channels, line % size.height, block % of_a_line * most, span};
+  int64_t count() const { return size.batch * size.height * of_a_row; }
+  int64_t row_stride() const { return row_stride_for(smaller(most, size.width)); }
+  Place place(int64_t block, int64_t channels, int64_t row_stride) const {
+    const int64_t row = block / of_a_row;
+    return {row / size.height, 0, channels, row % size.height, block % of_a_row * most, row_stride};
   }
-  int64_t width(int64_t block) const { return smaller(most, size.width - block % of_a_line * most); }
-  // An image's pixels of a block before `end`, asked for while a product makes `rows` rows of `width` pixels.
-  Ahead ahead(const TypedImage& image, int64_t block, int64_t end, int64_t channels, int64_t rows,
-              int64_t width) const {
+  int64_t width(int64_t block) const { return smaller(most, size.width - block % of_a_row * most); }
+  // Prefetch an image's pixels of a block before `end` while a product computes `rows` rows of `width` pixels.
+  Prefetcher prefetch(const TypedImage& image, int64_t block, int64_t end, int64_t channels, int64_t rows,
+                      int64_t width) const {
     if (block >= end) return {};
     return {image, place(block, channels, 0), this->width(block), rows, width};
   }
 
   Size size;
-  int64_t most, of_a_line;
+  int64_t most, of_a_row;
 };
 
 }  // namespace seemore::SEEMORE_ISA

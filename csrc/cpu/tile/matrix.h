@@ -1,8 +1,9 @@
-// Products of small matrices with lines: what every dense and pointwise convolution of the network is made of.
+// Products of small matrices with rows of pixels, of which every dense and pointwise convolution of the network
+// consists.
 //
-// A line is one row of an image, channel after channel; a cell is what a pixel takes up of it: float or double, one
-// channel, or Pair, two channels in bfloat16, of which vdpbf16ps adds up two products at once. A vector holds the cells
-// of consecutive pixels and a weight is broadcast, so that every lane works whatever the number of channels.
+// Pixels lie in rows, channel after channel; a cell is an element of a row: a float or double, one channel, or a Pair,
+// two channels in bfloat16, of which vdpbf16ps adds up two products at once. A vector holds the cells of consecutive
+// pixels and a weight is broadcast, so that every lane works whatever the number of channels.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -111,16 +112,16 @@ struct Product<Pair> {
 #endif
 };
 
-// Channels of a line to be multiplied, from the first pixel on.
+// The channels of a row of pixels to be multiplied, from the first pixel on.
 template <class Cell>
 struct Source {
   const Cell* cells;
-  int64_t stride;  // from one channel's (or two channels') cells to the next
+  int64_t row_stride;  // from one channel's (or two channels') cells to the next
 };
 
-// Rows are worked on six at a time, so many sums fit the registers; their number is even, for pairs. The weights lie in
-// the order in which they are used: [tile of rows][source][cell][row of the tile].
-constexpr int64_t tile_rows(int64_t rows_left) { return rows_left >= 6 ? 6 : rows_left >= 4 ? 4 : 2; }
+// A register tile has six rows, whose sums fit the registers; the number of rows is even, for pairs. The weights lie in
+// the order of their use: [register tile][source][cell][row of the tile].
+constexpr int64_t register_tile_rows(int64_t rows_left) { return rows_left >= 6 ? 6 : rows_left >= 4 ? 4 : 2; }
 
 template <class Cell>
 struct Matrix {
@@ -133,12 +134,12 @@ struct Matrix {
   int64_t size() const { return rows * ((sources - 1) * cells + last_cells); }
 };
 
-// Hands out the parts of a block of memory; from null, it only counts.
+// The allocator of parts of a block of memory; from null, it only counts.
 class Arena {
  public:
   explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
   template <class T>
-  T* take(int64_t count) {
+  T* allocate(int64_t count) {
     T* part = memory_ ? reinterpret_cast<T*>(memory_ + bytes_) : nullptr;
     bytes_ += round_up(count * sizeof(T), 64);
     return part;
@@ -151,30 +152,30 @@ class Arena {
 };
 
 template <class Cell>
-Matrix<Cell> take_matrix(Arena& arena, int64_t rows, int64_t sources, int64_t channels, int64_t last_channels) {
+Matrix<Cell> allocate_matrix(Arena& arena, int64_t rows, int64_t sources, int64_t channels, int64_t last_channels) {
   Matrix<Cell> matrix{round_up(rows, 2), sources, cells_of<Cell>(channels), cells_of<Cell>(last_channels),
                       nullptr,           nullptr};
-  matrix.weights = arena.take<Cell>(matrix.size());
-  matrix.bias = arena.take<Sum<Cell>>(matrix.rows);
+  matrix.weights = arena.allocate<Cell>(matrix.size());
+  matrix.bias = arena.allocate<Sum<Cell>>(matrix.rows);
   return matrix;
 }
 
 template <class Cell>
-Matrix<Cell> take_matrix(Arena& arena, int64_t rows, int64_t sources, int64_t channels) {
-  return take_matrix<Cell>(arena, rows, sources, channels, channels);
+Matrix<Cell> allocate_matrix(Arena& arena, int64_t rows, int64_t sources, int64_t channels) {
+  return allocate_matrix<Cell>(arena, rows, sources, channels, channels);
 }
 
-// element(row, source, channel) gives the weights; rows and channels beyond are zero.
+// Pack the weights element(row, source, channel); rows and channels beyond are zero.
 template <class Cell, class Element>
 inline void pack(const Matrix<Cell>& matrix, int64_t rows, int64_t channels, int64_t last_channels,
                  const Element& element) {
   Cell* to = matrix.weights;
-  for (int64_t first = 0; first < matrix.rows; first += tile_rows(matrix.rows - first)) {
+  for (int64_t first = 0; first < matrix.rows; first += register_tile_rows(matrix.rows - first)) {
     for (int64_t s = 0; s < matrix.sources; ++s) {
       const bool is_last = s == matrix.sources - 1;
       const int64_t inputs = is_last ? last_channels : channels;
       for (int64_t cell = 0; cell < (is_last ? matrix.last_cells : matrix.cells); ++cell) {
-        for (int64_t r = first; r < first + tile_rows(matrix.rows - first); ++r) {
+        for (int64_t r = first; r < first + register_tile_rows(matrix.rows - first); ++r) {
           Sum<Cell> value[kChannels<Cell>];
           for (int64_t i = 0; i < kChannels<Cell>; ++i) {
             const int64_t channel = cell * kChannels<Cell> + i;
@@ -187,8 +188,8 @@ inline void pack(const Matrix<Cell>& matrix, int64_t rows, int64_t channels, int
   }
 }
 
-// sums += weights * sources, for R rows and V vectors of pixels from i on; returns the weights that follow. Never
-// inlined, and on a copy of the sums: or the compiler would not keep them in registers.
+// sums += weights * sources, for R rows and V vectors of pixels from i on; returns the address of the next weights.
+// Never inlined, and on a copy of the sums: otherwise the compiler would not keep them in registers.
 template <int R, int V, class Cell>
 __attribute__((noinline)) const Cell* add_products(Vec<Sum<Cell>> (&result)[R][V], const Cell* weight,
                                                    const Source<Cell>* sources, int64_t count, int64_t cells,
@@ -198,8 +199,8 @@ __attribute__((noinline)) const Cell* add_products(Vec<Sum<Cell>> (&result)[R][V
   std::memcpy(sums, result, sizeof(sums));
   for (int64_t s = 0; s < count; ++s) {
     const Cell* x = sources[s].cells + i;
-    const int64_t stride = sources[s].stride;
-    for (int64_t c = s == count - 1 ? last_cells : cells; c > 0; --c, x += stride, weight += R) {
+    const int64_t row_stride = sources[s].row_stride;
+    for (int64_t c = s == count - 1 ? last_cells : cells; c > 0; --c, x += row_stride, weight += R) {
       if constexpr (V == 1) {
         const Product<Cell> p0(x);
 #pragma GCC unroll 8
@@ -220,10 +221,10 @@ __attribute__((noinline)) const Cell* add_products(Vec<Sum<Cell>> (&result)[R][V
   return weight;
 }
 
-// finish(row, i, sums): sums of R rows from `row` on and V vectors of pixels from i on.
-template <int R, int V, class Cell, class Finish>
-inline void multiply_tile(const Matrix<Cell>& matrix, const Cell* weight, int64_t row, const Source<Cell>* sources,
-                          int64_t i, const Finish& finish) {
+// Call epilogue(row, i, sums) with the sums of R rows from `row` on and V vectors of pixels from i on.
+template <int R, int V, class Cell, class Epilogue>
+inline void multiply_register_tile(const Matrix<Cell>& matrix, const Cell* weight, int64_t row,
+                                   const Source<Cell>* sources, int64_t i, const Epilogue& epilogue) {
   Vec<Sum<Cell>> sums[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -231,19 +232,20 @@ inline void multiply_tile(const Matrix<Cell>& matrix, const Cell* weight, int64_
     for (int v = 0; v < V; ++v) sums[r][v] = broadcast(matrix.bias[row + r]);
   }
   add_products(sums, weight, sources, matrix.sources, matrix.cells, matrix.last_cells, i);
-  finish(row, i, sums);
+  epilogue(row, i, sums);
 }
 
-// With 6 rows, the sums of a tile just fit the registers: 32 of them, or 16.
+// Vectors of a register tile: with 6 rows, their sums just fit the 32 registers, or 16.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTileVectors = 4;
 #else
 constexpr int kTileVectors = 2;
 #endif
 
-// tile(Constant<R>, Constant<V>, row, i) for the tiles of `rows` times `width` pixels, a multiple of a vector.
+// Call tile(Constant<R>, Constant<V>, row, i) for the register tiles of `rows` times `width` pixels, a multiple of a
+// vector.
 template <int64_t lanes = kWidth, class Tile>
-inline void for_each_tile(int64_t rows, int64_t width, const Tile& tile) {
+inline void for_each_register_tile(int64_t rows, int64_t width, const Tile& tile) {
   const auto all_rows = [&](auto vectors, int64_t i) {
     int64_t row = 0;
     for (; row + 6 <= rows; row += 6) tile(Constant<6>(), vectors, row, i);
@@ -261,12 +263,12 @@ inline void for_each_tile(int64_t rows, int64_t width, const Tile& tile) {
   if (i < width) all_rows(Constant<1>(), i);
 }
 
-template <class Cell, class Finish>
-inline void multiply(const Matrix<Cell>& matrix, const Source<Cell>* sources, int64_t width, const Finish& finish) {
+template <class Cell, class Epilogue>
+inline void multiply(const Matrix<Cell>& matrix, const Source<Cell>* sources, int64_t width, const Epilogue& epilogue) {
   const int64_t inputs = (matrix.sources - 1) * matrix.cells + matrix.last_cells;
-  for_each_tile<kLanes<Sum<Cell>>>(matrix.rows, width, [&](auto r, auto v, int64_t row, int64_t i) {
-    multiply_tile<decltype(r)::value, decltype(v)::value>(matrix, matrix.weights + row * inputs, row, sources, i,
-                                                          finish);
+  for_each_register_tile<kLanes<Sum<Cell>>>(matrix.rows, width, [&](auto r, auto v, int64_t row, int64_t i) {
+    multiply_register_tile<decltype(r)::value, decltype(v)::value>(matrix, matrix.weights + row * inputs, row, sources,
+                                                                   i, epilogue);
   });
 }
 

@@ -1,5 +1,5 @@
-// Taps along a row from whole vectors: what a tap sees is shifted together out of two of them. A load across the ends
-// of vectors that were only just stored would wait for these stores, longer than all taps take.
+// Taps along a row from whole vectors: the input of a tap is shifted together out of two of them. A load across the
+// ends of vectors that were only just stored would wait for these stores, longer than all taps take.
 #pragma once
 
 #include "cpu/tile/tiling.h"
@@ -30,22 +30,22 @@ inline V shifted(V a, V b) {
 
 // A row from x on, and the vectors on both sides of it.
 template <class A>
-struct Line {
+struct EdgedRow {
   const A* x;
   Vec<A> left, right;
 };
 
-// Whether K taps see no further than the next vectors; K = 0 stands for any number of them.
+// Whether the halo of K taps lies within the next vectors; K = 0 stands for any number of taps.
 template <int K, class A>
 constexpr bool kAreNear = K > 0 && K / 2 <= kLanes<A>;
 
 // A vector of a row and its neighbours.
 template <class A>
-struct Around {
+struct Neighbours {
   Vec<A> before, here, behind;
 
   template <int offset>
-  Vec<A> at() const {
+  Vec<A> tap() const {
     if constexpr (offset == 0) return here;
     if constexpr (offset == kLanes<A>) return behind;
     if constexpr (offset == -kLanes<A>) return before;
@@ -54,17 +54,17 @@ struct Around {
   }
 };
 
-// each(i, Around) for the vectors of a row.
+// Call each(i, Neighbours) for the vectors of a row.
 template <class A, class Each>
-inline void slide(const Line<A>& line, int64_t length, const Each& each) {
-  Around<A> around{line.left, line.left, load(line.x)};
+inline void slide(const EdgedRow<A>& row, int64_t length, const Each& each) {
+  Neighbours<A> window{row.left, row.left, load(row.x)};
   for (int64_t i = 0; i < length; i += kLanes<A>) {
-    around = {around.here, around.behind, i + kLanes<A> < length ? load(line.x + i + kLanes<A>) : line.right};
-    each(i, around);
+    window = {window.here, window.behind, i + kLanes<A> < length ? load(row.x + i + kLanes<A>) : row.right};
+    each(i, window);
   }
 }
 
-// each(Constant<k>) for k < K
+// Call each(Constant<k>) for k < K.
 template <int K, int k = 0, class Each>
 inline void each_tap(const Each& each) {
   if constexpr (k < K) {
@@ -75,56 +75,56 @@ inline void each_tap(const Each& each) {
 
 // out[i] = bias + sum_k weight[k] * x[i + k - K / 2]
 template <int K, class A>
-inline void row_taps(A* out, const Line<A>& line, const Taps<A>& taps, int64_t length) {
+inline void row_taps(A* out, const EdgedRow<A>& row, const Taps<A>& taps, int64_t length) {
   if constexpr (kAreNear<K, A>) {
     Vec<A> weight[K];
     for (int k = 0; k < K; ++k) weight[k] = broadcast(taps.weight[k]);
-    slide(line, length, [&](int64_t i, const Around<A>& x) {
+    slide(row, length, [&](int64_t i, const Neighbours<A>& x) {
       Vec<A> sum = broadcast(taps.bias);
       each_tap<K>([&](auto k) {
         constexpr int tap = decltype(k)::value;
-        sum += weight[tap] * x.template at<tap - K / 2>();
+        sum += weight[tap] * x.template tap<tap - K / 2>();
       });
       store(out + i, sum);
     });
   } else {
-    row_taps<K>(out, line.x - taps.count / 2, taps, length);
+    row_taps<K>(out, row.x - taps.count / 2, taps, length);
   }
 }
 
 // sum[k] += sum_i dy[i] * x[i + k - K / 2]: the gradient of row_taps' weights.
 template <int K, class A>
-inline void row_tap_gradients(Vec<A>* sum, const A* dy, const Line<A>& line, int64_t count, int64_t length) {
+inline void row_tap_gradients(Vec<A>* sum, const A* dy, const EdgedRow<A>& row, int64_t count, int64_t length) {
   if constexpr (kAreNear<K, A>) {
     Vec<A> local[K];
     for (int k = 0; k < K; ++k) local[k] = sum[k];
-    slide(line, length, [&](int64_t i, const Around<A>& x) {
+    slide(row, length, [&](int64_t i, const Neighbours<A>& x) {
       const Vec<A> d = load(dy + i);
       each_tap<K>([&](auto k) {
         constexpr int tap = decltype(k)::value;
-        local[tap] += d * x.template at<tap - K / 2>();
+        local[tap] += d * x.template tap<tap - K / 2>();
       });
     });
     for (int k = 0; k < K; ++k) sum[k] = local[k];
   } else {
-    row_tap_gradients<K>(sum, dy, line.x - count / 2, count, length);
+    row_tap_gradients<K>(sum, dy, row.x - count / 2, count, length);
   }
 }
 
-// Reads lines of a tile: from memory itself where vectors of them lie there as they are needed, else into buffers with
-// `margin` columns on either side, zero outside the image.
+// A reader of a tile's rows: in place where they lie in memory as they are needed, else by a copy with `margin` columns
+// on either side, zero outside the image.
 template <class T, class A = Accumulate<T>>
-class LineReader {
+class RowReader {
  public:
-  // `lines` at a time, of at most so many columns and channels, margins included.
-  LineReader(const Image& image, const Size& size, int64_t lines, int64_t channels, int64_t columns)
+  // `rows` at a time, of at most so many columns and channels, margins included.
+  RowReader(const Image& image, const Size& size, int64_t rows, int64_t channels, int64_t columns)
       : image_(image),
         size_(size),
-        buffers_(image.data ? lines : 0, channels * columns),
+        buffers_(image.data ? rows : 0, channels * columns),
         zeros_(1, columns),
-        lines_(lines) {}
+        rows_(rows) {}
 
-  // Columns [begin, begin + width) of the tile's channels. `far`: taps look beyond the next vectors.
+  // Go to columns [begin, begin + width) of the tile's channels. `far`: taps reach beyond the next vectors.
   void move(const Tile& tile, int64_t begin, int64_t width, int64_t margin, bool far) {
     place_ = {tile.b, tile.c, tile.channels, 0, begin - margin, width + 2 * margin};
     margin_ = margin, width_ = width;
@@ -132,35 +132,35 @@ class LineReader {
                  width == size_.width;
   }
 
-  // Line h of the image, into place n; 0 outside.
+  // Read row h of the image as number n; 0 outside.
   void read(int64_t n, int64_t h) {
     if (is_direct_) {
       const bool is_inside = h >= 0 && h < size_.height;
-      lines_[n] = is_inside ? at<const A>(image_, place_.b, place_.c, h, 0) : zeros_[0];
-      for (int64_t i = 0; i < width_; i += 64 / sizeof(A)) __builtin_prefetch(lines_[n] + i + kAhead * image_.row);
+      rows_[n] = is_inside ? address<const A>(image_, place_.b, place_.c, h, 0) : zeros_[0];
+      for (int64_t i = 0; i < width_; i += 64 / sizeof(A)) __builtin_prefetch(rows_[n] + i + kAhead * image_.row);
     } else {
       place_.h = h;
-      load_rows<T>(buffers_[n], image_, size_, place_, place_.span);
-      lines_[n] = buffers_[n] + margin_;
+      load_rows<T>(buffers_[n], image_, size_, place_, place_.row_stride);
+      rows_[n] = buffers_[n] + margin_;
     }
   }
 
-  const A* row(int64_t n, int64_t c) const { return lines_[n] + c * place_.span; }
-  Line<A> line(int64_t n, int64_t c) const {
+  const A* row(int64_t n, int64_t c) const { return rows_[n] + c * place_.row_stride; }
+  EdgedRow<A> edged_row(int64_t n, int64_t c) const {
     const A* const x = row(n, c);
     if (is_direct_) return {x, Vec<A>{}, Vec<A>{}};
     return {x, load(x - kLanes<A>), load(x + width_)};
   }
 
  private:
-  static constexpr int64_t kAhead = 4;  // lines
+  static constexpr int64_t kAhead = 4;  // rows
   const Image& image_;
   const Size& size_;
   Place place_{};
   int64_t margin_ = 0, width_ = 0;
   bool is_direct_ = false;
   Rows<A> buffers_, zeros_;
-  Buffer<const A*> lines_;
+  Buffer<const A*> rows_;
 };
 
 }  // namespace seemore::SEEMORE_ISA

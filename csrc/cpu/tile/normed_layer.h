@@ -1,8 +1,8 @@
-// A pointwise layer behind a LayerNorm, or behind none: weight @ LN(x) + bias.
+// A pointwise layer after a LayerNorm, or without one: weight @ LN(x) + bias.
 //
 // With x the normalised pixels, LayerNorm's weight and bias go into those of the layer: weight' = weight * gain and
-// bias' = bias + weight @ shift. So the sums over the pixels of ds x^T and of ds are all that the gradients of all four
-// parameters are made of.
+// bias' = bias + weight @ shift. So the gradients of all four parameters follow from the sums over the pixels of ds x^T
+// and of ds.
 #pragma once
 
 #include "cpu/tile/linear.h"
@@ -43,9 +43,11 @@ class NormedLayer {
   int64_t sums() const { return rows_ * columns(); }
 
   // Adds up the products of ds (rows, zero beyond the pixels) and normalised pixels.
-  void add_gradients(A* sums, const A* ds, int64_t ds_span, const A* x, int64_t x_span, int64_t width) const {
-    add_outer<A, Cell>(sums, columns(), ds, ds_span, rows_, x, x_span, channels_, width);
-    for (int64_t r = 0; r < rows_; ++r) sums[r * columns() + channels_] += total<A>(row_sum(ds + r * ds_span, width));
+  void add_gradients(A* sums, const A* ds, int64_t ds_row_stride, const A* x, int64_t x_row_stride,
+                     int64_t width) const {
+    add_outer<A, Cell>(sums, columns(), ds, ds_row_stride, rows_, x, x_row_stride, channels_, width);
+    for (int64_t r = 0; r < rows_; ++r)
+      sums[r * columns() + channels_] += total<A>(row_sum(ds + r * ds_row_stride, width));
   }
 
   void write_gradients(const A* sums, const Parameter& dnorm_weight, const Parameter& dnorm_bias,
@@ -68,7 +70,7 @@ class NormedLayer {
     }
   }
 
-  Weights<A, Cell> forward, backward;  // of normalised pixels, and to their gradient
+  Linear<A, Cell> forward, backward;  // of normalised pixels, and to their gradient
 
  private:
   int64_t columns() const { return channels_ + 1; }

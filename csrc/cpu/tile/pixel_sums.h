@@ -5,7 +5,7 @@
 
 namespace seemore::SEEMORE_ISA {
 
-// sums[i] of `parts` rows of `count`, added up in their order.
+// sums[i] = the sum of `parts` rows of `count`, in their order.
 template <class A>
 inline void add_up(A* sums, const A* partial, int64_t parts, int64_t count) {
   for_each_range(count, [&](int64_t begin, int64_t end) {
@@ -17,7 +17,7 @@ inline void add_up(A* sums, const A* partial, int64_t parts, int64_t count) {
   });
 }
 
-// What lies beyond `count` pixels is 0 from now on: sums see it.
+// Clear the padding beyond `count` pixels, which enters sums.
 template <class A>
 inline void clear_tail(const Block<A>& block, int64_t rows, int64_t count) {
   const int64_t end = round_up(count, kLanes<A>);
@@ -82,17 +82,18 @@ struct PlainRow {
 };
 
 #if defined(__AVX512BF16__)
-struct NarrowRow {
+struct BFloat16Row {
   static constexpr int64_t kSteps = 32;
-  explicit NarrowRow(const BFloat16* from) { std::memcpy(&v, from, sizeof(v)); }
-  void add(Vec<float>& sum, const NarrowRow& other) const {
+  explicit BFloat16Row(const BFloat16* from) { std::memcpy(&v, from, sizeof(v)); }
+  void add(Vec<float>& sum, const BFloat16Row& other) const {
     sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, v, other.v);
   }
   __m512bh v;
 };
 
 // to[r][i] = from[r][i] rounded, and zeros up to `length`, a multiple of 32
-inline void narrow_rows(BFloat16* to, int64_t length, const float* from, int64_t stride, int64_t rows, int64_t count) {
+inline void to_bfloat16_rows(BFloat16* to, int64_t length, const float* from, int64_t stride, int64_t rows,
+                             int64_t count) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t i = 0; i < length; i += 32) {
       const float* const x = from + r * stride + i;
@@ -104,7 +105,7 @@ inline void narrow_rows(BFloat16* to, int64_t length, const float* from, int64_t
 }
 #endif
 
-// Never inlined, for its registers' sake, as `add_products`.
+// Never inlined, so that sums stay in registers, as `add_products`.
 template <int R, int C, class Row, class A, class T>
 __attribute__((noinline)) void outer_tile(A* sums, int64_t sums_stride, const T* a, int64_t a_stride, const T* b,
                                           int64_t b_stride, int64_t length) {
@@ -165,9 +166,9 @@ inline void add_outer(A* sums, int64_t sums_stride, const A* a, int64_t a_stride
     const int64_t wide = round_up(length, 32);
     const Buffer<BFloat16> factors((rows + columns) * wide);
     BFloat16* const of_b = factors + rows * wide;
-    narrow_rows(factors, wide, a, a_stride, rows, length);
-    narrow_rows(of_b, wide, b, b_stride, columns, length);
-    add_outer_rows<NarrowRow, A, BFloat16>(sums, sums_stride, factors, wide, rows, of_b, wide, columns, wide);
+    to_bfloat16_rows(factors, wide, a, a_stride, rows, length);
+    to_bfloat16_rows(of_b, wide, b, b_stride, columns, length);
+    add_outer_rows<BFloat16Row, A, BFloat16>(sums, sums_stride, factors, wide, rows, of_b, wide, columns, wide);
 #endif
   }
 }

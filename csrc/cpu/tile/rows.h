@@ -1,7 +1,7 @@
-// Row primitives: the loops that every chain of the library is made of.
+// Row primitives: the loops that every operator of the library consists of.
 //
-// A row is one line of one channel in the accumulation type A, contiguous. Lengths are rounded up to whole vectors, so
-// rows have room for that; what lies beyond the image is finite, and never stored.
+// A row is one image row of one channel in the accumulation type A, contiguous. Lengths are rounded up to whole
+// vectors, so rows have room for that; padding beyond the image is finite, and never stored.
 #pragma once
 
 #include <new>
@@ -46,9 +46,9 @@ class Buffer {
 
 // The last `count` rows of a stream: window[0] is the oldest.
 template <class A>
-class Window {
+class RowWindow {
  public:
-  Window(int64_t count, int64_t length) : rows_(count, length), count_(count), order_(2 * count) {
+  RowWindow(int64_t count, int64_t length) : rows_(count, length), count_(count), order_(2 * count) {
     for (int64_t i = 0; i < 2 * count; ++i) order_[i] = rows_[i % count];
   }
 
@@ -61,41 +61,41 @@ class Window {
  private:
   Rows<A> rows_;
   int64_t count_, oldest_ = 0;
-  Buffer<A*> order_;  // twice: so that any `count` of them in turn lie side by side
+  Buffer<A*> order_;  // 2 * count: so that any `count` of them in turn lie side by side
 };
 
 template <class T>
-inline T* at(const Image& image, int64_t b, int64_t c, int64_t h, int64_t w) {
+inline T* address(const Image& image, int64_t b, int64_t c, int64_t h, int64_t w) {
   return static_cast<T*>(image.data) + b * image.batch + c * image.channel + h * image.row + w * image.column;
 }
 
-// Where rows are read or written: image b, `channels` channels from c on, line h, from column w on. The rows of several
-// channels lie `span` elements apart.
+// The place of an image where rows are read or written: image b, `channels` channels from c on, row h, from column w
+// on. The rows of several channels lie `row_stride` elements apart.
 struct Place {
-  int64_t b, c, channels, h, w, span;
+  int64_t b, c, channels, h, w, row_stride;
 };
 
 // out[c][i] = image[w + i] for i < count, 0 outside the image.
 template <class T, class A = Accumulate<T>>
 inline void load_rows(A* out, const Image& image, const Size& size, const Place& place, int64_t count) {
   if (place.h < 0 || place.h >= size.height) {
-    for (int64_t c = 0; c < place.channels; ++c) std::memset(out + c * place.span, 0, count * sizeof(A));
+    for (int64_t c = 0; c < place.channels; ++c) std::memset(out + c * place.row_stride, 0, count * sizeof(A));
     return;
   }
   const int64_t begin = smaller(larger(0, -place.w), count);
   const int64_t end = larger(begin, smaller(count, size.width - place.w));
   for (int64_t c = 0; c < place.channels; ++c) {  // by whole vectors: rows have room, and memset costs a call
-    for (int64_t i = 0; i < begin; i += kLanes<A>) store(out + c * place.span + i, Vec<A>{});
-    for (int64_t i = end; i < count; i += kLanes<A>) store(out + c * place.span + i, Vec<A>{});
+    for (int64_t i = 0; i < begin; i += kLanes<A>) store(out + c * place.row_stride + i, Vec<A>{});
+    for (int64_t i = end; i < count; i += kLanes<A>) store(out + c * place.row_stride + i, Vec<A>{});
   }
-  const T* from = at<T>(image, place.b, place.c, place.h, place.w);
+  const T* from = address<T>(image, place.b, place.c, place.h, place.w);
   if (image.column == 1) {
     for (int64_t c = 0; c < place.channels; ++c) {
       const T* row = from + c * image.channel;
-      A* to = out + c * place.span;
+      A* to = out + c * place.row_stride;
       int64_t i = begin;
       for (; i + kLanes<A> <= end; i += kLanes<A>) {
-        __builtin_prefetch(row + i + image.row);  // lines come in turn; the processor does not foresee the jump
+        __builtin_prefetch(row + i + image.row);  // of the next row, a jump that the processor does not foresee
         store(to + i, load(row + i));
       }
       for (; i < end; ++i) to[i] = load_one(row + i);
@@ -108,11 +108,11 @@ inline void load_rows(A* out, const Image& image, const Size& size, const Place&
     if (image.channel == 1 && i + 4 <= end) {
       columns = 4;
       for (; c + 4 <= place.channels; c += 4)
-        transpose_load(out + c * place.span + i, place.span, pixel + c, image.column);
+        transpose_load(out + c * place.row_stride + i, place.row_stride, pixel + c, image.column);
     }
     for (; c < place.channels; ++c) {
       for (int64_t j = 0; j < columns; ++j) {
-        out[c * place.span + i + j] = load_one(pixel + c * image.channel + j * image.column);
+        out[c * place.row_stride + i + j] = load_one(pixel + c * image.channel + j * image.column);
       }
     }
     i += columns;
@@ -123,24 +123,24 @@ inline void load_rows(A* out, const Image& image, const Size& size, const Place&
 // change.
 template <class T, class Epilogue, class A = Accumulate<T>>
 inline void store_rows(const Image& image, const Place& place, A* rows, int64_t count, const Epilogue& epilogue) {
-  T* to = at<T>(image, place.b, place.c, place.h, place.w);
+  T* to = address<T>(image, place.b, place.c, place.h, place.w);
   if (image.column == 1) {
     for (int64_t c = 0; c < place.channels; ++c) {
-      A* row = rows + c * place.span;
-      T* line = to + c * image.channel;
+      A* row = rows + c * place.row_stride;
+      T* target = to + c * image.channel;
       int64_t i = 0;
       for (; i + kLanes<A> <= count; i += kLanes<A>) {
-        __builtin_prefetch(line + i + 4 * image.row, 1, 2);
-        store(line + i, epilogue(load(row + i), c * place.span + i));
+        __builtin_prefetch(target + i + 4 * image.row, 1, 2);
+        store(target + i, epilogue(load(row + i), c * place.row_stride + i));
       }
-      if (i < count) store(row + i, epilogue(load(row + i), c * place.span + i));
-      for (; i < count; ++i) store_one(line + i, row[i]);
+      if (i < count) store(row + i, epilogue(load(row + i), c * place.row_stride + i));
+      for (; i < count; ++i) store_one(target + i, row[i]);
     }
     return;
   }
   for (int64_t c = 0; c < place.channels; ++c) {
-    A* row = rows + c * place.span;
-    for (int64_t i = 0; i < count; i += kLanes<A>) store(row + i, epilogue(load(row + i), c * place.span + i));
+    A* row = rows + c * place.row_stride;
+    for (int64_t i = 0; i < count; i += kLanes<A>) store(row + i, epilogue(load(row + i), c * place.row_stride + i));
   }
   for (int64_t i = 0; i < count;) {
     T* pixel = to + i * image.column;
@@ -148,12 +148,12 @@ inline void store_rows(const Image& image, const Place& place, A* rows, int64_t 
     if (image.channel == 1 && i + 4 <= count) {
       columns = 4;
       for (; c + 4 <= place.channels; c += 4) {
-        transpose_store(pixel + c, image.column, rows + c * place.span + i, place.span);
+        transpose_store(pixel + c, image.column, rows + c * place.row_stride + i, place.row_stride);
       }
     }
     for (; c < place.channels; ++c) {
       for (int64_t j = 0; j < columns; ++j) {
-        store_one(pixel + c * image.channel + j * image.column, rows[c * place.span + i + j]);
+        store_one(pixel + c * image.channel + j * image.column, rows[c * place.row_stride + i + j]);
       }
     }
     i += columns;
@@ -267,7 +267,7 @@ inline void row_tap_gradients(Vec<A>* sum, const A* dy, const A* x, int64_t coun
   }
 }
 
-// v as it is once it was stored.
+// v after a round trip through storage.
 template <class T, class A = Accumulate<T>>
 inline Vec<A> as_stored(Vec<A> v) {
   if constexpr (sizeof(T) == sizeof(A)) return v;

@@ -1,4 +1,4 @@
-// The images cut into tiles, one task each, and the choice of a type: for operators over planes.
+// Tiles of images, one task each; loops on threads; dispatch by dtype.
 #pragma once
 
 #include "cpu/tile/parallel.h"
@@ -6,7 +6,7 @@
 
 namespace seemore::SEEMORE_ISA {
 
-// task(begin, end) for ranges of tasks, on torch's threads: what a task allocates serves all of a range.
+// Call task(begin, end) for ranges of tasks, on torch's threads: buffers that it allocates serve a whole range.
 template <class Task>
 inline void for_each_range(int64_t count, const Task& task) {
   parallel_for(
@@ -14,7 +14,7 @@ inline void for_each_range(int64_t count, const Task& task) {
       &task);
 }
 
-// task(i) for every i < count.
+// Call task(i) for every i < count.
 template <class Task>
 inline void for_each_task(int64_t count, const Task& task) {
   for_each_range(count, [&](int64_t begin, int64_t end) {
@@ -22,7 +22,7 @@ inline void for_each_task(int64_t count, const Task& task) {
   });
 }
 
-// run(T*) for the type of the images.
+// Call run(T*) for the type of the images.
 template <class Run>
 inline void with_type(DType dtype, const Run& run) {
   switch (dtype) {
@@ -74,14 +74,15 @@ struct Tiling {
   int64_t channels, blocks, bands, height, columns, width;
 };
 
-// Of lines line, line + 1, .., `count` of them, those in [begin, end): [first, last), counted from `line`.
-struct LineRange {
+// Rows [first, last), counted from some row.
+struct RowRange {
   int64_t first, last;
 };
 
-inline LineRange needed_of(int64_t line, int64_t count, int64_t begin, int64_t end) {
-  const int64_t first = smaller(larger(begin - line, 0), count);
-  return {first, larger(first, smaller(end - line, count))};
+// Of `count` rows from `row` on, those in [begin, end).
+inline RowRange needed_of(int64_t row, int64_t count, int64_t begin, int64_t end) {
+  const int64_t first = smaller(larger(begin - row, 0), count);
+  return {first, larger(first, smaller(end - row, count))};
 }
 
 inline bool is_interleaved(const Image& image) { return image.column != 1 && image.channel == 1; }
@@ -90,7 +91,7 @@ inline Tiling tiling_of(const Size& size, const Image& image) {
   return is_interleaved(image) ? Tiling(size, smaller(larger(1, size.channels), 64), 64) : Tiling(size, 1, 1024);
 }
 
-// task(tile, buffers): a thread's buffers are make()'s, for one tile after the other.
+// Call task(tile, buffers) for all tiles; make() returns the buffers of a range of them.
 template <class Make, class Task>
 inline void for_each_tile(const Tiling& tiling, const Make& make, const Task& task) {
   for_each_range(tiling.count(), [&](int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// Neighbours in memory, read and written at once.
+// Vector accesses: neighbours in memory, read and written at once.
 //
 // They travel as words of 32 bits, which are taken apart where the numbers are used: 16-bit elements that live across a
 // branch or a loop's end would be taken apart where they arrive, which waits for the load.
@@ -15,7 +15,7 @@ struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Pack {
   T value[V];
 };
 
-// The same as memory has them.
+// The same as 32-bit words.
 template <typename T, int V>
 struct alignas(Pack<T, V>) Words {
   using Word = std::conditional_t<sizeof(Pack<T, V>) == 2, uint16_t, uint32_t>;
@@ -76,7 +76,7 @@ __device__ Words<T, V> load(const T* from, int64_t step, int count) {
   } else {
     Pack<T, V> pack;
 #pragma unroll
-    for (int v = 0; v < V; ++v) pack.value[v] = v < count ? from[v * step] : narrow<T>(0);
+    for (int v = 0; v < V; ++v) pack.value[v] = v < count ? from[v * step] : to_storage<T>(0);
     return Words<T, V>(pack);
   }
 }
@@ -100,7 +100,7 @@ __device__ void store(T* to, int64_t step, int count, const Words<T, V>& words) 
 }
 
 template <typename T, int V>
-__device__ Pack<Accumulation<T>, V> widen(const Words<T, V>& words) {
+__device__ Pack<Accumulation<T>, V> to_accum(const Words<T, V>& words) {
   Pack<Accumulation<T>, V> wide;
   if constexpr (std::is_same_v<T, __nv_bfloat16> && V % 2 == 0) {  // which is the upper half of a float
     uint32_t bits[V];
@@ -110,16 +110,16 @@ __device__ Pack<Accumulation<T>, V> widen(const Words<T, V>& words) {
   } else {
     const Pack<T, V> pack(words);
 #pragma unroll
-    for (int v = 0; v < V; ++v) wide.value[v] = widen(pack.value[v]);
+    for (int v = 0; v < V; ++v) wide.value[v] = to_accum(pack.value[v]);
   }
   return wide;
 }
 
 template <typename T, int V>
-__device__ Words<T, V> narrow(const Pack<Accumulation<T>, V>& wide) {
+__device__ Words<T, V> to_storage(const Pack<Accumulation<T>, V>& wide) {
   Pack<T, V> pack;
 #pragma unroll
-  for (int v = 0; v < V; ++v) pack.value[v] = narrow<T>(wide.value[v]);
+  for (int v = 0; v < V; ++v) pack.value[v] = to_storage<T>(wide.value[v]);
   return Words<T, V>(pack);
 }
 
@@ -137,7 +137,7 @@ inline int vector_of(std::initializer_list<seemore::Image> images, int64_t width
   return most;
 }
 
-// function(an integral_constant: vector_of)
+// Call function(an integral_constant: vector_of).
 template <int kMost = 4, typename Function>
 void with_vector(int vector, Function function) {
   if constexpr (kMost > 1) {

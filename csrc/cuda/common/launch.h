@@ -1,4 +1,4 @@
-// How kernels are launched and come by shared memory. Macros, so that the very same kernels also run on the CPU:
+// Launches of kernels, and their shared memory. Macros, so that the very same kernels also run on the CPU:
 // a host compiler finds its own LAUNCH and DYNAMIC_SHARED, threads, barriers and shuffles in tests/helpers/cuda_host.
 #pragma once
 

@@ -16,12 +16,12 @@ template <typename T>
 using Accumulation = std::conditional_t<std::is_same_v<std::remove_const_t<T>, double>, double, float>;
 
 template <typename T>
-__device__ Accumulation<T> widen(T value) {
+__device__ Accumulation<T> to_accum(T value) {
   return static_cast<Accumulation<T>>(value);
 }
 
 template <typename T>
-__device__ T narrow(Accumulation<T> value) {
+__device__ T to_storage(Accumulation<T> value) {
   return static_cast<T>(value);
 }
 
@@ -35,7 +35,7 @@ __device__ A sum_of_warp(A value) {
   return value;
 }
 
-// function(0 of the type)
+// Call function(0 of the type).
 template <typename Function>
 void with_type(seemore::DType dtype, Function function) {
   switch (dtype) {
@@ -74,8 +74,8 @@ __device__ inline float power_of_two(float x) {
 
 __device__ inline double normal_cdf(double s) { return 0.5 * (1 + erf(s * 0.70710678118654752440)); }
 
-// By erf(s / sqrt(2)) / s as a rational function of s^2, as in csrc/cpu/simd.h: 17 instructions, where erff and the
-// rest are 26, and within 6e-8.
+// By erf(s / sqrt(2)) / s as a rational function of s^2, as in csrc/cpu/simd/math.h: 17 instructions, where erff and
+// the rest are 26, and within 6e-8.
 __device__ inline float normal_cdf(float s) {
   const float square = fminf(s * s, 29.3764f);  // erf is 1 from here on
   float p = square * 4.65137902e-08f + 1.27150315e-05f, q = square * 1.21264384e-06f + 7.26336657e-05f;

@@ -1,13 +1,13 @@
 // calibrate's forward on CUDA: k + bilinear(pointwise(depthwise_3x3(aggregations of k))).
 //
-// 1. aggregate: k -> the first two aggregations (the only one for recursive = 1). A lane has 4 columns and walks down
-//    16 rows, so a warp reads 128 columns side by side; four lanes add up what a pixel of the second map sees.
+// 1. aggregate: k -> the first two aggregations (the only one for recursive = 1). A lane has 4 columns and sweeps down
+//    16 rows, so a warp reads 128 columns side by side; four lanes add up the inputs of a pixel of the second map.
 // 2. aggregate_again: further ones, for recursive > 2.
 // 3. mix: depthwise 3x3 and the C x C matrix, on 32 pixels of the last map at a time.
 // 4. add_stretched: k + bilinear -> y. A thread has a few columns of 4 rows, interpolates two or three rows of the map
 //    to these columns, and each row of y between two of them.
 //
-// Predicted, not yet run on a GPU (H200, 4.3 TB/s; registers and shared memory as ptxas tells for sm_90):
+// Predicted, not yet run on a GPU (H200, 4.3 TB/s; registers and shared memory as ptxas reports for sm_90):
 //
 // | bfloat16                | T: 1x36x480x640, recursive 2 | T: 32x36x64x64, 2 | L: 1x48x480x640, 1 |
 // |-------------------------|------------------------------|-------------------|--------------------|
@@ -35,19 +35,19 @@ __global__ void __launch_bounds__(Items::kMost, 5)
   const int strip = item / items.across, column = item % items.across;
   const bool inside = strip < items.down;
   const T* const shared_weight = static_cast<const T*>(inputs.weight_agg) + plane.channel * 16;
-  const A bias = widen(static_cast<const T*>(inputs.bias_agg)[plane.channel]);
+  const A bias = to_accum(static_cast<const T*>(inputs.bias_agg)[plane.channel]);
   A sums[4] = {};
   if (inside) {
     A weight[16];
 #pragma unroll
-    for (int tap = 0; tap < 16; ++tap) weight[tap] = widen(shared_weight[tap]);
+    for (int tap = 0; tap < 16; ++tap) weight[tap] = to_accum(shared_weight[tap]);
     const T* const k = plane.of<const T>(inputs.k) + strip * 16 * inputs.k.row + column * 4 * inputs.k.column;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int there = kLevels == 2 || strip * 4 + r < one.height ? 4 : 0;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const auto seen = widen(load<kVector, 4>(k + (4 * r + i) * inputs.k.row, inputs.k.column, there));
+        const auto seen = to_accum(load<kVector, 4>(k + (4 * r + i) * inputs.k.row, inputs.k.column, there));
 #pragma unroll
         for (int j = 0; j < 4; ++j) sums[r] += weight[4 * i + j] * seen.value[j];
       }
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(Items::kMost, 5)
   }
   A sum = 0;
 #pragma unroll
-  for (int r = 0; r < 4; ++r) sum += widen(shared_weight[4 * r + column % 4]) * gelu(sums[r]);
+  for (int r = 0; r < 4; ++r) sum += to_accum(shared_weight[4 * r + column % 4]) * gelu(sums[r]);
   sum += __shfl_xor_sync(kAllLanes, sum, 1);
   sum += __shfl_xor_sync(kAllLanes, sum, 2);
   sum += bias;
@@ -89,9 +89,9 @@ __global__ void __launch_bounds__(Items::kMost)
   if (row >= items.down) return;
   const T* const weight = static_cast<const T*>(inputs.weight_agg) + plane.channel * 16;
   const A* const seen = from.of(plane) + int64_t(row) * 4 * from.width + column * 4;
-  A sum = widen(static_cast<const T*>(inputs.bias_agg)[plane.channel]);
+  A sum = to_accum(static_cast<const T*>(inputs.bias_agg)[plane.channel]);
 #pragma unroll
-  for (int tap = 0; tap < 16; ++tap) sum += widen(weight[tap]) * gelu(seen[tap / 4 * from.width + tap % 4]);
+  for (int tap = 0; tap < 16; ++tap) sum += to_accum(weight[tap]) * gelu(seen[tap / 4 * from.width + tap % 4]);
   const int64_t to = map.of(plane) - map.data + int64_t(row) * map.width + column;
   map.data[to] = sum;
   if (activated) activated[to] = gelu(sum);
@@ -99,8 +99,8 @@ __global__ void __launch_bounds__(Items::kMost)
 
 template <typename T, typename A = Accumulation<T>>
 __global__ void __launch_bounds__(kMixWarps* kWarp) calibrate_mix(Calibrate inputs, Map<const A> activated, A* mixed) {
-  __shared__ __align__(16) A matrix[kChunk][kMatrixPitch];
-  __shared__ __align__(16) A rows[kChunk][kPixelPitch];
+  __shared__ __align__(16) A matrix[kChunk][kMatrixRowStride];
+  __shared__ __align__(16) A rows[kChunk][kPixelRowStride];
   const int channels = static_cast<int>(inputs.size.channels);
   const unsigned chunks = (channels + kChunk - 1) / kChunk;
   const MapPixel pixel(activated, blockIdx.x / chunks);
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kMixWarps* kWarp) calibrate_mix(Calibrate inpu
   for (int n = 0; n < kRowsOfAWarp; ++n) {
     const int channel = first_row + threadIdx.y + kMixWarps * n;
     if (channel >= channels || !pixel.exists) continue;
-    const A bias = widen(static_cast<const T*>(inputs.bias_pw)[channel]);
+    const A bias = to_accum(static_cast<const T*>(inputs.bias_pw)[channel]);
     mixed[channel * activated.pixels() + pixel.number] = result[n] + bias;
   }
 }
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(Items::kMost)
     const A position = rows.position(first + i);
     const int now = rows.before(position);
     const A share = position - static_cast<A>(now);
-    Pack<A, V> result = widen(seen[i]);
+    Pack<A, V> result = to_accum(seen[i]);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       if (now != above) {
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(Items::kMost)
       result.value[v] += (1 - share) * top[v] + share * bottom[v];
     }
     above = now;
-    store<V>(to + i * y.row, y.column, there, narrow<T>(result));
+    store<V>(to + i * y.row, y.column, there, to_storage<T>(result));
   }
 }
 

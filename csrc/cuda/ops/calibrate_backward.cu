@@ -6,7 +6,7 @@
 // 2. mix_backward: C x C matrix and depthwise 3x3, on 32 pixels of the small map at a time.
 // 3. calibrate_spread.cu: aggregations.
 //
-// Predicted, not yet run on a GPU (H200, 4.3 TB/s; registers and shared memory as ptxas tells for sm_90),
+// Predicted, not yet run on a GPU (H200, 4.3 TB/s; registers and shared memory as ptxas reports for sm_90),
 // calibrate_spread.cu and the two sums over parts included:
 //
 // | bfloat16                      | T: 1x36x480x640, recursive 2 | T: 32x36x64x64, 2 | L: 1x48x480x640, 1 |
@@ -51,8 +51,10 @@ struct Bands {
 
   // Of V columns for each thread across, with gaps: threads read at distances of 4 or 16.
   static __host__ __device__ int place(int column) { return column + column / kWarp; }
-  __host__ __device__ int pitch(int V) const { return place(across * V); }
-  size_t shared_bytes(int V, size_t bytes) const { return 4 * down * pitch(V) * bytes + (columns + 2) * sizeof(int); }
+  __host__ __device__ int row_stride(int V) const { return place(across * V); }
+  size_t shared_bytes(int V, size_t bytes) const {
+    return 4 * down * row_stride(V) * bytes + (columns + 2) * sizeof(int);
+  }
 };
 
 template <typename A>
@@ -74,8 +76,9 @@ __global__ void __launch_bounds__(Bands::kMost, 2)
     calibrate_gather(Calibrate inputs, Bands bands, Image dy, Axis<A> rows, Axis<A> columns, Map<A> below,
                      Map<A> above) {
   DYNAMIC_SHARED(A, shared);  // for each band its columns' sums: below, for the left and right pixel; above, likewise
-  const int pitch = bands.pitch(V), width = bands.across * V;
-  int* const starts = reinterpret_cast<int*>(shared + 4 * bands.down * pitch);  // from the column before the first on
+  const int row_stride = bands.row_stride(V), width = bands.across * V;
+  int* const starts =
+      reinterpret_cast<int*>(shared + 4 * bands.down * row_stride);  // from the column before the first on
   const Plane plane(blockIdx.x / bands.blocks, inputs.size.channels);
   const unsigned block = blockIdx.x % bands.blocks;
   const int thread = threadIdx.y * bands.across + threadIdx.x, threads = bands.across * bands.down;
@@ -93,24 +96,24 @@ __global__ void __launch_bounds__(Bands::kMost, 2)
     A lower[V] = {}, upper[V] = {};
     const T* seen = plane.of<const T>(dy) + first_row * dy.row + column * dy.column;
     Words<T, V> next[kGatheredRows<T>];
-    const auto take = [&](int row) {
+    const auto load_rows = [&](int row) {
 #pragma unroll
       for (int i = 0; i < kGatheredRows<T>; ++i) {
         next[i] = load<V, V>(seen, dy.column, row + i < last_row ? columns.pixels - column : 0);
         seen += dy.row;
       }
     };
-    take(first_row);
+    load_rows(first_row);
 #pragma unroll 1
     for (int row = first_row; row < last_row; row += kGatheredRows<T>) {
       Words<T, V> now[kGatheredRows<T>];
 #pragma unroll
       for (int i = 0; i < kGatheredRows<T>; ++i) now[i] = next[i];
-      take(row + kGatheredRows<T>);
+      load_rows(row + kGatheredRows<T>);
 #pragma unroll
       for (int i = 0; i < kGatheredRows<T>; ++i) {
         const A share = rows.position(row + i) - static_cast<A>(band);
-        const auto gradient = widen(now[i]);
+        const auto gradient = to_accum(now[i]);
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           lower[v] += (1 - share) * gradient.value[v];
@@ -118,15 +121,15 @@ __global__ void __launch_bounds__(Bands::kMost, 2)
         }
       }
     }
-    A* const mine = shared + 4 * threadIdx.y * pitch;
+    A* const mine = shared + 4 * threadIdx.y * row_stride;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const A position = columns.position(column + v), share = position - static_cast<A>(columns.before(position));
       const int place = Bands::place(threadIdx.x * V + v);
       mine[place] = (1 - share) * lower[v];
-      mine[place + pitch] = share * lower[v];
-      mine[place + 2 * pitch] = (1 - share) * upper[v];
-      mine[place + 3 * pitch] = share * upper[v];
+      mine[place + row_stride] = share * lower[v];
+      mine[place + 2 * row_stride] = (1 - share) * upper[v];
+      mine[place + 3 * row_stride] = share * upper[v];
     }
     __syncthreads();
 #pragma unroll
@@ -136,9 +139,9 @@ __global__ void __launch_bounds__(Bands::kMost, 2)
       const bool is_last = first_column + j == columns.small - 1;  // it is both, left and right
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const A* const left = shared + (4 * (number / count) + 2 * half) * pitch;
+        const A* const left = shared + (4 * (number / count) + 2 * half) * row_stride;
         sums[n][half] += sum_between(left, starts[j + 1], starts[j + 2], from, from + width);
-        sums[n][half] += sum_between(left + pitch, starts[j], starts[is_last ? j + 2 : j + 1], from, from + width);
+        sums[n][half] += sum_between(left + row_stride, starts[j], starts[is_last ? j + 2 : j + 1], from, from + width);
       }
     }
     __syncthreads();
@@ -153,9 +156,10 @@ __global__ void __launch_bounds__(Bands::kMost, 2)
   }
 }
 
-// Gradient of the mixed map, from what gather made of it, into shared memory; zeros beyond the last channel and pixel.
+// Load the gradient of the mixed map, from the results of gather, into shared memory; zeros beyond the last channel and
+// pixel.
 template <typename A>
-__device__ void load_gathered(A (*rows)[kPixelPitch], const Map<const A>& below, const Map<const A>& above,
+__device__ void load_gathered(A (*rows)[kPixelRowStride], const Map<const A>& below, const Map<const A>& above,
                               const MapPixel& pixel, int first, int channels) {
 #pragma unroll
   for (int n = 0; n < kRowsOfAWarp; ++n) {
@@ -177,9 +181,9 @@ template <typename T, typename A = Accumulation<T>>
 __global__ void __launch_bounds__(kMixWarps* kWarp, sizeof(A) == 8 ? 1 : 2)
     calibrate_mix_backward(Calibrate inputs, Map<const A> activated, Map<const A> below, Map<const A> above, A* d,
                            A* partial, unsigned parts) {
-  __shared__ __align__(16) A matrix[kChunk][kMatrixPitch];
-  __shared__ __align__(16) A mixed[kChunk][kPixelPitch];    // gradient of the matrix's result
-  __shared__ __align__(16) A unmixed[kChunk][kPixelPitch];  // what the matrix sees
+  __shared__ __align__(16) A matrix[kChunk][kMatrixRowStride];
+  __shared__ __align__(16) A mixed[kChunk][kPixelRowStride];    // gradient of the matrix's result
+  __shared__ __align__(16) A unmixed[kChunk][kPixelRowStride];  // input of the matrix
   const int channels = static_cast<int>(inputs.size.channels);
   const unsigned chunks = (channels + kChunk - 1) / kChunk, part = blockIdx.x % parts, square = blockIdx.x / parts;
   const int first_row = static_cast<int>(square / chunks) * kChunk;

@@ -1,5 +1,5 @@
-// What the kernels of calibrate share: small maps, where bilinear interpolation looks, strips of an image, 3x3 taps,
-// and the product with a C x C matrix.
+// Parts of the kernels of calibrate: small maps, bilinear positions, strips of an image, 3x3 taps, and the product with
+// a C x C matrix.
 #pragma once
 
 #include <algorithm>
@@ -50,8 +50,8 @@ Map<A> level_of(const Calibrate& inputs, Data* maps, int64_t level) {
   return map_of(seemore::level_size(inputs, std::min(level, inputs.recursive)), static_cast<A*>(maps) + offset);
 }
 
-// Where bilinear interpolation looks along one axis: as in torch's upsample_bilinear2d, align_corners=False. The sum is
-// an explicit fma, so that all kernels round it in the same way.
+// Positions of bilinear interpolation along one axis, as in torch's upsample_bilinear2d, align_corners=False. The sum
+// is an explicit fma, so that all kernels round it in the same way.
 template <typename A>
 struct Axis {
   int pixels, small;
@@ -72,7 +72,7 @@ struct Axis {
   }
   __device__ int after(int before) const { return before < small - 1 ? before + 1 : before; }
 
-  // The first pixel that looks at `i` or behind it; they look ever further.
+  // The first pixel with `before` at least `i`; `before` does not decrease.
   __device__ int start(int i) const {
     if (i <= 0) return 0;
     if (i >= small) return pixels;
@@ -130,7 +130,7 @@ __device__ A depthwise(const A* plane, int row, int column, int height, int widt
   for (int tap = 0; tap < 9; ++tap) {
     const int i = row + tap / 3 - 1, j = column + tap % 3 - 1;
     const bool inside = i >= 0 && i < height && j >= 0 && j < width;
-    if (inside) sum += widen(weight[kTransposed ? 8 - tap : tap]) * plane[int64_t(i) * width + j];
+    if (inside) sum += to_accum(weight[kTransposed ? 8 - tap : tap]) * plane[int64_t(i) * width + j];
   }
   return sum;
 }
@@ -138,7 +138,7 @@ __device__ A depthwise(const A* plane, int row, int column, int height, int widt
 // Matrices C x C are worked on in squares of kChunk x kChunk, by 8 warps; a lane has a pixel of the small map, a warp
 // every eighth row of the square.
 constexpr int kChunk = 48, kMixWarps = 8, kRowsOfAWarp = kChunk / kMixWarps;
-constexpr int kMatrixPitch = kChunk + 4, kPixelPitch = kWarp + 4;  // for few bank conflicts, and packs of 4
+constexpr int kMatrixRowStride = kChunk + 4, kPixelRowStride = kWarp + 4;  // for few bank conflicts, and packs of 4
 
 // A lane's pixel of a small map: of B x height x width, one after another.
 struct MapPixel {
@@ -160,7 +160,7 @@ struct MapPixel {
 
 // Rows of `map`'s channels after depthwise 3x3 and bias, into shared memory: zeros beyond the last channel and pixel.
 template <typename T, typename A>
-__device__ void load_depthwise(A (*rows)[kPixelPitch], const Calibrate& inputs, const Map<const A>& map,
+__device__ void load_depthwise(A (*rows)[kPixelRowStride], const Calibrate& inputs, const Map<const A>& map,
                                const MapPixel& pixel, int first) {
   const T *const weight = static_cast<const T*>(inputs.weight_dw), *const bias = static_cast<const T*>(inputs.bias_dw);
 #pragma unroll 2
@@ -170,7 +170,7 @@ __device__ void load_depthwise(A (*rows)[kPixelPitch], const Calibrate& inputs, 
     if (channel < inputs.size.channels && pixel.exists) {
       const A* const plane = map.data + channel * map.pixels() + pixel.plane;
       sum = depthwise<false>(plane, pixel.row, pixel.column, map.height, map.width, weight + channel * 9);
-      sum += widen(bias[channel]);
+      sum += to_accum(bias[channel]);
     }
     rows[row][threadIdx.x] = sum;
   }
@@ -178,22 +178,22 @@ __device__ void load_depthwise(A (*rows)[kPixelPitch], const Calibrate& inputs, 
 
 // The square of weight_pw whose first element is (row, column), transposed or not; zeros beyond C.
 template <bool kTransposed, typename T, typename A>
-__device__ void load_matrix(A (*matrix)[kMatrixPitch], const Calibrate& inputs, int row, int column) {
+__device__ void load_matrix(A (*matrix)[kMatrixRowStride], const Calibrate& inputs, int row, int column) {
   const int channels = static_cast<int>(inputs.size.channels);
   const T* const weight = static_cast<const T*>(inputs.weight_pw);
 #pragma unroll 3
   for (int number = threadIdx.y * kWarp + threadIdx.x; number < kChunk * kChunk; number += kMixWarps * kWarp) {
     const int i = number / kChunk, j = number % kChunk;
     const bool inside = row + i < channels && column + j < channels;
-    const A element = inside ? widen(weight[int64_t(row + i) * channels + column + j]) : A(0);
+    const A element = inside ? to_accum(weight[int64_t(row + i) * channels + column + j]) : A(0);
     (kTransposed ? matrix[j][i] : matrix[i][j]) = element;
   }
 }
 
 // result[n] += row (warp + 8 n) of the matrix times the pixel's column of `count` rows
 template <typename A>
-__device__ void multiply(A (&result)[kRowsOfAWarp], const A (*matrix)[kMatrixPitch], const A (*rows)[kPixelPitch],
-                         int count) {
+__device__ void multiply(A (&result)[kRowsOfAWarp], const A (*matrix)[kMatrixRowStride],
+                         const A (*rows)[kPixelRowStride], int count) {
 #pragma unroll 1
   for (int first = 0; first < count; first += 4) {
     A seen[4];

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kPatchRows* kWarp)
   const Plane plane(blockIdx.x, inputs.size.channels);
   const int64_t first = below.of(plane) - below.data;
   const int tap = threadIdx.x % 16;
-  const A weight = widen(static_cast<const T*>(inputs.weight_agg)[plane.channel * 16 + tap]);
+  const A weight = to_accum(static_cast<const T*>(inputs.weight_agg)[plane.channel * 16 + tap]);
   A tap_sum = 0, bias_sum = 0;
   for (int64_t pixel = (threadIdx.y * kWarp + threadIdx.x) / 16; pixel < level.map.plane();
        pixel += kPatchRows * kWarp / 16) {
@@ -68,14 +68,14 @@ __global__ void __launch_bounds__(kPatchRows* kWarp)
   store_sums(partial + blockIdx.x * 17, tap_sum, sum_lanes(bias_sum));
 }
 
-// What a thread of spread works on: 4 x 4 pixels that an element of the first aggregation sees, or would see.
+// The input of a thread of spread: 4 x 4 pixels of an element of the first aggregation, or of one beyond it.
 template <typename T, int kVector>
 struct Patch {
   int row, column;  // of the first aggregation
   bool is_seen;     // is there that element?
   Words<T, 4> dy[4], k[4];
 
-  // What is not in the image, and k that is not seen, are 0.
+  // Pixels outside of the image, and k that no element aggregates, are 0.
   __device__ Patch(const Calibrate& inputs, const Items& items, const Image& dy_image, const Plane& plane, int item,
                    int height, int width)
       : row(item / items.across * 4 + threadIdx.y), column(item % items.across) {
@@ -122,9 +122,9 @@ __global__ void __launch_bounds__(kPatchRows* kWarp, kBlocks<T, kVector>)
   const T* const all_weights = static_cast<const T*>(inputs.weight_agg) + plane.channel * 16;
   A weight[16], sums[16] = {}, second_sum = 0, bias_sum = 0;
 #pragma unroll
-  for (int tap = 0; tap < 16; ++tap) weight[tap] = widen(all_weights[tap]);
+  for (int tap = 0; tap < 16; ++tap) weight[tap] = to_accum(all_weights[tap]);
   const int second_tap = threadIdx.y * 4 + threadIdx.x % 4;
-  const A second_weight = widen(all_weights[second_tap]);
+  const A second_weight = to_accum(all_weights[second_tap]);
   if (kLevels == 2) {
     if (thread < items.each * kWarp / 4) {
       const int row = (first / 4 + thread) / (items.across / 4), column = (first / 4 + thread) % (items.across / 4);
@@ -151,14 +151,14 @@ __global__ void __launch_bounds__(kPatchRows* kWarp, kBlocks<T, kVector>)
     T* const dk_to = patch.template from<T>(dk, plane);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const auto k = widen(patch.k[i]);
-      auto result = widen(patch.dy[i]);
+      const auto k = to_accum(patch.k[i]);
+      auto result = to_accum(patch.dy[i]);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         sums[4 * i + j] += gradient * k.value[j];
         result.value[j] += weight[4 * i + j] * gradient;
       }
-      store<kVector>(dk_to + i * dk.row, dk.column, patch.there(inputs, i), narrow<T>(result));
+      store<kVector>(dk_to + i * dk.row, dk.column, patch.there(inputs, i), to_storage<T>(result));
     }
     if (!kAhead && n + 1 < items.each) next = patch_of(n + 1);
   }

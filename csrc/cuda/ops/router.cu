@@ -48,7 +48,7 @@ __device__ void sum_rows(A (&seen)[kBlock], int64_t rows, int64_t columns, Value
 }
 
 constexpr int kRouteThreads = 512;
-constexpr int64_t kMostShared = 40 * 1024;  // beside sum_rows' 4 KB, in what every GPU gives without being asked
+constexpr int64_t kMostShared = 40 * 1024;  // beside sum_rows' 4 KB, in the 48 KB of every GPU
 
 // The order of experts: by probability, and the lower index first. NaN is larger than all, as for torch.topk. A total
 // order, so that the ranks are all different, whatever the probabilities.
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(Routing routing, R
   for (int64_t expert = warp; expert < experts; expert += kRouteThreads / kWarp) {
     A logit = 0;
     for (int64_t channel = lane; channel < channels; channel += kWarp) {
-      logit += static_cast<A>(widen(weight[expert * channels + channel])) * mean[channel];
+      logit += static_cast<A>(to_accum(weight[expert * channels + channel])) * mean[channel];
     }
     logit = sum_of_warp(logit);
     if (lane == 0) p[expert] = logit;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads) route_backward_kernel(Routing routin
     A* const dmean = static_cast<A*>(gradients.dmean) + image * channels;
     const auto value = [&](int64_t expert, int64_t channel) {
       return logit_gradient<A>(routing, gradients, image, expert) *
-             static_cast<A>(widen(weight[expert * channels + channel]));
+             static_cast<A>(to_accum(weight[expert * channels + channel]));
     };
     sum_rows<1>(seen, routing.experts, channels, value, [&](int64_t channel, A sum) { dmean[channel] = sum; });
   } else {
@@ -157,15 +157,15 @@ __global__ void __launch_bounds__(kThreads) route_backward_kernel(Routing routin
       return logit_gradient<A>(routing, gradients, image, expert) * mean[image * channels + channel];
     };
     sum_rows<1>(seen, routing.batch, channels, value,
-                [&](int64_t channel, A sum) { dweight[channel] = narrow<W>(static_cast<Accumulation<W>>(sum)); });
+                [&](int64_t channel, A sum) { dweight[channel] = to_storage<W>(static_cast<Accumulation<W>>(sum)); });
   }
 }
 
-// function(0 of the wide type, 0 of the weights' type)
+// Call function(0 of the accumulation type, 0 of the weights' type).
 template <typename Function>
 void with_types(const Routing& routing, Function function) {
   with_type(routing.weight_dtype, [&](auto weight) {
-    routing.wide == DType::float64 ? function(double(), weight) : function(float(), weight);
+    routing.accum == DType::float64 ? function(double(), weight) : function(float(), weight);
   });
 }
 
@@ -175,8 +175,8 @@ namespace seemore {
 
 void route(const Routing& routing, const Routed& routed, void* stream) {
   if (routing.batch == 0) return;
-  with_types(routing, [&](auto wide, auto weight) {
-    using A = decltype(wide);
+  with_types(routing, [&](auto accum, auto weight) {
+    using A = decltype(accum);
     using W = decltype(weight);
     const int64_t bytes = (routing.experts + routing.channels) * sizeof(A);
     const bool is_shared = bytes <= kMostShared;
@@ -186,8 +186,8 @@ void route(const Routing& routing, const Routed& routed, void* stream) {
 }
 
 void route_backward(const Routing& routing, const RoutingGradients& gradients, void* stream) {
-  with_types(routing, [&](auto wide, auto weight) {
-    using A = decltype(wide);
+  with_types(routing, [&](auto accum, auto weight) {
+    using A = decltype(accum);
     using W = decltype(weight);
     const unsigned grid = grid_of(routing.batch + routing.experts, "router_backward");
     LAUNCH((route_backward_kernel<A, W>), grid, kThreads, 0, stream, routing, gradients);

@@ -1,6 +1,6 @@
 // The router's pool on CUDA: the sum of every plane over its pixels in parts, and its gradient. Figures: router.cu.
 //
-// What lies side by side in memory is a run: a plane, or an image whose channels come first (channels_last). Threads
+// A run is a range of adjacent elements: a plane, or an image whose channels come first (channels_last). Threads
 // go through a run by vectors of 16 bytes, several of them on their way at a time. Their step is a multiple of the
 // channels, so that a lane of a thread's vectors always meets the same channel.
 
@@ -13,8 +13,8 @@
 namespace {
 
 using seemore::Image;
-using seemore::Pooled;
 using seemore::Size;
+using seemore::SizedImage;
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kBlocks = 4;   // on a multiprocessor, at least: as many as the threads of sm_75 suffice for
@@ -31,14 +31,14 @@ struct Runs {
   int64_t channels;            // of a run: 1, or all, side by side
   int64_t length;              // of a run, in elements
   int64_t width, row, column;  // of a line, and strides; all of a run that is dense is one line
-  int64_t span;                // a part's length in vectors, a multiple of what the channels repeat after
+  int64_t span;                // a part's length in vectors, a multiple of the period of channels
   unsigned parts, count;       // of a run; runs of an image
   unsigned threads;            // of a block, those that work: their number is such a multiple, too
   bool whole;                  // vectors can be read and written at once
 };
 
 template <typename T>
-Runs runs_of(const Pooled& pooled) {
+Runs runs_of(const SizedImage& pooled) {
   const Size& size = pooled.size;
   const Image& image = pooled.image;
   constexpr int64_t kMostThreads = kThreads;
@@ -85,7 +85,7 @@ struct Part {
   unsigned number;             // of the part
   int64_t first, whole, last;  // vectors: the thread's first, behind the last one that is whole, behind the last
 
-  __device__ Part(const Runs& runs, const Pooled& pooled) : runs(runs), number(blockIdx.x % runs.parts) {
+  __device__ Part(const Runs& runs, const SizedImage& pooled) : runs(runs), number(blockIdx.x % runs.parts) {
     const unsigned run = blockIdx.x / runs.parts;
     image = run / runs.count;
     channel = run % runs.count;
@@ -123,7 +123,7 @@ struct Part {
 
 // The order of summation is the same whether vectors are read at once or one by one.
 template <typename T, bool kWhole>
-__global__ void __launch_bounds__(kThreads, kWhole ? kBlocks : 3) pool_kernel(Runs runs, Pooled a, void* partial) {
+__global__ void __launch_bounds__(kThreads, kWhole ? kBlocks : 3) pool_kernel(Runs runs, SizedImage a, void* partial) {
   using A = Accumulation<T>;
   constexpr int kCount = kLanes<T>;
   __shared__ A seen[kThreads * kCount];
@@ -139,12 +139,12 @@ __global__ void __launch_bounds__(kThreads, kWhole ? kBlocks : 3) pool_kernel(Ru
     }
 #pragma unroll
     for (int n = 0; n < kAtATime; ++n) {
-      const auto values = widen(loaded[n]);
+      const auto values = to_accum(loaded[n]);
 #pragma unroll
       for (int lane = 0; lane < kCount; ++lane) sum[lane] += values.value[lane];
     }
   }
-  part.one_by_one([&](int lane, T value) { sum[lane] += widen(value); });
+  part.one_by_one([&](int lane, T value) { sum[lane] += to_accum(value); });
 
   A* const to = static_cast<A*>(partial) + (part.number * a.size.batch + part.image) * a.size.channels + part.channel;
   if (runs.channels == 1) {
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, kWhole ? kBlocks : 3) pool_kernel(Ru
 }
 
 template <typename T, bool kWhole>
-__global__ void __launch_bounds__(kThreads, 3) spread_kernel(Runs runs, Pooled da, const void* dmean) {
+__global__ void __launch_bounds__(kThreads, 3) spread_kernel(Runs runs, SizedImage da, const void* dmean) {
   using A = Accumulation<T>;
   constexpr int kCount = kLanes<T>;
   const Part<T, kWhole> part(runs, da);
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, 3) spread_kernel(Runs runs, Pooled d
 #pragma unroll
   for (int lane = 0; lane < kCount; ++lane) {
     const unsigned channel = (threadIdx.x * kCount + lane) % static_cast<unsigned>(runs.channels);
-    value.value[lane] = narrow<T>(from[channel] / pixels);
+    value.value[lane] = to_storage<T>(from[channel] / pixels);
   }
   for (int64_t vector = part.first; vector < part.whole; vector += runs.threads) {
     store_words(part.data + vector * kCount, Words<T, kCount>(value));
@@ -193,13 +193,13 @@ __global__ void __launch_bounds__(kThreads, 3) spread_kernel(Runs runs, Pooled d
 
 namespace seemore {
 
-int64_t pool_parts(const Pooled& a) {
+int64_t pool_parts(const SizedImage& a) {
   int64_t parts = 0;
   with_type(a.dtype, [&](auto zero) { parts = runs_of<decltype(zero)>(a).parts; });
   return parts;
 }
 
-void pool(const Pooled& a, void* partial, void* stream) {
+void pool(const SizedImage& a, void* partial, void* stream) {
   if (a.size.batch == 0) return;
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -213,7 +213,7 @@ void pool(const Pooled& a, void* partial, void* stream) {
   });
 }
 
-void spread(const Pooled& da, const void* dmean, void* stream) {
+void spread(const SizedImage& da, const void* dmean, void* stream) {
   if (da.size.batch == 0) return;
   with_type(da.dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -1,4 +1,4 @@
-// striped_conv_router on CUDA: striped_conv's walk, which adds up what it writes. So the router's pool, which would
+// striped_conv_router on CUDA: striped_conv's sweep, which adds up its results. So the router's pool, which would
 // read all of it again, costs nothing; router.cu does the rest.
 
 #include "cuda/ops/striped_conv_sweep.h"

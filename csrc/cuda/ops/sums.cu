@@ -17,7 +17,7 @@ template <typename T>
 __device__ void store_sum(const Sums& sums, int64_t channel, int64_t column, Accumulation<T> sum) {
 #pragma unroll
   for (const auto& [data, columns] : sums.targets) {
-    if (column >= 0 && column < columns) static_cast<T*>(data)[channel * columns + column] = narrow<T>(sum);
+    if (column >= 0 && column < columns) static_cast<T*>(data)[channel * columns + column] = to_storage<T>(sum);
     column -= columns;
   }
 }

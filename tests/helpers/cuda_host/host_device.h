@@ -1,4 +1,4 @@
-// What the bindings ask of a device, where the CUDA kernels run on CPU tensors.
+// The CPU as the bindings use it where the CUDA kernels run on CPU tensors.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

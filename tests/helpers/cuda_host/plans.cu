@@ -4,11 +4,11 @@
 #include "cuda/ops/calibrate_kernels.h"
 
 // Writes lanes, across, down, rows, lead, strips.
-extern "C" __attribute__((visibility("default"))) void plan(const int64_t* size, int warps, int reach, int overlap,
-                                                            int multiprocessors, int64_t* walk) {
-  const Walk found = walk_over({size[0], size[1], size[2], size[3]}, warps, reach, overlap, multiprocessors);
+extern "C" __attribute__((visibility("default"))) void plan(const int64_t* size, int warps, int halo, int overlap,
+                                                            int multiprocessors, int64_t* sweep) {
+  const Sweep found = sweep_over({size[0], size[1], size[2], size[3]}, warps, halo, overlap, multiprocessors);
   const int64_t numbers[] = {found.lanes, found.across, found.down, found.rows, found.lead, found.strips};
-  std::copy(std::begin(numbers), std::end(numbers), walk);
+  std::copy(std::begin(numbers), std::end(numbers), sweep);
 }
 
 // Of an image of such strides whose data are at `address`, in elements of so many bytes.
