@@ -185,7 +185,10 @@ def test_only_the_result_is_written_and_all_of_it(backend, precision, in_bfloat1
 FINGERPRINTS = """
 import torch
 from seemore_fast.backends import native
-from helpers.networks import backends, engine, network
+from helpers.networks import network
+
+from seemore_fast import backends
+from seemore_fast.network import engine
 
 assert backends.unsupported_reason("cpu") is None
 torch.manual_seed(0)
