@@ -1,5 +1,6 @@
 """An image whose features do not fit into memory: they lie in a file, and the result is that of the whole image."""
 
+import contextlib
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.backends import each_kernel, running_on
+from helpers.images import noise
 from helpers.networks import CASES, network
 
 from seemore_fast import SeemoRe, Upscaler, backends, memory
@@ -19,7 +21,7 @@ each_cpu = each_kernel("network")
 
 @pytest.fixture
 def low_bands(monkeypatch):
-    """Features in a file, and bands of 4 lines, so that a small image has many."""
+    """Features in a file, and bands of 4 rows, so that a small image has many."""
     monkeypatch.setattr(engine, "IN_MEMORY", 0)
     monkeypatch.setattr(engine, "MAX_BANDS", 0)
     monkeypatch.setattr(engine, "MIN_ROWS", 4)
@@ -152,7 +154,7 @@ def test_the_memory_that_streaming_takes_is_bounded(in_memory, tmp_path):
     assert on_disk > 1.4e9 - in_memory and said < max(200e6, in_memory) and taken < 1.1 * said
 
 
-# Upscaler, on whatever computes it
+# Upscaler, with the engine and with other backends
 
 
 @pytest.fixture(params=["engine", "other backends"])
@@ -166,15 +168,12 @@ def model(request, monkeypatch):
     return network()
 
 
-def noise(*shape, dtype=np.uint8):
-    values = np.random.default_rng(0).random(shape)
-    return (values * np.iinfo(dtype).max).astype(dtype) if np.issubdtype(dtype, np.integer) else values.astype(dtype)
-
-
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32], ids=str)
-@pytest.mark.parametrize("shape", [(70, 50, 3), (90, 40), (61, 33, 4), (7, 30, 3)], ids=str)
-def test_streamed_is_whole(model, shape, dtype, tmp_path):
-    image = noise(*shape, dtype=dtype)
+@pytest.mark.parametrize(
+    ("shape", "in_chans"), [((70, 50, 3), 3), ((90, 40), 3), ((61, 33, 4), 3), ((7, 30, 3), 3), ((50, 40, 3), 1)]
+)
+def test_streamed_is_whole(model, shape, in_chans, dtype, tmp_path):
+    image, model = noise(*shape, dtype=dtype), network(in_chans=in_chans)
     whole = Upscaler(model, device="cpu")(image)
     streamed = Upscaler(model, device="cpu", stream=True, scratch=tmp_path)(image)
     assert streamed.dtype == whole.dtype
@@ -182,22 +181,14 @@ def test_streamed_is_whole(model, shape, dtype, tmp_path):
     np.testing.assert_allclose(streamed.astype(np.float64), whole.astype(np.float64), rtol=0, atol=step)
 
 
-def test_planes_of_a_network_of_one_channel_are_streamed_one_by_one(model, tmp_path):
-    grey, image = network(in_chans=1), noise(50, 40, 3)
-    whole = Upscaler(grey, device="cpu")(image)
-    streamed = Upscaler(grey, device="cpu", stream=True, scratch=tmp_path)(image)
-    assert np.abs(streamed.astype(int) - whole).max() <= 1
-
-
-def test_what_does_not_fit_is_streamed_and_says_so(model, monkeypatch, tmp_path):
+def test_images_that_do_not_fit_are_streamed(model, monkeypatch, tmp_path):
     image = noise(80, 60, 3)
     whole = Upscaler(model, device="cpu")(image)
     upscaler = Upscaler(model, device="cpu", scratch=tmp_path)
     monkeypatch.setattr(runner, "_fits", lambda needed, device: False)
-    if engine.unsupported_reason(model, model.mean) is None:
-        with pytest.warns(UserWarning, match=f"60x80 pixels needs .* through a file in {tmp_path}"):
-            result = upscaler(image)
-    else:
+    is_engine = engine.unsupported_reason(model, model.mean) is None
+    warns = pytest.warns(UserWarning, match=f"60x80 pixels needs .* through a file in {tmp_path}")
+    with warns if is_engine else contextlib.nullcontext():
         result = upscaler(image)
     assert np.abs(result.astype(int) - whole).max() <= 1
 
@@ -206,7 +197,7 @@ def test_what_does_not_fit_is_streamed_and_says_so(model, monkeypatch, tmp_path)
 def test_out_of_memory_steps_down(model, monkeypatch, fails):
     """First the whole image fails, then bands, which get lower."""
     if engine.unsupported_reason(model, model.mean) is None:
-        pytest.skip("on a CPU what is needed is known exactly")
+        pytest.skip("the engine knows its memory in advance")
     image, original, left = noise(80, 60, 3), SeemoRe.first, [fails]
     whole = Upscaler(model, device="cpu")(image)
     monkeypatch.setattr(engine, "MAX_BANDS", 2**30)
@@ -223,7 +214,7 @@ def test_out_of_memory_steps_down(model, monkeypatch, fails):
     assert np.abs(result.astype(int) - whole).max() <= 1
 
 
-def test_features_wait_in_a_file_where_the_result_leaves_no_room(monkeypatch, tmp_path):
+def test_features_go_to_a_file_if_the_result_leaves_no_room(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "SMALL", 0)
     monkeypatch.setattr(memory, "available_memory", lambda: 10**6)
     made = []
@@ -242,7 +233,7 @@ def test_progress_grows_to_one(model, tmp_path):
         assert shares == sorted(shares) and shares[-1] == pytest.approx(1) and shares[0] >= 0
 
 
-def test_changes_inside_are_not_streamed_around():
+def test_streaming_does_not_bypass_hooks():
     model, image, results = network(), noise(40, 30, 3), []
     for stream in (False, True):
         upscaler = Upscaler(model, device="cpu", stream=stream)

@@ -67,9 +67,6 @@ class Picture:
         return Image.fromarray(_ROUNDED[self.image[top:bottom, left:right]])
 
 
-# Reading
-
-
 def read_image(path: Path, max_megapixels: float = MAX_MEGAPIXELS, keep_16_bit: bool = False) -> Picture:
     """Read a PNG, JPEG, WebP or TIFF file and apply its EXIF orientation.
 
@@ -253,9 +250,6 @@ def _scale_transparency(image: Image.Image):
     transparent = image.info.get("transparency")
     if image.format == "PNG" and isinstance(transparent, int) and image.tile:
         image.info["transparency"] = transparent * {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1)
-
-
-# Writing
 
 
 def check_output(path: Path, picture: Picture, size: tuple[int, int]):
