@@ -15,21 +15,24 @@ from torch import nn
 from seemore_fast import Upscaler, backends
 from seemore_fast.network import engine
 from seemore_fast.reference import SeemoRe as PlainSeemoRe
+from seemore_fast.reference.router import route
 
 pytestmark = pytest.mark.skipif(backends.unsupported_reason("cpu") is not None, reason="no CPU library")
 
 
-class MeanOfMany(nn.Module):
-    """The mean over `blocks` x `blocks` patterns, of 3 x 3 of them."""
+class RouterOfMany(nn.Module):
+    """A router that pools `blocks` x `blocks` patterns, given 3 x 3 of them."""
 
-    def __init__(self, blocks):
+    def __init__(self, router, blocks):
         super().__init__()
+        self.router = router
         self.weights = torch.tensor([1.0, blocks - 2, 1.0], dtype=torch.float64) / blocks
 
     def forward(self, x):
         count, channels, height, width = x.shape
         parts = x.double().reshape(count, channels, 3, height // 3, 3, width // 3).mean((3, 5))
-        return torch.einsum("ncij,i,j->nc", parts, self.weights, self.weights)[:, :, None, None].to(x.dtype)
+        mean = torch.einsum("ncij,i,j->nc", parts, self.weights, self.weights)
+        return route(mean.to(x.dtype), self.router.body[2].weight, self.router.top_k)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +61,8 @@ def test_a_huge_image_is_what_the_reference_makes_of_a_piece(blocks, period, in_
     plain = PlainSeemoRe(**model.config).eval()
     plain.load_state_dict(model.state_dict())
     for group in plain.body:
-        group.local_block.block.moe_layer.gate.body[0] = MeanOfMany(blocks)
+        moe = group.local_block.block.moe_layer
+        moe.gate = RouterOfMany(moe.gate, blocks)
     with torch.inference_mode():
         x = torch.from_numpy(np.tile(pattern, (3, 3, 1))).permute(2, 0, 1)[None]
         expected = plain(x).clamp(0, 1)[0].permute(1, 2, 0).numpy()
