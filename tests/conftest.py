@@ -80,7 +80,7 @@ def has_kernel(arguments: dict) -> bool:
 
 
 def is_too_much_to_interpret(item) -> bool:
-    """Tell whether a test, which takes seconds in Triton's interpreter, adds little to those with other arguments.
+    """Return whether a test, which takes seconds in Triton's interpreter, adds little to those with other arguments.
 
     Float16 adds little to bfloat16. Where parametrisations are multiplied, each value of each is taken in turn with
     those of the others: of 8 shapes and 3 options 8 pairs, of three times 2 options 4 combinations.

@@ -12,9 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import test_gpu
 import torch
 from helpers.benchmarks import processes
+from helpers.gpu import CALLS, HUGE, huge_tensors
 
 from seemore_fast.benchmarks import gpu_check, steps
 from seemore_fast.benchmarks.steps import Step
@@ -282,7 +282,7 @@ def test_tests_that_do_not_fit_the_memory_are_skipped(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (71 * 10**9, 80 * 10**9))
     with pytest.raises(pytest.skip.Exception, match="GB of GPU memory needed, 71 free"):
-        test_gpu.huge_tensors(test_gpu.CALLS["gated_ffn"], "cuda", test_gpu.HUGE)
+        huge_tensors(CALLS["gated_ffn"], "cuda", HUGE)
 
 
 def test_parts_contain_each_test_once():

@@ -242,7 +242,7 @@ def assert_computed(backend: Backend, fallback: pytest.Mark | None):
 
 
 def uses_tensor_cores(backend: Backend, device: torch.device) -> bool:
-    """Tell whether a backend's kernel of its operator multiplies matrices, and by tensor cores."""
+    """Return whether a backend's kernel of its operator multiplies matrices, and by tensor cores."""
     own = [kernel for kernel in backends.KERNELS.get(backend.operator, ()) if kernel.backend == backend]
     return device.type == "cuda" and any(kernel.capability >= backends.MATRIX["capability"] for kernel in own)
 

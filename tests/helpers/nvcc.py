@@ -23,7 +23,7 @@ FIGURES = {
 
 
 def compile_with_nvcc(source: Path, architecture: int, cubin: str | Path, *flags: str) -> str:
-    """Return what ptxas tells."""
+    """Return the report of ptxas."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     nvcc = shutil.which("nvcc", path=os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ["PATH"]]))
     if nvcc is None:

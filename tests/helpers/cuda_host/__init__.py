@@ -107,7 +107,7 @@ def cuda_headers() -> Path:
 
 
 def nvcc_home() -> str | None:
-    """Return the toolkit's folder as nvcc itself tells it: what is on PATH may be a link or a script."""
+    """Return the toolkit's folder that nvcc reports: on PATH there may be a link or a script."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return None
