@@ -24,7 +24,7 @@ from seemore_fast.benchmarks.cases import (
     input_shapes,
     recursive_of,
     result_shapes,
-)  # fmt: skip
+)
 
 KERNEL_OF = {"pointwise": "norm_pointwise", "conv3x3_shuffle": "norm_conv3x3"}  # operators that run another's kernel
 EAGER = {"torch eager": torch.contiguous_format, "torch eager channels_last": torch.channels_last}
@@ -51,10 +51,8 @@ def random_inputs(name: str, setting: Setting, device: torch.device, seed: int) 
 
     Everything is of the setting's dtype but the gradients of probabilities, which are float32.
     """
-    shapes, layout = (
-        input_shapes(name, setting),
-        torch.channels_last if setting.channels_last else torch.contiguous_format,
-    )
+    shapes = input_shapes(name, setting)
+    layout = torch.channels_last if setting.channels_last else torch.contiguous_format
     if setting.mode != "forward":
         shapes |= {f"upstream_{i}": shape for i, shape in enumerate(result_shapes(name, setting))}
     tensors = harness.random_tensors(shapes, setting.dtype, device, seed)
@@ -107,12 +105,13 @@ def block_provider(
     name: str,
     setting: Setting,
     device: torch.device,
-    layout: torch.memory_format = torch.contiguous_format,
+    layout: torch.memory_format | None = None,
     compile: bool = False,
     dtype: torch.dtype | None = None,
 ) -> harness.Provider:
-    """Return a provider of a block of a network, whose parameters belong to the block."""
-    model = copy.deepcopy(model).to(device=device, dtype=dtype or setting.dtype, memory_format=layout)
+    """Return a provider of a block of a network, which holds its parameters."""
+    weight_layout = layout or torch.contiguous_format
+    model = copy.deepcopy(model).to(device=device, dtype=dtype or setting.dtype, memory_format=weight_layout)
     if setting.mode == "forward" and isinstance(model, seemore_fast.SeemoRe):
         model.eval().prepare()
     block = getattr(model.body[0], OPERATORS[name].block)
