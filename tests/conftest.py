@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.backends import Backend, assert_computed, calls
+from helpers.cases import is_beyond_turns
 from helpers.images import pixels
 from helpers.networks import SMALL
 
@@ -82,13 +83,12 @@ def has_kernel(arguments: dict) -> bool:
 def is_too_much_to_interpret(item) -> bool:
     """Return whether a test, which takes seconds in Triton's interpreter, adds little to those with other arguments.
 
-    Float16 adds little to bfloat16. Where parametrisations are multiplied, each value of each is taken in turn with
-    those of the others: of 8 shapes and 3 options 8 pairs, of three times 2 options 4 combinations.
+    Float16 adds little to bfloat16, and combinations of parametrisations to those that take each value in turn.
     """
     marks = [mark for mark in item.iter_markers("parametrize") if mark.args[0] not in ("backend", "dtype")]
-    counts = sorted(len(mark.args[1]) for mark in marks)
-    turn = sum(position(mark, item.callspec.params) for mark in marks)
-    return (len(counts) > 1 and turn % counts[-2] != 0) or item.callspec.params.get("dtype") == torch.float16
+    positions = [position(mark, item.callspec.params) for mark in marks]
+    is_beyond = is_beyond_turns([len(mark.args[1]) for mark in marks], positions)
+    return is_beyond or item.callspec.params.get("dtype") == torch.float16
 
 
 def position(mark: pytest.Mark, arguments: dict) -> int:

@@ -43,23 +43,31 @@ def text_of(name: str, value: Any) -> str:
     return f"{name}={value}".replace(" ", "")
 
 
+def is_beyond_turns(counts: Iterable[int], positions: Iterable[int]) -> bool:
+    """Return whether a combination of axes' values is beyond those that take each value of each axis in turn.
+
+    Of 8 shapes and 3 options 8 combinations are not, of three axes of 2 values 4.
+    """
+    counts = sorted(counts)
+    return len(counts) > 1 and sum(positions) % counts[-2] != 0
+
+
 def grid(axes: dict[str, Iterable] | None = None, **fixed) -> list[Example]:
     """Return an example of each combination of the axes' values, with the arguments that are fixed.
 
-    An axis such as "shape, recursive" has values of both. Extra are float16, which adds little to bfloat16, and
-    combinations beyond those in which each value of each axis is taken in turn with those of the others: of 8 shapes
-    and 3 options 8 are not extra, of three axes of 2 values 4.
+    An axis such as "shape, recursive" has values of both. Extra are combinations beyond turns, whatever the dtype, and
+    float16, which adds little to bfloat16.
     """
     choices = {tuple(names.split(", ")): list(values) for names, values in (axes or {}).items()}
-    counts = sorted(len(values) for names, values in choices.items() if names != ("dtype",))
+    counts = [len(values) for names, values in choices.items() if names != ("dtype",)]
     examples = []
     for positions in itertools.product(*(range(len(values)) for values in choices.values())):
-        given, turn = {}, 0
+        given, turn = {}, []
         for (names, values), position in zip(choices.items(), positions, strict=True):
             value = values[position]
             given |= dict(zip(names, value if len(names) > 1 else [value], strict=True))
-            turn += position if names != ("dtype",) else 0
-        is_extra = given.get("dtype") == torch.float16 or (len(counts) > 1 and turn % counts[-2] != 0)
+            turn += [position] if names != ("dtype",) else []
+        is_extra = given.get("dtype") == torch.float16 or is_beyond_turns(counts, turn)
         examples.append(Example(given | fixed, is_extra))
     return examples
 

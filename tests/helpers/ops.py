@@ -34,7 +34,6 @@ SHAPES = [
     (2, 17, 9, 13),
     (1, 6, 3, 70),  # of some channels, so that not all sums over the pixels nearly cancel
 ]
-each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 
 # Tensors
 
