@@ -39,9 +39,14 @@ class TrainingError(SeemoreError, RuntimeError):
     """A run that cannot go on: names the step, the images and the last checkpoint."""
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: object) -> str:
     """Return the first line of an error's message, or the name of its type if it has none."""
     return str(error).partition("\n")[0] or type(error).__name__
+
+
+def os_reason(error: OSError) -> str:
+    """Return the system's message for an error, without the name of the file."""
+    return os.strerror(error.errno) if error.errno else str(error)
 
 
 def file_error(path: str | os.PathLike, error: Exception) -> str:

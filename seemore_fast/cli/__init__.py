@@ -1,6 +1,7 @@
 """The command line: ``seemore-fast COMMAND``."""
 
 import argparse
+import io
 import sys
 
 from .._version import __version__
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.overrides += rest  # that come after an option, where argparse looks for none
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if hasattr(sys.stdout, "reconfigure"):  # file names may be undecodable
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may be undecodable
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return options.run(options)

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import CheckpointError, ImageError, UsageError, first_line
+from ..errors import CheckpointError, ImageError, UsageError, first_line, os_reason
 from ..torchrun import position
 from .exits import DONE
 from .processes import gathered, own_device
@@ -189,7 +189,7 @@ def _jobs(options: argparse.Namespace, size: dict, scale: int) -> "Jobs":
         try:
             Path(options.output).mkdir(exist_ok=True)
         except OSError as error:
-            raise UsageError(f"{options.output}: cannot create the folder: {os.strerror(error.errno)}") from None
+            raise UsageError(f"{options.output}: cannot create the folder: {os_reason(error)}") from None
     _check_page(options.compare)  # which may be in this folder
     return jobs
 

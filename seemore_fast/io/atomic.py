@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..errors import os_reason
+
 TEMPORARY = ".seemore-fast."  # prefix of temporary files
 _being_written: set[Path] = set()
 
@@ -45,7 +47,7 @@ def unwritable_reason(path: Path) -> str | None:
     try:
         return _obstacle(Path(os.path.realpath(path)))
     except OSError as error:
-        return os.strerror(error.errno)
+        return os_reason(error)
 
 
 def _obstacle(path: Path) -> str | None:

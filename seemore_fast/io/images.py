@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
-from ..errors import ImageError
+from ..errors import ImageError, os_reason
 from . import png16
 from .atomic import replacing, unwritable_reason
 
@@ -91,7 +91,7 @@ def _read_failure(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "is not a PNG, JPEG, WebP or TIFF image, or its header is damaged"
     if isinstance(error, OSError) and error.errno:
-        return f"cannot be read: {os.strerror(error.errno)}"
+        return f"cannot be read: {os_reason(error)}"
     return f"cannot be decoded, it is truncated or damaged: {error}"
 
 
@@ -138,7 +138,7 @@ def _read(file: BinaryIO, max_megapixels: float, keep_16_bit: bool) -> Picture:
         icc_profile = image.info.get("icc_profile")
         orientation, exif = _read_exif(image, notes)
         if bits == 16:
-            pixels, icc_profile, _ = png16.read_16bit(file, image.format, check)
+            pixels, icc_profile, _ = png16.read_16bit(file, str(image.format), check)
             return Picture(_turned(pixels, orientation), icc_profile, exif, notes)
         if icc_profile and image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
             notes.append(f"its {image.mode} ICC profile was left out: the result is RGB")
@@ -238,18 +238,21 @@ def _lasting_exif(image: Image.Image) -> bytes | None:
 
 def _bits(image: Image.Image) -> int:
     """Return the bits per channel of the file. Pillow decodes 16-bit RGB to 8: only its raw mode shows them."""
-    if image.format == "TIFF":
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
         return max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
-    if image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in image.tile):
-        return 16
-    return 8
+    return 16 if image.mode.startswith("I") or any(";16" in mode for mode in _raw_modes(image)) else 8
+
+
+def _raw_modes(image: Image.Image) -> list[str]:
+    """Return the modes that the decoder of a file's pixels starts from."""
+    return [str(tile[3]) for tile in getattr(image, "tile", ())]
 
 
 def _scale_transparency(image: Image.Image):
     """Scale the transparent grey of a 2 or 4-bit PNG to 8 bits, as Pillow does with the pixels only."""
     transparent = image.info.get("transparency")
-    if image.format == "PNG" and isinstance(transparent, int) and image.tile:
-        image.info["transparency"] = transparent * {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1)
+    if image.format == "PNG" and isinstance(transparent, int):
+        image.info["transparency"] = transparent * {"L;2": 85, "L;4": 17}.get("".join(_raw_modes(image)[:1]), 1)
 
 
 def check_output(path: Path, picture: Picture, size: tuple[int, int]):
@@ -281,13 +284,13 @@ def write_image(picture: Picture, path: Path, quality: int | None = None):
     try:
         with replacing(path) as temporary:
             if isinstance(picture.image, np.ndarray) and format_name in png16.FORMATS:
-                _write_16bit(picture, temporary, format_name)
+                _write_16bit(picture.image, picture, temporary, format_name)
             else:
                 _write_8_bit(picture, temporary, format_name, quality)
     except MemoryError:
         raise
     except Exception as error:  # encoders, too, raise all kinds of errors
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        reason = os_reason(error) if isinstance(error, OSError) else error
         raise ImageError(f"{path}: cannot be written: {reason}") from None
 
 
@@ -319,8 +322,8 @@ def _write_8_bit(picture: Picture, path: Path, format_name: str, quality: int | 
     image.save(path, format_name, **options)
 
 
-def _write_16bit(picture: Picture, path: Path, format_name: str):
+def _write_16bit(pixels: np.ndarray, picture: Picture, path: Path, format_name: str):
     if picture.exif and format_name == "TIFF":
         picture.notes.append("its EXIF was left out: 16-bit TIFFs are written without")
     with open(path, "w+b") as file:
-        png16.write_16bit(picture.image, file, format_name, picture.icc_profile, picture.exif, PNG_LEVEL)
+        png16.write_16bit(pixels, file, format_name, picture.icc_profile, picture.exif, PNG_LEVEL)

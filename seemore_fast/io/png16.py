@@ -1,7 +1,7 @@
 """PNG and TIFF files of 16 bits per channel, through libvips: Pillow reduces their colours to 8."""
 
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -37,7 +37,7 @@ def read_16bit(
         raise ImageError(f"cannot be decoded, it is truncated or damaged: {_reason(error)}") from None
 
 
-def _field(image, name: str, default=None):
+def _field(image: Any, name: str, default: Any = None) -> Any:
     return image.get(name) if image.get_typeof(name) else default
 
 
@@ -82,7 +82,7 @@ def write_16bit(
         raise (failures[0] if failures else OSError(_reason(error))) from None
 
 
-def _vips():
+def _vips() -> Any:
     try:
         import pyvips
     except (ImportError, OSError) as error:  # the latter if libvips itself is missing
@@ -90,5 +90,5 @@ def _vips():
     return pyvips
 
 
-def _reason(error) -> str:
+def _reason(error: Any) -> str:
     return (error.detail or error.message).strip().partition("\n")[0] or "libvips gives no reason"

@@ -68,7 +68,7 @@ def _bands(image: np.ndarray, taps: list, after_each_pass: Callable) -> Iterator
 def _combined(rows: np.ndarray, weights: np.ndarray, positions: np.ndarray, axis: int) -> np.ndarray:
     """Return the weighted sums of rows, or of columns, of an image."""
     shape = (-1, *[1] * (rows.ndim - 1 - axis))
-    total = 0
+    total = np.zeros(())
     for tap in range(weights.shape[1]):
         total = total + weights[:, tap].reshape(shape) * rows.take(positions[:, tap], axis)
     return total

@@ -59,6 +59,8 @@ class SeemoRe(Fused):
     ones. Weights are packed at every call; `prepare` freezes them. `recompute` trades time for memory in training.
     """
 
+    mean: Tensor  # a buffer
+
     def __init__(
         self,
         scale: int = 4,

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import os
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..errors import ImageError, file_error
+from ..errors import ImageError, file_error, os_reason
 from ..io.atomic import replacing
 from ..io.images import MAX_MEGAPIXELS, Picture, profile_for, read_image
 
@@ -68,7 +67,7 @@ def write_page(
     path: Path,
     pairs: Iterable[tuple[Path, Path]],
     max_megapixels: float = MAX_MEGAPIXELS,
-    done: Callable[[], None] = lambda: None,
+    done: Callable[[], object] = lambda: None,
 ) -> list[str]:
     """Write the page for pairs of a file and its result; return a warning for each image that is not on it.
 
@@ -91,7 +90,7 @@ def write_page(
                 page.write(f"<p>And {left} more, which are not shown.</p>\n")
             page.write(_TAIL)
     except OSError as error:
-        raise ImageError(f"{path}: cannot be written: {os.strerror(error.errno) if error.errno else error}") from None
+        raise ImageError(f"{path}: cannot be written: {os_reason(error)}") from None
     return warnings
 
 

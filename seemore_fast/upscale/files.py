@@ -2,9 +2,10 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..errors import ImageError, file_error
 from ..io.images import MAX_MEGAPIXELS, Picture, check_output, read_image, write_image
@@ -13,9 +14,8 @@ from ..io.images import MAX_MEGAPIXELS, Picture, check_output, read_image, write
 class ImageUpscaler(Protocol):
     """An `Upscaler`, as far as files need it."""
 
-    def __call__(self, image, **size): ...
-
-    def size_of(self, image_height: int, image_width: int, **size) -> tuple[int, int]: ...
+    __call__: Callable[..., Any]
+    size_of: Callable[..., tuple[int, int]]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import JobError
+from ..errors import JobError, os_reason
 from ..io.atomic import TEMPORARY
 from ..io.images import FORMATS
 
@@ -115,7 +115,7 @@ class Jobs(list):
                 with os.scandir(folder) as listing:
                     entries = sorted(listing, key=lambda entry: entry.name)
             except OSError as error:
-                self.failures.append(f"{folder}: cannot be listed: {os.strerror(error.errno)}")
+                self.failures.append(f"{folder}: cannot be listed: {os_reason(error)}")
                 continue
             is_own = os.path.realpath(folder) == os.path.realpath(Path(self.output) / relative)
             folders, skipped, names = [], Counter(), [os.path.splitext(entry.name) for entry in entries]

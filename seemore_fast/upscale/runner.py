@@ -61,7 +61,7 @@ class ExecutionOptions:
 
 
 def must_stream(
-    model: SeemoRe, shape: tuple[int, ...], itemsize: int, options: ExecutionOptions, extra_bytes: int = 0
+    model: SeemoRe, shape: torch.Size, itemsize: int, options: ExecutionOptions, extra_bytes: int = 0
 ) -> bool:
     """Return whether to stream images of `shape` (B, in_chans, H, W) and `itemsize` bytes per value.
 
@@ -159,7 +159,7 @@ def _run_streamed(model: SeemoRe, x: Tensor, y: Tensor, options: ExecutionOption
     _, _, height, width = x.shape
     shape, dtype = (height, model.config["embedding_dim"], width), body_dtype(model.conv_1.weight)
     features, release = _feature_buffer(shape, dtype, options.scratch_folder, y.nbytes)
-    row = 2 * gpu_memory_needed(model, (1, x.shape[1], 1, width))  # the widened features are as large again
+    row = 2 * gpu_memory_needed(model, torch.Size((1, x.shape[1], 1, width)))  # the widened features are as large again
     free = _free(device)
     budget = engine.MAX_BANDS if free is None else min(engine.MAX_BANDS, int(FREE_SHARE * free))
     rows = min(max(unit, budget // row // unit * unit), -(-height // unit) * unit)

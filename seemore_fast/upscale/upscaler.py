@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageSequence
 
 from ..devices import find_device
-from ..io.images import as_8_bit, frame_count
+from ..io.images import MAX_MEGAPIXELS, as_8_bit, frame_count
 from ..network.accelerate import accelerate
 from ..network.checkpoint import load_model, shipped_models
 from .arrays import as_tensor, check_array, from_unit, resized, to_unit
@@ -117,7 +117,8 @@ class Upscaler:
         if not isinstance(image, np.ndarray):
             raise TypeError(f"image is a {type(image).__name__}, expected a numpy array or a Pillow image")
         check_array(image)
-        return self._upscale_array(image, self.size_of(*image.shape[:2], outscale, width, height))
+        rows, columns = image.shape[:2]
+        return self._upscale_array(image, self.size_of(rows, columns, outscale, width, height))
 
     def frames(self, images: Iterable[np.ndarray | Image.Image], **size) -> Iterator[np.ndarray | Image.Image]:
         """Yield each of `images` upscaled, in order, such as a video's frames; `size` as for a call.
@@ -127,7 +128,8 @@ class Upscaler:
         """
         if isinstance(images, Image.Image):
             images = (frame.copy() for frame in ImageSequence.Iterator(images))
-        images, end = iter(images), object()
+        end: Any = object()
+        images = iter(images)
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(next, images, end)
             while (image := ahead.result()) is not end:
@@ -157,8 +159,8 @@ class Upscaler:
         self.size_of(1, 1, **size)
         if quality is not None and not 1 <= _integer("quality", quality) <= 100:
             raise ValueError(f"quality is {quality}, expected 1 to 100")
-        limit = {} if max_megapixels is None else {"max_megapixels": _positive("max_megapixels", max_megapixels)}
-        upscale_file(self, Path(source), Path(target), FileOptions(**limit, quality=quality, size=size))
+        limit = MAX_MEGAPIXELS if max_megapixels is None else _positive("max_megapixels", max_megapixels)
+        upscale_file(self, Path(source), Path(target), FileOptions(limit, quality=quality, size=size))
 
     def size_of(
         self,
@@ -212,10 +214,10 @@ class Upscaler:
         height, width, count = colours.shape
         planes = (count, 1) if self.model.in_chans == 1 else (1, 3)
         itemsize = colours.itemsize if self._is_native(colours) and not self.tta else 4
-        streamed = must_stream(self.model, (*planes, height, width), itemsize, options, extra_bytes)
+        streamed = must_stream(self.model, torch.Size((*planes, height, width)), itemsize, options, extra_bytes)
         if not self.tta:
             return self._one_orientation(colours, options, streamed)
-        unit, total = to_unit(colours), 0
+        unit, total = to_unit(colours), np.zeros((), np.float32)
         for number in range(8):
             turns, flip = number // 2, 1 - 2 * (number % 2)
             turned = np.ascontiguousarray(np.rot90(unit, turns)[:, ::flip])
@@ -265,7 +267,7 @@ def _full_name(name: str | os.PathLike, scale: int | None) -> str | os.PathLike:
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     found = torch.float32 if dtype is None else DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    if found is None or found not in DTYPES.values():
         raise ValueError(f"dtype is {dtype!r}, expected float32, bfloat16 or float16")
     return found
 
