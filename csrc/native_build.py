@@ -301,7 +301,7 @@ def build(folder: Path, toolchain: dict, cuda: dict | None, names: list[str] | N
     Raises Missing, with the first error, where one does not compile.
     """
     torch, sets = toolchain["torch"], toolchain["instruction_sets"]
-    # IEEE results but for fused multiply-add; errno and traps, which nobody looks at, would keep loops scalar.
+    # IEEE results but for fused multiply-add; errno and traps, which are not read, would keep loops scalar.
     kernel = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
     lines = [f"cxx = {quoted(*toolchain['compiler'])}", f"cflags = {quoted(*CXXFLAGS)}"]
     kernels = {f"cuda_{source.stem}.o": source for source in sorted((CSRC / "cuda").rglob("*.cu"))}

@@ -1,4 +1,4 @@
-// The max_value network for inference: one sweep over the image between two global pools.
+// The whole network for inference: one sweep over the image between two global pools.
 //
 //   head    conv_1(image)                          -> first half of group 0's MoE block
 //   middle  experts, FFN, SEE, FFN of group g      -> first half of group g + 1's MoE block

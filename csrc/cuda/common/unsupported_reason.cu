@@ -1,4 +1,4 @@
-// Whether kernels of this build can run on the current device: driver new enough, code for its architecture.
+// The reason why kernels of this build cannot run on the current device: its driver, or no code for its architecture.
 
 #ifdef __CUDACC__  // the host build of the tests has no driver
 

@@ -28,14 +28,14 @@ namespace {
 using namespace calibrating;
 using seemore::CalibrateGradients;
 
-// A band are the rows between two rows of the small map: those for which `before` is the same.
-struct Bands {
+// Bands of rows between two rows of the small map, for which `before` is the same.
+struct MapBands {
   static constexpr int kMost = 256, kSums = 2;
   int across, down;           // threads of a block: packs of V columns, bands
   int columns;                // of the small map, at most kSums for each of `across`
   unsigned segments, blocks;  // of a plane: side by side, and in all
 
-  Bands(int64_t width, int64_t small_height, int64_t small_width, int V) {
+  MapBands(int64_t width, int64_t small_height, int64_t small_width, int V) {
     const int64_t packs = ceil_div(width, V);
     across = 1;
     while (across < packs && across < kWarp) across *= 2;
@@ -62,7 +62,7 @@ __device__ A sum_between(const A* values, int first, int last, int from, int to)
   first = first > from ? first - from : 0;
   last = (last < to ? last : to) - from;
   A sum = 0;
-  for (int column = first; column < last; ++column) sum += values[Bands::place(column)];
+  for (int column = first; column < last; ++column) sum += values[MapBands::place(column)];
   return sum;
 }
 
@@ -72,8 +72,8 @@ constexpr int kGatheredRows = sizeof(T) == 8 ? 2 : 4;
 
 // Blocks on a multiprocessor are given so that ptxas has registers for a round of loads beside the one before.
 template <typename T, int V, typename A = Accumulation<T>>
-__global__ void __launch_bounds__(Bands::kMost, 2)
-    calibrate_gather(Calibrate inputs, Bands bands, Image dy, Axis<A> rows, Axis<A> columns, Map<A> below,
+__global__ void __launch_bounds__(MapBands::kMost, 2)
+    calibrate_gather(Calibrate inputs, MapBands bands, Image dy, Axis<A> rows, Axis<A> columns, Map<A> below,
                      Map<A> above) {
   DYNAMIC_SHARED(A, shared);  // for each band its columns' sums: below, for the left and right pixel; above, likewise
   const int row_stride = bands.row_stride(V), width = bands.across * V;
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(Bands::kMost, 2)
   }
   const int first_row = rows.start(band), last_row = rows.start(band + 1);
   __syncthreads();
-  A sums[Bands::kSums][2] = {};
+  A sums[MapBands::kSums][2] = {};
   for (int from = starts[0] / V * V; from < starts[count + 1]; from += width) {
     const int column = from + threadIdx.x * V;
     A lower[V] = {}, upper[V] = {};
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(Bands::kMost, 2)
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const A position = columns.position(column + v), share = position - static_cast<A>(columns.before(position));
-      const int place = Bands::place(threadIdx.x * V + v);
+      const int place = MapBands::place(threadIdx.x * V + v);
       mine[place] = (1 - share) * lower[v];
       mine[place + row_stride] = share * lower[v];
       mine[place + 2 * row_stride] = (1 - share) * upper[v];
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(Bands::kMost, 2)
     }
     __syncthreads();
 #pragma unroll
-    for (int n = 0; n < Bands::kSums; ++n) {
+    for (int n = 0; n < MapBands::kSums; ++n) {
       const int number = thread + n * threads, j = number % count;
       if (number / count >= bands.down) continue;
       const bool is_last = first_column + j == columns.small - 1;  // it is both, left and right
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(Bands::kMost, 2)
     __syncthreads();
   }
 #pragma unroll
-  for (int n = 0; n < Bands::kSums; ++n) {
+  for (int n = 0; n < MapBands::kSums; ++n) {
     const int number = thread + n * threads, row = first_band + number / count;
     if (number / count >= bands.down || row >= below.height) continue;
     const int64_t to = int64_t(row) * below.width + first_column + number % count;
@@ -285,7 +285,7 @@ void backward(const Calibrate& inputs, const CalibrateGradients& gradients, void
   constexpr int kMost = 16 / sizeof(T);
   with_vector<kMost>(vector_of({gradients.dy}, size.width, sizeof(T), kMost), [&](auto vector) {
     constexpr int V = vector;
-    const Bands bands(size.width, last.height, last.width, V);
+    const MapBands bands(size.width, last.height, last.width, V);
     const auto grid = grid_of(size.batch * size.channels * bands.blocks, "calibrate_backward");
     LAUNCH((calibrate_gather<T, V>), grid, dim3(bands.across, bands.down), bands.shared_bytes(V, sizeof(A)), stream,
            inputs, bands, gradients.dy, rows, columns, map_of(last, scratch(0)), map_of(last, scratch(1)));

@@ -26,11 +26,11 @@ constexpr int64_t kPlaneBlocks = 132 * kBlocks, kImageBlocks = 132 * 3;
 template <typename T>
 constexpr int kLanes = 16 / sizeof(T);
 
-// How blocks share images out. A run's elements are in lines of equal length.
+// The cut of images for blocks. A run's elements are in rows of equal length.
 struct Runs {
   int64_t channels;            // of a run: 1, or all, side by side
   int64_t length;              // of a run, in elements
-  int64_t width, row, column;  // of a line, and strides; all of a run that is dense is one line
+  int64_t width, row, column;  // of a row, and strides; a dense run is one row
   int64_t span;                // a part's length in vectors, a multiple of the period of channels
   unsigned parts, count;       // of a run; runs of an image
   unsigned threads;            // of a block, those that work: their number is such a multiple, too

@@ -58,14 +58,15 @@ __global__ void __launch_bounds__(kThreads, (kVector > 1 ? kWarps<K> : kUnaligne
     for (int r = 0; r < kRows; ++r) {
       const int i = first + step + r;
       const LaneWindow<kHalo> seen(stage.row(half, r) + place);
-      const Float4 line = row_step(row, seen, i >= 0 && i < strip.height);
+      const Float4 intermediate = row_step(row, seen, i >= 0 && i < strip.height);
       Float4 result;
 #pragma unroll
       for (int v = 0; v < kLaneColumns; ++v) {
-        const float s = partial[0][v] + col.weight[K - 1] * line.value[v];
+        const float s = partial[0][v] + col.weight[K - 1] * intermediate.value[v];
 #pragma unroll
-        for (int m = 0; m < K - 2; ++m) partial[m][v] = partial[m + 1][v] + col.weight[K - 2 - m] * line.value[v];
-        partial[K - 2][v] = col.bias + col.weight[0] * line.value[v];
+        for (int m = 0; m < K - 2; ++m)
+          partial[m][v] = partial[m + 1][v] + col.weight[K - 2 - m] * intermediate.value[v];
+        partial[K - 2][v] = col.bias + col.weight[0] * intermediate.value[v];
         result.value[v] = s;
       }
       if (conv.activation == Activation::gelu) {

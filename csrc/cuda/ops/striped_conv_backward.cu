@@ -85,9 +85,9 @@ __global__ void __launch_bounds__(kThreads, (kVector > 1 ? kColumnWarps<K> : kUn
     for (int r = 0; r < kRows; ++r) {
       const int i = first + step + r;
       const LaneWindow<kHalo> seen(stage.row(half, r) + place);
-      const Float4 line = row_step(row, seen, i >= 0 && i < strip.height);
+      const Float4 intermediate = row_step(row, seen, i >= 0 && i < strip.height);
 #pragma unroll
-      for (int v = 0; v < kLaneColumns; ++v) window[K - 1 + r][v] = line.value[v];
+      for (int v = 0; v < kLaneColumns; ++v) window[K - 1 + r][v] = intermediate.value[v];
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
