@@ -145,13 +145,14 @@ class GroupSource {
     const int64_t ranks = routing_.ranks();
     multiply(project_a_, sources, strip_.width,
              StoreEpilogue<false>{{rank_a_, rank_a_, strip_.widest, strip_.widest, ranks, ranks}});
-    const ColumnTable::Position position(row, strip_.height, routing_.map_rows());
+    const BilinearPosition position(row, strip_.height, routing_.map_rows());
+    const float below_share = static_cast<float>(position.share);
     constexpr int G = kChannels<Cell>;
     const int64_t begin = larger(0, lag_ - strip_.begin);
     for (int64_t r = 0; r < ranks; ++r) {
-      const float *above = routing_.small_map(r, position.first), *below = routing_.small_map(r, position.second);
+      const float *above = routing_.small_map(r, position.before), *below = routing_.small_map(r, position.after);
       for (int64_t i = 0; i < routing_.map_columns(); ++i) {
-        small_[i] = above[i] * (1.f - position.share) + below[i] * position.share;
+        small_[i] = above[i] * (1.f - below_share) + below[i] * below_share;
       }
       float* product = rank_a_ + r * strip_.widest;
       const float* k = origin.k + routing_.row_of_k(r) * origin.row_stride;

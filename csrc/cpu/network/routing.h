@@ -2,6 +2,8 @@
 #pragma once
 
 #include "cpu/network/stages.h"
+#include "cpu/tile/bilinear.h"
+#include "params/router.h"
 
 namespace seemore::SEEMORE_ISA {
 
@@ -13,24 +15,11 @@ struct ColumnTable {
         share(arena.allocate<float>(count)) {
     if (!left) return;
     for (int64_t i = 0; i < count; ++i) {
-      const Position position(smaller(i, columns - 1), columns, map_columns);
-      left[i] = position.first, right[i] = position.second, share[i] = position.share;
+      const BilinearPosition position(smaller(i, columns - 1), columns, map_columns);
+      left[i] = static_cast<int32_t>(position.before), right[i] = static_cast<int32_t>(position.after);
+      share[i] = static_cast<float>(position.share);
     }
   }
-
-  // As torch computes it, in float32.
-  struct Position {
-    Position(int64_t i, int64_t size, int64_t map_size) {
-      const float scale = static_cast<float>(map_size) / static_cast<float>(size);
-      const float place = scale * (static_cast<float>(i) + 0.5f) - 0.5f;
-      const float inside = place > 0 ? place : 0;
-      first = smaller(static_cast<int64_t>(inside), map_size - 1);
-      second = smaller(first + 1, map_size - 1);
-      share = inside - static_cast<float>(first);
-    }
-    int64_t first, second;
-    float share;  // of the second
-  };
 
   int32_t *left, *right;
   float* share;
@@ -93,46 +82,25 @@ class RoutingState {
     convolve(to, from, rows, columns, weights.calibrate[channel]);
   }
 
-  // Choose the experts from the sums of a, and pack their matrices.
+  // Choose the experts from the sums of a, by the decision of the router's operator, and pack their matrices.
   void choose(const ExpertWeights& experts, const float* sums, int64_t strips) const {
     const int64_t c = config_.channels, ranks = experts.ranks;
-    Buffer<double> mean(c);
-    Buffer<float> probability(config_.experts);
-    for (int64_t i = 0; i < c; ++i) mean[i] = 0;
-    for (int64_t part = 0; part < height_ * strips; ++part) {
-      for (int64_t i = 0; i < c; ++i) mean[i] += sums[part * c + i];
-    }
-    float largest_logit = 0, total = 0;
-    for (int64_t e = 0; e < config_.experts; ++e) {
-      double logit = 0;
-      for (int64_t i = 0; i < c; ++i) logit += experts.router[e * c + i] * (mean[i] / static_cast<double>(pixels_));
-      probability[e] = static_cast<float>(logit);
-      if (e == 0 || probability[e] > largest_logit) largest_logit = probability[e];
-    }
-    for (int64_t e = 0; e < config_.experts; ++e) {
-      probability[e] = __builtin_expf(probability[e] - largest_logit);
-      total += probability[e];
-    }
+    const Buffer<float> mean(c), probability(config_.experts), expert_weight(config_.top_k);
+    const Buffer<int64_t> expert_index(config_.top_k);
+    route({DType::float32, DType::float32, 1, c, config_.experts, config_.top_k, experts.router},
+          {sums, height_ * strips, pixels_, expert_index, expert_weight, mean, probability}, nullptr);
     Buffer<float> share(ranks), bias(c);
     for (int64_t i = 0; i < c; ++i) bias[i] = experts.bias_proj[i];
     *count_ = 0;
     for (int64_t n = 0; n < config_.top_k; ++n) {
-      int64_t best = -1;  // NaN is larger than all, as for torch.topk
-      for (int64_t e = 0; e < config_.experts; ++e) {
-        const float p = probability[e];
-        if (p >= 0 || p != p) {
-          if (best < 0 || p > probability[best] || (p != p && probability[best] == probability[best])) best = e;
-        }
-      }
+      const int64_t expert = expert_index[n];
       int64_t first = 0;
-      for (int64_t e = 0; e < best; ++e) first += padded_rank(config_.ranks[e]);
-      const float p = probability[best] / total;
-      for (int64_t r = 0; r < padded_rank(config_.ranks[best]); ++r, ++*count_) {
+      for (int64_t e = 0; e < expert; ++e) first += padded_rank(config_.ranks[e]);
+      for (int64_t r = 0; r < padded_rank(config_.ranks[expert]); ++r, ++*count_) {
         chosen_[*count_] = first + r;
-        share[*count_] = p;
+        share[*count_] = expert_weight[n];
       }
-      for (int64_t i = 0; i < c; ++i) bias[i] += p * experts.bias_out[best * c + i];
-      probability[best] = -1;  // taken
+      for (int64_t i = 0; i < c; ++i) bias[i] += expert_weight[n] * experts.bias_out[expert * c + i];
     }
     const Matrix<Cell> a = project_a(), mixed = mix();
     pack(a, a.rows, c, c, [&](int64_t r, int64_t, int64_t i) { return experts.weight_a[chosen_[r] * c + i]; });

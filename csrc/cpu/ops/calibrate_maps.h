@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/simd/math.h"
+#include "cpu/tile/bilinear.h"
 #include "cpu/tile/tiling.h"
 #include "params/calibrate.h"
 
@@ -103,14 +104,12 @@ template <class A>
 struct Axis {
   Axis(int64_t pixels, int64_t small)
       : pixels(pixels), before(pixels), after(pixels), share(pixels), starts(small + 1) {
-    // in float64, which costs nothing here: an error of a share is that of a whole column
-    const double scale = static_cast<double>(small) / static_cast<double>(pixels);
     int64_t reached = 0;
     for (int64_t i = 0; i < pixels; ++i) {
-      const double inside = (static_cast<double>(i) + 0.5) * scale - 0.5, position = inside > 0 ? inside : 0;
-      before[i] = static_cast<int32_t>(smaller(static_cast<int64_t>(position), small - 1));
-      after[i] = static_cast<int32_t>(smaller(before[i] + int64_t(1), small - 1));
-      share[i] = position - before[i];
+      const BilinearPosition position(i, pixels, small);
+      before[i] = static_cast<int32_t>(position.before);
+      after[i] = static_cast<int32_t>(position.after);
+      share[i] = static_cast<A>(position.share);
       while (reached <= before[i]) starts[reached++] = i;
     }
     while (reached <= small) starts[reached++] = pixels;

@@ -1,4 +1,5 @@
-// The router's decision after the pool, and its gradient; not performance-critical: compiled once.
+// The router's decision after the pool, for its operator and the network, and its gradient; not performance-critical:
+// compiled once.
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -28,10 +29,14 @@ void route_image(const Routing& routing, const Routed& routed, int64_t image) {
   const A* mean = static_cast<const A*>(routed.partial) + image * channels;
   if (routed.mean) {
     A* const result = static_cast<A*>(routed.mean) + image * channels;
+    std::vector<double> sums(channels);
+    for (int64_t part = 0; part < routed.parts; ++part) {
+      for (int64_t channel = 0; channel < channels; ++channel) {
+        sums[channel] += mean[part * routing.batch * channels + channel];
+      }
+    }
     for (int64_t channel = 0; channel < channels; ++channel) {
-      double sum = 0;
-      for (int64_t part = 0; part < routed.parts; ++part) sum += mean[part * routing.batch * channels + channel];
-      result[channel] = static_cast<A>(sum / static_cast<double>(routed.pixels));
+      result[channel] = static_cast<A>(sums[channel] / static_cast<double>(routed.pixels));
     }
     mean = result;
   }
