@@ -125,6 +125,16 @@ def test_vectors_are_on_their_way_while_others_are_worked_on(access, type, bits,
         assert bits not in stores or bits == 32, f"{name} stores elements one by one"  # sums are of 32 bits, too
 
 
+@pytest.mark.parametrize("source", ["striped_conv", "calibrate_spread"])
+def test_elements_are_a_fixed_distance_apart(source, folder):
+    """Where rows begin at any element, three of four neighbours are stored beside the first, by its address."""
+    found = {name: code for name, code in kernels(source, 90, folder).items() if re.search(r"Li\d+ELi1E", name)}
+    assert found
+    for name, code in found.items():
+        stores = [instruction.operands for instruction in code if instruction.name.startswith("STG")]
+        assert sum("+0x" in operands for operands in stores) >= 0.7 * len(stores), name
+
+
 def test_a_load_that_is_waited_for_is_found():
     """The first is needed at once, the second where the loop begins again, after three others."""
     code = instructions(

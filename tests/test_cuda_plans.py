@@ -87,7 +87,8 @@ def test_spread_has_no_empty_patches_and_a_single_round(library):
         ((160, 80, 8, 1), 6, 64, 2, 8, 2),  # the width
         ((160, 80, 10, 1), 8, 64, 2, 8, 2),  # rows
         ((160, 81, 8, 1), 8, 64, 2, 8, 1),  # channels
-        ((160, 1, 24, 3), 8, 64, 2, 8, 1),  # channels_last
+        ((160, 1, 24, 3), 8, 64, 2, 8, 0),  # channels_last
+        ((160, 1, 3, 3), 1, 64, 2, 8, 1),  # rows of a pixel
         ((160, 80, 8, 1), 8, 72, 4, 4, 2),
     ],
 )
@@ -138,11 +139,12 @@ def test_results_do_not_depend_on_the_gpu(monkeypatch, name, taps):
         assert all(torch.equal(first, other[what]) for other in results[1:]), what
 
 
+@pytest.mark.parametrize("which", [slice(None), slice(-1, None)], ids=["all", "last"])
 @pytest.mark.parametrize("name, taps", [*SWEEPS, ("calibrate", 0)])
-def test_kernels_are_given_rows(monkeypatch, name, taps):
+def test_kernels_are_given_rows(monkeypatch, name, taps, which):
     """Of channels_last images copies, and results are as for the same images in rows, where they belong."""
     tensors, images, options = tensors_of(name, taps, torch.float32)
-    laid = {n: t.to(memory_format=torch.channels_last) if n in images else t for n, t in tensors.items()}
+    laid = {n: t.to(memory_format=torch.channels_last) if n in images[which] else t for n, t in tensors.items()}
     given = []
     functions = selection._functions
 

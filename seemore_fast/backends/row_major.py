@@ -1,10 +1,11 @@
-"""Row-major images for the CUDA stencils, which read the pixels of a row side by side.
+"""Row-major images for the CUDA stencils, which read the pixels of a row side by side and refuse other images.
 
-Of other images, channels_last among them, such a kernel would fetch a sector of 32 bytes for each pixel; a copy there
-and one back read and write less.
+Of such images, channels_last among them, a kernel would fetch a sector of 32 bytes for each pixel; a copy there and one
+back read and write less.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,19 +13,21 @@ from torch import Tensor
 OPERATORS = ("striped_conv", "striped_conv_router", "calibrate")
 
 
-def in_rows(image: Tensor) -> bool:
-    """Return whether the pixels of a row lie side by side."""
-    return image.shape[-1] <= 1 or image.stride(-1) == 1
+def is_strided(argument: Any) -> bool:
+    """Return whether an argument is an image whose pixels of a row lie apart."""
+    return isinstance(argument, Tensor) and argument.dim() == 4 and argument.stride(3) != 1 and argument.shape[3] > 1
 
 
 def by_rows(operator: torch._ops.OpOverloadPacket) -> Callable:
-    """Return a function that calls a library's operator with copies of those images that are not in rows."""
+    """Return a function that calls a library's operator with copies of those images that are strided."""
 
     def run(*arguments):
+        if not any(map(is_strided, arguments)):
+            return operator(*arguments)
         schema = operator.default._schema.arguments
         copies = list(arguments)
         for number, (argument, declared) in enumerate(zip(arguments, schema, strict=True)):
-            if isinstance(argument, Tensor) and argument.dim() == 4 and not in_rows(argument):
+            if is_strided(argument):
                 is_result = declared.alias_info is not None and declared.alias_info.is_write
                 copies[number] = argument.new_empty(argument.shape) if is_result else argument.contiguous()
         found = operator(*copies)

@@ -196,8 +196,8 @@ def lookup_kernel(operator: str, x: Tensor, size: int = 1, part: str = "") -> Ca
     chosen = current_backend()
     backend = chosen if chosen in serving else serving[0]
     function = getattr(_functions(backend, operator), operator + part)
-    is_strided = backend.startswith("cuda") and operator in row_major.OPERATORS and not row_major.in_rows(x)
-    return row_major.by_rows(function) if is_strided else function
+    wants_rows = backend.startswith("cuda") and operator in row_major.OPERATORS
+    return row_major.by_rows(function) if wants_rows else function
 
 
 def _functions(backend: str, operator: str):

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <stdexcept>
+#include <string>
 
 #include "cuda/common/types.h"
 
@@ -60,10 +62,9 @@ __device__ void store_words(T* to, const Words<T, V>& words) {
 #endif
 }
 
-// Of V elements, `step` from one to the next, the first `count`; the others are 0. Vectors of kVector are read at once,
-// all or none of them.
+// The first `count` of V neighbours; the others are 0. Vectors of kVector are read at once, all or none of them.
 template <int kVector, int V, typename T>
-__device__ Words<T, V> load(const T* from, int64_t step, int count) {
+__device__ Words<T, V> load(const T* from, int count) {
   if constexpr (kVector > 1) {
     Words<T, V> words = {};
 #pragma unroll
@@ -76,13 +77,13 @@ __device__ Words<T, V> load(const T* from, int64_t step, int count) {
   } else {
     Pack<T, V> pack;
 #pragma unroll
-    for (int v = 0; v < V; ++v) pack.value[v] = v < count ? from[v * step] : to_storage<T>(0);
+    for (int v = 0; v < V; ++v) pack.value[v] = v < count ? from[v] : to_storage<T>(0);
     return Words<T, V>(pack);
   }
 }
 
 template <int kVector, typename T, int V>
-__device__ void store(T* to, int64_t step, int count, const Words<T, V>& words) {
+__device__ void store(T* to, int count, const Words<T, V>& words) {
   if constexpr (kVector > 1) {
 #pragma unroll
     for (int v = 0; v < V; v += kVector) {
@@ -94,7 +95,7 @@ __device__ void store(T* to, int64_t step, int count, const Words<T, V>& words) 
     const Pack<T, V> pack(words);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      if (v < count) to[v * step] = pack.value[v];
+      if (v < count) to[v] = pack.value[v];
     }
   }
 }
@@ -124,12 +125,17 @@ __device__ Words<T, V> to_storage(const Pack<Accumulation<T>, V>& wide) {
 }
 
 // How many neighbours, from each multiple of their number on, can be read and written at once in all of the images: at
-// most `most`, half as many, .. 1.
+// most `most`, half as many, .. 1. The pixels of a row must be neighbours.
 inline int vector_of(std::initializer_list<seemore::Image> images, int64_t width, size_t bytes, int most = 4) {
+  for (const seemore::Image& image : images) {
+    if (image.data == nullptr || image.column == 1 || width <= 1) continue;
+    throw std::runtime_error("an image with a stride of " + std::to_string(image.column) +
+                             " between the pixels of a row, expected 1");
+  }
   const auto are_aligned = [&](int count) {
     return std::all_of(images.begin(), images.end(), [&](const seemore::Image& image) {
       return image.data == nullptr ||
-             (image.column == 1 && (image.batch | image.channel | image.row | width) % count == 0 &&
+             ((image.batch | image.channel | image.row | width) % count == 0 &&
               reinterpret_cast<uintptr_t>(image.data) % std::min<size_t>(count * bytes, 16) == 0);
     });
   };

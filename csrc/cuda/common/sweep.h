@@ -139,9 +139,8 @@ class Cursor {
  public:
   __device__ Cursor(const seemore::Image& image, const Strip& strip, int row, int column)
       : here_(static_cast<T*>(image.data) + strip.batch * image.batch + strip.channel * image.channel +
-              row * image.row + column * image.column),
+              row * image.row + column),
         row_(image.row),
-        column_(image.column),
         count_(column < 0 ? 0 : min(max(strip.width - column, 0), kLaneColumns)) {}
 
   __device__ Cursor(const seemore::Image& image, const Strip& strip, int row)
@@ -149,19 +148,19 @@ class Cursor {
 
   // Load the columns here, or zeros, also beyond the image; and go on by `rows`.
   __device__ Words<Value, kLaneColumns> load(bool is_inside, int rows = 1) {
-    const auto words = ::load<kVector, kLaneColumns>(here_, column_, is_inside ? count_ : 0);
+    const auto words = ::load<kVector, kLaneColumns>(here_, is_inside ? count_ : 0);
     here_ += rows * row_;
     return words;
   }
 
   __device__ void store(const Words<T, kLaneColumns>& words, bool is_inside) {
-    ::store<kVector>(here_, column_, is_inside ? count_ : 0, words);
+    ::store<kVector>(here_, is_inside ? count_ : 0, words);
     here_ += row_;
   }
 
  private:
   T* here_;
-  int64_t row_, column_;
+  int64_t row_;
   int count_;
 };
 

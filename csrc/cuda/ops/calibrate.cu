@@ -41,13 +41,13 @@ __global__ void __launch_bounds__(Items::kMost, 5)
     A weight[16];
 #pragma unroll
     for (int tap = 0; tap < 16; ++tap) weight[tap] = to_accum(shared_weight[tap]);
-    const T* const k = plane.of<const T>(inputs.k) + strip * 16 * inputs.k.row + column * 4 * inputs.k.column;
+    const T* const k = plane.of<const T>(inputs.k) + strip * 16 * inputs.k.row + column * 4;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int there = kLevels == 2 || strip * 4 + r < one.height ? 4 : 0;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const auto seen = to_accum(load<kVector, 4>(k + (4 * r + i) * inputs.k.row, inputs.k.column, there));
+        const auto seen = to_accum(load<kVector, 4>(k + (4 * r + i) * inputs.k.row, there));
 #pragma unroll
         for (int j = 0; j < 4; ++j) sums[r] += weight[4 * i + j] * seen.value[j];
       }
@@ -148,12 +148,12 @@ __global__ void __launch_bounds__(Items::kMost)
   const int first = item / items.across * kStretchedRows, column = item % items.across * V;
   if (first >= rows.pixels) return;
   const int there = columns.pixels - column;
-  const T* const from = plane.of<const T>(inputs.k) + first * inputs.k.row + column * inputs.k.column;
-  T* const to = plane.of<T>(y) + first * y.row + column * y.column;
+  const T* const from = plane.of<const T>(inputs.k) + first * inputs.k.row + column;
+  T* const to = plane.of<T>(y) + first * y.row + column;
   Words<T, V> seen[kStretchedRows];
 #pragma unroll
   for (int i = 0; i < kStretchedRows; ++i) {
-    seen[i] = load<V, V>(from + i * inputs.k.row, inputs.k.column, first + i < rows.pixels ? there : 0);
+    seen[i] = load<V, V>(from + i * inputs.k.row, first + i < rows.pixels ? there : 0);
   }
   const A* const small = map.of(plane);
   int above = rows.before(rows.position(first));
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(Items::kMost)
       result.value[v] += (1 - share) * top[v] + share * bottom[v];
     }
     above = now;
-    store<V>(to + i * y.row, y.column, there, to_storage<T>(result));
+    store<V>(to + i * y.row, there, to_storage<T>(result));
   }
 }
 

@@ -94,12 +94,12 @@ __global__ void __launch_bounds__(MapBands::kMost, 2)
   for (int from = starts[0] / V * V; from < starts[count + 1]; from += width) {
     const int column = from + threadIdx.x * V;
     A lower[V] = {}, upper[V] = {};
-    const T* seen = plane.of<const T>(dy) + first_row * dy.row + column * dy.column;
+    const T* seen = plane.of<const T>(dy) + first_row * dy.row + column;
     Words<T, V> next[kGatheredRows<T>];
     const auto load_rows = [&](int row) {
 #pragma unroll
       for (int i = 0; i < kGatheredRows<T>; ++i) {
-        next[i] = load<V, V>(seen, dy.column, row + i < last_row ? columns.pixels - column : 0);
+        next[i] = load<V, V>(seen, row + i < last_row ? columns.pixels - column : 0);
         seen += dy.row;
       }
     };

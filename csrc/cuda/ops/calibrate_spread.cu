@@ -83,15 +83,15 @@ struct Patch {
     const T *const dy_from = from<const T>(dy_image, plane), *const k_from = from<const T>(inputs.k, plane);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      dy[i] = load<kVector, 4>(dy_from + i * dy_image.row, dy_image.column, there(inputs, i));
-      k[i] = load<kVector, 4>(k_from + i * inputs.k.row, inputs.k.column, is_seen ? 4 : 0);
+      dy[i] = load<kVector, 4>(dy_from + i * dy_image.row, there(inputs, i));
+      k[i] = load<kVector, 4>(k_from + i * inputs.k.row, is_seen ? 4 : 0);
     }
   }
 
   // Where the image has the patch's first pixel.
   template <typename Element>
   __device__ Element* from(const Image& image, const Plane& plane) const {
-    return plane.of<Element>(image) + row * int64_t(4) * image.row + column * int64_t(4) * image.column;
+    return plane.of<Element>(image) + row * int64_t(4) * image.row + column * 4;
   }
 
   // Pixels from the patch's first column on.
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kPatchRows* kWarp, kBlocks<T, kVector>)
         sums[4 * i + j] += gradient * k.value[j];
         result.value[j] += weight[4 * i + j] * gradient;
       }
-      store<kVector>(dk_to + i * dk.row, dk.column, patch.there(inputs, i), to_storage<T>(result));
+      store<kVector>(dk_to + i * dk.row, patch.there(inputs, i), to_storage<T>(result));
     }
     if (!kAhead && n + 1 < items.each) next = patch_of(n + 1);
   }

@@ -11,11 +11,15 @@ extern "C" __attribute__((visibility("default"))) void plan(const int64_t* size,
   std::copy(std::begin(numbers), std::end(numbers), sweep);
 }
 
-// Of an image of such strides whose data are at `address`, in elements of so many bytes.
+// Of an image of such strides whose data are at `address`, in elements of so many bytes; 0 where it is refused.
 extern "C" __attribute__((visibility("default"))) int vector(const int64_t* strides, int64_t width, int64_t address,
                                                              int bytes, int most) {
   const seemore::Image image{reinterpret_cast<void*>(address), strides[0], strides[1], strides[2], strides[3]};
-  return vector_of({image}, width, bytes, most);
+  try {
+    return vector_of({image}, width, bytes, most);
+  } catch (const std::runtime_error&) {
+    return 0;
+  }
 }
 
 // Partial sums of calibrate's weight_agg: as many as blocks have a plane of one channel.
