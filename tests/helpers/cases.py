@@ -106,7 +106,7 @@ class OpCase:
     offsets: list[Example] = field(default_factory=lambda: grid(dtype=torch.bfloat16))
     deterministic: list[Example] = field(default_factory=lambda: FLOAT32)
     alone: list[Example] = field(default_factory=lambda: FLOAT32)
-    double_backward: list[Example] = field(default_factory=lambda: FLOAT32)
+    double_backward: list[Example] = field(default_factory=lambda: grid(shape=(1, 2, 3, 4), dtype=torch.float32))
     autocast: list[Example] = field(default_factory=lambda: grid(shape=(2, 8, 6, 7), dtype=torch.float32))
 
     faults: tuple[str, ...] = tuple(FAULTS)
