@@ -31,6 +31,7 @@ test-all: $(VENV)/.tests $(INTEGRATIONS)/.tests $(NEWEST)/.tests $(HEADERS)/.com
 lint: $(VENV)/.lints
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	find csrc tests \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -print0 \
 		| xargs -0 -r $(BIN)/clang-format --dry-run -Werror
 
@@ -61,8 +62,9 @@ $(VENV)/.tests: $(VENV)/.runs
 	$(PIP) --no-deps seemore
 	touch $@
 
-$(VENV)/.lints: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) ruff clang-format
+# pyright reads the types of all that the package imports.
+$(VENV)/.lints: pyproject.toml constraints.txt | $(VENV)/.tests
+	$(PIP) ruff clang-format 'pyright[nodejs]'
 	touch $@
 
 # The libraries built with the torch of constraints.txt are tested in the newest one, too (several GB).

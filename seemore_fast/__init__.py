@@ -1,5 +1,7 @@
 """SeemoRe super-resolution, fast: a drop-in PyTorch module whose operators are checked against a plain reference."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import ops, reference
 from ._version import __version__
 from .backends import backend_info, set_backend, use_backend
@@ -7,6 +9,9 @@ from .network.accelerate import accelerate
 from .network.checkpoint import load_model
 from .network.model import SeemoRe
 from .network.presets import seemore_b, seemore_l, seemore_t
+
+if TYPE_CHECKING:
+    from .upscale import Upscaler
 
 __all__ = [
     "SeemoRe",
@@ -25,7 +30,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "Upscaler":  # brings numpy and Pillow: only when asked for
         from .upscale import Upscaler
 

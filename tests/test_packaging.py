@@ -47,6 +47,7 @@ def names_in(wheel):
 def test_contents(archives):
     sdist, wheel = archives
     for name in (
+        "py.typed",
         "weights/seemore_t_x2.safetensors",
         "weights/seemore_t_x2.md",
         "demo/chelsea.png",

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,7 +73,7 @@ def choices_of(model: SeemoRe, data: str, pairs: list[Pair]) -> Iterator[Choice]
         yield Choice(data, pair.name, usage, error)
 
 
-def as_batch(image) -> Tensor:
+def as_batch(image: np.ndarray) -> Tensor:
     """Return float32 (1, 3, H, W) in [0, 1] of a uint8 image (H, W, 3) or (H, W)."""
     planes = torch.tensor(image, dtype=torch.float32) / 255
     return (planes if planes.dim() == 3 else planes[:, :, None].expand(-1, -1, 3)).permute(2, 0, 1)[None].contiguous()

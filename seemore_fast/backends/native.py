@@ -117,7 +117,9 @@ def architecture_reason(capability: tuple[int, int]) -> str | None:
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     """Return whether code for an architecture, such as 9.0, 9.0a, 10.0f or 12.0+PTX, runs on a GPU."""
-    major, minor, suffix, ptx = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", architecture).groups()
+    match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", architecture)
+    assert match, f"{architecture} is no CUDA architecture"
+    major, minor, suffix, ptx = match.groups()
     code = int(major), int(minor)
     if suffix == "a":
         return capability == code

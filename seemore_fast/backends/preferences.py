@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from .._torch_compat import constant_in_graphs
 from ..io.atomic import replacing
 
 SHIPPED = Path(__file__).parents[1] / "preferences.json"
@@ -32,16 +33,13 @@ def user_file() -> Path | None:
     return Path(cache) / "seemore-fast" / "preferences.json"
 
 
+@constant_in_graphs
 def preferred(operator: str, device: torch.device, dtype: torch.dtype) -> list[str] | None:
     """Return the backends for an operator on a GPU, quickest first; None where none was measured."""
     if device.type != "cuda" or not table():
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
     return table().get(device_name(index), {}).get(operator, {}).get(str(dtype).removeprefix("torch."))
-
-
-# torch.compile takes the answers as they are instead of tracing how files are read.
-preferred._dynamo_marked_constant = True
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Kernels by operator: the backends that have them, and for which devices, dtypes and sizes."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 
@@ -8,10 +8,18 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ALL = (torch.float64, *FLOATS)
 CPU = (torch.float32, torch.float64, torch.bfloat16)
 
+
+class Limits(TypedDict, total=False):
+    """What kernels of one kind share; see `Kernel`."""
+
+    capability: tuple[int, int]
+    most: int
+
+
 # Triton's kernels compile without spills for GPUs of these compute capabilities and newer: stencils, and layers whose
 # products take matrix units, which Triton does not use before sm_80, and registers for up to so many channels.
-STENCIL = dict(capability=(7, 5))
-MATRIX = dict(capability=(8, 0), most=64)
+STENCIL: Limits = {"capability": (7, 5)}
+MATRIX: Limits = {"capability": (8, 0), "most": 64}
 
 
 class Kernel(NamedTuple):
@@ -31,7 +39,7 @@ class Kernel(NamedTuple):
 
 
 # In the order in which "auto" prefers them where none was measured (`preferences`). The reference computes the rest.
-KERNELS = {
+KERNELS: dict[str, list[Kernel]] = {
     "striped_conv": [
         Kernel("cpu", "cpu", CPU),
         Kernel("cuda", "cuda", FLOATS, taps=(3, 7, 11)),

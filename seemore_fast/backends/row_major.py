@@ -21,7 +21,7 @@ def is_strided(argument: Any) -> bool:
 def by_rows(operator: torch._ops.OpOverloadPacket) -> Callable:
     """Return a function that calls a library's operator with copies of those images that are strided."""
 
-    def run(*arguments):
+    def run(*arguments: Any) -> Any:
         if not any(map(is_strided, arguments)):
             return operator(*arguments)
         schema = operator.default._schema.arguments

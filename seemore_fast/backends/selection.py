@@ -10,6 +10,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from .._torch_compat import constant_in_graphs
 from . import native, preferences, row_major
 from .registry import BACKENDS, KERNELS, Kernel
 
@@ -46,13 +47,13 @@ class use_backend:
         self._name, self._previous = name, _in_context.get()
         _choose(name)
 
-    def __enter__(self):
+    def __enter__(self) -> "use_backend":
         if _in_context.get() != self._name:  # kept for later and entered only now
             self._previous = _in_context.get()
             _choose(self._name)
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object):
         _choose(self._previous)
 
 
@@ -76,6 +77,7 @@ def current_backend() -> str:
     return _in_context.get() or _default
 
 
+@constant_in_graphs
 def unsupported_reason(backend: str, device: torch.device | None = None) -> str | None:
     """Return None for a backend that can be used, on a device or at all, otherwise the reason why not.
 
@@ -110,17 +112,12 @@ def _index_of(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
+@constant_in_graphs
 def _has_capability(kernel: Kernel, device: torch.device) -> bool:
     """Return whether a GPU has the compute capability that a kernel needs; always true of other devices."""
     if device.type != "cuda" or kernel.capability == (0, 0):
         return True
     return torch.cuda.get_device_capability(_index_of(device)) >= kernel.capability
-
-
-# torch.compiler.assume_constant_result, which would import all of torch's compiler here: torch.compile takes the
-# answers as they are instead of tracing how a library is loaded and a driver asked.
-unsupported_reason._dynamo_marked_constant = True
-_has_capability._dynamo_marked_constant = True
 
 
 def interpreted() -> bool:
@@ -133,7 +130,7 @@ def is_plain() -> bool:
 
     Exported and traced graphs are for machines without this package: plain operators only.
     """
-    return current_backend() == "reference" or torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return current_backend() == "reference" or torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage] (public all the same)
 
 
 def select_backend(operator: str, x: Tensor, size: int = 1) -> str:

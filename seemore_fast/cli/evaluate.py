@@ -4,6 +4,7 @@ import argparse
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from ..errors import UsageError
 from ..io.atomic import unwritable_reason
@@ -86,7 +87,7 @@ def _upscaler(options: argparse.Namespace):
     return upscale, upscale.scale
 
 
-def _print_means(options: argparse.Namespace, upscale, scale: int, sets: dict[str, list], results: list):
+def _print_means(options: argparse.Namespace, upscale: Any, scale: int, sets: dict[str, list], results: list):
     from ..evaluation.evaluate import mean
     from ..evaluation.published import nearest_network, published
 

@@ -15,7 +15,7 @@ def stop_on_signals() -> Iterator[threading.Event]:
         yield stopped
         return
 
-    def handle(number, frame):
+    def handle(number: int, frame: object):
         if stopped.is_set():
             raise KeyboardInterrupt
         stopped.set()

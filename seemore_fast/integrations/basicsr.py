@@ -7,6 +7,8 @@ published SeemoRe repository; for other registries call `register`. A framework 
 neither BasicSR nor this module: add a subclass of `seemore_fast.SeemoRe` to its registry.
 """
 
+from typing import Any
+
 from ..network.model import SeemoRe
 
 try:
@@ -24,7 +26,7 @@ class SeemoReFast(SeemoRe):
     """`seemore_fast.SeemoRe` under a name of its own, so that a fork's SeemoRe stays available."""
 
 
-def register(registry=None):
+def register(registry: Any = None):
     """Add `SeemoReFast` to `registry`, by default BasicSR's ARCH_REGISTRY, unless it has that name already.
 
     `registry` supports `name in registry` and `registry.register(cls)`, as BasicSR's.

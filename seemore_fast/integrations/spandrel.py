@@ -23,7 +23,7 @@ class SeemoReFastArch(Architecture[SeemoRe]):
         self._published = SeemoReArch()
         super().__init__(id="SeemoReFast", detect=self._published.detect)
 
-    def load(self, state_dict) -> ImageModelDescriptor[SeemoRe]:
+    def load(self, state_dict: dict) -> ImageModelDescriptor[SeemoRe]:
         """Return spandrel's descriptor with this network, which accepts images of any size, and float16.
 
         The network pools over the whole image: tiling is possible but changes the result.

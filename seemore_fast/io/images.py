@@ -193,7 +193,7 @@ class _WithoutPillowsLimit:
                 self.limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
             self.readers += 1
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object):
         with self.lock:
             self.readers -= 1
             if self.readers == 0:

@@ -55,7 +55,7 @@ def write_16bit(
     def guarded(call: Callable, failed: int | None) -> Callable:
         """Return `call` with its OSError kept, such as a full disk's: libvips would print and drop it."""
 
-        def callback(*arguments):
+        def callback(*arguments: Any):
             try:
                 return call(*arguments)
             except OSError as error:

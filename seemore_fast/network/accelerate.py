@@ -1,5 +1,7 @@
 """Conversion of SeemoRe modules of other origins into this package's."""
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 
@@ -29,8 +31,10 @@ def accelerate(module: nn.Module) -> SeemoRe:
         setattr(model.get_submodule(owner), attribute, parameter)
     device, dtype = parameters["conv_1.weight"].device, parameters["conv_1.weight"].dtype
     mean = getattr(module, "mean", None)  # the published module always has one for RGB
-    same_channels = isinstance(mean, torch.Tensor) and mean.numel() == model.in_chans
-    mean = mean.detach().clone().view(1, -1, 1, 1) if same_channels else SeemoRe.mean_of(model.in_chans)
+    if isinstance(mean, torch.Tensor) and mean.numel() == model.in_chans:
+        mean = mean.detach().clone().view(1, -1, 1, 1)
+    else:
+        mean = SeemoRe.mean_of(model.in_chans)
     model.mean = mean.to(device, dtype)
     modes = {name: child.training for name, child in module.named_modules()}
     for name, child in model.named_modules():
@@ -38,7 +42,7 @@ def accelerate(module: nn.Module) -> SeemoRe:
     return model
 
 
-def _unwrap(module) -> nn.Module:
+def _unwrap(module: Any) -> nn.Module:
     inner = getattr(module, "model", None)  # spandrel's descriptor
     if not isinstance(module, nn.Module) and isinstance(inner, nn.Module):
         module = inner
@@ -51,7 +55,7 @@ def _unwrap(module) -> nn.Module:
     return module
 
 
-def _read_config(module: nn.Module, parameters: dict) -> dict:
+def _read_config(module: Any, parameters: dict) -> dict:
     """Return the arguments of SeemoRe, from the shapes and the attributes of the published modules."""
     try:
         block = module.body[0].local_block.block

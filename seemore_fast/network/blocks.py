@@ -1,5 +1,7 @@
 """Blocks of the network: fused, or plain modules where they were modified."""
 
+from typing import Any, Generic, TypeVar
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -14,10 +16,10 @@ from .fused import (
     EPS,
     FFN,
     QV,
+    AnyParams,
     Calibrate,
     Expand,
     Experts,
-    Params,
     Projection,
     RMEParams,
     Router,
@@ -28,7 +30,9 @@ from .fused import (
     rme,
     sme,
 )  # fmt: skip
-from .modules import SEE, LayerNorm, MoEBlock, ResidualPair, has_additions, shuffle_channels
+from .modules import SEE, LayerNorm, MoEBlock, ResidualPair, StripedConv2d, has_additions, shuffle_channels
+
+FusedModule = TypeVar("FusedModule", bound="Fused")
 
 
 def body_dtype(weight: Tensor) -> torch.dtype:
@@ -38,7 +42,7 @@ def body_dtype(weight: Tensor) -> torch.dtype:
 
 def parameters_of(*modules: nn.Module) -> list[Tensor]:
     """Return weight and bias of each module."""
-    return [parameter for module in modules for parameter in (module.weight, module.bias)]
+    return [getattr(module, name) for module in modules for name in ("weight", "bias")]
 
 
 def frozen(weight: Tensor, stencils: list[Tensor], is_wide: bool = False) -> Tensor:
@@ -58,7 +62,7 @@ class Fused(nn.Module):
     """
 
     def _snapshot_structure(self):
-        self._frozen = {}
+        self._frozen: dict[object, Any] = {}
         # A tuple is no submodule to torch; copying or pickling a module copies it with the modules it names.
         self._built_with = tuple((m, type(m), tuple(m._modules.values())) for m in self.modules())
         self._built_shapes = [weight.shape for weight in self.ordered_parameters()]
@@ -73,16 +77,16 @@ class Fused(nn.Module):
             for module, built_as, children in self._built_with
         ) and self._built_shapes == [weight.shape for weight in self.ordered_parameters()]
 
-    def train(self, mode: bool = True):
+    def train(self: FusedModule, mode: bool = True) -> FusedModule:
         if mode:
             self._frozen = {}
         return super().train(mode)
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._frozen = {}
         return super()._load_from_state_dict(*args, **kwargs)
 
-    def _apply(self, *args, **kwargs):  # to(), float(), cuda(), ...
+    def _apply(self, *args: Any, **kwargs: Any):  # to(), float(), cuda(), ...
         self._frozen = {}
         return super()._apply(*args, **kwargs)
 
@@ -95,7 +99,7 @@ class Fused(nn.Module):
         return [weight for weight in weights if weight is not None]
 
 
-class Block(Fused, ResidualPair):
+class Block(Fused, ResidualPair, Generic[AnyParams]):
     """RME or SME: x (B, C, H, W) -> the same."""
 
     recompute = "auto"  # set by SeemoRe.recompute
@@ -117,7 +121,7 @@ class Block(Fused, ResidualPair):
         """Return the result of fused operators."""
         raise NotImplementedError
 
-    def _params(self) -> Params:
+    def _params(self) -> AnyParams:
         """Return the parameters as they are now."""
         raise NotImplementedError
 
@@ -131,7 +135,7 @@ class Block(Fused, ResidualPair):
             stencils = self.stencils()
             self._frozen = {"params": map_params(lambda _, t: frozen(t, stencils), self._params())}
 
-    def params(self) -> Params:
+    def params(self) -> AnyParams:
         """Return the parameters that the operators take: frozen, or as they are now."""
         if not self._frozen or (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
             return self._params()
@@ -148,25 +152,28 @@ class Block(Fused, ResidualPair):
         return FFN(*parameters_of(self.norm_2, self.ffn.fn_1[0], self.ffn.gate, self.ffn.fn_2[0]))
 
 
-class RME(Block):
+class RME(Block[RMEParams]):
     """Rank Modulating Expert."""
 
-    def __init__(self, channels: int, **moe_options):
+    block: MoEBlock
+
+    def __init__(self, channels: int, **moe_options: Any):
         super().__init__(channels, MoEBlock(channels, **moe_options))
 
     def stencils(self) -> list[Tensor]:
-        return [self.block.conv_1[0].weight, *super().stencils()]
+        return [*parameters_of(self.block.conv_1[0])[:1], *super().stencils()]
 
     def _params(self) -> RMEParams:
         block, moe = self.block, self.block.moe_layer
-        widening = parameters_of(block.conv_1[2])
+        widening, stripes = parameters_of(block.conv_1[2]), block.conv_2[0]
+        assert isinstance(stripes, StripedConv2d)
         if block.use_shuffle:  # of the channels that it makes: the same as of its rows
             widening = [shuffle_channels(parameter, dim=0) for parameter in widening]
         return RMEParams(
             Expand(*parameters_of(self.norm_1, block.conv_1[0]), *widening),
             Calibrate(*parameters_of(block.agg_conv[0], *block.conv)),
-            Stripes(*parameters_of(*block.conv_2[0].conv)),
-            Router(moe.gate.body[2].weight),
+            Stripes(*parameters_of(*stripes.conv)),
+            Router(parameters_of(moe.gate.body[2])[0]),
             Experts(*moe.packed_experts(), *parameters_of(block.proj)),
             self._ffn_params(),
         )
@@ -177,8 +184,10 @@ class RME(Block):
         return rme(x, self.params(), moe.ranks, moe.gate.top_k, block.recursive)
 
 
-class SME(Block):
+class SME(Block[SMEParams]):
     """Spatial Modulating Expert."""
+
+    block: SEE
 
     def __init__(self, channels: int, kernel_size: int = 11):
         super().__init__(channels, SEE(channels, kernel_size))
@@ -201,7 +210,7 @@ class SME(Block):
 class ResGroup(nn.Module):
     """Residual group: RME, then SME."""
 
-    def __init__(self, channels: int, kernel_size: int, **moe_options):
+    def __init__(self, channels: int, kernel_size: int, **moe_options: Any):
         super().__init__()
         self.local_block = RME(channels, **moe_options)
         self.global_block = SME(channels, kernel_size)

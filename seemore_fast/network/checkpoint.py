@@ -8,11 +8,12 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, first_line, some_of
+from ..errors import CheckpointError, first_line, os_reason, some_of
 from ..io.atomic import replacing
 from .config import LR_SPACES, PRESETS, expert_ranks
 from .model import SeemoRe
@@ -30,7 +31,7 @@ def shipped_models() -> list[str]:
     return sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
 
 
-def load_model(name_or_path: str | os.PathLike, **overrides) -> SeemoRe:
+def load_model(name_or_path: str | os.PathLike, **overrides: Any) -> SeemoRe:
     """Return a SeemoRe with its weights, on the CPU, in float32 and in evaluation mode.
 
     `name_or_path` is the name of a shipped model ("seemore_t_x2"), or a .safetensors or .pth file in the published
@@ -78,7 +79,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
         )
         raise FileNotFoundError(f"{path} {reason}: give {hint}") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {os.strerror(error.errno)}") from None
+        raise CheckpointError(f"{path} cannot be read: {os_reason(error)}") from None
     recorded = {}
     if path.suffix.lower() == ".safetensors":
         content, recorded = _read_safetensors(path)
@@ -117,7 +118,7 @@ def _read_pickle(path: Path):
         raise CheckpointError(f"{path} is damaged or no PyTorch checkpoint: {first_line(error)}") from None
 
 
-def unwrap(content) -> dict[str, Tensor]:
+def unwrap(content: object) -> dict[str, Tensor]:
     """Return the weights of a checkpoint by their published keys."""
     while isinstance(content, Mapping):
         inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
@@ -220,7 +221,7 @@ def check_keys(expected: Mapping[str, torch.Size], weights: Mapping[str, Tensor]
         raise CheckpointError(f"the keys do not fit this SeemoRe: {'; '.join(parts)}")
 
 
-def save_model(model: SeemoRe, path: str | os.PathLike, **facts):
+def save_model(model: SeemoRe, path: str | os.PathLike, **facts: object):
     """Write the weights and the configuration of a SeemoRe as .safetensors, completely or not at all.
 
     `facts` (numbers or strings) go into the file's metadata beside the configuration. Raises OSError.

@@ -1,6 +1,7 @@
 """Activation checkpointing: recomputing in backward instead of storing."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def check_recompute(how: str):
         raise ValueError(f"recompute is {how!r}, expected one of {', '.join(map(repr, CHOICES))}")
 
 
-def checkpointed(function: Callable[..., Tensor], *inputs) -> Tensor:
+def checkpointed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """Return function(*inputs), of which only the inputs are stored: backward calls the function again, on its backend.
 
     Where no gradient is recorded, or in a transform of torch.func, which does not allow it, this is a plain call.
@@ -27,7 +28,7 @@ def checkpointed(function: Callable[..., Tensor], *inputs) -> Tensor:
         return function(*inputs)
     chosen = backends.current_backend()
 
-    def run(*inputs) -> Tensor:
+    def run(*inputs: Any) -> Tensor:
         if torch.compiler.is_compiling():  # a graph has its backends in it already
             return function(*inputs)
         with backends.use_backend(chosen):

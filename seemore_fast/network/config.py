@@ -22,9 +22,18 @@ PRESETS = {
 
 
 def check_config(
-    scale, in_chans, num_experts, num_layers, embedding_dim, img_range, use_shuffle, global_kernel_size, recursive,
-    lr_space, topk,
-):  # fmt: skip
+    scale: int,
+    in_chans: int,
+    num_experts: int,
+    num_layers: int,
+    embedding_dim: int,
+    img_range: float,
+    use_shuffle: bool,
+    global_kernel_size: int,
+    recursive: int,
+    lr_space: str,
+    topk: int,
+):
     """Raise ValueError for a configuration that no SeemoRe can have, naming the argument, its value and the remedy."""
     for name, value in {
         "scale": scale, "in_chans": in_chans, "num_experts": num_experts, "num_layers": num_layers,

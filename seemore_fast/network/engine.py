@@ -5,11 +5,13 @@ stale, unless `SeemoRe.prepare` froze them.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from mmap import PAGESIZE
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from .. import memory
@@ -17,7 +19,8 @@ from .._torch_compat import has_forward_gradients, is_transformed
 from ..backends import native, select_backend
 from ..memory import check_memory, mapped_buffer
 from ..ops.operator import define
-from .blocks import body_dtype
+from .blocks import ResGroup, body_dtype
+from .modules import ModuleList
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IN_MEMORY = 6 * 2**30  # bytes that a streamed image takes before any of its features go through a file
@@ -52,14 +55,37 @@ class EngineConfig(NamedTuple):
     def from_numbers(cls, numbers: list[int]) -> "EngineConfig":
         """Return the configuration that an operator was called with."""
         ranks = len(cls._fields) - 1
-        return cls(*numbers[:ranks], tuple(numbers[ranks:]))
+        return cls._make([*numbers[:ranks], tuple(numbers[ranks:])])
 
     def numbers(self) -> list[int]:
         """Return the configuration as operators take it."""
         return [int(number) for number in (*self[:-1], *self.ranks)]
 
 
-def unsupported_reason(model, x: Tensor) -> str | None:
+class Network(Protocol):
+    """A `SeemoRe`, as far as its engine needs it."""
+
+    config: dict[str, Any]
+    training: bool
+    scale: int
+    img_range: float
+    mean: Tensor
+    conv_1: nn.Conv2d
+    body: "ModuleList[ResGroup]"
+
+    @property
+    def recompute(self) -> str: ...
+
+    def is_unmodified(self) -> bool: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def ordered_parameters(self) -> list[Tensor]: ...
+
+    def engine_weights(self, config: EngineConfig) -> tuple[list[Tensor], bool]: ...
+
+
+def unsupported_reason(model: Network, x: Tensor) -> str | None:
     """Return None if `run` can compute model(x) now, otherwise the reason why not."""
     if select_backend("network", x) != "cpu":
         return "the CPU library is not there or not chosen, or x is not on the CPU or not float32, bfloat16 or float16"
@@ -78,7 +104,7 @@ def unsupported_reason(model, x: Tensor) -> str | None:
     return None
 
 
-def config_of(model) -> EngineConfig:
+def config_of(model: Network) -> EngineConfig:
     """Return the model's configuration for the library's operators, as it would be called now.
 
     bfloat16 where the processor multiplies it; elsewhere it would be no faster than float32, which is exact.
@@ -101,13 +127,13 @@ def config_of(model) -> EngineConfig:
 
 
 def plan_memory(
-    model, shape: torch.Size, threads: int | None = None, itemsize: int = 4, streamed: bool = False
+    model: Network, shape: Sequence[int], threads: int | None = None, itemsize: int = 4, streamed: bool = False
 ) -> MemoryPlan:
     """Return the memory of a run and its result, of `itemsize` bytes a value, for images of `shape` (B, C, H, W)."""
     return _plan(config_of(model), shape, threads, itemsize, streamed)
 
 
-def run(model, x: Tensor) -> Tensor:
+def run(model: Network, x: Tensor) -> Tensor:
     """Return model(x) in float32; x (B, C, H, W) of any floating type.
 
     Raises MemoryError, before anything is allocated, where what it takes is not there.
@@ -118,7 +144,7 @@ def run(model, x: Tensor) -> Tensor:
     )
 
 
-def run_out(model, x: Tensor, y: Tensor, folder: Path | None = None, progress: Tensor | None = None) -> bool:
+def run_out(model: Network, x: Tensor, y: Tensor, folder: Path | None = None, progress: Tensor | None = None) -> bool:
     """Write model(x) to y, both (B, C, H, W) of any strides, and both float32, uint8 or uint16.
 
     Integer images are scaled to [0, 1]; returns False if the network produced NaN or inf. With a `folder` the image is
@@ -139,7 +165,15 @@ def pack(parameters: list[Tensor], config: EngineConfig) -> Tensor:
 
 
 def _run(
-    y: Tensor, x: Tensor, weights: list[Tensor], is_packed: bool, mean, img_range, config, folder=None, progress=None
+    y: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    is_packed: bool,
+    mean: Tensor,
+    img_range: float,
+    config: EngineConfig,
+    folder: Path | None = None,
+    progress: Tensor | None = None,
 ) -> bool:
     """Write the result for x to y; small images are extended and their results cropped."""
     packed = weights[0] if is_packed else pack(weights, config)
@@ -166,13 +200,13 @@ def _as_known(x: Tensor) -> Tensor:
     return x.view(torch.int16) if x.dtype == torch.uint16 else x
 
 
-def _extended(config: EngineConfig, shape: torch.Size) -> torch.Size:
+def _extended(config: EngineConfig, shape: Sequence[int]) -> torch.Size:
     """Return the shape that the library works on: at least 4^recursive pixels a side."""
     least = 4**config.recursive
     return torch.Size((*shape[:2], max(shape[2], least), max(shape[3], least)))
 
 
-def _plan(config: EngineConfig, shape: torch.Size, threads: int | None, itemsize: int, streamed: bool) -> MemoryPlan:
+def _plan(config: EngineConfig, shape: Sequence[int], threads: int | None, itemsize: int, streamed: bool) -> MemoryPlan:
     threads = threads or torch.get_num_threads()
     shape = _extended(config, shape)
     result = itemsize * math.prod(shape) * config.scale**2
@@ -191,7 +225,7 @@ def _plan(config: EngineConfig, shape: torch.Size, threads: int | None, itemsize
     return MemoryPlan(least + resident, state - resident, resident, band_rows)
 
 
-def _workspace(config: EngineConfig, shape: torch.Size, threads: int, band_rows: int) -> tuple[int, int]:
+def _workspace(config: EngineConfig, shape: Sequence[int], threads: int, band_rows: int) -> tuple[int, int]:
     """Return the bytes of the features of whole images, and those of the rest of the workspace."""
     batch, _, height, width = shape
     rows, columns = min(height, 2**20), min(width, 2**20)  # more, in proportion: bytes may be too many for 64 bits
@@ -199,19 +233,21 @@ def _workspace(config: EngineConfig, shape: torch.Size, threads: int, band_rows:
     return tuple(part * height * width // (rows * columns) for part in (state, rest))
 
 
-def _row_bytes(config: EngineConfig, shape: torch.Size) -> int:
+def _row_bytes(config: EngineConfig, shape: Sequence[int]) -> int:
     one = torch.Size((1, shape[1], *shape[2:]))
     return -(-_workspace(config, one, 1, 0)[0] // shape[2])
 
 
-def _band_rows(config: EngineConfig, shape: torch.Size, threads: int) -> int:
+def _band_rows(config: EngineConfig, shape: Sequence[int], threads: int) -> int:
     """Return the rows of a band of an image whose features lie in a file."""
     available = memory.available_memory()
     budget = MAX_BANDS if available is None else min(MAX_BANDS, available // 4)
     return max(MIN_ROWS, budget // (threads * _row_bytes(config, shape)))
 
 
-def _forward(x, weights, is_packed, mean, img_range, numbers):
+def _forward(
+    x: Tensor, weights: list[Tensor], is_packed: bool, mean: Tensor, img_range: float, numbers: list[int]
+) -> Tensor:
     config = EngineConfig.from_numbers(numbers)
     scale = config.scale
     batch, channels, height, width = x.shape
@@ -224,7 +260,9 @@ def _forward(x, weights, is_packed, mean, img_range, numbers):
     return y
 
 
-def _forward_fake(x, weights, is_packed, mean, img_range, numbers):
+def _forward_fake(
+    x: Tensor, weights: list[Tensor], is_packed: bool, mean: Tensor, img_range: float, numbers: list[int]
+) -> Tensor:
     config = EngineConfig.from_numbers(numbers)
     batch, channels, height, width = x.shape
     return x.new_empty(batch, channels, height * config.scale, width * config.scale, dtype=torch.float32)

@@ -17,7 +17,7 @@ FORMATS = {
 MOST = 4096  # images of a batch
 
 
-def export(model: SeemoRe, path: Path):
+def export(model: SeemoRe, path: Path) -> None:
     """Write a network in the format of the file's extension, completely or not at all.
 
     Raises ValueError for another ending, and ImportError where ONNX's packages are missing.

@@ -3,11 +3,10 @@
 In the paper: "Rank Modulating Expert" and "Spatial Modulating Expert".
 """
 
-from collections import namedtuple
 from collections.abc import Callable, Iterable
 from functools import wraps
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +24,6 @@ from ..ops import (
     striped_conv_router,
 )
 from ..ops.autocast import autocast_dtype, castable
-from ..ops.low_rank_experts import EXPERTS, PROJECTION
 from ..ops.operator import refuse_second_derivative
 from ..ops.router import gradients_of_decision
 from ..ops.striped_conv_router import has_kernel, spread_over_pixels
@@ -36,14 +34,86 @@ OPERATORS = ("norm_pointwise", "norm_conv3x3", "striped_conv", "calibrate", "low
 
 # Parameters, operator by operator
 
-Expand = norm_conv3x3.Params
-Calibrate = calibrate.Params
-Stripes = striped_conv.Params
-Router = namedtuple("Router", ["weight_router"])
-Experts = namedtuple("Experts", [*EXPERTS, *PROJECTION])
-QV = norm_pointwise.Params
-Projection = namedtuple("Projection", ["weight", "bias"])
-FFN = gated_ffn.Params
+
+class Expand(NamedTuple):
+    """Parameters of `norm_conv3x3`."""
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    weight: Tensor
+    bias: Tensor
+    weight_pw: Tensor
+    bias_pw: Tensor
+
+
+class Calibrate(NamedTuple):
+    """Parameters of `calibrate`."""
+
+    weight_agg: Tensor
+    bias_agg: Tensor
+    weight_dw: Tensor
+    bias_dw: Tensor
+    weight_pw: Tensor
+    bias_pw: Tensor
+
+
+class Stripes(NamedTuple):
+    """Parameters of `striped_conv`."""
+
+    weight_row: Tensor
+    bias_row: Tensor
+    weight_col: Tensor
+    bias_col: Tensor
+
+
+class Router(NamedTuple):
+    """Parameter of the router in `striped_conv_router`."""
+
+    weight_router: Tensor
+
+
+class Experts(NamedTuple):
+    """Parameters of `low_rank_experts`."""
+
+    weight_a: Tensor
+    bias_a: Tensor
+    weight_k: Tensor
+    bias_k: Tensor
+    weight_out: Tensor
+    bias_out: Tensor
+    weight_proj: Tensor
+    bias_proj: Tensor
+
+
+class QV(NamedTuple):
+    """Parameters of `norm_pointwise`."""
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+class Projection(NamedTuple):
+    """Parameters of `pointwise`."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class FFN(NamedTuple):
+    """Parameters of `gated_ffn`."""
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    weight_1: Tensor
+    bias_1: Tensor
+    weight_gate: Tensor
+    bias_gate: Tensor
+    weight_2: Tensor
+    bias_2: Tensor
+
+
 WIDE = ("norm_weight", "norm_bias", "weight_router")  # stay in their own dtype under autocast
 
 
@@ -68,6 +138,7 @@ class SMEParams(NamedTuple):
 
 
 Params = RMEParams | SMEParams
+AnyParams = TypeVar("AnyParams", RMEParams, SMEParams)
 
 
 def flatten(params: Params) -> list[Tensor]:
@@ -75,24 +146,23 @@ def flatten(params: Params) -> list[Tensor]:
     return [tensor for part in params for tensor in part]
 
 
-def unflatten(kind: type[Params], tensors: Iterable[Tensor]) -> Params:
+def unflatten(kind: type[AnyParams], tensors: Iterable[Tensor]) -> AnyParams:
     """Return the parameters of which `tensors` are the flat list."""
     tensors = iter(tensors)
-    return kind(*(part(*islice(tensors, len(part._fields))) for part in kind.__annotations__.values()))
+    return kind._make(part._make(islice(tensors, len(part._fields))) for part in kind.__annotations__.values())
 
 
-def map_params(function: Callable[[str, Tensor], Tensor], params: Params) -> Params:
+def map_params(function: Callable[[str, Tensor], Tensor], params: AnyParams) -> AnyParams:
     """Return function(name, tensor) of all tensors of `params`, in the same structure."""
-    parts = (type(part)(*map(function, part._fields, part)) for part in params)
-    return type(params)(*parts)
+    return params._make(part._make(map(function, part._fields, part)) for part in params)
 
 
-def cast_params(params: Params, dtype: torch.dtype) -> Params:
+def cast_params(params: AnyParams, dtype: torch.dtype) -> AnyParams:
     """Return the parameters in `dtype`, but for those of the norms and the router, and float64 ones."""
     return map_params(lambda name, t: t.to(dtype) if name not in WIDE and castable(t) else t, params)
 
 
-def autocast_params(params: Params) -> Params:
+def autocast_params(params: AnyParams) -> AnyParams:
     """Return the parameters as autocast has them now."""
     dtype = autocast_dtype(params[0][0])
     return params if dtype is None else cast_params(params, dtype)
@@ -130,10 +200,9 @@ def modulate(
     x: Tensor, a: Tensor, k: Tensor, index: Tensor, weight: Tensor, params: RMEParams, ranks: list[int]
 ) -> Tensor:
     """Return x and the projected experts' result for a and k, by the router's decision."""
-    *experts, weight_proj, bias_proj = params.experts
-    return _parts().low_rank_experts(
-        a, k, index, weight, *experts, ranks, weight_proj=weight_proj, bias_proj=bias_proj, residual=x
-    )
+    experts = params.experts
+    projection = {"weight_proj": experts.weight_proj, "bias_proj": experts.bias_proj}
+    return _parts().low_rank_experts(a, k, index, weight, *experts[:6], ranks, **projection, residual=x)
 
 
 def _parts():
@@ -183,14 +252,15 @@ def is_single_node(x: Tensor) -> bool:
 def halves_like(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return room for the gradient of an image, and its two halves of the channels."""
     whole = torch.empty_like(image)
-    return whole, *whole.chunk(2, dim=1)
+    first, second = whole.chunk(2, dim=1)
+    return whole, first, second
 
 
 def differentiable_once(backward: Callable) -> Callable:
     """Make a node's backward(ctx, dy) refuse to be differentiated, as that of an operator does."""
 
     @wraps(backward)
-    def without_gradient(ctx, dy):
+    def without_gradient(ctx: Any, dy: Tensor) -> tuple:
         with torch.no_grad():
             gradients = backward(ctx, dy)
         return NonDifferentiable.apply(dy, *gradients) if torch.is_grad_enabled() else gradients
@@ -202,11 +272,11 @@ class NonDifferentiable(torch.autograd.Function):
     """Gradients as they are, none of which has a gradient."""
 
     @staticmethod
-    def forward(ctx, dy, *gradients):
+    def forward(ctx: Any, dy: Tensor, *gradients: Tensor | None) -> tuple:
         return gradients
 
     @staticmethod
-    def backward(ctx, *gradients):
+    def backward(ctx: Any, *gradients: Tensor):
         refuse_second_derivative("a block of SeemoRe", ctx)
 
 
@@ -215,7 +285,7 @@ class RMENode(torch.autograd.Function):
     of `calibrate` and the input of `gated_ffn`."""
 
     @staticmethod
-    def forward(ctx, x, ranks, top_k, recursive, *tensors):
+    def forward(ctx: Any, x: Tensor, ranks: list[int], top_k: int, recursive: int, *tensors: Tensor) -> Tensor:
         p = unflatten(RMEParams, tensors)
         widened = norm_conv3x3.forward(x, *p.expand, "gelu", EPS)
         a, k = widened.chunk(2, dim=1)
@@ -228,7 +298,7 @@ class RMENode(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple:
         x, widened, a, index, weight, mean, probability, k, maps, middle, *tensors = ctx.saved_tensors
         p = unflatten(RMEParams, tensors)
         dmiddle, *of_ffn = gated_ffn.backward(dy, middle, *p.ffn, EPS)
@@ -239,8 +309,8 @@ class RMENode(torch.autograd.Function):
         da.add_(spread_over_pixels(dmean, da))
         dwidened, da_in, dk_in = halves_like(widened)
         a_in, k_in = widened.chunk(2, dim=1)
-        _, *of_calibrate = calibrate.backward(dk, maps, k_in, *p.calibrate, ctx.recursive, into={"k": dk_in})
-        _, _, *of_stripes = striped_conv.backward(da, a_in, *p.stripes, "gelu", None, into={"x": da_in})
+        _, *of_calibrate = calibrate.backward_into({"k": dk_in}, dk, maps, k_in, *p.calibrate, ctx.recursive)
+        _, _, *of_stripes = striped_conv.backward_into({"x": da_in}, da, a_in, *p.stripes, "gelu", None)
         dx, *of_expand = norm_conv3x3.backward(dwidened, x, *p.expand, "gelu", EPS)
         gradients = (*of_expand, *of_calibrate, *of_stripes, of_router, *of_experts, *of_ffn)
         return dx.add_(dmiddle), None, None, None, *gradients
@@ -251,7 +321,7 @@ class SMENode(torch.autograd.Function):
     their product."""
 
     @staticmethod
-    def forward(ctx, x, recompute, *tensors):
+    def forward(ctx: Any, x: Tensor, recompute: bool, *tensors: Tensor) -> Tensor:
         p = unflatten(SMEParams, tensors)
         qv, mixed = SMENode.enhance(x, p)
         middle = norm_pointwise.forward(mixed, None, None, *p.proj, None, EPS, x)
@@ -261,7 +331,7 @@ class SMENode(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple:
         x, middle, *saved = ctx.saved_tensors
         p = unflatten(SMEParams, saved)
         qv, mixed = SMENode.enhance(x, p) if ctx.recompute else saved[-2:]
@@ -269,7 +339,7 @@ class SMENode(torch.autograd.Function):
         dmixed, _, _, *of_proj = norm_pointwise.backward(dmiddle, mixed, None, None, *p.proj, None, EPS)
         q, v = qv.chunk(2, dim=1)
         dqv, dq, dv = halves_like(qv)
-        _, _, *of_stripes = striped_conv.backward(dmixed, q, *p.stripes, None, v, into={"x": dq, "gate": dv})
+        _, _, *of_stripes = striped_conv.backward_into({"x": dq, "gate": dv}, dmixed, q, *p.stripes, None, v)
         dx, *of_qv = norm_pointwise.backward(dqv, x, *p.qv, "gelu", EPS)
         return dx.add_(dmiddle), None, *of_qv, *of_stripes, *of_proj, *of_ffn
 

@@ -1,13 +1,14 @@
 """Memory that the network takes on a GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ..errors import first_line
+from .engine import Network
 
 
-def gpu_memory_needed(model, shape: torch.Size, training: bool = False) -> int:
+def gpu_memory_needed(model: Network, shape: Sequence[int], training: bool = False) -> int:
     """Return about how many bytes a call of SeemoRe takes on a GPU for images of `shape` (B, C, H, W).
 
     Of inference, the most is four images of features in a block, one in float32 between its stripes and the small maps
@@ -24,7 +25,7 @@ def gpu_memory_needed(model, shape: torch.Size, training: bool = False) -> int:
     return round(batch * height * width * (max(inside, end) + kept * channels * itemsize + 4 * colours))
 
 
-def with_oom_hint(function: Callable[[torch.Tensor], torch.Tensor], model, x: torch.Tensor) -> torch.Tensor:
+def with_oom_hint(function: Callable[[torch.Tensor], torch.Tensor], model: Network, x: torch.Tensor) -> torch.Tensor:
     """Return function(x); where a GPU's memory does not suffice, report the need and a remedy.
 
     Raises torch.OutOfMemoryError, after what was in use has been given back.

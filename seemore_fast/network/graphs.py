@@ -96,5 +96,6 @@ def size_of(x: Tensor) -> tuple:
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     # these two follow all of torch's switches of TF32; reading an old one raises once a new one is set
-    precisions = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    convolution = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue] (made at import)
+    precisions = convolution.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     return tuple(x.shape), x.dtype, x.device, autocast, backends.current_backend(), *precisions

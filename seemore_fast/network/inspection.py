@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,7 @@ def forward_hooks(modules: Sequence[nn.Module], callback: Callable) -> Iterator[
 
 def moe_layers(model: SeemoRe) -> list[MoELayer]:
     """Return the mixture of experts of each group."""
-    groups: Any = model.body
-    return [group.local_block.block.moe_layer for group in groups]
+    return [group.local_block.block.moe_layer for group in model.body]
 
 
 @torch.no_grad()

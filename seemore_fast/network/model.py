@@ -20,7 +20,7 @@ from .checkpointing import check_recompute
 from .config import RGB_MEAN, check_config, expert_ranks
 from .gpu_memory import with_oom_hint
 from .graphs import Graphs
-from .modules import LayerNorm
+from .modules import LayerNorm, ModuleList
 from .replay import Recorded
 
 
@@ -85,7 +85,7 @@ class SeemoRe(Fused):
         self.register_buffer("mean", self.mean_of(in_chans), persistent=False)
 
         self.conv_1 = nn.Conv2d(in_chans, embedding_dim, 3, padding=1)
-        self.body = nn.ModuleList(
+        self.body = ModuleList(
             ResGroup(
                 embedding_dim,
                 global_kernel_size,
@@ -227,17 +227,17 @@ class SeemoRe(Fused):
         x = (x.to(torch.promote_types(x.dtype, torch.float32)) - self.mean) * self.img_range
         f = self.first(x, ends)
         y = f.to(body_dtype(self.conv_1.weight))
-        recompute_f = not keeps and has_kernels  # it is 1/5 of the peak memory, and cheap
-        if recompute_f:
-            del f
+        if not keeps and has_kernels:  # recomputed below: it is 1/5 of the peak memory, and cheap
+            f = None
         for group in self.body:  # not as modules: a group would hold on to its input until its end
             y = group.local_block(y)
             y = group.global_block(y)
         y = ops.norm_conv3x3(y, *ends.features)
-        if recompute_f:
+        if f is None:
             x = x.contiguous(memory_format=torch.channels_last)  # so that f is as the last convolution reads it
-            f = self.first(x, ends)
-        y = f.add_(y) if recompute_f else f + y
+            y = self.first(x, ends).add_(y)
+        else:
+            y = f + y
         return self.last(y, ends)
 
     def _by_modules(self, x: Tensor) -> Tensor:
@@ -290,14 +290,15 @@ class SeemoRe(Fused):
 
     def last(self, y: Tensor, ends: Ends) -> Tensor:
         """Return the image of the features y."""
-        return ops.conv3x3_shuffle(y, *ends.last, ends.mean, scale=self.scale, img_range=self.img_range)
+        weight, bias = ends.last
+        return ops.conv3x3_shuffle(y, weight, bias, ends.mean, scale=self.scale, img_range=self.img_range)
 
     def ends(self) -> Ends:
         """Return the weights around the blocks: frozen, or as they are now."""
         return self._frozen["ends"] if self._frozen else self._ends_now()
 
     def _frozen_ends(self) -> Ends:
-        stencils = [self.conv_1.weight, self.conv_2.weight, self.upsampler[0].weight]
+        stencils = [self.conv_1.weight, self.conv_2.weight, *parameters_of(self.upsampler[0])[:1]]
         copy, (first, features, last, mean) = partial(frozen, stencils=stencils), self._ends_now()
         wide = partial(copy, is_wide=True)
         return Ends([*map(wide, first)], [*map(copy, features)], [*map(wide, last)], wide(mean))

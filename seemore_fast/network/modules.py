@@ -5,7 +5,8 @@ called as a module; experts and the layers of the router only where they were mo
 reference.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 import torch.nn as nn
@@ -16,7 +17,33 @@ from .. import reference
 from ..reference.model import SEE, Expert, GatedFFN, LayerNorm, StripedConv2d
 from ..reference.router import choose_experts
 
-__all__ = ["SEE", "Expert", "GatedFFN", "LayerNorm", "MoEBlock", "MoELayer", "ResidualPair", "Router", "StripedConv2d"]
+__all__ = [
+    "SEE",
+    "Expert",
+    "GatedFFN",
+    "LayerNorm",
+    "MoEBlock",
+    "MoELayer",
+    "ModuleList",
+    "ResidualPair",
+    "Router",
+    "StripedConv2d",
+]
+
+M = TypeVar("M", bound=nn.Module)
+
+if TYPE_CHECKING:
+
+    class ModuleList(nn.Module, Generic[M]):
+        """`nn.ModuleList` of modules of one type, which type checkers then know."""
+
+        def __init__(self, modules: Iterable[M]): ...
+        def __iter__(self) -> Iterator[M]: ...
+        def __len__(self) -> int: ...
+        def __getitem__(self, index: int) -> M: ...
+
+else:
+    ModuleList = nn.ModuleList
 
 
 def has_additions(module: nn.Module) -> bool:
@@ -40,8 +67,9 @@ class Router(reference.model.Router):
 
     def forward(self, a: Tensor) -> tuple[Tensor, Tensor]:
         as_built = [type(layer) for layer in self.body] == [nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear]
-        if as_built and self.body[2].bias is None and not is_customised(self.body):
-            return reference.router(a, self.body[2].weight, self.top_k)
+        linear = self.body[2] if as_built else None
+        if isinstance(linear, nn.Linear) and linear.bias is None and not is_customised(self.body):
+            return reference.router(a, linear.weight, self.top_k)
         return choose_experts(self.body(a), self.top_k)
 
 
@@ -50,14 +78,14 @@ class MoELayer(nn.Module):
 
     def __init__(self, channels: int, ranks: Sequence[int], top_k: int):
         super().__init__()
-        self.experts = nn.ModuleList(Expert(channels, rank) for rank in ranks)
+        self.experts = ModuleList(Expert(channels, rank) for rank in ranks)
         self.gate = Router(channels, len(ranks), top_k)
 
     @property
     def ranks(self) -> list[int]:
         return [expert.conv_1.out_channels for expert in self.experts]
 
-    def packed_experts(self) -> tuple[Tensor, ...]:
+    def packed_experts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return the experts' parameters in the order and layout of `low_rank_experts`."""
         first, second, third = ([getattr(e, name) for e in self.experts] for name in ("conv_1", "conv_2", "conv_3"))
         return (

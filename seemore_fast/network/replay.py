@@ -41,7 +41,7 @@ def computes(function: torch._ops.OpOverload) -> bool:
 class InsideOperators(TorchDispatchMode):
     """Dispatch mode that passes all operators of torch to `see`, including those inside of this package's."""
 
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         options = options or {}
         with self:
             if function.namespace == "seemore_fast":
@@ -49,7 +49,7 @@ class InsideOperators(TorchDispatchMode):
             result = function.decompose(*arguments, **options)  # inference mode leaves whole what is made of others
         return self.see(function, arguments, options) if result is NotImplemented else result
 
-    def see(self, function: torch._ops.OpOverload, arguments: tuple, options: dict):
+    def see(self, function: torch._ops.OpOverload, arguments: tuple, options: dict) -> Any:
         """Run an operator and return its result."""
         raise NotImplementedError
 
@@ -76,15 +76,18 @@ class Bases:
     """Memories of a repetition: by number, the tensor that owns each, its offset there, and its address."""
 
     def __init__(self, count: int):
-        self.tensors, self.offsets, self.addresses = [None] * count, [0] * count, [0] * count
+        self.tensors: list[Tensor | None] = [None] * count
+        self.offsets, self.addresses = [0] * count, [0] * count
 
     def put(self, memory: int, tensor: Tensor, offset: int = 0):
         """Use the storage of a tensor, in which recorded offsets begin at byte `offset`."""
         self.tensors[memory], self.offsets[memory] = tensor, offset
-        self.addresses[memory] = tensor.data_ptr() - tensor.storage_offset() * tensor.element_size() + offset
+        self.addresses[memory] = tensor.data_ptr() - byte_offset(tensor) + offset
 
     def tensor(self, place: Place) -> Tensor:
-        storage = self.tensors[place.memory].untyped_storage()
+        owner = self.tensors[place.memory]
+        assert owner is not None  # a step reads only what is allocated then
+        storage = owner.untyped_storage()
         offset = (self.offsets[place.memory] + place.offset) // place.dtype.itemsize
         return torch.empty(0, dtype=place.dtype, device=storage.device).set_(
             storage, offset, place.shape, place.strides
@@ -99,7 +102,7 @@ class Operator(NamedTuple):
     options: Any
     results: list[int | None]
 
-    def run(self, bases: Bases, now):
+    def run(self, bases: Bases, now: Any):
         arguments, options = tree_map(
             lambda leaf: bases.tensor(leaf) if isinstance(leaf, Place) else leaf,
             (self.arguments, self.options),
@@ -126,7 +129,7 @@ class Recording(InsideOperators):
         with self, launching().observed(self._launch):
             return function(x)
 
-    def see(self, function, arguments, options):
+    def see(self, function: torch._ops.OpOverload, arguments: tuple, options: dict) -> Any:
         result = function(*arguments, **options)
         if not computes(function):
             for tensor in tensors_of(result) if name_of(function) in ALLOCATIONS else ():
@@ -134,14 +137,14 @@ class Recording(InsideOperators):
             return result
         if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             raise RuntimeError(f"{function} answers what is on the device: that cannot be recorded")
-        places = tree_map(lambda leaf: self.place_of(leaf) if isinstance(leaf, Tensor) else leaf, (arguments, options))
+        arguments, options = tree_map(self._argument, (arguments, options))
         results = [
             None if self._number(tensor) is not None else self._enter(tensor, Memory()) for tensor in tensors_of(result)
         ]
-        self.steps.append(Operator(function, *places, results))
+        self.steps.append(Operator(function, arguments, options, results))
         return result
 
-    def _launch(self, launch):
+    def _launch(self, launch: Any):
         with _disable_current_modes():  # the interpreter uses operators of torch
             compiled = launch.start()
         if compiled is None:  # interpreted
@@ -150,7 +153,7 @@ class Recording(InsideOperators):
         else:
             self.steps.append(launching().Start(launch, compiled, self._argument))
 
-    def _argument(self, value):
+    def _argument(self, value: Any) -> Any:
         return self.place_of(value) if isinstance(value, Tensor) else value
 
     def place_of(self, tensor: Tensor) -> Place | Tensor:
@@ -158,8 +161,7 @@ class Recording(InsideOperators):
         memory = self._number(tensor)
         if memory is None:
             return tensor
-        offset = tensor.storage_offset() * tensor.element_size()
-        return Place(memory, offset, tensor.dtype, tensor.shape, tensor.stride())
+        return Place(memory, byte_offset(tensor), tensor.dtype, tensor.shape, tensor.stride())
 
     def _number(self, tensor: Tensor) -> int | None:
         return self._live.get(tensor.untyped_storage()._cdata)
@@ -183,10 +185,11 @@ class Recorded:
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor):
         recording = Recording(x)
         y = recording.run(function, x)
-        self._function, self._strides, self._offset = function, x.stride(), x.storage_offset()
-        self._y, self._count = recording.place_of(y), len(recording.memories)
-        if not isinstance(self._y, Place) or recording.memories[self._y.memory].first is None:
+        self._function, self._strides, self._offset = function, x.stride(), byte_offset(x)
+        place, self._count = recording.place_of(y), len(recording.memories)
+        if not isinstance(place, Place) or recording.memories[place.memory].first is None:
             raise RuntimeError("the result was not allocated by the function")
+        self._y = place
         self._steps = [(step, [], []) for step in recording.steps]  # with what is allocated before and freed behind it
         for number, memory in enumerate(recording.memories):
             last = len(self._steps) if memory.last is None or number == self._y.memory else memory.last
@@ -199,7 +202,7 @@ class Recorded:
         if x.stride() != self._strides or x.data_ptr() % VECTOR:
             return self._function(x)
         bases = Bases(self._count)
-        bases.put(0, x, (x.storage_offset() - self._offset) * x.element_size())
+        bases.put(0, x, byte_offset(x) - self._offset)
         with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
             now = launching().now()
             for step, allocated, freed in self._steps:
@@ -212,10 +215,15 @@ class Recorded:
 
 
 @functools.cache
-def launching():
+def launching() -> Any:
     """Return the module that launches Triton's kernels, imported late: Triton may be missing."""
     return importlib.import_module("seemore_fast.kernels.launch")
 
 
-def tensors_of(result) -> list[Tensor]:
+def byte_offset(tensor: Tensor) -> int:
+    """Return how many bytes of its storage lie before a tensor."""
+    return int(tensor.storage_offset()) * tensor.element_size()
+
+
+def tensors_of(result: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]

@@ -19,6 +19,7 @@ from .. import ops
 from ..reference.calibrate import aggregate, mix
 from .blocks import body_dtype
 from .fused import RMEParams, SMEParams, modulate, sme, widen
+from .model import SeemoRe
 
 END = 2  # halo rows of the convolutions before a pool, and of those before the pixels
 
@@ -41,7 +42,7 @@ class StagedNetwork:
     Raises ValueError where the model has hooks, replaced modules or is in training: these parts would not compute it.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: SeemoRe):
         if model.training or not model.is_unmodified():
             raise ValueError(
                 "the model is in training mode or was modified, expected one without hooks: call model.eval()"
@@ -98,7 +99,7 @@ def spread(small: Tensor, size: tuple[int, int], top: int, bottom: int) -> Tenso
 
 
 def stream(
-    model,
+    model: SeemoRe,
     features: Tensor,
     read: Callable[[int, int], Tensor],
     write: Callable[[int, Tensor], None],
@@ -118,7 +119,7 @@ def stream(
     height, _, width = features.shape
     groups = len(network.params)
     for group in range(groups + 1):
-        total, gathered, above = 0, [], None
+        total, gathered, above = torch.zeros((), dtype=torch.float64), [], None
         for top in range(0, height, rows):
             bottom = min(top + rows, height)
             first, last = max(top - END, 0), min(bottom + END, height)
@@ -167,6 +168,7 @@ def _finished(
     kept = x[: bottom - begin][-(END + network.halo) :].clone()
     x = x.permute(1, 0, 2)[None].contiguous()
     a, k = network.widen(group, x)
+    assert state.map is not None  # since the group was routed
     k = k + spread(state.map, (height, width), begin, end)
     x = network.finish(group, x, a, k, state.experts[group])
     return x[:, :, first - begin : last - begin], kept

@@ -1,7 +1,7 @@
 """Autocast policy of operators."""
 
-import contextlib
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
 
-def castable(value) -> bool:
+def castable(value: object) -> bool:
     """Return whether autocast may cast a value: a floating tensor that is not float64."""
     return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
 
@@ -31,8 +31,8 @@ def to_autocast_dtype(values: dict[str, Any], names: Iterable[str]) -> dict[str,
     return {k: v.to(dtype) if k in names and castable(v) else v for k, v in values.items()}
 
 
-def without_autocast(device_type: str):
+def without_autocast(device_type: str) -> AbstractContextManager:
     """Return a context in which autocast is off; where it is off already, none, which traces to nothing."""
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+    return nullcontext()

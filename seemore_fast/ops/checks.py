@@ -101,7 +101,7 @@ def check_shapes(operator: str, **arguments: tuple[Tensor | None, str]):
             torch._check(size == wanted, lambda name=name: f"{operator}: the shape of {name} does not fit the others'")
 
 
-def check_choice(operator: str, name: str, value, choices: tuple):
+def check_choice(operator: str, name: str, value: object, choices: tuple):
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{operator}: {name} is {value!r}, expected one of {', '.join(map(repr, choices))}")

@@ -11,7 +11,7 @@ from ..backends import select_backend
 from .autocast import without_autocast
 from .checks import check_at_least
 from .norm_conv3x3 import norm_conv3x3
-from .operator import Operator, Values
+from .operator import Operator, P, R, Values
 
 
 def _widen(values: Values) -> Values:
@@ -41,7 +41,7 @@ def _results(values: Values) -> tuple[Tensor]:
     return (torch.empty_like(x[:, :1, :1, :1].expand(size), memory_format=torch.contiguous_format),)
 
 
-class Shuffle(Operator):
+class Shuffle(Operator[P, R]):
     """`conv3x3_shuffle`, which a backend without such a kernel computes by that of `norm_conv3x3`."""
 
     def compute(self, values: Values) -> Any:

@@ -1,5 +1,7 @@
 """Operator `norm_conv3x3`: how MoRE begins, and the network's dense convolutions."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,13 +67,22 @@ def norm_conv3x3_into(
     torch.ops.seemore_fast.norm_conv3x3_into(y, x, norm_weight, norm_bias, *cast.values(), eps, add)
 
 
-def _into(y, x, norm_weight, norm_bias, weight, bias, eps, add):
-    norm_weight, norm_bias, bias = (None if p is None else p.contiguous() for p in (norm_weight, norm_bias, bias))
+def _into(
+    y: Tensor,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    add: bool,
+):
+    norm = (None if p is None else p.contiguous() for p in (norm_weight, norm_bias))
     kernel = lookup_kernel("norm_conv3x3", x, max(weight.shape[:2]), "_into")
-    kernel(y, x, norm_weight, norm_bias, stencil(weight, x), bias, eps, add)
+    kernel(y, x, *norm, stencil(weight, x), bias.contiguous(), eps, add)
 
 
-def _into_fake(y, x, norm_weight, norm_bias, weight, bias, eps, add):
+def _into_fake(y: Tensor, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, *_: Any):
     check_shapes("norm_conv3x3", x=(x, "B C H W"), weight=(weight, "D C 3 3"))
 
 

@@ -5,7 +5,6 @@ allocate the results and call the kernel of the selected backend.
 """
 
 import inspect
-from collections import namedtuple
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -35,7 +34,7 @@ def define(name: str, schema: str, implementation: Callable, fake: Callable):
     torch.library.register_fake(f"seemore_fast::{name}", fake, lib=LIBRARY)
 
 
-def refuse_second_derivative(name: str, ctx, *gradients):
+def refuse_second_derivative(name: str, ctx: Any, *gradients: Tensor):
     """Raise RuntimeError: backward of `name` has no derivative."""
     raise RuntimeError(
         f"{name}: its gradient is not differentiable, expected a single backward; "
@@ -96,7 +95,6 @@ class Operator(Generic[P, R]):
         images = [name for name in inner if name in self.specs and self.specs[name].is_image]
         others = [n for n in inner if n in self.specs and self.specs[n].is_floating and n not in images]
         self.inner, self.differentiable = inner, images + others  # as backward and its kernels take and return them
-        self.Params = namedtuple(f"{self.name}_params", [n for n in self.specs if not self.specs[n].is_image])
         self._register()
 
     # What users call
@@ -117,7 +115,7 @@ class Operator(Generic[P, R]):
             return getattr(reference, self.name)(**values)
         return self.public(self.packet(*values.values()))
 
-    def public(self, results) -> R:
+    def public(self, results: Any) -> Any:
         """Return what users get of the dispatcher's results."""
         return results if isinstance(results, Tensor) else results[0]
 
@@ -156,7 +154,7 @@ class Operator(Generic[P, R]):
         differentiate(f"seemore_fast::{backward}", partial(refuse_second_derivative, self.name))
         self.packet, self.backward_packet = (getattr(torch.ops.seemore_fast, name) for name in (self.name, backward))
 
-    def forward(self, *args):
+    def forward(self, *args: Any) -> Any:
         """Return the dispatcher's results, computed by a kernel."""
         values = dict(zip(self.names, args, strict=True))
         results = self.results(values)
@@ -164,24 +162,28 @@ class Operator(Generic[P, R]):
         lookup_kernel(self.name, x, self.size(values))(*results, *(self._as_read(n, v, x) for n, v in values.items()))
         return results[0] if len(results) == 1 else results
 
-    def fake(self, *args):
+    def fake(self, *args: Any) -> Any:
         """Return the dispatcher's results without values, after a check of shapes."""
         values = dict(zip(self.names, args, strict=True))
         check_shapes(self.name, **self._with_shapes(values))
         results = self.results(values)
         return results[0] if len(results) == 1 else results
 
-    def backward(self, dy: Tensor, *args, into: dict[str, Tensor] | None = None) -> tuple[Tensor, ...]:
+    def backward(self, dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        """Return the gradients of `differentiable`, computed by a kernel."""
+        return self.backward_into({}, dy, *args)
+
+    def backward_into(self, into: dict[str, Tensor], dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
         """Return the gradients of `differentiable`, each in the memory of `into` if that has it."""
         kept, values = args[: self.kept], dict(zip(self.inner, args[self.kept :], strict=True))
-        gradients = self._gradients_like(values) | (into or {})
+        gradients = self._gradients_like(values) | into
         written = [None if values[name] is None else gradients[name] for name in self.differentiable]
         read = (self._as_read(n, v) for n, v in values.items() if n not in self.unread)
         x = values[self.names[0]]
         lookup_kernel(self.name, x, self.size(values), "_backward")(*written, dy, *kept, *read)
         return tuple(gradients.values())
 
-    def fake_backward(self, dy: Tensor, *args) -> tuple[Tensor, ...]:
+    def fake_backward(self, dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
         """Return gradients without values."""
         return tuple(self._gradients_like(dict(zip(self.inner, args[self.kept :], strict=True))).values())
 
@@ -197,7 +199,7 @@ class Operator(Generic[P, R]):
                 gradients[name] = torch.empty_like(value, memory_format=torch.contiguous_format)
         return gradients
 
-    def _as_read(self, name: str, value, x: Tensor | None = None):
+    def _as_read(self, name: str, value: Any, x: Tensor | None = None) -> Any:
         """Return an argument as kernels take it; x is given in forward."""
         if self.options.get(name) == "str?":
             return value == "gelu"
@@ -205,7 +207,7 @@ class Operator(Generic[P, R]):
             return value
         return stencil(value, x) if x is not None and name in self.stencils else value.contiguous()
 
-    def _save(self, ctx, inputs, output):
+    def _save(self, ctx: Any, inputs: tuple, output: Any):
         values = dict(zip(self.names, inputs, strict=True))
         kept = output[1:] if self.kept else ()
         ctx.mark_non_differentiable(*kept)
@@ -213,7 +215,7 @@ class Operator(Generic[P, R]):
         ctx.values = {name: values[name] for name in self.inner if name not in self.specs}
         ctx.save_for_backward(*kept, *(values[name] for name in self.inner if name in self.specs))
 
-    def _differentiate(self, ctx, dy: Tensor, *_):
+    def _differentiate(self, ctx: Any, dy: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         kept = [next(saved) for _ in range(self.kept)]
         values = {name: ctx.values[name] if name in ctx.values else next(saved) for name in self.inner}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import lookup_kernel, select_backend
-from .operator import Operator, Values
+from .operator import Operator, P, R, Values
 
 MOST_EXPERTS = 1024  # of the kernels
 
@@ -29,7 +29,9 @@ def empty_decision(x: Tensor, weight: Tensor, top_k: int) -> dict[str, Tensor]:
     }
 
 
-def gradients_of_decision(dweight, index, mean, probability, weight_router) -> tuple[Tensor, Tensor]:
+def gradients_of_decision(
+    dweight: Tensor, index: Tensor, mean: Tensor, probability: Tensor, weight_router: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the gradients of the mean (B, C) and of the router's weight (E, C); dweight is that of the experts'."""
     mean, weight_router = mean.contiguous(), weight_router.contiguous()
     gradients = torch.empty_like(mean), torch.empty_like(weight_router)
@@ -38,7 +40,7 @@ def gradients_of_decision(dweight, index, mean, probability, weight_router) -> t
     return gradients
 
 
-class Router(Operator):
+class Router(Operator[P, R]):
     """`router`, whose backward needs nothing of the image but its shape, type and layout."""
 
     RESULTS = ("weight", "index", "mean", "probability")  # weight first: opcheck adds up all in the first one's dtype
@@ -54,23 +56,26 @@ class Router(Operator):
         weight, index, *_ = self.packet(*values.values())
         return index, weight
 
-    def forward(self, a, weight, top_k):
+    def forward(self, *args: Any) -> tuple[Tensor, ...]:
+        a, weight, top_k = args
         made = empty_decision(a, weight, top_k)
         lookup_kernel("router", a)(*made.values(), a, weight.contiguous(), top_k)
         return tuple(made[name] for name in self.RESULTS)
 
-    def backward(self, dweight, index, mean, probability, weight, size, dtype, channels_last):
-        da, dweight_router = self.fake_backward(dweight, index, mean, probability, weight, size, dtype, channels_last)
+    def backward(self, dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        index, mean, probability, weight, *_ = args
+        da, dweight_router = self.fake_backward(dy, *args)
         kernel = lookup_kernel("router", da, part="_backward")
-        kernel(da, dweight_router, dweight, index, mean, probability, weight.contiguous())
+        kernel(da, dweight_router, dy, index, mean, probability, weight.contiguous())
         return da, dweight_router
 
-    def fake_backward(self, dweight, index, mean, probability, weight, size, dtype, channels_last):
+    def fake_backward(self, dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        _, mean, _, weight, size, dtype, channels_last = args
         layout = torch.channels_last if channels_last else torch.contiguous_format
         da = torch.empty(size, dtype=dtype, device=mean.device, memory_format=layout)
         return da, torch.empty_like(weight, memory_format=torch.contiguous_format)
 
-    def _save(self, ctx, inputs, output):
+    def _save(self, ctx: Any, inputs: tuple, output: Any):
         a, weight, _ = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:], weight)
@@ -78,8 +83,8 @@ class Router(Operator):
         ctx.size, ctx.dtype = a.shape, a.dtype
         ctx.channels_last = not a.is_contiguous() and a.is_contiguous(memory_format=torch.channels_last)
 
-    def _differentiate(self, ctx, dweight, *_):
-        return *self.backward_packet(dweight, *ctx.saved_tensors, ctx.size, ctx.dtype, ctx.channels_last), None
+    def _differentiate(self, ctx: Any, dy: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *self.backward_packet(dy, *ctx.saved_tensors, ctx.size, ctx.dtype, ctx.channels_last), None
 
 
 router = Router(

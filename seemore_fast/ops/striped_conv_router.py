@@ -9,7 +9,7 @@ from .. import reference
 from ..backends import lookup_kernel, select_backend
 from .allocation import empty_like
 from .checks import check_odd
-from .operator import Operator, Values
+from .operator import Operator, P, R, Values
 from .router import MOST_EXPERTS, check_top_k, empty_decision, gradients_of_decision, router
 from .striped_conv import STRIPES, striped_conv
 
@@ -26,7 +26,7 @@ def _validate(values: Values, sizes: dict[str, int]):
     check_top_k("striped_conv_router", values["top_k"], sizes["E"])
 
 
-class StripedConvRouter(Operator):
+class StripedConvRouter(Operator[P, R]):
     """`striped_conv_router`; where it has no kernel, its two operators by themselves."""
 
     returns = 5  # y, index, weight, mean, probability: the last two for backward
@@ -39,9 +39,10 @@ class StripedConvRouter(Operator):
             return y, *router(y, weight_router, top_k)
         return self.packet(*values.values())[:3]
 
-    def forward(self, x, weight_row, bias_row, weight_col, bias_col, weight_router, top_k, activation):
+    def forward(self, *args: Any) -> tuple[Tensor, ...]:
+        x, *parameters, weight_router, top_k, activation = args
         y, made = empty_like(x), empty_decision(x, weight_router, top_k)
-        stripes = (p.contiguous() for p in (weight_row, bias_row, weight_col, bias_col))
+        stripes = (p.contiguous() for p in parameters)
         sums = lookup_kernel(self.name, x)(y, x, *stripes, activation == "gelu")
         decide = lookup_kernel("router", x, part="_from_sums")
         decide(*made.values(), sums, weight_router.contiguous(), x.shape[2] * x.shape[3], top_k)
@@ -53,24 +54,26 @@ class StripedConvRouter(Operator):
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
 
-    def backward(self, dy, dweight, index, mean, probability, x, *args):
+    def backward(self, dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
         """Return the gradients of x, of the stripes and of the router's weight."""
-        *stripes, weight_router, activation = args
+        dweight, index, mean, probability, x, *stripes, weight_router, activation = args
         dmean, dweight_router = gradients_of_decision(dweight, index, mean, probability, weight_router)
         dy = dy + spread_over_pixels(dmean, x)
         dx, _, *gradients = striped_conv.backward(dy, x, *stripes, activation, None)
         return dx, *gradients, dweight_router
 
-    def fake_backward(self, dy, dweight, index, mean, probability, x, *args):
-        return empty_like(x), *(torch.empty_like(p, memory_format=torch.contiguous_format) for p in args[:5])
+    def fake_backward(self, dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        _, _, _, _, x, *parameters, _ = args
+        return empty_like(x), *(torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters)
 
-    def _save(self, ctx, inputs, output):
+    def _save(self, ctx: Any, inputs: tuple, output: Any):
         *tensors, _, ctx.activation = inputs
         _, index, _, mean, probability = output
         ctx.mark_non_differentiable(index, mean, probability)
         ctx.save_for_backward(index, mean, probability, *tensors)
 
-    def _differentiate(self, ctx, dy, _, dweight, *rest):
+    def _differentiate(self, ctx: Any, dy: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+        _, dweight, *_ = others
         return *self.backward_packet(dy, dweight, *ctx.saved_tensors, ctx.activation), None, None
 
 

@@ -66,4 +66,7 @@ def low_rank_experts(
     bias = (expert_weight[:, :, None] * bias_out[expert_index]).sum(dim=1)[:, :, None]
     out = gather(weight_out.t()).transpose(1, 2) @ modulated + bias.to(rank_a.dtype)
     m = a + out.unflatten(2, a.shape[2:])
-    return m if weight_proj is None else residual + F.conv2d(m, weight_proj, bias_proj)
+    if weight_proj is None:
+        return m
+    assert residual is not None  # given together
+    return residual + F.conv2d(m, weight_proj, bias_proj)

@@ -80,7 +80,9 @@ class Router(nn.Module):
         self.body = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_experts, bias=False))
 
     def forward(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        return router(a, self.body[2].weight, self.top_k)
+        linear = self.body[2]
+        assert isinstance(linear, nn.Linear)
+        return router(a, linear.weight, self.top_k)
 
 
 class MoELayer(nn.Module):
@@ -178,6 +180,8 @@ class SeemoRe(nn.Module):
     bottom by their last column and row, and the result is cropped back. The result is at least float32, whatever
     the precision inside: rounding it to the 8 bits of bfloat16 would show in the picture.
     """
+
+    mean: Tensor
 
     def __init__(
         self,

@@ -39,6 +39,7 @@ def norm_conv3x3(
     The convolution pads with one zero on every side, after LayerNorm: the border sees 0, not LN's bias.
     """
     if norm_weight is not None:
+        assert norm_bias is not None  # given together
         x = layer_norm(x, norm_weight, norm_bias, eps)
     y = activate(F.conv2d(x, weight, bias, padding=1), activation)
     return y if weight_pw is None else F.conv2d(y, weight_pw, bias_pw)

@@ -35,6 +35,7 @@ def norm_pointwise(
     | returns                | (B, D, H, W) |                        |
     """
     if norm_weight is not None:
+        assert norm_bias is not None  # given together
         x = layer_norm(x, norm_weight, norm_bias, eps)
     y = activate(F.conv2d(x, weight, bias), activation)
     return y if residual is None else residual + y

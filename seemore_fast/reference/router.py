@@ -3,18 +3,18 @@
 In the paper: "Rank Modulating Expert".
 """
 
-import contextlib
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def without_autocast(device_type: str):
+def without_autocast(device_type: str) -> AbstractContextManager:
     """Return a context in which autocast is off; where it is off already, none, which traces to nothing."""
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+    return nullcontext()
 
 
 def router(a: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ _AUTO: Any = "auto"
 _LIKELY = 0.8  # similarity to a known key above which an unknown one is taken for a typing error
 
 
-def _expand(value):
+def _expand(value: Any) -> str:
     if not isinstance(value, str):
         raise mismatch("a path")
     return os.path.expanduser(value)
@@ -218,7 +218,7 @@ def translate(options: Mapping, where: str) -> tuple[dict, list[str]]:
     return content, [f"{where}: {key} {reason}" for key, reason in notes]
 
 
-def _given(**values) -> dict:
+def _given(**values: Any) -> dict:
     return {key: value for key, value in values.items() if value is not None}
 
 

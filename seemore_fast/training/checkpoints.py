@@ -12,6 +12,7 @@ import torch
 from ..errors import StateError, first_line
 from ..io.atomic import TEMPORARY, replacing
 from ..network.checkpoint import save_model
+from ..network.model import SeemoRe
 
 VERSION = 1
 _NO_EFFECT_ON_WEIGHTS = {
@@ -84,7 +85,7 @@ class Checkpoints:
                 errors.append(str(error))
         return None, errors
 
-    def save_best(self, model, **metadata):
+    def save_best(self, model: SeemoRe, **metadata: object):
         self.folder.mkdir(parents=True, exist_ok=True)
         save_model(model, self.best, **metadata)
 

@@ -11,12 +11,12 @@ from pydantic_core import PydanticCustomError
 from ..errors import ConfigError
 
 
-def mismatch(expected: str, **context) -> PydanticCustomError:
+def mismatch(expected: str, **context: object) -> PydanticCustomError:
     """Return the error of a value; a `key` and `value` in the context replace those of the validated section."""
     return PydanticCustomError("mismatch", "expected {expected}", {"expected": expected, **context})
 
 
-def _parse_number(value):
+def _parse_number(value: Any) -> Any:
     """Convert text such as "1e-3", which YAML does not read as a number; refuse true and false, which Python does."""
     if isinstance(value, bool):
         raise mismatch("a number")
@@ -29,7 +29,7 @@ def _parse_number(value):
 def expect(test: Callable[..., bool], expected: str) -> AfterValidator:
     """Return a validator that refuses values that fail the test."""
 
-    def check(value):
+    def check(value: Any) -> Any:
         if not test(value):
             raise mismatch(expected)
         return value
@@ -58,7 +58,7 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _empty(cls, content):
+    def _empty(cls, content: Any) -> Any:
         return {} if content is None else content
 
 

@@ -389,7 +389,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signal_handlers(self) -> Iterator[None]:
-        def request_stop(number, frame):
+        def request_stop(number: int, frame: object):
             self._stop_requested = True
 
         before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}

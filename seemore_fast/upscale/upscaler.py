@@ -120,7 +120,7 @@ class Upscaler:
         rows, columns = image.shape[:2]
         return self._upscale_array(image, self.size_of(rows, columns, outscale, width, height))
 
-    def frames(self, images: Iterable[np.ndarray | Image.Image], **size) -> Iterator[np.ndarray | Image.Image]:
+    def frames(self, images: Iterable[np.ndarray | Image.Image], **size: Any) -> Iterator[np.ndarray | Image.Image]:
         """Yield each of `images` upscaled, in order, such as a video's frames; `size` as for a call.
 
         images: an iterable, or an animated Pillow image. The next item is fetched in another thread during the
