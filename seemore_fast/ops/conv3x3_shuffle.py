@@ -58,12 +58,11 @@ class Shuffle(Operator[P, R]):
 
 conv3x3_shuffle = Shuffle(
     reference.conv3x3_shuffle,
-    {"x": "B C H W", "weight": "D C 3 3", "bias": "D", "mean": "1 I 1 1"},
+    {"x": "B C H W", "weight": "D C 3 3 stencil", "bias": "D", "mean": "1 I 1 1"},
     {"scale": "int", "img_range": "float"},
     results=_results,
     autocast=_widen,
     size=lambda values: max(values["weight"].shape[:2]),
     validate=_validate,
-    stencils=("weight",),
     outside={"mean": lambda dy: dy.sum(dim=(0, 2, 3), keepdim=True)},
 )

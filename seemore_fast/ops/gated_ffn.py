@@ -7,7 +7,7 @@ from .allocation import empty_like
 from .operator import Operator
 
 CONVOLUTIONS = {
-    "weight_1": "2C C 1 1", "bias_1": "2C", "weight_gate": "C 1 3 3", "bias_gate": "C", "weight_2": "C C 1 1",
+    "weight_1": "2C C 1 1", "bias_1": "2C", "weight_gate": "C 1 3 3 stencil", "bias_gate": "C", "weight_2": "C C 1 1",
     "bias_2": "C",
 }  # fmt: skip
 
@@ -19,5 +19,4 @@ gated_ffn = Operator(
     results=lambda v: (empty_like(v["x"], torch.promote_types(v["x"].dtype, v["weight_2"].dtype)),),
     autocast=CONVOLUTIONS,
     size=lambda values: values["x"].shape[1],
-    stencils=("weight_gate",),
 )

@@ -13,7 +13,7 @@ from .operator import Operator, Values
 EXPERTS = {
     "weight_a": "R C", "bias_a": "R", "weight_k": "R C", "bias_k": "R", "weight_out": "C R", "bias_out": "E C",
 }  # fmt: skip
-PROJECTION = {"weight_proj": "C C 1 1 ?", "bias_proj": "C ?"}
+PROJECTION = {"weight_proj": "C C 1 1 ?", "bias_proj": "C ? unread"}
 
 
 def check_ranks(operator: str, ranks: Sequence[int], total: int, num_experts: int):
@@ -51,6 +51,5 @@ low_rank_experts = Operator(
     autocast=(*EXPERTS, *PROJECTION),
     size=lambda values: max(values["a"].shape[1], *values["ranks"]),
     validate=_validate,
-    unread=("bias_proj",),
     outside={"residual": lambda dy: dy},
 )  # fmt: skip

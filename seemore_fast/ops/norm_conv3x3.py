@@ -12,7 +12,7 @@ from .autocast import to_autocast_dtype
 from .checks import check_shapes, check_together
 from .operator import Operator, Values, define
 
-CONVOLUTIONS = {"weight": "D C 3 3", "bias": "D", "weight_pw": "P D 1 1 ?", "bias_pw": "P ?"}
+CONVOLUTIONS = {"weight": "D C 3 3 stencil", "bias": "D", "weight_pw": "P D 1 1 ?", "bias_pw": "P ?"}
 
 
 def _cast(values: Values) -> Values:
@@ -44,7 +44,6 @@ norm_conv3x3 = Operator(
     autocast=_cast,
     size=_widest,
     validate=_validate,
-    stencils=("weight",),
 )
 
 

@@ -52,9 +52,7 @@ class Operator(Generic[P, R]):
     autocast    names of the tensors that autocast casts, or a function of the values that casts them
     one_dtype   whether dtypes may not differ under autocast either, but for those marked "autocast"
     validate    checks of the values beyond shapes and dtypes, given the sizes that the letters stand for
-    stencils    names of 3x3 weights that forward kernels take with their outputs innermost
     kept        number of results that only backward reads, right after dy
-    unread      names of tensors whose values backward does not read
     outside     functions of dy for the tensors whose gradients need no kernel; backward does not get these
 
     Kernels take results, then the arguments in order; backward kernels the gradients of images, then of parameters,
@@ -75,9 +73,7 @@ class Operator(Generic[P, R]):
         autocast: Iterable[str] | Callable[[Values], Values] = (),
         one_dtype: bool = False,
         validate: Callable[[Values, dict[str, int]], None] | None = None,
-        stencils: Iterable[str] = (),
         kept: int = 0,
-        unread: Iterable[str] = (),
         outside: dict[str, Callable[[Tensor], Tensor]] | None = None,
     ):
         signature = inspect.signature(function)
@@ -88,8 +84,8 @@ class Operator(Generic[P, R]):
         self.shapes, self.specs = shapes, {name: Spec.parse(text) for name, text in shapes.items()}
         self.options = options or {}
         self.results, self.size, self.validate = results, size, validate
-        self.autocast, self.one_dtype, self.stencils, self.kept = autocast, one_dtype, frozenset(stencils), kept
-        self.unread, self.outside = frozenset(unread), outside or {}
+        self.autocast, self.one_dtype, self.kept = autocast, one_dtype, kept
+        self.outside = outside or {}
 
         inner = [name for name in self.names if name not in self.outside]
         images = [name for name in inner if name in self.specs and self.specs[name].is_image]
@@ -178,7 +174,8 @@ class Operator(Generic[P, R]):
         kept, values = args[: self.kept], dict(zip(self.inner, args[self.kept :], strict=True))
         gradients = self._gradients_like(values) | into
         written = [None if values[name] is None else gradients[name] for name in self.differentiable]
-        read = (self._as_read(n, v) for n, v in values.items() if n not in self.unread)
+        unread = {name for name, spec in self.specs.items() if "unread" in spec.words}
+        read = (self._as_read(n, v) for n, v in values.items() if n not in unread)
         x = values[self.names[0]]
         lookup_kernel(self.name, x, self.size(values), "_backward")(*written, dy, *kept, *read)
         return tuple(gradients.values())
@@ -205,7 +202,9 @@ class Operator(Generic[P, R]):
             return value == "gelu"
         if not isinstance(value, Tensor) or self.specs[name].is_image:
             return value
-        return stencil(value, x) if x is not None and name in self.stencils else value.contiguous()
+        if x is not None and "stencil" in self.specs[name].words:
+            return stencil(value, x)
+        return value.contiguous()
 
     def _save(self, ctx: Any, inputs: tuple, output: Any):
         values = dict(zip(self.names, inputs, strict=True))
