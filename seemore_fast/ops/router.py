@@ -9,7 +9,7 @@ from .. import reference
 from ..backends import lookup_kernel, select_backend
 from .operator import Operator, P, R, Values
 
-MOST_EXPERTS = 1024  # of the kernels
+MOST_EXPERTS = 1024  # kernels compare every expert with every other; beyond, torch's sort wins
 
 
 def check_top_k(operator: str, top_k: int, num_experts: int):
