@@ -204,6 +204,8 @@ def cases() -> dict[str, Case]:
 
 def measure(case: Case, compiled: dict) -> tuple[dict, Counter]:
     """Return the figures of a case and its launches; `compiled` comes from `dry_run`."""
+    for variant in compiled.values():  # of a case before, which Triton would not compile again
+        variant.kernel.device_caches.clear()
     compiled.clear()
     x = case.image(*case.size)
     with launches() as found:
