@@ -13,31 +13,6 @@ from ..errors import ImageError, first_line
 from ..evaluation.pairs import Pair
 from ..network.inspection import expert_usage
 from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
 
 
 class Choice(NamedTuple):

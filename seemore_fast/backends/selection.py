@@ -130,7 +130,7 @@ def is_plain() -> bool:
 
     Exported and traced graphs are for machines without this package: plain operators only.
     """
-    return current_backend() == "reference" or torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage] (public all the same)
+    return current_backend() == "reference" or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def select_backend(operator: str, x: Tensor, size: int = 1) -> str:
