@@ -60,31 +60,6 @@ def _routing(options: argparse.Namespace) -> int:
     from ..analysis.routing import choices_of, mean_rank, trend, usage_by_set, write_csv
     from ..evaluation.pairs import find_pairs, names_of
     from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
-    from ..network.inspection import moe_layers
 
     plots, model = _plots(), _model(options.model)
     found = [find_pairs(folder, model.scale) for folder in options.data]

@@ -6,31 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
-from typing import Any, TextIO
 
 import numpy as np
 

@@ -1,31 +1,6 @@
 """PSNR and SSIM on the Y channel, as is customary in super-resolution."""
 
 import functools
-import functools
-import functools
-import functools
-import functools
-import functools
-import functools
-import functools
-import functools
-import functools
-import functools
-import functools
-import functools
-import functools
-import functools
-import functools
-import functools
-import functools
-import functools
-import functools
-import functools
-import functools
-import functools
-import functools
-import functools
-import functools
 import math
 
 import numpy as np

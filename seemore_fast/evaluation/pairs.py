@@ -9,31 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
-from PIL import Image
 
 from ..errors import ImageError, PairError, some_of
 from ..io.images import FORMATS, read_image
@@ -88,31 +63,6 @@ class Pair:
 def read_plain(file: Path) -> np.ndarray:
     """Return an upright image without alpha, uint8 (H, W, 3), or (H, W) if it is grey; ImageError names the file."""
     image = read_image(file, MAX_MEGAPIXELS).image
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
-    assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
     assert isinstance(image, Image.Image)  # of 8 bits, as 16 are not asked for
     return np.asarray(image.convert("L" if image.mode in ("L", "LA") else "RGB"))
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar, cast, cast, cast, cast, cast, cast, cast, cast, cast, cast, cast, cast, cast, cast, cast, cast, cast, cast, cast, cast, cast, cast, cast, cast, cast, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist

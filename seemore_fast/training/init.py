@@ -9,31 +9,6 @@ from ..errors import ConfigError
 from ..network.blocks import parameters_of
 from ..network.checkpoint import load_model
 from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
-from ..network.model import SeemoRe
 
 
 def init_weights(model: SeemoRe, source: str | None):
