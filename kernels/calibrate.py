@@ -123,7 +123,8 @@ def backward(
         images |= dict(gradient=gradient, s=levels[level] if level == recursive else None)
         options = dict(weight=weight_agg, weight_dw=weight_dw, partial=partial)
         options |= dict(height=x.shape[2], width=x.shape[3], one_height=one.shape[2], one_width=one.shape[3])
-        yield over_planes(spread, x, spread_patches(x), strided(**images) | options)
+        # Left to itself, ptxas of Triton 3.6 spills two registers for more warps at a time (bfloat16, sm_100).
+        yield over_planes(spread, x, spread_patches(x), strided(**images) | options, maxnreg=255)
         gradient = dx
     yield add_parts(gradients_agg, partial_agg)
     yield add_parts(gradients_mix, partial_mix)

@@ -60,11 +60,11 @@ def tiles_of(lines: int, columns: int, most: int, each: int, widest: int = WIDES
     return Tiles(down, across, cdiv(lines, down) * cdiv(columns, across), warps)
 
 
-def over_planes(kernel, x: Tensor, tiles: Tiles, arguments: dict) -> Launch:
+def over_planes(kernel, x: Tensor, tiles: Tiles, arguments: dict, **more_options: int) -> Launch:
     """Describe a launch with one program per tile of each plane of x."""
     batch, channels = x.shape[:2]
     tile = dict(channels=channels, LINES=tiles.lines, COLUMNS=tiles.columns)
-    return Launch(kernel, batch * channels * tiles.of_a_plane, arguments | tile, tiles.warps)
+    return Launch(kernel, batch * channels * tiles.of_a_plane, arguments | tile, tiles.warps, more_options)
 
 
 # In kernels
