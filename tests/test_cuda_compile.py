@@ -25,6 +25,7 @@ WARPS = {
     r"striped_conv_sweep_\w+ELi1EE": 8,
 }
 BLOCK_WARPS = 2
+MOST = {75: 14}  # by 64 KB for blocks of 9 KB of shared memory
 SHARED = {75: 64, 80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # KB of a multiprocessor
 BLOCKS = {75: 16, 80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}  # on a multiprocessor, at most
 
@@ -59,14 +60,15 @@ def test_everything_in_registers(source, architecture):
         assert used["shared"] <= 48 * 1024, f"{name}: {used}"
         for pattern, least in WARPS.items():
             if re.search(pattern, name):
-                assert warps(used, architecture) >= least, f"{name}: {used}"
+                assert warps(used, architecture) >= min(least, MOST.get(architecture, least)), f"{name}: {used}"
 
 
 def warps(used: dict[str, int], architecture: int) -> int:
     """Return how many warps of a kernel with BLOCK_WARPS to a block a multiprocessor holds at once."""
     registers = -(-used["registers"] * 32 // 256) * 256  # a warp's: given out in units of 256
     by_registers = 4 * (16 * 1024 // registers) // BLOCK_WARPS  # each of four schedulers has its own
-    by_shared = SHARED[architecture] * 1024 // (used["shared"] + 1024)  # the system keeps 1 KB of each block's
+    reserved = 1024 if architecture >= 80 else 0  # bytes of a block that the system keeps, since compute capability 8.0
+    by_shared = SHARED[architecture] * 1024 // max(used["shared"] + reserved, 1)
     return BLOCK_WARPS * min(by_registers, by_shared, BLOCKS[architecture])
 
 
@@ -75,6 +77,8 @@ def test_warps_of_a_multiprocessor():
     assert warps({"registers": 128, "shared": 9216}, 90) == 16
     assert warps({"registers": 96, "shared": 30 * 1024}, 86) == 6
     assert warps({"registers": 16, "shared": 0}, 75) == 32
+    assert warps({"registers": 162, "shared": 10240}, 75) == 12
+    assert warps({"registers": 128, "shared": 10240}, 86) == 16
 
 
 @pytest.mark.parametrize("pattern", WARPS)
