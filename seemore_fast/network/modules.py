@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..reference.model import SEE, Expert, GatedFFN, LayerNorm, StripedConv2d
+from ..reference.model import SEE, Expert, GatedFFN, LayerNorm, ResidualPair, StripedConv2d
 from ..reference.router import choose_experts
 
 __all__ = [
@@ -107,50 +106,8 @@ class MoELayer(nn.Module):
         return a + sum(expert(a, k) * share[:, i, None, None, None] for i, expert in enumerate(self.experts))
 
 
-class MoEBlock(nn.Module):
+class MoEBlock(reference.model.MoEBlock):
     """MoRE with what prepares its two inputs and projects its output."""
 
-    def __init__(
-        self, channels: int, ranks: Sequence[int], top_k: int = 2, recursive: int = 2, use_shuffle: bool = False
-    ):
-        super().__init__()
-        self.recursive = recursive
-        self.use_shuffle = use_shuffle
-        self.conv_1 = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1), nn.GELU(), nn.Conv2d(channels, 2 * channels, 1)
-        )
-        self.agg_conv = nn.Sequential(nn.Conv2d(channels, channels, 4, stride=4, groups=channels), nn.GELU())
-        self.conv = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, groups=channels), nn.Conv2d(channels, channels, 1)
-        )
-        self.conv_2 = nn.Sequential(StripedConv2d(channels, 3), nn.GELU())
-        self.moe_layer = MoELayer(channels, ranks, top_k)
-        self.proj = nn.Conv2d(channels, channels, 1)
-
-    def calibrate(self, k: Tensor) -> Tensor:
-        s = k
-        for _ in range(self.recursive):
-            s = self.agg_conv(s)
-        return k + F.interpolate(self.conv(s), size=k.shape[-2:], mode="bilinear", align_corners=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        u = self.conv_1(x)
-        if self.use_shuffle:
-            u = shuffle_channels(u)
-        a, k = u.chunk(2, dim=1)
-        return self.proj(self.moe_layer(self.conv_2(a), self.calibrate(k)))
-
-
-class ResidualPair(nn.Module):
-    """Frame of RME and SME: x + block(LN(x)), then x + ffn(LN(x))."""
-
-    def __init__(self, channels: int, block: nn.Module):
-        super().__init__()
-        self.norm_1 = LayerNorm(channels)
-        self.block = block
-        self.norm_2 = LayerNorm(channels)
-        self.ffn = GatedFFN(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.block(self.norm_1(x)) + x
-        return self.ffn(self.norm_2(x)) + x
+    mixture = MoELayer
+    moe_layer: MoELayer

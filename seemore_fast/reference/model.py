@@ -103,6 +103,8 @@ class MoELayer(nn.Module):
 class MoEBlock(nn.Module):
     """MoRE with what prepares its two inputs and projects its output."""
 
+    mixture: type[nn.Module] = MoELayer  # class of `moe_layer`
+
     def __init__(self, channels: int, ranks: Sequence[int], top_k: int, recursive: int, use_shuffle: bool):
         super().__init__()
         self.recursive, self.use_shuffle = recursive, use_shuffle
@@ -114,7 +116,7 @@ class MoEBlock(nn.Module):
             nn.Conv2d(channels, channels, 3, padding=1, groups=channels), nn.Conv2d(channels, channels, 1)
         )
         self.conv_2 = nn.Sequential(StripedConv2d(channels, 3), nn.GELU())
-        self.moe_layer = MoELayer(channels, ranks, top_k)
+        self.moe_layer = self.mixture(channels, ranks, top_k)
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def calibrate(self, k: Tensor) -> Tensor:
@@ -126,7 +128,7 @@ class MoEBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         u = self.conv_1(x)
         if self.use_shuffle:
-            u = F.channel_shuffle(u, 2)
+            u = u.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)  # channel g * C + c becomes c * 2 + g
         a, k = u.chunk(2, dim=1)
         return self.proj(self.moe_layer(self.conv_2(a), self.calibrate(k)))
 
