@@ -66,20 +66,35 @@ IN_SEE, IN_MORE = {"taps": 11, "gated": True}, {"taps": 3, "activation": "gelu"}
 class Operator(NamedTuple):
     """Costs and settings of an operator, whose inputs follow from its declaration in `seemore_fast.ops`.
 
-    `operations` are (forward, backward), two for a multiply-add. Elementwise work (norms, GELU, products) and what
-    backward recomputes by choice are left out. Without `traffic` in bytes, every input and result counts once.
+    `counted` are the operations (forward, backward), two for a multiply-add, or the names of the operators that are
+    fused into this one. Elementwise work (norms, GELU, products) and what backward recomputes by choice are left out.
+    Without `traffic` in bytes, every input and result counts once.
     """
 
-    operations: Callable[[Setting], tuple[int, int]]
+    counted: Callable[[Setting], tuple[int, int]] | tuple[str, ...]
     sizes: Callable[[Setting], dict[str, int]] = lambda s: {}  # of the declaration's letters beyond B, C, H and W
     optional: tuple[str, ...] = ()  # names of optional tensors that are given
     options: Callable[[Setting, str | torch.device], dict] = lambda s, device: {}  # all other arguments
     traffic: Callable[[Setting], tuple[int, int]] | None = None
-    declared: str | None = None  # name of the declaration, if it is another one
+    place: dict | None = None  # fields of the settings of fused operators
+    vector: int | None = 0  # multiply-adds outside matrices for each element of the first image; None: all
+    erfs: Callable[[Setting], float] = lambda s: 0  # of GELU or its gradient, for each element of the first image
+    kernel: str | None = None  # name of another operator whose kernels, too, serve this one
     block: str | None = None  # name in a residual group, for what is timed as a module
     quick: list[Setting] = QUICK
     cpu: list[Setting] = CPU
     cuda: list[Setting] = CUDA
+
+    def operations(self, setting: Setting) -> tuple[int, int]:
+        """Return the operations of forward and backward."""
+        if callable(self.counted):
+            return self.counted(setting)
+        parts = (OPERATORS[name].operations(self.inside(setting)) for name in self.counted)
+        return tuple(map(sum, zip(*parts, strict=True)))
+
+    def inside(self, setting: Setting) -> Setting:
+        """Return the setting of the operators that are fused into this one."""
+        return setting._replace(recursive=recursive_of(setting.shape), **(self.place or {}))
 
     def cases(self) -> dict[str, dict[str, Setting]]:
         """Return the settings in every mode, by title, for quick trials, a CPU and a GPU."""
@@ -98,7 +113,8 @@ def input_shapes(name: str, setting: Setting) -> Shapes:
     given = (*operator.optional, "gate") if setting.gated else operator.optional
     sizes = dict(zip("BCHW", setting.shape, strict=True)) | operator.sizes(setting) | {"": 1}
     options = operator.options(setting, "meta")
-    specs = {n: spec for n, spec in getattr(ops, operator.declared or name).specs.items() if n not in options}
+    declared = getattr(ops, name if hasattr(getattr(ops, name), "specs") else operator.kernel)
+    specs = {n: spec for n, spec in declared.specs.items() if n not in options}
     return {
         n: tuple(factor * sizes[letter] for factor, letter in spec.sizes)
         for n, spec in specs.items()
@@ -168,16 +184,13 @@ def recursive_of(shape: tuple[int, ...]) -> int:
     return 1 if shape[1] == 48 or min(shape[2:]) < 16 else 2  # L's, or a map that is too small; else T's
 
 
-def total(setting: Setting, *parts: str) -> tuple[int, int]:
-    """Return the operations of several operators."""
-    return tuple(map(sum, zip(*(OPERATORS[part].operations(setting) for part in parts), strict=True)))
-
-
 NORM = "norm_weight", "norm_bias"
 OPERATORS = {
     "calibrate": Operator(
         calibrate_operations,
         options=lambda s, device: {"recursive": s.recursive},
+        vector=None,
+        erfs=lambda s: 1 / 16 + 1 / 256,
         quick=[
             Setting((1, 5, 17, 20), recursive=2),
             Setting((2, 4, 9, 14), torch.bfloat16, channels_last=True, recursive=1),
@@ -190,8 +203,9 @@ OPERATORS = {
         sizes=lambda s: {"D": PLANES * SCALE**2},
         options=lambda s, device: {"mean": torch.full((1, PLANES, 1, 1), 0.5, device=device), "scale": SCALE},
         traffic=shuffle_traffic,
+        kernel="norm_conv3x3",
     ),
-    "gated_ffn": Operator(lambda s: s.multiply_adds(3 * s.channels + 9, 1, 3)),
+    "gated_ffn": Operator(lambda s: s.multiply_adds(3 * s.channels + 9, 1, 3), vector=9, erfs=lambda s: 3),
     "low_rank_experts": Operator(
         lambda s: s.multiply_adds(RANKS[CHOSEN], 3, 8),  # three products; backward computes two of them again
         sizes=lambda s: {"R": sum(RANKS), "E": len(RANKS)},
@@ -202,29 +216,34 @@ OPERATORS = {
         sizes=lambda s: {"D": s.channels, "P": 2 * s.channels},
         optional=(*NORM, "weight_pw", "bias_pw"),
         options=lambda s, device: {"activation": "gelu"},
+        erfs=lambda s: 1,
     ),
     "norm_pointwise": Operator(
         lambda s: s.multiply_adds(2 * s.channels, 1, 3),
         sizes=lambda s: {"D": 2 * s.channels},
         optional=NORM,
         options=lambda s, device: {"activation": "gelu"},
+        erfs=lambda s: 2,
     ),
     "pointwise": Operator(
         lambda s: s.multiply_adds(s.channels, 1, 2),
         sizes=lambda s: {"D": s.channels},
         optional=("residual",),
-        declared="norm_pointwise",
+        kernel="norm_pointwise",
     ),
     "router": Operator(
         lambda s: (math.prod(s.shape), 0),  # the pool's additions; backward only spreads one value per channel
         sizes=lambda s: {"E": len(RANKS)},
         options=lambda s, device: {"top_k": TOP_K},
         traffic=lambda s: (math.prod(s.shape) * s.dtype.itemsize,) * 2,  # backward writes a gradient, reads means alone
+        vector=None,
     ),
     "striped_conv": Operator(
         striped_operations,
         sizes=lambda s: {"K": s.taps},
         options=lambda s, device: {"activation": s.activation},
+        vector=None,
+        erfs=lambda s: s.activation is not None,
         quick=[
             Setting((1, 5, 9, 14), taps=11),
             Setting((2, 4, 9, 14), channels_last=True, gated=True, **IN_MORE),
@@ -244,20 +263,21 @@ OPERATORS = {
         ],
     ),
     "striped_conv_router": Operator(
-        lambda s: total(s._replace(**IN_MORE), "striped_conv", "router"),
+        ("striped_conv", "router"),
         sizes=lambda s: {"K": IN_MORE["taps"], "E": len(RANKS)},
         options=lambda s, device: {"top_k": TOP_K, "activation": IN_MORE["activation"]},
+        place=IN_MORE,
+        vector=None,
     ),
     "rme_block": Operator(
-        lambda s: total(
-            s._replace(recursive=recursive_of(s.shape)),
-            *("norm_conv3x3", "calibrate", "striped_conv_router", "low_rank_experts", "pointwise", "gated_ffn"),
-        ),
+        ("norm_conv3x3", "calibrate", "striped_conv_router", "low_rank_experts", "pointwise", "gated_ffn"),
+        place=IN_MORE,
         block="local_block",
         quick=QUICK_BLOCK,
     ),
     "sme_block": Operator(
-        lambda s: total(s._replace(**IN_SEE), "norm_pointwise", "striped_conv", "pointwise", "gated_ffn"),
+        ("norm_pointwise", "striped_conv", "pointwise", "gated_ffn"),
+        place=IN_SEE,
         block="global_block",
         quick=QUICK_BLOCK,
     ),

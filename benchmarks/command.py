@@ -1,6 +1,7 @@
 """Command line of a benchmark: options, printed tables and files of results."""
 
 import argparse
+import fnmatch
 import json
 import time
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser, device: str, compile: bool = Fa
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=compile, help="time torch.compile")
     parser.add_argument("--quick", action="store_true", help="run tiny cases, to try the benchmark itself")
     parser.add_argument("--runs", type=int, default=20, help="timed calls of each provider (default: %(default)s)")
-    parser.add_argument("--case", default="", help="run only the cases with this text in their titles")
+    parser.add_argument("--case", default="", help="run the cases with this text in their titles; * is any text")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--instruction-sets", action="store_true", help="time each one of the CPU library")
     parser.add_argument("--results", type=Path, help="folder to write to (by default, only a complete run writes)")
@@ -85,7 +86,7 @@ def check_numbers(parser: argparse.ArgumentParser, options, kinds: list[str]):
 def choose(options, cases: dict[str, dict]) -> dict:
     """Return the requested cases by title."""
     kind = "quick" if options.quick else torch.device(options.device).type
-    return {title: setting for title, setting in cases[kind].items() if options.case in title}
+    return {title: cases[kind][title] for title in fnmatch.filter(cases[kind], f"*{options.case}*")}
 
 
 def run(

@@ -58,28 +58,14 @@ ENVIRONMENT = {
     "SEEMORE_FAST_PREFERENCES": str(PREFERENCES),  # only the result of this tuning is used
     "TRITON_CACHE_DIR": str(LOGS / "triton"),
 }
-# Operator: number of parts of its Triton tests. A kernel takes 0.4 s to compile, the gate's backward in gated_ffn 6 s:
-# about 700 kernels for striped_conv, 380 for calibrate.
-PARTS = {
-    "norm_pointwise": 1,
-    "norm_conv3x3": 4,
-    "gated_ffn": 3,
-    "low_rank_experts": 2,
-    "router": 1,
-    "calibrate": 3,
-    "striped_conv": 4,
-}
-OTHERS = ["conformance", "layer_norm", "conv3x3_shuffle", "blocks"]
-PHOTO, BF16 = "1x36x480x640 bf16", ["--case", "bf16"]
-BENCHMARKED = {  # operator, the slowest first: the case in which torch.compile is timed, too
-    "gated_ffn": PHOTO,
-    "norm_conv3x3": PHOTO,
-    "striped_conv": "1x36x480x640 K=11 bf16",
-    "calibrate": "1x36x480x640 recursive=2 bf16",
-    "norm_pointwise": PHOTO,
-    "low_rank_experts": PHOTO,
-    "router": PHOTO,
-}
+# Operators, each with Triton's kernels in the file of its name. A kernel takes 0.4 s to compile, and 700 are tested of
+# one operator: its tests run in PARTS parts.
+OPERATORS = sorted(
+    path.stem for path in (ROOT / "kernels").glob("[!_]*.py") if (ROOT / "seemore_fast" / "ops" / path.name).exists()
+)
+PARTS = 3
+OTHERS = ["conformance", "layer_norm", "blocks"]
+PHOTO, BF16 = ["--case", "1x36x480x640*bf16"], ["--case", "bf16"]
 INFERENCE = ["--case", "T x4 640x480 bf16"]
 LIMITED = "2_to_31 or out_of_memory"  # tests that need most of the GPU's memory, and run alone
 BUDGET_S, QUICK_BUDGET_S = 570, 170
@@ -155,19 +141,20 @@ def network_tests() -> list[Step]:
 def tests() -> list[Step]:
     """Return steps that run in parallel: nothing in them is timed."""
     without_triton = "-k", "not triton and not cuda_host"
-    parts = [(stem, f"{part}/{parts}") for stem, parts in PARTS.items() for part in range(1, parts + 1)]
+    parts = [f"{part}/{PARTS}" for part in range(1, PARTS + 1)]
     return [
         *network_tests(),
         *(
-            pytest(f"tests of cuda {part}", [*PARTS, *OTHERS], *without_triton, "--part", part, after="build")
-            for part in ("1/3", "2/3", "3/3")
+            pytest(f"tests of cuda {part}", [*OPERATORS, *OTHERS], *without_triton, "--part", part, after="build")
+            for part in parts
         ),
         pytest("tests of the GPU", ["gpu"], "-k", f"not ({LIMITED})", after="build"),
         sanitizer("memcheck", "--report-api-errors", "no"),
         sanitizer("racecheck"),
         *(
             pytest(f"{TRITON}, {stem} {part}", ["conformance", stem], "-k", f"triton and {stem}", "--part", part)
-            for stem, part in parts
+            for stem in OPERATORS
+            for part in parts
         ),
         pytest("tests of the model", ["model"], *without_triton, after="build"),
     ]
@@ -209,13 +196,13 @@ def benchmarks() -> list[Step]:
     for name, case, _ in network:
         options = [*written, *case, "--runs", "10", "--name", f"{name}_compiled"]
         steps.append(timed(name, *options, seconds=100, title=f"benchmark {name}, torch.compile"))
-    operator = {name: ["--operators", name] for name in BENCHMARKED}
-    for name in BENCHMARKED:
-        steps.append(timed("operators", *device, *operator[name], seconds=60, title=f"benchmark kernels {name}"))
-    for name, case in BENCHMARKED.items():
-        options = [*written, *operator[name], "--case", case, "--name", f"{name}_compiled"]
+    for name in OPERATORS:
+        options = [*device, "--operators", name]
+        steps.append(timed("operators", *options, seconds=60, title=f"benchmark kernels {name}"))
+    for name in OPERATORS:
+        options = [*written, *PHOTO, "--operators", name, "--name", f"{name}_compiled"]
         title = f"benchmark kernels {name}, torch.compile"
-        steps.append(timed("operators", *options, seconds=60, title=title))
+        steps.append(timed("operators", *options, seconds=90, title=title))
     steps.append(timed("gpu_dry_run", "--json", seconds=60))
     steps.append(timed("tune_triton", "--seconds", "100", "--output", str(LOGS / "configurations.json"), seconds=120))
     return steps

@@ -6,13 +6,17 @@ For T at 480x640: x is (1, 36, 480, 640). benchmarks/README.md contains the tabl
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from seemore_fast.benchmarks.cases import IN_MORE, IN_SEE, OPERATORS, PHOTO, Setting, in_mode
+import torch
+
+from seemore_fast.benchmarks.cases import OPERATORS, PHOTO, Setting, in_mode, input_shapes, result_shapes
 
 ERF = 21  # instructions of erff: nvcc 13.0, sm_90, counted in the SASS without loads of constants
 COPY = 4.3e12  # bytes per second, read and written
 VECTOR, MATRIX = 67e12, 990e12  # operations per second: float32 multiply-adds; dense bfloat16 on the tensor cores
+DTYPES = torch.float32, torch.bfloat16
 
 
 class Work(NamedTuple):
@@ -21,64 +25,56 @@ class Work(NamedTuple):
     LayerNorms, products and residuals, a few operations each, are left out, and so are parameters and small maps.
     """
 
-    images: float  # of the size of x, read or written
-    vector: float = 0  # multiply-adds outside matrices: depthwise convolutions, interpolation and pool
-    matrix: float = 0  # multiply-adds of pointwise and dense convolutions
-    erfs: float = 0  # of GELU or its gradient
+    bytes: tuple[float, ...]  # read or written, for each of DTYPES
+    vector: float  # multiply-adds outside matrices: depthwise convolutions, interpolation and pool
+    matrix: float  # multiply-adds of pointwise and dense convolutions
+    erfs: float  # of GELU or its gradient
 
     def operations(self) -> float:
         """Return the sum, where a multiply-add is two operations and an erf is ERF multiply-adds."""
         return 2 * (self.vector + self.matrix + ERF * self.erfs)
 
-    def bytes(self, size: int) -> float:
-        return self.images * size
-
-    def floor(self, size: int) -> tuple[float, str]:
-        """Return seconds and the limiting resource; float32's matrices (size 4) run on the units of the rest."""
-        vector, matrix = 2 * (self.vector + ERF * self.erfs) / VECTOR, 2 * self.matrix / MATRIX
-        if size == 4:
-            vector, matrix = vector + 2 * self.matrix / VECTOR, 0
-        return max((self.bytes(size) / COPY, "memory"), (vector, "FMA"), (matrix, "tensor"))
-
-
-def fused(images: int, *parts: Work) -> Work:
-    """Return the work of several operators in one, whose intermediate results are neither written nor read."""
-    return Work(images, *map(sum, zip(*(part[1:] for part in parts), strict=True)))
+    def floors(self) -> list[tuple[float, str]]:
+        """Return seconds and the limiting resource for each of DTYPES; float32's matrices run on the vector units."""
+        vector, matrix = 2 * (self.vector + ERF * self.erfs), 2 * self.matrix
+        seconds = [((vector + matrix) / VECTOR, 0), (vector / VECTOR, matrix / MATRIX)]
+        return [
+            max((moved / COPY, "memory"), (on_vectors, "FMA"), (on_matrices, "tensor"))
+            for moved, (on_vectors, on_matrices) in zip(self.bytes, seconds, strict=True)
+        ]
 
 
-def multiply_adds(operator: str, mode: str = "forward", **options) -> float:
-    """Return an operator's multiply-adds for each element of x."""
-    setting = Setting(PHOTO, mode=mode, **options)
-    return in_mode(OPERATORS[operator].operations(setting), mode) / 2 / math.prod(PHOTO)
+def bytes_of(name: str, setting: Setting) -> int:
+    """Return the bytes of images that have to move; backward has as many results as inputs, and y's gradient."""
+    if traffic := OPERATORS[name].traffic:
+        return in_mode(traffic(setting), setting.mode)
+    inputs, results = input_shapes(name, setting).values(), result_shapes(name, setting)
+    read, written = (
+        sum(math.prod(shape) for shape in shapes if shape[2:] == setting.shape[2:]) for shapes in (inputs, results)
+    )
+    return ((2 if setting.mode == "backward" else 1) * read + written) * setting.dtype.itemsize
 
 
-def all_work() -> dict[str, Work]:
-    """Return the work of every operator by name; for those with stencils or pools, backward, too."""
-    table = {}
-    for mode in ("forward", "backward"):
-        gradients = mode == "backward"  # as many results as inputs, and the result's own gradient
-        stripes = {"K=11": {"taps": 11}, "K=11 gate": IN_SEE, "K=3 gelu": IN_MORE}
-        for name, options in stripes.items():
-            images = 3 + 2 * gradients if options.get("gated") else 2 + gradients
-            vector = multiply_adds("striped_conv", mode, **options)
-            table[f"striped_conv {name}, {mode}"] = Work(images, vector, erfs="activation" in options)
-        calibrate = multiply_adds("calibrate", mode, recursive=2)
-        table[f"calibrate, {mode}"] = Work(2 + gradients, calibrate, erfs=1 / 16 + 1 / 256)
-        # The pool's additions, each in the place of a multiply-add
-        table[f"router, {mode}"] = Work(1, 2 * multiply_adds("router", mode))
-    expand = Work(3, matrix=multiply_adds("norm_pointwise"), erfs=2)
-    conv = Work(3, matrix=multiply_adds("norm_conv3x3"), erfs=1)
-    ffn = Work(2, vector=9, matrix=multiply_adds("gated_ffn") - 9, erfs=3)
-    experts, projection = (Work(3, matrix=multiply_adds(name)) for name in ("low_rank_experts", "pointwise"))
-    more = (table[f"{name}, forward"] for name in ("striped_conv K=3 gelu", "calibrate", "router"))
-    return table | {
-        "norm_pointwise C to 2C gelu": expand,
-        "norm_conv3x3 C to C gelu to 2C": conv,
-        "gated_ffn": ffn,
-        "low_rank_experts, rank 8": experts,
-        "rme_block": fused(2, conv, *more, experts, projection, ffn),
-        "sme_block": fused(2, expand, table["striped_conv K=11 gate, forward"], projection, ffn),
-    }
+def work_of(name: str, setting: Setting) -> Work:
+    """Return the work of an operator; of those that are fused, intermediate results are neither written nor read."""
+    operator, elements = OPERATORS[name], math.prod(setting.shape)
+    moved = tuple(bytes_of(name, setting._replace(dtype=dtype)) / elements for dtype in DTYPES)
+    if not callable(operator.counted):
+        parts = (work_of(part, operator.inside(setting)) for part in operator.counted)
+        return Work(moved, *map(sum, zip(*(part[1:] for part in parts), strict=True)))
+    multiply_adds = in_mode(operator.operations(setting), setting.mode) / 2 / elements
+    vector = multiply_adds if operator.vector is None else operator.vector
+    return Work(moved, vector, multiply_adds - vector, operator.erfs(setting))
+
+
+def all_work() -> Iterator[tuple[str, Work]]:
+    """Yield the work of every operator with its name and mode; backward, too, of those without matrices."""
+    for name, operator in OPERATORS.items():
+        for title, setting in operator.cases()["cuda"].items():
+            mode, _, *variant, dtype = title.split()
+            is_shown = mode == "forward" or (mode == "backward" and operator.vector is None)
+            if is_shown and setting.shape == PHOTO and dtype == "fp32":
+                yield f"{' '.join([name, *variant])}, {mode}", work_of(name, setting)
 
 
 def table() -> str:
@@ -88,11 +84,11 @@ def table() -> str:
         f"|--{'|--:' * 9}|",
     ]
     million = math.prod(PHOTO) / 1e6
-    for name, work in all_work().items():
-        amounts = [f"{work.bytes(size) * million:.1f}" for size in (4, 2)]
+    for name, work in all_work():
+        amounts = [f"{moved * million:.1f}" for moved in work.bytes]
         amounts += [f"{amount * million:,.0f}" for amount in (work.vector, work.matrix, work.erfs)]
-        amounts += [f"{work.operations() / work.bytes(size):.1f}" for size in (4, 2)]
-        amounts += [f"{seconds * million * 1e12:.1f} {limit}" for seconds, limit in map(work.floor, (4, 2))]
+        amounts += [f"{work.operations() / moved:.1f}" for moved in work.bytes]
+        amounts += [f"{seconds * million * 1e12:.1f} {limit}" for seconds, limit in work.floors()]
         lines.append(f"| {' | '.join([name, *amounts])} |")
     return "\n".join(lines)
 

@@ -26,7 +26,6 @@ from seemore_fast.benchmarks.cases import (
     result_shapes,
 )
 
-KERNEL_OF = {"pointwise": "norm_pointwise", "conv3x3_shuffle": "norm_conv3x3"}  # operators that run another's kernel
 EAGER = {"torch eager": torch.contiguous_format, "torch eager channels_last": torch.channels_last}
 
 
@@ -130,7 +129,7 @@ def on_backends(
         return {f"{harness.OURS} auto": harness.inside(partial(seemore_fast.use_backend, "auto"), provider)}
     table = harness.ours(provider, device, instruction_sets)
     kernels = seemore_fast.backend_info()["operators"]
-    backends = kernels.get(name, []) + kernels.get(KERNEL_OF.get(name), [])
+    backends = kernels.get(name, []) + kernels.get(OPERATORS[name].kernel, [])
     for row, there in table.items():
         if callable(there) and row.split()[1] not in backends:
             table[row] = f"this backend has no kernel of {name}"

@@ -13,13 +13,11 @@ from pathlib import Path
 
 import torch
 
-from seemore_fast.backends import preferences
+from seemore_fast.backends import KERNELS, preferences
 from seemore_fast.benchmarks import command, harness, operators
 from seemore_fast.benchmarks.cases import OPERATORS, PATCHES, PHOTO, Operator, Setting
 
-TUNED = (
-    "striped_conv", "calibrate", "router", "norm_pointwise", "norm_conv3x3", "gated_ffn", "low_rank_experts",
-)  # fmt: skip
+TUNED = [name for name in OPERATORS if name in KERNELS]
 REFERENCE = "torch eager"
 
 
@@ -65,7 +63,7 @@ def measure(names: list[str], device: torch.device, options) -> Iterator[dict[st
 def main(arguments: list[str] | None = None, prog: str | None = None):
     parser = command.parser(__doc__, prog)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--operators", nargs="*", choices=TUNED, default=list(TUNED), metavar="NAME")
+    parser.add_argument("--operators", nargs="*", choices=TUNED, default=TUNED, metavar="NAME")
     parser.add_argument("--output", type=Path, default=preferences.user_file(), help="default: %(default)s")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="tiny images, to try the command; needs --output")
