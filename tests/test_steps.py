@@ -3,6 +3,7 @@
 import sys
 import tarfile
 import time
+from types import SimpleNamespace
 
 import pytest
 from helpers.benchmarks import processes
@@ -21,6 +22,19 @@ def run(tmp_path):
         return result
 
     return until_it_ends
+
+
+@pytest.fixture
+def time_is_over(tmp_path, monkeypatch):
+    """Function that ends the 60 seconds of "a step" as soon as its log has a text."""
+
+    def when_logged(text: str):
+        log = tmp_path / "a-step.log"
+        is_over = lambda: log.exists() and text in log.read_text()  # noqa: E731
+        clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 60 * is_over(), sleep=time.sleep)
+        monkeypatch.setattr(steps, "time", clock)
+
+    return when_logged
 
 
 def python(code, seconds=60, name="a step", **options):
@@ -43,23 +57,25 @@ def test_long(): time.sleep(1000)
 """
 
 
-def test_the_log_of_an_interrupted_step_has_its_failures(run, tmp_path, monkeypatch):
+def test_the_log_of_an_interrupted_step_has_its_failures(run, tmp_path, monkeypatch, time_is_over):
     monkeypatch.setattr(steps, "GRACE_S", 120)  # on a busy machine
     (tmp_path / "test_some.py").write_text(TESTS)
-    step = gpu_check.pytest("tests of some", [], "test_some.py", seconds=8)
+    step = gpu_check.pytest("a step", [], "test_some.py", seconds=60)
     command = [word for word in step.command if word not in ("--device", "cuda")]
-    assert run(step._replace(command=command))["outcome"] == "failed: not done after 8 s"
-    log = (tmp_path / "tests-of-some.log").read_text()
+    time_is_over("::test_long")
+    assert run(step._replace(command=command))["outcome"] == "failed: not done after 60 s"
+    log = (tmp_path / "a-step.log").read_text()
     assert "test_some.py::test_good PASSED" in log and "test_some.py::test_bad FAILED" in log
     assert "assert (1 + 1) == 3" in log and "KeyboardInterrupt" in log
 
 
-def test_a_step_that_ignores_the_interrupt_is_killed_with_its_processes(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "GRACE_S", 1)
+def test_a_step_that_ignores_the_interrupt_is_killed_with_its_processes(run, tmp_path, monkeypatch, time_is_over):
+    monkeypatch.setattr(steps, "GRACE_S", 0.3)
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)"
     child = f"{deaf}; print('started'); time.sleep(1000)  # {tmp_path}"
     code = f"{deaf}\nimport subprocess, sys\nsubprocess.run([sys.executable, '-u', '-c', {child!r}])"
-    assert run(python(code, seconds=2))["outcome"] == "failed: not done after 2 s"
+    time_is_over("started")
+    assert run(python(code))["outcome"] == "failed: not done after 60 s"
     assert not processes(tmp_path)
 
 
