@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from helpers import processes
 from helpers.images import listing, pixels
 from PIL import Image, ImageCms
 
@@ -171,6 +173,11 @@ def test_a_photo_too_large_for_the_memory_is_one_failure(tree, upscale, tmp_path
     assert " bytes) of memory, 0.0 GiB are available: take a smaller image" in failure
 
 
+def main_with_small_files(command):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
+    return main(command)
+
+
 def test_a_full_disk_leaves_nothing_unfinished(tmp_path, weights):
     """A limit on the size of files acts as a full disk: some bytes are written, then no more."""
     pytest.importorskip("pyvips")
@@ -181,15 +188,11 @@ def test_a_full_disk_leaves_nothing_unfinished(tmp_path, weights):
         Image.fromarray(pixels(3) if "small" in name else large).save(source / name)
     for name in ("c_deep.png", "d_deep.tif"):
         write_image(Picture(large.astype(np.uint16) * 257), source / name)
-    code = (
-        "import resource, sys; from seemore_fast.cli import main; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000)); sys.exit(main(sys.argv[1:]))"
-    )
     command = ["upscale", str(source), "-o", f"{target}/", "--device", "cpu", "--model", str(weights)]
-    result = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
-    assert result.returncode == 1 and "1 of 5 images upscaled" in result.stdout, result.stderr
+    status, printed = processes.run(main_with_small_files, command, output=tmp_path / "printed")
+    assert status == 1 and "1 of 5 images upscaled" in printed
     for name in ("a_large_x2.png", "b_large_x2.tif", "c_deep_x2.png", "d_deep_x2.tif"):
-        assert f"failed: {target / name}: cannot be written: File too large" in result.stderr
+        assert f"failed: {target / name}: cannot be written: File too large" in printed
     assert os.listdir(target) == ["e_small_x2.png"] and Image.open(target / "e_small_x2.png").size == (40, 32)
 
 
@@ -329,23 +332,18 @@ def test_stopping_finishes_the_images_in_progress(watched, outcomes, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_images_in_progress(tmp_path, tree, number):
-    for i in range(200):
+    out = tmp_path / "out"
+    for i in range(80):
         Image.fromarray(pixels(3)).resize((300, 300)).save(tree / f"n{i}.png", compress_level=0)
-    command = [sys.executable, "-m", "seemore_fast.cli", "upscale", tree, "-o", tmp_path / "out", "--device", "cpu"]
-    process = subprocess.Popen(
-        [*map(str, command), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    while not (tmp_path / "out").exists() or not listing(tmp_path / "out"):
-        time.sleep(0.05)
-        assert process.poll() is None
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "finishing the images in progress" in err, err
-    summary = json.loads(out)
-    assert summary["stopped"] and 0 < summary["done"] < 203
-    assert len(listing(tmp_path / "out")) == summary["done"]
-    for file in listing(tmp_path / "out"):
-        Image.open(tmp_path / "out" / file).load()
+    process = processes.command("upscale", tree, "-o", out, "--device", "cpu", "--json", output=tmp_path / "printed")
+    process.wait_until(lambda: out.exists() and listing(out))
+    process.signal(number)
+    status, printed = process.wait()
+    assert status == 130 and "finishing the images in progress" in printed
+    summary = json.loads(printed[printed.index("{\n") : printed.rindex("}") + 1])
+    assert summary["stopped"] and 0 < summary["done"] < 83 and len(listing(out)) == summary["done"]
+    for file in listing(out):
+        Image.open(out / file).load()
 
 
 def test_torchrun_shares_the_files_and_one_process_reports(tree, tmp_path, weights):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import BENCHMARKS
+from helpers import BENCHMARKS, processes
 from helpers.benchmarks import figures, scaled_sum
 from helpers.networks import T
 from torch.utils.flop_counter import FlopCounterMode
@@ -194,19 +194,18 @@ def test_compiled_peers(bench, tmp_path, operator):
         assert rows["torch.compile"]["ms"] > 0
 
 
-def run_pytest(tmp_path, *arguments, **environment):
-    """Run `pytest benchmarks/` on tiny cases; return its process, and pytest-benchmark's JSON by test."""
+def run_pytest(tmp_path, *options):
+    """Run `pytest benchmarks/` on tiny cases; return status, output, and pytest-benchmark's JSON by test."""
     path = tmp_path / "benchmark.json"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(BENCHMARKS), "--bench-quick"]
-    command += ["--bench-device", "cpu", "--benchmark-json", str(path), *map(str, arguments)]
-    environment |= {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent, env=os.environ | environment)
-    return done, {test["name"]: test for test in json.loads(path.read_text())["benchmarks"]}
+    command = ["-q", "-p", "no:cacheprovider", str(BENCHMARKS), "--bench-quick", "--bench-device", "cpu"]
+    command += ["--benchmark-json", str(path), *options]
+    done = processes.run(pytest.main, command, output=tmp_path / "printed")
+    return *done, {test["name"]: test for test in json.loads(path.read_text())["benchmarks"]}
 
 
 def test_pytest_runs_every_benchmark(tmp_path):
-    done, tests = run_pytest(tmp_path)
-    assert done.returncode == 0, done.stdout
+    status, printed, tests = run_pytest(tmp_path)
+    assert status == 0, printed
     for name, test in tests.items():
         extra = test["extra_info"]
         assert extra["gb_s"] > 0 and extra["of_copy"] > 0 and extra["max_error"] < 0.5
@@ -232,12 +231,12 @@ operators.on_backends = wrong
 """
 
 
-def test_pytest_fails_a_wrong_provider(tmp_path):
+def test_pytest_fails_a_wrong_provider(tmp_path, monkeypatch):
     (tmp_path / "break_it.py").write_text(WRONG_ROUTER)
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.syspath_prepend(tmp_path)
     options = ["-p", "break_it", "-k", "router and forward and not striped and not rme"]
-    done, tests = run_pytest(tmp_path, *options, PYTHONPATH=path)
-    assert done.returncode == 1 and "result 0 errs by" in done.stdout
+    status, printed, tests = run_pytest(tmp_path, *options)
+    assert status == 1 and "result 0 errs by" in printed
     assert tests and not any("seemore-fast" in name for name in tests)
 
 

@@ -1,13 +1,11 @@
 """What serves a GPU depends on that GPU and on torch's build and switches; GPUs are stubs here."""
 
 import importlib.metadata
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import processes
 
 from seemore_fast import backends
 from seemore_fast.backends import native, preferences, report, selection
@@ -114,21 +112,22 @@ SWITCHES = {  # what is set: how float32 is multiplied then; None where versions
 }
 
 
+def print_precisions(switch):
+    from seemore_fast.kernels.tiles import precision
+    from seemore_fast.network.graphs import size_of
+
+    exec(switch)
+    size_of(torch.empty(1))
+    print(*map(precision, (torch.float32, torch.bfloat16, torch.float16)))
+
+
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_every_switch_of_torch_is_followed(switch):
+def test_every_switch_of_torch_is_followed(switch, tmp_path):
     """In a process of its own: reading an old switch raises for ever once a new one is set."""
     pytest.importorskip("triton")
-    code = f"""
-import torch
-{switch}
-from seemore_fast.network.graphs import size_of
-from seemore_fast.kernels.tiles import precision
-size_of(torch.empty(1))
-print(precision(torch.float32), precision(torch.bfloat16), precision(torch.float16))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr
-    wide, *narrow = done.stdout.split()
+    status, printed = processes.run(print_precisions, switch, output=tmp_path / "printed")
+    assert status == 0, printed
+    wide, *narrow = printed.split()
     assert narrow == ["tf32x3", "tf32x3"]
     assert wide == SWITCHES[switch] or (SWITCHES[switch] is None and wide in ("tf32", "tf32x3"))
 

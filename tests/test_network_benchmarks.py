@@ -1,13 +1,16 @@
 """Benchmarks of inference and training: providers, counts, refusals and files."""
 
 import contextlib
+import faulthandler
+import gc
 import io
 import json
-import subprocess
+import signal
 import sys
 
 import pytest
 import torch
+from helpers import processes
 from helpers.benchmarks import figures
 
 from seemore_fast import SeemoRe
@@ -100,24 +103,21 @@ def test_the_chart_shows_all_timed_providers(quick):
     assert [bar[1] for bar in bars] == sorted(bar[1] for bar in bars)
 
 
-SIGNAL = """
-import faulthandler, gc, signal, sys
-faulthandler.enable()  # as pytest does: handlers run on a stack of their own
-from seemore_fast.cli import main
-options = ["--case", "tiny 40", *"--quick --runs 1 --no-compile --threads 1 --results".split()]
-assert main(["benchmark", "inference", *options, sys.argv[1]]) == 0
-gc.collect()
-signal.signal(signal.SIGTERM, lambda *_: print("still there"))
-signal.raise_signal(signal.SIGTERM)
-"""
+def run_tiny_and_raise_sigterm(folder):
+    faulthandler.enable()  # as pytest does: handlers run on a stack of their own
+    inference.PAUSE = 0
+    sys.modules |= {"onnxruntime": None, "seemore.module": None}  # others take long
+    assert main(["benchmark", "inference", *QUICK, folder, "--case", "tiny 40", "--no-compile"]) == 0
+    gc.collect()
+    signal.signal(signal.SIGTERM, lambda *_: print("still there"))
+    signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="stacks for signal handlers are Linux's here")
 def test_signals_are_handled_afterwards(tmp_path):
     pytest.importorskip("openvino")
-    program = [sys.executable, "-c", SIGNAL, str(tmp_path)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stdout.endswith("still there\n"), done.stderr[-2000:]
+    status, printed = processes.run(run_tiny_and_raise_sigterm, str(tmp_path / "out"), output=tmp_path / "printed")
+    assert status == 0 and printed.endswith("still there\n"), printed
 
 
 def test_without_other_packages_their_absence_is_reported(tiny, monkeypatch, tmp_path, capsys):
