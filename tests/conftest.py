@@ -20,30 +20,10 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session", autouse=True)
 def quicker_interpreter():
-    """Let Triton's interpreter replace the functions of its language once a kernel, not again at every call within.
+    from helpers import interpreter  # imports triton, which reads TRITON_INTERPRET
 
-    That is half of its time; in a Triton that does it otherwise, nothing is changed.
-    """
-    try:
-        from triton.runtime import interpreter
-
-        patch, modules = interpreter._patch_lang, (interpreter.tl, interpreter.tl.core)
-    except (ImportError, AttributeError):
+    with interpreter.quicker():
         yield
-        return
-    scopes = {}  # by the modules of the language that the functions that it was made for see
-
-    def patch_once(function):
-        seen = tuple(module in function.__globals__.values() for module in modules)
-        if seen not in scopes:
-            scope = scopes[seen] = patch(function)
-            restore = scope.restore
-            scope.restore = lambda: (scopes.clear(), restore())
-        return scopes[seen]
-
-    interpreter._patch_lang = patch_once
-    yield
-    interpreter._patch_lang = patch
 
 
 def pytest_addoption(parser):
@@ -85,10 +65,13 @@ def is_too_much_to_interpret(item) -> bool:
 
     Float16 adds little to bfloat16, and combinations of parametrisations to those that take each value in turn.
     """
+    if item.callspec.params.get("dtype") == torch.float16:
+        return True
     marks = [mark for mark in item.iter_markers("parametrize") if mark.args[0] not in ("backend", "dtype")]
+    if len(marks) < 2:
+        return False
     positions = [position(mark, item.callspec.params) for mark in marks]
-    is_beyond = is_beyond_turns([len(mark.args[1]) for mark in marks], positions)
-    return is_beyond or item.callspec.params.get("dtype") == torch.float16
+    return is_beyond_turns([len(mark.args[1]) for mark in marks], positions)
 
 
 def position(mark: pytest.Mark, arguments: dict) -> int:

@@ -21,6 +21,7 @@ from helpers.ptx import widest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton
 import triton.language as tl
 
 from seemore_fast import kernels
@@ -305,6 +306,11 @@ def test_interpreted_kernels_do_not_compile():
         Launch(kernel=print, programs=1, arguments={}).compile_for(90)
 
 
+@triton.jit
+def add(y, step):
+    tl.store(y, step + step)
+
+
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 is not set")
 
 
@@ -335,3 +341,12 @@ def test_parts_add_up(monkeypatch):
     parts = results_of_striped_conv()
     assert [len(partial) for partial in made] == [6]  # 84 pixels
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+
+
+@interpreted
+def test_an_index_that_wraps_is_refused():
+    y = torch.zeros(1, dtype=torch.int64)
+    add[(1,)](y, 2**30 - 1)
+    assert y.item() == 2**31 - 2
+    with pytest.raises(Exception, match="int32 overflow"):
+        add[(1,)](y, 2**30)
