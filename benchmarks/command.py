@@ -72,15 +72,20 @@ def check_options(parser: argparse.ArgumentParser, options, *tables: dict[str, d
 
 def check_numbers(parser: argparse.ArgumentParser, options, kinds: list[str]):
     """End with a usage error for less than one run or thread, or for a device that is missing or not of these kinds."""
-    for name in ("runs", "threads"):
-        if getattr(options, name, 1) < 1:
-            parser.error(f"--{name} is {getattr(options, name)}, expected at least 1")
+    check_counts(parser, options)
     try:
         kind = find_device(options.device).type
     except ValueError as error:
         parser.error(f"--{error}; --device cpu --quick tries the benchmark itself")
     if kind not in kinds:
         parser.error(f"--device is {options.device!r}, this benchmark runs on {' or '.join(kinds)}")
+
+
+def check_counts(parser: argparse.ArgumentParser, options):
+    """End with a usage error for less than one run, turn, step or thread."""
+    for name in ("runs", "turns", "steps", "threads"):
+        if getattr(options, name, 1) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}, expected at least 1")
 
 
 def choose(options, cases: dict[str, dict]) -> dict:

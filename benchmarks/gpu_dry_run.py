@@ -23,12 +23,11 @@ import json
 import os
 import random
 import sys
-import tempfile
 import time
 from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -37,7 +36,6 @@ if __name__ == "__main__":
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURE = 90
 SIZES, SEED = 40, 0
 WARM_UPS, REPEATS = 5, 60
@@ -71,24 +69,6 @@ class Launched(NamedTuple):
     arguments: tuple
 
 
-class Driver:
-    """Stand-in for Triton's driver: one device of an architecture, whose stream is 0."""
-
-    def __init__(self, architecture: int):
-        self._architecture = architecture
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self._architecture, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 class Stub:
     """Stand-in for a compiled kernel, which appends its launches to `launched`, if that is a list."""
 
@@ -110,6 +90,7 @@ class Stub:
 def dry_run(architecture: int = ARCHITECTURE) -> Iterator[dict[Any, Variant]]:
     """Make operators on CPU tensors choose Triton and launch nothing; yield the compiled kernels by key."""
     import triton.runtime.driver
+    from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
     import seemore_fast
@@ -125,8 +106,13 @@ def dry_run(architecture: int = ARCHITECTURE) -> Iterator[dict[Any, Variant]]:
         stub = self.device_caches[device][0][key] = Stub(variant)
         return stub
 
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", architecture, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
     before = triton.runtime.driver._active
-    triton.runtime.driver.set_active(Driver(architecture))
+    triton.runtime.driver.set_active(driver)
     try:
         with (
             mock.patch.object(JITFunction, "_do_compile", compile_nothing),
@@ -230,28 +216,14 @@ def host_ms(case: Case) -> float:
     return round(1e3 * min(times[WARM_UPS:]), 2)
 
 
-def lay_out(folder: Path):
-    """Make the checkout importable as the package."""
-    package = folder / "seemore_fast"
-    package.mkdir()
-    for path in [*(ROOT / "seemore_fast").iterdir(), ROOT / "kernels", ROOT / "benchmarks"]:
-        (package / path.name).symlink_to(path)
-    sys.path.insert(0, str(folder))
-
-
 def main():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--launches", action="store_true", help="print all launches by kernel and grid")
     options = parser.parse_args()
     torch.set_num_threads(1)  # the host code is one thread
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            import seemore_fast.kernels  # noqa: F401
-        except ModuleNotFoundError:  # a checkout that is not installed
-            lay_out(Path(folder))
-        with dry_run() as compiled:
-            measured = {title: measure(case, compiled) for title, case in cases().items()}
+    with dry_run() as compiled:
+        measured = {title: measure(case, compiled) for title, case in cases().items()}
     if options.json:
         print(json.dumps({title: figures for title, (figures, _) in measured.items()}, indent=1))
     else:

@@ -142,15 +142,20 @@ def ours(provider: Provider, device: torch.device, instruction_sets: bool = Fals
 
 
 @contextmanager
-def instruction_set(name: str):
-    """Use one of the CPU library's instruction sets within a `with` block."""
-    native = seemore_fast.backends.native
-    before = native.instruction_set()
-    native.use_instruction_set(name)
+def setting(get: Callable, set_to: Callable, value: object):
+    """Have a setting at a value within a `with` block."""
+    before = get()
+    set_to(value)
     try:
         yield
     finally:
-        native.use_instruction_set(before)
+        set_to(before)
+
+
+def instruction_set(name: str):
+    """Return a context that uses one of the CPU library's instruction sets."""
+    native = seemore_fast.backends.native
+    return setting(native.instruction_set, native.use_instruction_set, name)
 
 
 def missing(module: str) -> str | None:

@@ -10,7 +10,6 @@ spandrel, if it is installed, with random weights: they are compared with their 
 import copy
 import os
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -141,19 +140,11 @@ def scaling(config: dict, size: Size, device: torch.device, options) -> harness.
     y, operations = solve(model, x)
     providers, cores = {}, os.cpu_count()
     for count, name in ((1, "seemore-fast, 1 thread"), (2, "seemore-fast, 2 threads")):
-        provider = harness.inside(partial(torch_threads, count), eager(like(model)))
+        provider = harness.inside(
+            partial(harness.setting, torch.get_num_threads, torch.set_num_threads, count), eager(like(model))
+        )
         providers[name] = provider if count <= cores else f"this machine has {cores} core"
     return harness.Case(providers, [{"x": x}], [y], (), ATOL, operations=operations, kernels_only=False)
-
-
-@contextmanager
-def torch_threads(count: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # Tables on a GPU

@@ -26,8 +26,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of a turn (default: %(default)s)")
     command.add_turn_options(parser, TURNS)
     options = parser.parse_args(arguments)
-    if options.steps < 1 or options.turns < 1:
-        parser.error("--steps and --turns are to be at least 1")
+    command.check_counts(parser, options)
     if absent := harness.missing("yaml") or harness.missing("pydantic"):
         parser.error(absent.replace("[bench]", "[train]"))
     from seemore_fast.errors import ConfigError

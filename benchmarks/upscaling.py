@@ -87,8 +87,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None):
     parser = command.parser(__doc__, prog)
     command.add_turn_options(parser, TURNS)
     options = parser.parse_args(arguments)
-    if options.turns < 1:
-        parser.error(f"--turns is {options.turns}, expected at least 1")
+    command.check_counts(parser, options)
     try:
         device = find_device(options.device or "auto")
     except ValueError as error:
