@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers.images import noise
+from helpers.images import max_value, noise
 from helpers.networks import SMALL
 from PIL import Image
 
@@ -30,10 +30,8 @@ def through_network(model, colours):
 @pytest.mark.parametrize("channels", [(), (1,), (2,), (3,), (4,)])
 def test_arrays_keep_their_kind_and_are_right(small_model, upscaler, dtype, channels):
     image = noise(18, 21, *channels, dtype=dtype)
-    result = upscaler(image)
-    assert result.dtype == dtype
-    assert result.shape == (36, 42, *channels)
-    top = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1
+    result, top = upscaler(image), max_value(dtype)
+    assert result.dtype == dtype and result.shape == (36, 42, *channels)
     planes = image.reshape(18, 21, -1).astype(np.float64) / top
     has_alpha = planes.shape[2] in (2, 4)
     colours = planes[:, :, :-1] if has_alpha else planes
@@ -46,40 +44,23 @@ def test_arrays_keep_their_kind_and_are_right(small_model, upscaler, dtype, chan
     np.testing.assert_allclose(result.reshape(36, 42, -1) / top, expected.clip(0, 1), atol=tolerance + 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("mode", "expected"),
-    [
-        ("L", "L"),
-        ("RGB", "RGB"),
-        ("RGBA", "RGBA"),
-        ("LA", "LA"),
-        ("1", "L"),
-        ("P", "RGB"),
-        ("CMYK", "RGB"),
-        ("YCbCr", "RGB"),
-    ],
-)
-def test_pillow_modes(upscaler, mode, expected):
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "1", "P", "CMYK", "YCbCr"])
+def test_pillow_modes(upscaler, mode):
     image = Image.fromarray(noise(16, 20, 4 if "A" in mode else 3)).convert(mode)
-    result = upscaler(image)
-    assert result.mode == expected
-    assert result.size == (40, 32)
+    result, expected = upscaler(image), {"1": "L", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}.get(mode, mode)
+    assert result.mode == expected and result.size == (40, 32)
     if mode == expected:
         np.testing.assert_array_equal(np.asarray(result), upscaler(np.asarray(image)))
 
 
-def test_palette_transparency_is_kept(upscaler):
+def test_transparency_of_a_palette_and_opaque_alpha_are_kept(upscaler):
     image = Image.fromarray(noise(16, 16, 3)).quantize(8)
     image.info["transparency"] = 0
     result = upscaler(image)
-    assert result.mode == "RGBA"
-    assert np.asarray(result)[:, :, 3].min() == 0
-
-
-def test_opaque_alpha_stays_opaque(upscaler):
-    image = noise(16, 16, 4)
-    image[:, :, 3] = 255
-    assert (upscaler(image)[:, :, 3] == 255).all()
+    assert result.mode == "RGBA" and np.asarray(result)[:, :, 3].min() == 0
+    opaque = noise(16, 16, 4)
+    opaque[:, :, 3] = 255
+    assert (upscaler(opaque)[:, :, 3] == 255).all()
 
 
 def test_one_channel_models_take_colour_plane_by_plane(device):
@@ -100,14 +81,11 @@ def test_integers_go_straight_through_the_engine_and_equal_the_rounded_floats(mo
     upscaler = Upscaler(SeemoRe(**{**SMALL, "in_chans": in_chans}), device="cpu")
     image = noise(*shape, dtype=dtype)
     run, seen = engine.run_out, []
-    monkeypatch.setattr(
-        engine, "run_out", lambda model, x, *more, **named: seen.append(x) or run(model, x, *more, **named)
-    )
-    result = upscaler(image)
+    monkeypatch.setattr(engine, "run_out", lambda model, x, *more, **o: seen.append(x) or run(model, x, *more, **o))
+    result, top = upscaler(image), max_value(dtype)
     assert [x.data_ptr() for x in seen] == [image.ctypes.data], "without a copy"
-    max_value = np.iinfo(dtype).max
-    exact = upscaler((image / max_value).astype(np.float32)).astype(np.float64)
-    np.testing.assert_array_equal(result[:, :, :3], np.rint((exact * max_value).astype(np.float32))[:, :, :3])
+    exact = upscaler((image / top).astype(np.float32)).astype(np.float64)
+    np.testing.assert_array_equal(result[:, :, :3], np.rint((exact * top).astype(np.float32))[:, :, :3])
 
 
 @pytest.mark.parametrize("kind", ["read-only", "every other", "flipped", "field", "broadcast", "transposed"])
@@ -136,8 +114,7 @@ def test_the_weights_are_packed_once(monkeypatch, small_model):
 
 
 @needs_engine
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
-@pytest.mark.parametrize("channels", [(), (3,), (4,)])
+@pytest.mark.parametrize("dtype, channels", [(np.uint8, ()), (np.uint16, (3,)), (np.float32, (4,))])
 def test_images_that_do_not_fit_are_refused_before_anything_is_allocated(upscaler, dtype, channels):
     image = np.broadcast_to(np.zeros((1, *channels), dtype), (10**5, 10**5, *channels))
     text = r"^2x upscaling of 100000x100000 pixels needs [\d,.]+ GiB \([\d,]+ bytes\) .*smaller image"
@@ -150,8 +127,7 @@ def test_the_given_module_stays_unchanged(small_model):
     weights = copy.deepcopy(small_model.state_dict())
     upscaler = Upscaler(small_model, device="cpu", dtype="bf16")
     upscaler(noise(16, 16, 3))
-    assert small_model.training
-    assert all(p.requires_grad for p in small_model.parameters())
+    assert small_model.training and all(p.requires_grad for p in small_model.parameters())
     torch.testing.assert_close(small_model.state_dict(), weights, rtol=0, atol=0)
     assert upscaler.model.conv_2.weight.dtype == torch.bfloat16
 
@@ -160,8 +136,7 @@ def test_the_given_module_stays_unchanged(small_model):
 def test_reduced_precision_differs_by_little(small_model, upscaler, dtype):
     image = noise(32, 32, 3)
     result = Upscaler(small_model, device="cpu", dtype=dtype)(image)
-    difference = np.abs(result.astype(int) - upscaler(image).astype(int))
-    assert difference.max() <= 4
+    assert np.abs(result.astype(int) - upscaler(image).astype(int)).max() <= 4
 
 
 def test_nan_results_are_refused(small_model):
@@ -179,9 +154,8 @@ def test_other_byte_orders_are_supported(upscaler):
 
 
 def test_shipped_names_with_and_without_scale():
-    assert Upscaler(device="cpu").scale == 2
-    assert Upscaler("seemore_t", scale=2, device="cpu").scale == 2
-    assert Upscaler("seemore_t_x2", device="cpu").scale == 2
+    for given in ({}, {"model": "seemore_t", "scale": 2}, {"model": "seemore_t_x2"}):
+        assert Upscaler(**given, device="cpu").scale == 2
 
 
 @pytest.mark.parametrize(
@@ -237,17 +211,13 @@ def test_bad_images(upscaler, image, error, message):
 @pytest.mark.parametrize("shape", [(20, 30), (20, 30, 4)])
 def test_another_size_is_resampled_from_the_networks_result(upscaler, dtype, shape):
     image = noise(*shape, dtype=dtype)
-    result = upscaler(image, outscale=1.7)
+    result, top = upscaler(image, outscale=1.7), max_value(dtype)
     assert result.shape == (34, 51, *shape[2:]) and result.dtype == dtype
-    top = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1
-    own_size = upscaler(image).reshape(40, 60, -1) / top
-    colours = bicubic_resize_to(own_size, 34, 51).clip(0, 1)
-    expected = colours if len(shape) == 2 else colours[:, :, :3]
-    found = result.reshape(34, 51, -1)[:, :, : expected.shape[2]] / top
-    np.testing.assert_allclose(found, expected, atol=0.51 / top if top > 1 else 1e-6)
-    if len(shape) == 3:
-        alpha = bicubic_resize_to(image[:, :, 3] / top, 34, 51).clip(0, 1)
-        np.testing.assert_allclose(result[:, :, 3] / top, alpha, atol=0.51 / top if top > 1 else 1e-6)
+    expected = bicubic_resize_to(upscaler(image).reshape(40, 60, -1) / top, 34, 51)
+    if len(shape) == 3:  # alpha without the network
+        expected[:, :, 3] = bicubic_resize_to(image[:, :, 3] / top, 34, 51)
+    found = result.reshape(34, 51, -1) / top
+    np.testing.assert_allclose(found, expected.clip(0, 1), atol=0.51 / top if top > 1 else 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +259,7 @@ def test_bad_sizes(upscaler, wanted, message):
 @pytest.mark.parametrize("channels", [(), (3,)])
 def test_tta_is_the_mean_over_eight_orientations(small_model, upscaler, dtype, channels):
     image = noise(17, 24, *channels, dtype=dtype)
-    top = 255 if dtype == np.uint8 else 1
+    top = max_value(dtype)
     unit, parts = (image / top).astype(np.float32), []
     for transpose in (False, True):
         for flips in ((1, 1), (1, -1), (-1, 1), (-1, -1)):

@@ -3,9 +3,13 @@
 import numpy as np
 
 
+def max_value(dtype):
+    """Return the value of white."""
+    return np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1
+
+
 def noise(*shape, dtype=np.uint8):
-    values = np.random.default_rng(0).random(shape)
-    return (values * np.iinfo(dtype).max).astype(dtype) if np.issubdtype(dtype, np.integer) else values.astype(dtype)
+    return (np.random.default_rng(0).random(shape) * max_value(dtype)).astype(dtype)
 
 
 def listing(path):
