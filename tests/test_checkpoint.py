@@ -3,6 +3,7 @@
 import os
 import pickle
 import zipfile
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -73,34 +74,34 @@ def test_published_sizes_are_detected(build, scale):
 def test_other_shapes_are_detected(change):
     with torch.device("meta"):
         model = SeemoRe(**{**T, "scale": 2, **change})
-    detected = detect_config(model.state_dict())
-    with torch.device("meta"):
+        detected = detect_config(model.state_dict())
         rebuilt = SeemoRe(**detected)
     assert {n: p.shape for n, p in rebuilt.state_dict().items()} == {n: p.shape for n, p in model.state_dict().items()}
-    assert {k: v for k, v in detected.items() if k != "lr_space"} == {
-        k: v for k, v in model.config.items() if k != "lr_space"
-    }
+    assert detected | {"lr_space": None} == model.config | {"lr_space": None}  # several may have the same ranks
+
+
+# What no shape of a tensor tells
+HIDDEN = dict(use_shuffle=False, topk=2, recursive=1, img_range=2.0)
 
 
 def test_an_unknown_size_assumes_and_says_so(tmp_path):
-    model = SeemoRe(**{**SMALL, "use_shuffle": False, "topk": 2, "recursive": 1})
+    model = SeemoRe(**SMALL | HIDDEN)
     torch.save(model.state_dict(), tmp_path / "own.pth")
     with pytest.warns(UserWarning, match="assuming use_shuffle=True, recursive=2, topk=1"):
         loaded = load_model(tmp_path / "own.pth")
-    assert loaded.config == {**model.config, "use_shuffle": True, "topk": 1, "recursive": 2}
+    assert loaded.config == {**model.config, "use_shuffle": True, "topk": 1, "recursive": 2, "img_range": 1.0}
 
 
 @pytest.mark.filterwarnings("error")
 def test_overrides_win(tmp_path):
-    model = SeemoRe(**{**SMALL, "use_shuffle": False, "topk": 2, "recursive": 1, "img_range": 2.0})
+    model = SeemoRe(**SMALL | HIDDEN)
     torch.save(model.state_dict(), tmp_path / "own.pth")
-    loaded = load_model(tmp_path / "own.pth", use_shuffle=False, topk=2, recursive=1, img_range=2.0)
-    assert_same(loaded, model)
+    assert_same(load_model(tmp_path / "own.pth", **HIDDEN), model)
 
 
 @pytest.mark.filterwarnings("error")
 def test_saved_models_remember_their_configuration(tmp_path):
-    model = SeemoRe(**{**SMALL, "use_shuffle": False, "topk": 2, "recursive": 1, "img_range": 2.0})
+    model = SeemoRe(**SMALL | HIDDEN)
     save_model(model, tmp_path / "own.safetensors", step=7)
     assert_same(load_model(tmp_path / "own.safetensors"), model)
     assert os.listdir(tmp_path) == ["own.safetensors"]
@@ -111,7 +112,7 @@ def test_saved_models_remember_their_configuration(tmp_path):
 def test_weights_in_other_types_load_as_float32(tmp_path, tiny):
     torch.save({name: tensor.half() for name, tensor in tiny.state_dict().items()}, tmp_path / "half.pth")
     loaded = load_model(tmp_path / "half.pth")
-    assert all(p.dtype == torch.float32 for p in loaded.parameters())
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     torch.testing.assert_close(loaded.conv_1.weight, tiny.conv_1.weight, rtol=1e-3, atol=1e-4)
 
 
@@ -195,20 +196,19 @@ def test_broken_files_are_named(tmp_path):
             load_model(tmp_path / name)
 
 
-@pytest.mark.parametrize("config", ["[1]", "null", "not json", '{"unknown": 1}'])
-def test_strange_metadata_is_ignored_or_named(tmp_path, tiny, config):
+@pytest.mark.parametrize("config", ["[1]", "null", '{"unknown": 1}'])
+def test_strange_metadata_is_ignored(tmp_path, tiny, config):
     save_file(tiny.state_dict(), tmp_path / "odd.safetensors", {"config": config})
-    if config == "not json":
-        with pytest.raises(CheckpointError, match=r"odd\.safetensors"):
-            load_model(tmp_path / "odd.safetensors")
-    else:
-        assert_same(load_model(tmp_path / "odd.safetensors"), tiny)
+    assert_same(load_model(tmp_path / "odd.safetensors"), tiny)
 
 
-@pytest.mark.parametrize("config", ['{"topk": 99}', '{"recursive": 40}', '{"recursive": "2"}', '{"img_range": "1"}'])
+@pytest.mark.parametrize(
+    "config", ["not json", '{"topk": 99}', '{"recursive": 40}', '{"recursive": "2"}', '{"img_range": "1"}']
+)
 def test_impossible_metadata_is_named(tmp_path, tiny, config):
     save_file(tiny.state_dict(), tmp_path / "odd.safetensors", {"config": config})
-    with pytest.raises(CheckpointError, match=r"odd\.safetensors: (topk|recursive|img_range) is"):
+    message = "" if config == "not json" else ": (topk|recursive|img_range) is"
+    with pytest.raises(CheckpointError, match=rf"odd\.safetensors{message}"):
         load_model(tmp_path / "odd.safetensors")
 
 
@@ -240,11 +240,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, tiny):
     path = tmp_path / "weights.safetensors"
     path.write_text("old")
 
-    def fail(weights, temporary, metadata):
-        temporary.write_text("half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", Mock(side_effect=OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_model(tiny, path)
     assert path.read_text() == "old"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from seemore_fast.errors import ImageError
 from seemore_fast.io.images import Picture, check_output, read_image, write_image
 
 from .images import pixels
@@ -53,6 +54,14 @@ def convert(source, target):
     check_output(target, picture, picture.size)
     write_image(picture, target)
     return picture.notes
+
+
+def assert_refused(path, write, message):
+    """Write a bad file, and expect an error that names it when it is read."""
+    write(path)
+    with pytest.raises(ImageError) as refused:
+        read(path)
+    assert str(refused.value).startswith(f"{path}: ") and message in str(refused.value)
 
 
 def exif_of(**tags):
