@@ -4,8 +4,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -74,14 +72,14 @@ def test_existing_results_are_skipped_or_overwritten(tree, upscale, tmp_path):
 @pytest.mark.parametrize(
     ("options", "size", "name"),
     [
-        (["--outscale", "1.5"], (30, 24), "a_x1.5.png"),
-        (["--width", "50"], (50, 40), "a_w50.png"),
-        (["--width", "10", "--height", "99"], (10, 99), "a_w10xh99.png"),
-        (["--ext", "jpg", "--suffix=-big"], (40, 32), "a-big.jpg"),
+        ("--outscale 1.5", (30, 24), "a_x1.5.png"),
+        ("--width 50", (50, 40), "a_w50.png"),
+        ("--width 10 --height 99", (10, 99), "a_w10xh99.png"),
+        ("--ext jpg --suffix=-big", (40, 32), "a-big.jpg"),
     ],
 )
 def test_sizes_and_names(tree, upscale, tmp_path, options, size, name):
-    assert upscale(tree / "a.png", "-o", f"{tmp_path / 'out'}/", *options)[0] == 0
+    assert upscale(tree / "a.png", "-o", f"{tmp_path / 'out'}/", *options.split())[0] == 0
     assert Image.open(tmp_path / "out" / name).size == size
 
 
@@ -228,7 +226,7 @@ class WatchedUpscaler(Upscaler):
         with self.lock:
             self.running.append(threads)
             self.seen.append(tuple(self.running))
-        time.sleep(0.1)
+        time.sleep(0.03)
         try:
             return super().__call__(image, **size)
         finally:
@@ -259,21 +257,27 @@ def outcomes(watched, tmp_path):
     return lambda *stop: batch.upscale_files([watched], jobs, FileOptions(), *stop)
 
 
-def check_all(outcomes, upscaler, folder):
-    assert [bool(outcome.error) for outcome in outcomes] == 12 * [False]
-    for i in range(12):
-        result = np.asarray(Image.open(folder / f"{i}_x2.png"))
-        np.testing.assert_array_equal(result, Upscaler.__call__(upscaler, pixels(3) + i))
+@pytest.fixture
+def upscale_all(watched, outcomes, tmp_path):
+    """Return a function that upscales the twelve images and checks the results."""
+
+    def run():
+        assert [outcome.error for outcome in outcomes()] == 12 * [""]
+        for i in range(12):
+            result = np.asarray(Image.open(tmp_path / "out" / f"{i}_x2.png"))
+            np.testing.assert_array_equal(result, Upscaler.__call__(watched, pixels(3) + i))
+
+    return run
 
 
-def test_small_images_are_computed_side_by_side(watched, outcomes, tmp_path):
-    check_all(outcomes(), watched, tmp_path / "out")
+def test_small_images_are_computed_side_by_side(watched, upscale_all):
+    upscale_all()
     assert (1, 1, 1, 1) in watched.seen and max(map(sum, watched.seen)) == 4
 
 
-def test_large_images_are_computed_one_at_a_time(watched, outcomes, tmp_path, monkeypatch):
+def test_large_images_are_computed_one_at_a_time(watched, upscale_all, monkeypatch):
     monkeypatch.setattr(batch, "SMALL", 1)
-    check_all(outcomes(), watched, tmp_path / "out")
+    upscale_all()
     assert watched.seen == [(4,)] * 12
 
 
@@ -285,7 +289,7 @@ def test_a_single_image_has_all_threads_and_one_worker(watched, tree, tmp_path, 
     assert watched.seen == [(4,)] and len(workers) == 1
 
 
-def test_few_large_images_are_in_memory_at_once(watched, outcomes, tmp_path, monkeypatch):
+def test_few_large_images_are_in_memory_at_once(upscale_all, monkeypatch):
     monkeypatch.setattr(batch, "SMALL", 1)
     there, counts, lock = set(), [], threading.Lock()
     read, write = batch.read, batch.write_image
@@ -297,14 +301,14 @@ def test_few_large_images_are_in_memory_at_once(watched, outcomes, tmp_path, mon
         return read(upscaler, source, *arguments)
 
     def writing(picture, target, quality):
-        time.sleep(0.2)  # slower than the computation
+        time.sleep(0.06)  # slower than the computation
         write(picture, target, quality)
         with lock:
             there.discard(target.stem.removesuffix("_x2"))
 
     monkeypatch.setattr(batch, "read", reading)
     monkeypatch.setattr(batch, "write_image", writing)
-    check_all(outcomes(), watched, tmp_path / "out")
+    upscale_all()
     assert 1 < max(counts) <= 3
 
 
@@ -314,7 +318,7 @@ def test_closing_the_generator_stops(watched, outcomes, tmp_path):
     some.close()
     there = listing(tmp_path / "out")
     assert len(there) == len(watched.seen) < 12  # images in progress are finished, no others begun
-    time.sleep(0.3)
+    time.sleep(0.1)
     assert listing(tmp_path / "out") == there
 
 
@@ -330,6 +334,11 @@ def test_stopping_finishes_the_images_in_progress(watched, outcomes, tmp_path):
 # Signals and processes
 
 
+def summary_in(printed):
+    """Return the JSON among all that a command printed."""
+    return json.loads(printed[printed.index("{\n") : printed.rindex("}") + 1])
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_images_in_progress(tmp_path, tree, number):
     out = tmp_path / "out"
@@ -340,23 +349,22 @@ def test_a_signal_finishes_the_images_in_progress(tmp_path, tree, number):
     process.signal(number)
     status, printed = process.wait()
     assert status == 130 and "finishing the images in progress" in printed
-    summary = json.loads(printed[printed.index("{\n") : printed.rindex("}") + 1])
+    summary = summary_in(printed)
     assert summary["stopped"] and 0 < summary["done"] < 83 and len(listing(out)) == summary["done"]
     for file in listing(out):
         Image.open(out / file).load()
 
 
-def test_torchrun_shares_the_files_and_one_process_reports(tree, tmp_path, weights):
+def test_processes_share_the_files_and_one_reports(tree, tmp_path, weights):
     for i in range(6):
         Image.fromarray(pixels(3)).save(tree / f"n{i}.png")
     (tree / "cut.png").write_bytes((tree / "a.png").read_bytes()[:60])
-    start = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "seemore_fast.cli", "upscale"]
-    arguments = [tree, "-o", tmp_path / "out", "--model", weights, "--json", "--compare", tmp_path / "page.html"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", *start, *map(str, arguments)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    summary = json.loads(ended.stdout)
-    assert (ended.returncode, summary["done"], summary["failed"], summary["device"]) == (1, 9, 1, "cpu, cpu")
+    arguments = ["upscale", tree, "-o", tmp_path / "out", "--model", weights, "--json", "--device", "cpu"]
+    command = [*map(str, arguments), "--compare", str(tmp_path / "page.html")]
+    (status, printed), other = processes.run_two(main, command, output=tmp_path / "printed")
+    summary = summary_in(printed)
+    assert (status, summary["done"], summary["failed"], summary["device"]) == (1, 9, 1, "cpu, cpu")
+    assert "{" not in other[1]
     assert len(listing(tmp_path / "out")) == 9 and "cut.png" in str(summary["files"])
     assert (tmp_path / "page.html").exists()
     shares = [is_share(job, 0, 2) for job in Jobs([tree], f"{tmp_path / 'out'}/")]

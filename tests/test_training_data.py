@@ -5,9 +5,9 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from seemore_fast.training.dataset import open_dataset
 from seemore_fast.training.patches import Batches, Patches, load_batches
 
 
-def smooth(rng, height=25, width=35):
+def smooth(rng, height, width):
     return bicubic_resize(rng.integers(0, 256, (height // 5 + 1, width // 5 + 1, 3), np.uint8), 5)[:height, :width]
 
 
@@ -99,7 +99,7 @@ def test_damaged_files_are_skipped_and_listed(photos, opened):
 
 
 def test_files_of_killed_processes_are_removed(opened, tmp_path):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended = subprocess.Popen(["true"])
     ended.wait()
     opened()
     (table,) = (tmp_path / "cache").glob("*.json")
@@ -162,10 +162,7 @@ def test_links_are_followed_once_and_broken_ones_skipped(photos, opened, tmp_pat
 
 
 def test_full_disk_is_reported(opened, tmp_path, monkeypatch):
-    def full(*arguments):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
     with pytest.raises(ConfigError, match=r"data.cache: the pixels of 3 .* MB are free\): No space left on device"):
         opened()
     assert not list((tmp_path / "cache").glob("*.tmp"))

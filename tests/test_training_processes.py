@@ -4,11 +4,11 @@ import contextlib
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,13 +26,8 @@ LONG = ["steps=100000", "validation.every=100000", "log.every=1"]
 AUTO = ["--resume", "auto"]
 
 
-def options(work, *overrides, resume=()):
-    return ["train", *arguments(work, *overrides), "--device", "cpu", *resume]
-
-
-def torchrun(*arguments):
-    """Return the command line of two processes."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments]
+def options(work, *overrides, resume=(), out="run"):
+    return ["train", *arguments(work, *overrides, out=out), "--device", "cpu", *resume]
 
 
 @pytest.mark.parametrize("number, workers", [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
@@ -50,10 +45,7 @@ def test_a_signal_finishes_the_step_and_saves(work, number, workers):
 
 
 def fail_in_a_step(arguments):
-    def fail(*batch):
-        raise RuntimeError("out of luck")
-
-    Trainer.train_step = fail
+    Trainer.train_step = Mock(side_effect=RuntimeError("out of luck"))
     return main(arguments)
 
 
@@ -83,15 +75,11 @@ def test_a_killed_run_loses_only_the_steps_since_its_checkpoint(work):
     assert not list((work / "run").rglob(".seemore-fast*"))
 
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 def test_two_processes_give_the_weights_of_one(work):
     overrides = ["precision=fp64", "steps=20", "validation.every=20", "loss.fft=0.1", "optimizer.lr=1e-3"]
     assert trainer(work, *overrides, out="one").run()
-    line = torchrun("-m", "seemore_fast.training", *arguments(work, *overrides, out="two"), "--device", "cpu")
-    done = subprocess.run(line, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = processes.run_two(main, options(work, *overrides, out="two"), output=work / "printed")
+    assert [status for status, _ in done] == [0, 0], done
     one, two = newest(work, "one"), newest(work, "two")
     for kind in ("model", "average"):
         for name, weight in one[kind].items():
@@ -99,41 +87,32 @@ def test_two_processes_give_the_weights_of_one(work):
     assert read_csv(work / "one" / "validation.csv")[0] == read_csv(work / "two" / "validation.csv")[0]
 
 
-def raise_in_the_second(rank, port):
+def raise_in_the_second():
     """What one of two processes does: the second fails."""
-
-    def fail():
-        raise OSError("the disk is full")
-
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     world = init_distributed("cpu")
     assert world.run_if(world.is_first, lambda: 7) == (7 if world.is_first else None)
     try:
-        world.run_if(world.local_rank == 1, fail)
+        world.run_if(world.local_rank == 1, Mock(side_effect=OSError("the disk is full")))
     except (ConfigError, OSError) as error:
         print(f"{type(error).__name__} of {world.rank}: {error}")
     world.close()
 
 
 def test_an_error_in_one_process_is_raised_in_both(tmp_path):
-    with socket.create_server(("localhost", 0)) as free:
-        port = str(free.getsockname()[1])
-    both = [processes.Forked(raise_in_the_second, rank, port, output=tmp_path / rank) for rank in "01"]
-    assert [one.wait() for one in both] == [
-        (0, "ConfigError of 0: the disk is full\n"), (0, "OSError of 1: the disk is full\n")
-    ]  # fmt: skip
+    first, second = processes.run_two(raise_in_the_second, output=tmp_path / "printed")
+    assert first == (0, "ConfigError of 0: the disk is full\n")
+    assert second == (0, "OSError of 1: the disk is full\n")
 
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_run_that_lost_a_process(work):
     """Elastic: all processes are restarted, and continue from the last checkpoint to the end."""
     overrides = ["steps=60", "validation.every=60", "checkpoint.every=5", "data.batch=2", "log.every=1"]
-    line = torchrun(
-        "--max-restarts=1", "--monitor-interval=0.2", "-m", "seemore_fast.cli", *options(work, *overrides, resume=AUTO)
-    )
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    line += ["--monitor-interval=0.2", "-m", "seemore_fast.training", *options(work, *overrides, resume=AUTO)[1:]]
     printed, folder = work / "printed", Checkpoints(work / "run" / "checkpoints", 2)
     with printed.open("w") as file:
-        process = subprocess.Popen(line, env=ONE_THREAD, stdout=file, stderr=file)
+        process = subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file)
     while not folder.steps():
         assert process.poll() is None, printed.read_text()
         time.sleep(0.05)

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import safetensors
@@ -62,21 +63,21 @@ def test_tensorboard_has_the_values_of_the_tables(work):
 # Resume
 
 
-def assert_same_run(work, one, other):
-    """Compare the newest checkpoints and validation tables of two runs bit for bit."""
-    states = [newest(work, out) for out in (one, other)]
+def assert_is_uninterrupted(work):
+    """Compare the newest checkpoint and the validation table bit for bit with those of a run without a stop."""
+    trainer(work, out="whole").run()
+    states = [newest(work, out) for out in ("run", "whole")]
     assert states[0]["step"] == states[1]["step"] == 12 and states[0]["best"] == states[1]["best"]
     assert all(torch.equal(*pair) for pair in zip(*map(tensors, states), strict=True))
-    assert (work / one / "validation.csv").read_text() == (work / other / "validation.csv").read_text()
+    assert (work / "run" / "validation.csv").read_text() == (work / "whole" / "validation.csv").read_text()
 
 
 @pytest.mark.parametrize("step", [5, 7])
 def test_resumed_run_is_bit_equal(work, step):
-    trainer(work, out="whole").run()
     assert stopped(work, step=step).step == step
     resumed = trainer(work, "data.workers=1", resume="auto")
     assert resumed.step == step and resumed.run()
-    assert_same_run(work, "run", "whole")
+    assert_is_uninterrupted(work)
     assert trainer(work, resume=str(checkpoint(work, 10))).step == 10
 
 
@@ -95,8 +96,7 @@ def test_stop_during_validation_saves_at_once(work, monkeypatch, capsys):
         assert f"stopped after step {step}" in capsys.readouterr().out
         assert len(read_csv(work / "run" / "validation.csv")) == (step > 6)  # half a set is not recorded
     assert trainer(work, resume="auto").run()
-    trainer(work, out="whole").run()
-    assert_same_run(work, "run", "whole")
+    assert_is_uninterrupted(work)
 
 
 @pytest.mark.parametrize("key", ["validation_pending", "unmeasured"])
@@ -203,6 +203,13 @@ def test_accumulated_gradients_are_those_of_the_batch(work):
         torch.testing.assert_close(other, gradients[0], rtol=1e-9, atol=1e-12)
 
 
+def loss_of(run):
+    """Return the loss of the first four batches together."""
+    losses = [run.forward_backward(*run.batches[i]).item() for i in range(4)]
+    run.model.zero_grad()
+    return sum(losses)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -216,33 +223,34 @@ def test_accumulated_gradients_are_those_of_the_batch(work):
 )
 def test_options_of_the_step(work, overrides):
     run = trainer(work, *overrides)
-    before = run.forward_backward(*run.batches[0])
-    run.model.zero_grad()
+    before = loss_of(run)
     assert run.run(until=6)
-    after = run.forward_backward(*run.batches[0])
-    assert after.isfinite() and after != before
+    assert math.isfinite(loss_of(run)) and loss_of(run) != before
 
 
 def test_training_reduces_the_loss(work):
     run = trainer(work, "steps=60", "data.augment=false", "validation.every=60", "ema=0.5")
-    first = [run.forward_backward(*run.batches[i]).item() for i in range(4)]
-    run.model.zero_grad()
+    first = loss_of(run)
     run.run()
-    last = [run.forward_backward(*run.batches[i]).item() for i in range(4)]
-    assert sum(last) < 0.8 * sum(first)
+    assert loss_of(run) < 0.8 * first
+
+
+def after_each_step(run, function):
+    """Call a function, without arguments, after each training step of a run."""
+    step = run.train_step
+
+    def both(*batch):
+        loss = step(*batch)
+        function()
+        return loss
+
+    run.train_step = both
 
 
 def test_average_is_that_of_torch(work):
     running = trainer(work)
     expected = AveragedModel(running.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    step = running.train_step
-
-    def both(*batch):
-        loss = step(*batch)
-        expected.update_parameters(running.model)
-        return loss
-
-    running.train_step = both
+    after_each_step(running, lambda: expected.update_parameters(running.model))
     running.run(until=5)
     for name, weight in expected.state_dict().items():
         assert torch.equal(running.average.state_dict()[name], weight), name
@@ -299,41 +307,28 @@ def test_nan_loss_ends_the_run(work):
 
 def test_nan_weights_are_neither_saved_nor_validated(work):
     running = stopped(work)
-    step = running.train_step
-
-    def broken(*batch):
-        loss = step(*batch)
-        break_weights(running)
-        return loss
-
-    running.train_step = broken
-    with pytest.raises(TrainingError, match=r"NaN or infinite after step 6; the last good .*step_000000005.pt"):
-        running.run()  # whose validation is due at step 6
-    with pytest.raises(TrainingError, match=r"NaN or infinite after step 6; the last good .*step_000000005.pt"):
-        running._save()
+    after_each_step(running, lambda: break_weights(running))
+    for method in (running.run, running._save):  # a validation is due at step 6
+        with pytest.raises(TrainingError, match=r"NaN or infinite after step 6; the last good .*step_000000005.pt"):
+            method()
     assert newest(work)["step"] == 5
 
 
 def test_failed_validation_ends_the_run(work, monkeypatch):
-    def fail(self, image):
-        raise MemoryError("too large")
-
     running = trainer(work)
-    monkeypatch.setattr(Upscaler, "__call__", fail)
+    monkeypatch.setattr(Upscaler, "__call__", Mock(side_effect=MemoryError("too large")))
     with pytest.raises(TrainingError, match=r"validation after step 6: too large; the last good .*step_000000005.pt"):
         running.run()
+
+
+FULL = Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
 def test_full_disk_leaves_older_checkpoints(work, monkeypatch, capsys):
     stopped(work)
     run = trainer(work, resume="auto")
-
-    def full(state, file):
-        file.write(b"half of it")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
+        patch.setattr(torch, "save", lambda state, file: FULL(file.write(b"half of it")))
         with pytest.raises(TrainingError, match=r"step 12 could not be saved; the last good .*step_000000005.pt"):
             run.run()
     printed = capsys.readouterr().out
@@ -345,17 +340,11 @@ def test_full_disk_leaves_older_checkpoints(work, monkeypatch, capsys):
 
 def test_full_disk_beside_the_checkpoints_ends_no_run(work, monkeypatch, capsys):
     """Also for safetensors, which raises an error that is not an OSError."""
-
-    def full(*arguments, **options):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def full_in_rust(*arguments, **options):
-        raise safetensors.SafetensorError("I/O error: No space left on device")
-
     running = trainer(work)
+    full_in_rust = Mock(side_effect=safetensors.SafetensorError("I/O error: No space left on device"))
     monkeypatch.setattr(safetensors.torch, "save_file", full_in_rust)
-    monkeypatch.setattr(logging.Table, "add", full)
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(logging.Table, "add", FULL)
+    monkeypatch.setattr(Image.Image, "save", FULL)
     assert running.run() and newest(work)["step"] == 12
     printed = capsys.readouterr().out
     for name in ("weights.safetensors", "steps.csv", "validation.csv", "best.safetensors", "0.png"):

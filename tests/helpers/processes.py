@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -18,9 +19,9 @@ FORKS.set_forkserver_preload(["pytest", "torch._dynamo", "seemore_fast.training.
 class Forked:
     """A process that runs a function, and leads a group of its own; its output goes into a file."""
 
-    def __init__(self, function, *arguments, output: Path):
+    def __init__(self, function, *arguments, output: Path, **environment: str):
         self.output = output
-        self.process = FORKS.Process(target=_run, args=(output, function, arguments))
+        self.process = FORKS.Process(target=_run, args=(output, environment, function, arguments))
         self.process.start()
 
     def signal(self, number: int, group: bool = False):
@@ -44,8 +45,9 @@ class Forked:
         return self.process.exitcode, self.output.read_text()
 
 
-def _run(output: Path, function, arguments):
+def _run(output: Path, environment: dict[str, str], function, arguments):
     os.setsid()
+    os.environ |= environment
     multiprocessing.set_start_method(None, force=True)  # the default again, for processes that it starts
     with output.open("w") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
@@ -56,6 +58,20 @@ def _run(output: Path, function, arguments):
 def run(function, *arguments, output: Path) -> tuple[int, str]:
     """Return exit status and output of a function in a process of its own."""
     return Forked(function, *arguments, output=output).wait()
+
+
+def run_two(function, *arguments, output: Path) -> list[tuple[int, str]]:
+    """Return exit status and output of a function in two processes that know of each other as torchrun's do."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    both = [
+        Forked(
+            function, *arguments, output=output.with_name(f"{output.name}{rank}"),
+            RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    return [one.wait() for one in both]
 
 
 def command(*arguments, output: Path) -> Forked:
