@@ -36,21 +36,26 @@ class Kernel(NamedTuple):
     taps: tuple[int, ...] = ()  # of a convolution; none for any number
     least: int = 0
     capability: tuple[int, int] = (0, 0)  # least compute capability of a GPU
+    row_major: bool = False  # takes images whose pixels of a row lie side by side, and copies of others (row_major.py)
 
 
 # In the order in which "auto" prefers them where none was measured (`preferences`). The reference computes the rest.
 KERNELS: dict[str, list[Kernel]] = {
     "striped_conv": [
         Kernel("cpu", "cpu", CPU),
-        Kernel("cuda", "cuda", FLOATS, taps=(3, 7, 11)),
+        Kernel("cuda", "cuda", FLOATS, taps=(3, 7, 11), row_major=True),
         Kernel("triton", "cuda", **STENCIL),
     ],
     "striped_conv_router": [
         Kernel("cpu", "cpu", (torch.float32, torch.bfloat16)),
-        Kernel("cuda", "cuda", FLOATS),
+        Kernel("cuda", "cuda", FLOATS, row_major=True),
         Kernel("triton", "cuda", FLOATS, **STENCIL),
     ],
-    "calibrate": [Kernel("cpu", "cpu", CPU), Kernel("cuda", "cuda"), Kernel("triton", "cuda", **STENCIL)],
+    "calibrate": [
+        Kernel("cpu", "cpu", CPU),
+        Kernel("cuda", "cuda", row_major=True),
+        Kernel("triton", "cuda", **STENCIL),
+    ],
     "router": [Kernel("cpu", "cpu", CPU), Kernel("cuda", "cuda"), Kernel("triton", "cuda", **STENCIL)],
     "norm_pointwise": [Kernel("cpu", "cpu", CPU), Kernel("triton", "cuda", FLOATS, **MATRIX)],
     "norm_conv3x3": [Kernel("cpu", "cpu", CPU), Kernel("triton", "cuda", FLOATS, **MATRIX)],

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPERATORS = ("striped_conv", "striped_conv_router", "calibrate")
-
 
 def is_strided(argument: Any) -> bool:
     """Return whether an argument is an image whose pixels of a row lie apart."""

@@ -189,12 +189,11 @@ def lookup_kernel(operator: str, x: Tensor, size: int = 1, part: str = "") -> Ca
 
     A backward whose forward a kernel computed runs on a kernel, whatever is chosen by then, and whatever autocast is.
     """
-    serving = _by_preference(operator, x, [kernel.backend for kernel in _serving(operator, x, size, {x.dtype})])
+    serving = {kernel.backend: kernel for kernel in _serving(operator, x, size, {x.dtype})}
     chosen = current_backend()
-    backend = chosen if chosen in serving else serving[0]
+    backend = chosen if chosen in serving else _by_preference(operator, x, list(serving))[0]
     function = getattr(_functions(backend, operator), operator + part)
-    wants_rows = backend.startswith("cuda") and operator in row_major.OPERATORS
-    return row_major.by_rows(function) if wants_rows else function
+    return row_major.by_rows(function) if serving[backend].row_major else function
 
 
 def _functions(backend: str, operator: str):
