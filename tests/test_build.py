@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, cuda_host
 from helpers.native_build import native
-from helpers.nvcc import FIGURES, KERNEL
 
 NVCC_ENVIRONMENT = ("NVCC_THREADS", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
@@ -389,22 +388,3 @@ def test_what_is_promised_is_what_is_built_for():
         assert target in native.flags_with_torch(device, Path("headers"), ["portable"])
     assert target == cuda_host.TARGET
     assert f"PyTorch {major}.{minor}+" in (ROOT / "README.md").read_text()
-
-
-def test_cuda_kernels_keep_everything_in_registers():
-    """As ptxas said when the library was built in this tree, for every kernel and architecture."""
-    folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
-    if not (folder / "libseemore_cuda.so").exists():
-        pytest.skip("the CUDA library was not built in this tree")
-    reports = [folder / f"cuda_{source.stem}.o.ptxas" for source in (ROOT / "csrc/cuda").rglob("*.cu")]
-    architectures = {}
-    for report in reports:
-        _, *parts = KERNEL.split(report.read_text())
-        architectures[report.name] = set(parts[1::3])
-        for kernel, architecture, text in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
-            taken = {what: int(match[1]) for what, pattern in FIGURES.items() if (match := pattern.search(text))}
-            where = f"{kernel} for sm_{architecture}: {taken}"
-            assert (taken["stack"], taken["spill stores"], taken["spill loads"]) == (0, 0, 0), where
-            assert 0 < taken["registers"] <= 255, where
-    with_kernels = [found for found in architectures.values() if found]
-    assert with_kernels and all(found == with_kernels[0] for found in with_kernels), architectures

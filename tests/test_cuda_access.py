@@ -3,12 +3,11 @@
 import functools
 import re
 import subprocess
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from helpers import CSRC
-from helpers.nvcc import compile_with_nvcc
+from helpers.nvcc import compiled
 
 launch = pytest.importorskip("seemore_fast.kernels.launch")  # where Triton is: it brings cuobjdump
 
@@ -59,26 +58,16 @@ def until_needed(code: list[Instruction], start: int) -> list[Instruction]:
 
 
 @functools.cache
-def kernels(stem: str, architecture: int, folder: Path) -> dict[str, list[Instruction]]:
+def kernels(stem: str, architecture: int) -> dict[str, list[Instruction]]:
     """Return the instructions of a source's kernels by their mangled names."""
-    cubin = folder / f"{stem}_{architecture}.cubin"
-    compile_with_nvcc(CSRC / "cuda" / "ops" / f"{stem}.cu", architecture, cubin)
-    return disassembled(cubin)
-
-
-def disassembled(cubin: Path) -> dict[str, list[Instruction]]:
+    file, _ = compiled(CSRC / "cuda" / "ops" / f"{stem}.cu", architecture)
     try:
-        command = [launch.cuobjdump(), "-sass", str(cubin)]
+        command = [launch.cuobjdump(), "-sass", "-arch", f"sm_{architecture}", str(file)]
     except FileNotFoundError as missing:
         pytest.skip(str(missing))
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     _, *parts = re.split(r"Function : (\w+)", text)
     return {name: instructions(sass) for name, sass in zip(parts[::2], parts[1::2], strict=True)}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("cubins")
 
 
 class Access(NamedTuple):
@@ -108,9 +97,9 @@ TYPES = {"f": 32, "6__half": 16, "13__nv_bfloat16": 16}
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("type, bits", TYPES.items(), ids=["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("access", ACCESSES, ids=lambda access: access.kernel.split("I{")[0] + f"-{access.distance}")
-def test_vectors_are_on_their_way_while_others_are_worked_on(access, type, bits, architecture, folder):
+def test_vectors_are_on_their_way_while_others_are_worked_on(access, type, bits, architecture):
     pattern = access.kernel.format(type=type, bytes16=128 // bits)
-    found = {n: c for n, c in kernels(access.source, architecture, folder).items() if re.search(pattern, n)}
+    found = {n: c for n, c in kernels(access.source, architecture).items() if re.search(pattern, n)}
     assert found
     vector = (access.vector or 128 // bits) * bits
     for name, code in found.items():
@@ -126,9 +115,9 @@ def test_vectors_are_on_their_way_while_others_are_worked_on(access, type, bits,
 
 
 @pytest.mark.parametrize("source", ["striped_conv", "calibrate_spread"])
-def test_elements_are_a_fixed_distance_apart(source, folder):
+def test_elements_are_a_fixed_distance_apart(source):
     """Where rows begin at any element, three of four neighbours are stored beside the first, by its address."""
-    found = {name: code for name, code in kernels(source, 90, folder).items() if re.search(r"Li\d+ELi1E", name)}
+    found = {name: code for name, code in kernels(source, 90).items() if re.search(r"Li\d+ELi1E", name)}
     assert found
     for name, code in found.items():
         stores = [instruction.operands for instruction in code if instruction.name.startswith("STG")]
