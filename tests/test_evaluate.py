@@ -14,7 +14,7 @@ from seemore_fast.cli import main
 from seemore_fast.errors import PairError
 from seemore_fast.evaluation import evaluate as module
 from seemore_fast.evaluation import luma, psnr_y, ssim_y
-from seemore_fast.evaluation.evaluate import Result, Rows, evaluate
+from seemore_fast.evaluation.evaluate import Result, evaluate
 from seemore_fast.evaluation.pairs import find_pairs, names_of
 from seemore_fast.evaluation.published import PUBLISHED, nearest_network, published
 from seemore_fast.io.resize import bicubic_resize
@@ -106,23 +106,18 @@ def test_images_that_fail_inside_do_not_affect_the_others(sets, run, monkeypatch
 
 
 def test_an_interrupted_run_reports_its_results(sets, run, monkeypatch):
+    name = os.fsdecode(b"caf\xe9")  # not valid text: kept as bytes
+
     def interrupted(upscale, data, pairs):
-        yield Result(data, "first", 30.0, 0.9, 0.1)
+        assert not (sets / "rows.csv").exists()  # an older file stays until something is measured
+        for count in (1, 2):
+            yield Result(data, name, 30.0, 0.9, 0.1)
+            assert (sets / "rows.csv").read_bytes().count(b"plain,caf\xe9,30.0000") == count, "written at once"
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "evaluate", interrupted)
     status, out, _ = run(*BICUBIC, "--data", sets / "plain", "--csv", sets / "rows.csv")
-    assert status == 130 and re.search("plain +1 +generated +30.00", out)
-    assert "first,30.0000" in (sets / "rows.csv").read_text()
-
-
-def test_rows_are_written_at_once(tmp_path):
-    rows, name = Rows(tmp_path / "rows.csv"), os.fsdecode(b"caf\xe9")  # not valid text: kept as bytes
-    assert not (tmp_path / "rows.csv").exists()  # an older file stays until something is measured
-    for count in (1, 2):
-        rows.add(Result("set", name, 30.0, 0.9, 0.1))
-        assert (tmp_path / "rows.csv").read_bytes().count(b"set,caf\xe9,30.0") == count
-    rows.close()
+    assert status == 130 and re.search("plain +2 +generated +30.00", out)
 
 
 def test_lr_beside_hr_is_not_measured(sets):

@@ -81,7 +81,8 @@ def test_a_program_of_torch_runs_at_other_sizes(model, tmp_path):
     assert_same_results(torch.export.load(exported(tmp_path, ".pt2")).module(), model)
 
 
-@pytest.mark.parametrize("ending", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [".pt2", ".onnx"])
 def test_the_plain_network_routes_by_itself(tmp_path, ending):
     model, path = decided(reference.SeemoRe), tmp_path / f"plain{ending}"
     model.min_size, model.in_chans = 16, 3  # what an export asks ours for

@@ -15,19 +15,9 @@ from seemore_fast.network.config import PRESETS
 pytestmark = pytest.mark.slow
 
 OPTIONS = """
-network_g:
-  type: SeemoReFast
-  scale: 2
-  in_chans: 3
-  num_experts: 3
-  img_range: 1.
-  num_layers: {num_layers}
-  embedding_dim: {embedding_dim}
-  use_shuffle: {use_shuffle}
-  lr_space: exp
-  topk: 1
-  recursive: {recursive}
-  global_kernel_size: 11
+network_g: {{type: SeemoReFast, scale: 2, in_chans: 3, num_experts: 3, img_range: 1., num_layers: {num_layers},
+  embedding_dim: {embedding_dim}, use_shuffle: {use_shuffle}, lr_space: exp, topk: 1, recursive: {recursive},
+  global_kernel_size: 11}}
 """
 
 
@@ -89,9 +79,9 @@ def integration(spandrel):
 
 
 def network_options(size: str) -> dict:
+    import yaml
     from basicsr.utils.options import ordered_yaml
 
-    yaml = importlib.import_module("yaml")
     return yaml.load(OPTIONS.format(**PRESETS[size]), Loader=ordered_yaml()[0])["network_g"]
 
 
@@ -110,8 +100,7 @@ def test_basicsr_builds_from_yml(basicsr, size):
     from basicsr.archs import build_network
 
     model, plain = build_network(network_options(size)).eval(), plain_model(size)
-    assert isinstance(model, seemore_fast.SeemoRe)
-    assert type(model).__name__ == "SeemoReFast"
+    assert isinstance(model, seemore_fast.SeemoRe) and type(model).__name__ == "SeemoReFast"
     model.load_state_dict(plain.state_dict())
     with torch.inference_mode():
         assert_close(model(picture()), plain(picture()))
@@ -135,21 +124,14 @@ def test_basicsr_trains_and_resumes(basicsr, tmp_path):
 
     plain = plain_model()
     torch.save({key: plain.state_dict() for key in ("params", "params_ema")}, tmp_path / "net_g.pth")
+    training = {
+        "ema_decay": 0.9, "total_iter": 1, "optim_g": {"type": "Adam", "lr": 1e-3},
+        "scheduler": {"type": "MultiStepLR", "milestones": [1]}, "pixel_opt": {"type": "L1Loss"},
+    }  # fmt: skip
     options = {
-        "model_type": "SRModel",
-        "num_gpu": 0,
-        "dist": False,
-        "is_train": True,
-        "network_g": network_options("t"),
-        "path": {"pretrain_network_g": str(tmp_path / "net_g.pth"), "models": str(tmp_path)},
-        "train": {
-            "ema_decay": 0.9,
-            "total_iter": 1,
-            "optim_g": {"type": "Adam", "lr": 1e-3},
-            "scheduler": {"type": "MultiStepLR", "milestones": [1]},
-            "pixel_opt": {"type": "L1Loss"},
-        },
-    }
+        "model_type": "SRModel", "num_gpu": 0, "dist": False, "is_train": True, "network_g": network_options("t"),
+        "path": {"pretrain_network_g": str(tmp_path / "net_g.pth"), "models": str(tmp_path)}, "train": training,
+    }  # fmt: skip
     model = build_model(options)
     lq = picture(24, 24)
     with torch.no_grad():

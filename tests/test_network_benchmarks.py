@@ -178,26 +178,26 @@ def test_torch_compile_is_correct(tiny):
 
 
 def operations(config, expert):
-    """Count them at 32x32 pixels with this expert in all groups."""
+    """Count them at 16x16 pixels with this expert in all groups."""
 
     def force(group, gate, inputs, choice):
         return torch.full_like(choice[0], expert), choice[1]
 
     model = network.seeded(config)
     with network.router_hooks(model, "register_forward_hook", force):
-        return network.solve(model, torch.rand(1, 3, 32, 32))[1]
+        return network.solve(model, torch.rand(1, 3, 16, 16))[1]
 
 
 @pytest.mark.parametrize("preset, scale", [key for key in PUBLISHED if key[1] != 3])  # 3 does not divide 1280
 def test_operations_are_the_published_ones_with_the_largest_expert(preset, scale):
     counted = operations({**PRESETS[preset], "scale": scale}, expert=2)
     pixels = 1280 * 720 // scale**2
-    assert round(counted / 2 * pixels / 32**2 / 1e9, 1) == PUBLISHED[preset, scale][1]
+    assert round(counted / 2 * pixels / 16**2 / 1e9, 1) == PUBLISHED[preset, scale][1]
 
 
 def test_operations_are_those_of_the_chosen_experts():
     small, middle, large = (operations(TINY, expert) for expert in range(3))
-    rank = 2 * 3 * TINY["num_layers"] * TINY["embedding_dim"] * 32**2  # three matrices; a multiply-add counts two
+    rank = 2 * 3 * TINY["num_layers"] * TINY["embedding_dim"] * 16**2  # three matrices; a multiply-add counts two
     assert (large - middle, large - small) == (4 * rank, 6 * rank)
 
 

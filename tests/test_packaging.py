@@ -82,13 +82,10 @@ def install(wheel, folder):
     """Return the Python of a fresh virtual environment with the wheel; torch and the rest come from this one."""
     run(sys.executable, "-m", "venv", folder, cwd=folder)
     python = folder / "bin" / "python"
-    here = run(
-        sys.executable, "-c", "import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])", cwd=folder
-    )
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])", cwd=folder)
     run(python, "-m", "pip", "install", "--no-deps", wheel, cwd=folder)
-    # Only now, and behind the new environment's own packages; editable installs of `here` do not come along.
-    Path(site.splitlines()[-1], "dependencies.pth").write_text(here.splitlines()[-1])
+    # Only now, and behind the new environment's own packages; editable installs of this one do not come along.
+    Path(site.splitlines()[-1], "dependencies.pth").write_text(str(Path(torch.__file__).parents[1]))
     return python
 
 
@@ -98,13 +95,11 @@ def installed(archives, tmp_path_factory):
 
 
 def test_the_installed_wheel_works(installed, tmp_path):
-    where = run(installed, "-c", "import seemore_fast; print(seemore_fast.__file__)", cwd=tmp_path)
-    assert str(installed.parents[1]) in where, "the tree was imported, not the wheel"
     code = (
         "import importlib.util, seemore_fast.kernels; assert importlib.util.find_spec('kernels') is None; "
-        "import seemore_fast; print(seemore_fast.load_model('seemore_t_x2').scale)"
+        "import seemore_fast; print(seemore_fast.__file__)"
     )
-    assert run(installed, "-c", code, cwd=tmp_path).splitlines()[-1] == "2"
+    assert str(installed.parents[1]) in run(installed, "-c", code, cwd=tmp_path), "the tree was imported, not the wheel"
     run(installed, "-m", "seemore_fast.demo", "-o", tmp_path / "demo", cwd=tmp_path)
     command = installed.parent / "seemore-fast"
     run(command, "upscale", tmp_path / "demo/chelsea_x2.png", "-o", tmp_path / "big.png", cwd=tmp_path)
@@ -157,19 +152,19 @@ def test_a_broken_library_does_not_stop_the_package(archives, tmp_path, library)
         assert available[:2] == ["reference", "cpu"]
 
 
-def build_wheel(folder, *options, path=None, **environment):
-    """Build from a copy of the tree without nvcc on PATH or, with `path`, with only the programs linked there."""
+def build_wheel(folder, path, **environment):
+    """Build from a copy of the tree with only the given programs on PATH."""
     source = folder / "source"
     ignored = shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info", "__pycache__", "tests")
     shutil.copytree(ROOT, source, ignore=ignored)
     tools = folder / "bin"
     tools.mkdir()
-    for tool in path or ():
+    for tool in path:
         (tools / tool).symlink_to(shutil.which(tool))
     hidden = {"CUDA_HOME", "CUDA_PATH", "CXX", "SEEMORE_FAST_NATIVE", "SEEMORE_FAST_CUDA"}
     env = {key: value for key, value in ENVIRONMENT.items() if key not in hidden}
     env |= {"PATH": str(tools), **environment}
-    command = "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", folder, *options, source
+    command = "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", folder, source
     return run(sys.executable, *command, cwd=folder, env=env), next(folder.glob("*.whl"))
 
 
@@ -185,20 +180,23 @@ def test_where_the_cuda_library_is_left_out_the_cpu_library_is_built_alone(tmp_p
     assert info["left_out"] == {"libseemore_cuda": reason}
 
 
-@pytest.mark.parametrize("case", ["no compiler", "switched off"])
-def test_a_pure_wheel_works(tmp_path, case):
-    if case == "no compiler":
-        printed, wheel = build_wheel(tmp_path)
-        assert "the native libraries are left out: there is no C++ compiler" in printed
-    else:
-        printed, wheel = build_wheel(tmp_path, path=COMPILER, SEEMORE_FAST_NATIVE="0")
+@pytest.mark.parametrize(
+    ("tools", "environment", "reason"),
+    [
+        ((), {}, "there is no C++ compiler"),
+        (COMPILER, {"SEEMORE_FAST_NATIVE": "0"}, "switched off by SEEMORE_FAST_NATIVE=0"),
+    ],
+    ids=["no compiler", "switched off"],
+)
+def test_a_pure_wheel_works(tmp_path, tools, environment, reason):
+    printed, wheel = build_wheel(tmp_path, path=tools, **environment)
+    assert environment or f"the native libraries are left out: {reason}" in printed
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not any(name.endswith(".so") for name in names_in(wheel))
-    environment = tmp_path / "environment"
-    environment.mkdir()
-    available, unavailable, shape = facts(install(wheel, environment), tmp_path)
+    folder = tmp_path / "environment"
+    folder.mkdir()
+    available, unavailable, shape = facts(install(wheel, folder), tmp_path)
     assert (available, shape) == (["reference"], [1, 3, 40, 48])
-    reason = "there is no C++ compiler" if case == "no compiler" else "switched off by SEEMORE_FAST_NATIVE=0"
     assert f"libseemore_cpu.so was not built: {reason}" in unavailable["cpu"]
 
 

@@ -26,13 +26,18 @@ def run(tmp_path):
 
 @pytest.fixture
 def time_is_over(tmp_path, monkeypatch):
-    """Function that ends the 60 seconds of "a step" as soon as its log has a text."""
+    """Function after which time stands still until the log of "a step" has a text; then its 60 seconds are over."""
 
     def when_logged(text: str):
-        log = tmp_path / "a-step.log"
-        is_over = lambda: log.exists() and text in log.read_text()  # noqa: E731
-        clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 60 * is_over(), sleep=time.sleep)
-        monkeypatch.setattr(steps, "time", clock)
+        log, begin, over = tmp_path / "a-step.log", time.monotonic(), []
+
+        def monotonic():
+            now = time.monotonic()
+            if not over and log.exists() and text in log.read_text():
+                over.append(now)
+            return begin + 60 + now - over[0] if over else begin
+
+        monkeypatch.setattr(steps, "time", SimpleNamespace(monotonic=monotonic, sleep=time.sleep))
 
     return when_logged
 

@@ -1,7 +1,6 @@
 """Configurations: sections, overrides, recipes, option files in BasicSR's format, and their errors."""
 
 import functools
-import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -34,11 +33,14 @@ def load(tmp_path):
     return load
 
 
-@pytest.mark.parametrize("size, scale", [*itertools.product("tbl", (2, 3, 4))])
-def test_recipes(size, scale):
-    name = f"{size}_x{scale}"
+def test_there_are_nine_recipes():
+    assert set(RECIPES) == {f"{size}_x{scale}" for size in "tbl" for scale in (2, 3, 4)}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(name):
     config, notes = load_config(name, [TRAIN])
-    assert name in RECIPES and len(RECIPES) == 9
+    size, scale = name[0], int(name[-1])
     assert (config.model.preset, config.model.scale, notes) == (size, scale, [])
     assert (config.steps, config.data.batch, config.data.patch, config.loss.fft) == (500_000, 32, 64, 0.1)
     assert config.optimizer.betas == (0.9, 0.99) and config.schedule.milestones[-1] == 475_000
@@ -63,7 +65,6 @@ def test_overrides_win_and_numbers_may_be_text(load):
         ("zzzzz: 3", "no key zzzzz; expected one of out, steps"),
         ("steps: many", "steps is 'many', expected a whole number"),
         ("steps: 1.5", "steps is 1.5, expected a whole number"),
-        ("steps: true", "steps is True, expected a number"),
         ("steps: 0", "steps is 0, expected at least 1"),
         ("ema: 1", "ema is 1, expected less than 1"),
         ("data: 3", "data is 3, not a section"),
@@ -253,7 +254,6 @@ def test_unsupported_options_are_noted(load_published, tmp_path, key, value, not
     "key, value, message",
     [
         ("datasets.train.batch_size_per_gpu", "many", "batch_size_per_gpu is 'many', expected a whole number"),
-        ("val.val_freq", "often", "val.val_freq is 'often', expected a whole number"),
         ("val.val_freq", None, "val.val_freq is None, expected a whole number"),
         ("logger.save_checkpoint_freq", "often", "save_checkpoint_freq is 'often', expected a whole number"),
         ("train.total_iter", "many", "train.total_iter is 'many', expected a whole number"),
@@ -262,7 +262,6 @@ def test_unsupported_options_are_noted(load_published, tmp_path, key, value, not
         ("train.scheduler", {"type": "CosineAnnealingRestartLR", "eta_min": None},
          "train.scheduler.eta_min is None, expected a number"),
         ("network_g.scale", 0, "scale is 0, expected at least 1"),
-        ("network_g.scale", "two", "scale is 'two', expected a whole number"),
         ("network_g.type", "EDSR", "network_g.type is 'EDSR'"),
         ("datasets.train.gt_size", 127, "gt_size is 127, expected a multiple of the scale, 2"),
         ("train.scheduler.type", "Plateau", "scheduler.type is 'Plateau'"),
@@ -272,7 +271,6 @@ def test_unsupported_options_are_noted(load_published, tmp_path, key, value, not
         ("datasets.train.dataroot_gt", None, r"dataroot_gt\[0\] is None, expected a path"),
         ("datasets.val_1.dataroot_gt", ["set5"], r"datasets.val_1.dataroot_gt is .'set5'., expected a path"),
         ("datasets.train.io_backend", "disk", "io_backend is 'disk', expected keys and values"),
-        ("train.pixel_opt", "L1Loss", "pixel_opt is 'L1Loss', expected keys and values"),
         ("train.scheduler", "MultiStepLR", "scheduler is 'MultiStepLR', expected keys and values"),
         ("val", 5, "val is 5, expected keys and values"),
         ("trian", {}, r"there is no key trian; did you mean train\?"),
