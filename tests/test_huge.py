@@ -6,13 +6,15 @@ counts for all that are not at the border.
 """
 
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from helpers.networks import network
 from torch import nn
 
-from seemore_fast import Upscaler, backends
+from seemore_fast import Upscaler, backends, load_model
 from seemore_fast.network import engine
 from seemore_fast.reference import SeemoRe as PlainSeemoRe
 from seemore_fast.reference.router import route
@@ -35,16 +37,21 @@ class RouterOfMany(nn.Module):
         return route(mean.to(x.dtype), self.router.body[2].weight, self.router.top_k)
 
 
-@pytest.mark.parametrize(
-    "blocks, period, in_memory", [(4, 256, 0), pytest.param(20, 512, engine.IN_MEMORY, marks=pytest.mark.slow)]
-)
-def test_a_huge_image_is_what_the_reference_makes_of_a_piece(blocks, period, in_memory, monkeypatch, tmp_path):
-    """20: 105 megapixels, 36 GB of features, some ten minutes. Six groups see some 250 pixels around themselves."""
-    side = blocks * period
+# model, patterns in a row and column, their period, bytes of features in memory
+CASES = {
+    "two groups": (network, 4, 128, 0),
+    "six groups": (partial(load_model, "seemore_t_x2"), 4, 256, 0),
+    "105 megapixels": (partial(load_model, "seemore_t_x2"), 20, 512, engine.IN_MEMORY),  # 36 GB, some ten minutes
+}
+EACH = [pytest.param(*of, id=name, marks=[] if of[0] is network else pytest.mark.slow) for name, of in CASES.items()]
+
+
+@pytest.mark.parametrize("make, blocks, period, in_memory", EACH)
+def test_a_huge_image_is_what_the_reference_makes_of_a_piece(make, blocks, period, in_memory, monkeypatch, tmp_path):
+    """A group sees some 40 pixels around itself."""
+    side, model = blocks * period, make().eval()
     monkeypatch.setattr(engine, "IN_MEMORY", in_memory)
-    needs = engine.plan_memory(
-        Upscaler("seemore_t_x2", device="cpu").model, (1, 3, side, side), itemsize=4, streamed=True
-    )
+    needs = engine.plan_memory(model, (1, 3, side, side), itemsize=4, streamed=True)
     assert needs.disk > 0
     if shutil.disk_usage(tmp_path).free < needs.disk:
         pytest.skip(f"{needs.disk / 2**30:.0f} GiB are needed in {tmp_path}")
@@ -54,10 +61,9 @@ def test_a_huge_image_is_what_the_reference_makes_of_a_piece(blocks, period, in_
     pattern = pattern.clip(0, 1).astype(np.float32)
 
     huge = np.tile(pattern, (blocks, blocks, 1))
-    result = Upscaler("seemore_t_x2", device="cpu", stream=True, scratch=tmp_path)(huge)
+    result = Upscaler(model, device="cpu", stream=True, scratch=tmp_path)(huge)
     del huge
 
-    model = Upscaler("seemore_t_x2", device="cpu").model
     plain = PlainSeemoRe(**model.config).eval()
     plain.load_state_dict(model.state_dict())
     for group in plain.body:
