@@ -89,7 +89,8 @@ CASES = [
             {"shape, taps": [((2, 3, 6, 7), 3), ((2, 5, 41, 130), 3), ((1, 2, 90, 260), 11), ((3, 4, 23, 64), 7)]},
             dtype=FLOAT,
             activation="gelu",
-        ),
+        )
+        + grid(shape=(1, 70, 3, 150), layout="channels_last", dtype=FLOAT),
         gradcheck=[],
         compiles=grid(activation="gelu", dtype=FLOAT),
         opcheck=grid(activation="gelu", dtype=FLOAT),
@@ -331,7 +332,9 @@ CASES = [
         "gated_ffn",
         values=grid({"shape": SHAPES}) + EPS,
         sizes=grid({"shape": [(1, 36, 7, 41), (3, 1, 1, 1), (2, 17, 1, 33), (1, 5, 70, 1)], "dtype": [FLOAT, BFLOAT]})
-        + extra(grid(shape=(1, 3, 150, 70), dtype=FLOAT))  # more than 8 strips of Triton's, and 64 columns
+        # more than 8 strips of Triton's, and 64 columns; in bfloat16 the errors of both of these sums of 10,500 pixels are
+        # chance, of one size over several seeds, and the reference's in this seed is a quarter of that
+        + extra(grid(shape=(1, 3, 150, 70), dtype=FLOAT))
         + grid({"shape": [(1, 48, 3, 9), (1, 64, 3, 5)]}, dtype=FLOAT)
         + NO_IMAGE,
         layouts=grid({"layout": LAYOUTS}) + extra(grid({"layout": LAYOUTS}, shape=(2, 5, 6, 7), dtype=FLOAT)),
