@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seemore_fast import backends, ops, reference
+from seemore_fast.backends import native
 
 from . import arguments, naive
 from .backends import Backend, kernels_of
@@ -24,7 +25,7 @@ class Call(NamedTuple):
 
 
 class Example(NamedTuple):
-    """What `OpCase.call` is given. An extra example adds little to the others: it is slow in Triton's interpreter."""
+    """What `OpCase.call` is given. An extra example adds little to the others: few backends take it by default."""
 
     given: dict[str, Any]
     is_extra: bool = False
@@ -77,6 +78,7 @@ def extra(examples: list[Example]) -> list[Example]:
 
 
 FLOAT32 = grid(dtype=torch.float32)
+OF_PYTHON = ("compiles", "opcheck", "double_backward", "autocast")  # promises that no instruction set can break
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,16 @@ def each(cases: Iterable[OpCase], promise: str, reference: bool = True, **only):
     return pytest.mark.parametrize("case, backend, example", list(parameters(cases, promise, reference, **only)))
 
 
+def takes_products(backend: Backend) -> bool:
+    """Return whether a backend takes extra examples by default: kernels for GPUs, and the CPU's of its widest vectors.
+
+    All instruction sets have the same sources; the interpreter takes seconds for each example.
+    """
+    if backend.family == "cpu":
+        return backend == f"cpu {native.instruction_sets()[-1]}"
+    return backend.family == "cuda" or (backend == "triton" and not backends.interpreted())
+
+
 def parameters(cases: Iterable[OpCase], promise: str, reference: bool, interpreted: bool = True, **only) -> Iterator:
     for row in cases:
         interpreted_too = interpreted and promise not in row.not_interpreted
@@ -205,7 +217,7 @@ def parameters(cases: Iterable[OpCase], promise: str, reference: bool, interpret
                 if resolved in seen or not backend.serves(example.given):
                     continue
                 seen.append(resolved)
-                is_slow = example.is_extra and backend == "triton" and backends.interpreted()
+                is_extra = example.is_extra or (backend.family == "cpu" and promise in OF_PYTHON)
                 identifier = "-".join(filter(None, (row.name, backend, str(example))))
-                marks = [pytest.mark.slow] if is_slow else []
+                marks = [pytest.mark.slow] if is_extra and not takes_products(backend) else []
                 yield pytest.param(row, backend, example, id=identifier, marks=marks)
