@@ -4,8 +4,6 @@ Triton's binder needs a process without TRITON_INTERPRET: this file, run as a pr
 """
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -13,8 +11,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from helpers.interpreter import run_without
+
 from seemore_fast.benchmarks import gpu_dry_run
 
+pytestmark = pytest.mark.triton
 SIZES = [(480, 640), (481, 641), (500, 333)]
 STENCILS = {"convolve", "sum_tiles", "aggregate", "stretch"}  # whose rows begin at whole vectors, or not
 OF_A_GROUP = 19  # launches, counted in test_triton_network
@@ -114,7 +115,6 @@ def unlike_jit() -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.path.dirname(__file__))  # other test files, where PYTHONSAFEPATH is set
     print(json.dumps([globals()[function](*arguments) for function, *arguments in json.loads(sys.argv[1])]))
     sys.exit()
 
@@ -124,11 +124,7 @@ if __name__ == "__main__":
 
 def without_interpreter(function: str, *arguments):
     """Return what a function above gives where TRITON_INTERPRET is not set."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, json.dumps([[function, *arguments]])]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout)[0]
+    return json.loads(run_without(__file__, json.dumps([[function, *arguments]])))[0]
 
 
 def test_kernels_are_compiled_ahead_of_time_with_the_options_of_a_launch():

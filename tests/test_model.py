@@ -40,23 +40,13 @@ def pair(oracle, device, **config):
     return theirs.eval(), ours.eval()
 
 
+@pytest.mark.parametrize("sides", [SIZES[1:3], pytest.param(SIZES, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("scale", [2, 3, 4])
 @pytest.mark.parametrize("size", "tbl")
 @torch.no_grad()
-def test_presets_equal_the_published_network(oracle, device, size, scale):
+def test_presets_equal_the_published_network(oracle, device, size, scale, sides):
     theirs, ours = pair(oracle, device, **PRESETS[size](scale).config)
-    for height, width in SIZES if size == "t" and scale == 2 else SIZES[1:3]:
-        x = torch.rand(1, 3, height, width, device=device)
-        torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("scale", [2, 3, 4])
-@pytest.mark.parametrize("size", "tbl")
-@torch.no_grad()
-def test_presets_equal_the_published_network_at_every_size(oracle, device, size, scale):
-    theirs, ours = pair(oracle, device, **PRESETS[size](scale).config)
-    for height, width in SIZES:
+    for height, width in sides:
         x = torch.rand(1, 3, height, width, device=device)
         torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-5)
 

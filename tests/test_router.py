@@ -21,24 +21,14 @@ def assert_close(found, expected, tolerance):
 
 @each_backend("router")
 @each_narrow_dtype
-@pytest.mark.parametrize("layout", [None, "channels_last"])
-def test_probabilities_are_float32(backend, device, dtype, layout):
-    """Also for 16-bit images, and as exact as float32 is: only the input is rounded."""
-    tensors, _ = CASE.call(device, dtype, layout, shape=(3, 8, 17, 19))
-    with running_on(backend, device):
+@pytest.mark.parametrize("layout, autocast", [(None, False), ("channels_last", False), (None, True)])
+def test_probabilities_are_float32(backend, device, dtype, layout, autocast):
+    """Also for 16-bit images and under autocast, and as exact as float32 is: only the input is rounded."""
+    tensors, _ = CASE.call(device, torch.float32 if autocast else dtype, layout, shape=(3, 8, 17, 19))
+    tensors["a"] = tensors["a"].to(dtype)
+    with running_on(backend, device), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
         found = router(**tensors, top_k=3)
     assert [result.dtype for result in found] == [torch.int64, torch.float32]
-    assert_close(found, naive_router(**cast(tensors, torch.float64), top_k=3), 1e-5)
-
-
-@each_backend("router")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast_leaves_the_router_alone(backend, device, dtype):
-    tensors, _ = CASE.call(device, torch.float32, shape=(3, 8, 17, 19))
-    tensors["a"] = tensors["a"].to(dtype)
-    with running_on(backend, device), torch.autocast(torch.device(device).type, torch.bfloat16):
-        found = router(**tensors, top_k=3)
-    assert found[1].dtype == torch.float32
     assert_close(found, naive_router(**cast(tensors, torch.float64), top_k=3), 1e-5)
 
 

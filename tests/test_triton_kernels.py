@@ -10,13 +10,13 @@ import json
 import os
 import pkgutil
 import re
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 
 import pytest
 import torch
+from helpers.interpreter import run_without
 from helpers.ptx import widest
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -187,11 +187,7 @@ if __name__ == "__main__":
 
 def without_interpreter(*calls: tuple) -> dict[tuple, dict | list]:
     """Return what functions above give where TRITON_INTERPRET is not set, by call: a name and arguments."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, json.dumps(calls)]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    return dict(zip(calls, json.loads(finished.stdout), strict=True))
+    return dict(zip(calls, json.loads(run_without(__file__, json.dumps(calls))), strict=True))
 
 
 @pytest.fixture(scope="module")

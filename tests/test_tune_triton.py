@@ -1,8 +1,6 @@
 """Tuning of Triton's tiles: order, refused configurations and time limit."""
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -10,8 +8,12 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from helpers.interpreter import run_without
+
 from seemore_fast.benchmarks import tune_triton
 from seemore_fast.kernels import configurations, low_rank_experts
+
+pytestmark = pytest.mark.triton
 
 # As on a GPU, but that a configuration's "time" is by a table and tensors have no memory.
 WITHOUT_A_GPU = """
@@ -34,10 +36,7 @@ print(tune_triton.fastest("norm_pointwise forward", x, 90, Configuration(16, 2))
 
 
 def test_the_fastest_that_fits_is_chosen_and_wgmma_does_not_fit():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", WITHOUT_A_GPU], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    chosen = [line for line in done.stdout.splitlines() if line.startswith("Configuration")]
+    chosen = [line for line in run_without("-c", WITHOUT_A_GPU).splitlines() if line.startswith("Configuration")]
     # the first has no product; the second's of 64 pixels by four warps would be wgmma
     assert chosen == [
         "Configuration(pixels=64, warps=4, stages=1, registers=0)",
