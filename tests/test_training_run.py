@@ -266,7 +266,6 @@ def test_average_is_that_of_torch(work):
         (["model.in_chans=1"], "model.in_chans is 1, expected 3"),
         (["data.patch=8"], "data.patch is 8, expected at least 16"),
         (["precision=fp16"], "precision is fp16, expected fp32 or bf16"),
-        (["data.patch=40"], "that is 80 pixels of an HR image, but 3 images are smaller"),
         (["init_from=nowhere.pth"], "init_from: nowhere.pth does not exist"),
         (["init_from=seemore_t_x2"], r"init_from: seemore_t_x2 has body.* of shape .36,., this network of .12,."),
         (["validation.data.more=nowhere"], "validation.data.more: nowhere does not exist"),

@@ -14,9 +14,15 @@ from seemore_fast.io.resize import bicubic_resize, bicubic_resize_to
 from seemore_fast.network import engine
 
 
-@pytest.fixture
-def upscaler(small_model):
-    return Upscaler(small_model, device="cpu")
+@pytest.fixture(scope="module")
+def model(device):
+    torch.manual_seed(0)
+    return SeemoRe(**SMALL).to(device).eval()
+
+
+@pytest.fixture(scope="module")
+def upscaler(model):
+    return Upscaler(model, device="cpu")
 
 
 def through_network(model, colours):
@@ -28,14 +34,14 @@ def through_network(model, colours):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("channels", [(), (1,), (2,), (3,), (4,)])
-def test_arrays_keep_their_kind_and_are_right(small_model, upscaler, dtype, channels):
+def test_arrays_keep_their_kind_and_are_right(model, upscaler, dtype, channels):
     image = noise(18, 21, *channels, dtype=dtype)
     result, top = upscaler(image), max_value(dtype)
     assert result.dtype == dtype and result.shape == (36, 42, *channels)
     planes = image.reshape(18, 21, -1).astype(np.float64) / top
     has_alpha = planes.shape[2] in (2, 4)
     colours = planes[:, :, :-1] if has_alpha else planes
-    expected = through_network(small_model, colours * np.ones(3))
+    expected = through_network(model, colours * np.ones(3))
     if colours.shape[2] == 1:
         expected = (expected @ [0.299, 0.587, 0.114])[:, :, None]
     if has_alpha:
@@ -133,9 +139,9 @@ def test_the_given_module_stays_unchanged(small_model):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", torch.bfloat16, "fp16", torch.float16])
-def test_reduced_precision_differs_by_little(small_model, upscaler, dtype):
+def test_reduced_precision_differs_by_little(model, upscaler, dtype):
     image = noise(32, 32, 3)
-    result = Upscaler(small_model, device="cpu", dtype=dtype)(image)
+    result = Upscaler(model, device="cpu", dtype=dtype)(image)
     assert np.abs(result.astype(int) - upscaler(image).astype(int)).max() <= 4
 
 
@@ -257,7 +263,7 @@ def test_bad_sizes(upscaler, wanted, message):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 @pytest.mark.parametrize("channels", [(), (3,)])
-def test_tta_is_the_mean_over_eight_orientations(small_model, upscaler, dtype, channels):
+def test_tta_is_the_mean_over_eight_orientations(model, upscaler, dtype, channels):
     image = noise(17, 24, *channels, dtype=dtype)
     top = max_value(dtype)
     unit, parts = (image / top).astype(np.float32), []
@@ -269,13 +275,13 @@ def test_tta_is_the_mean_over_eight_orientations(small_model, upscaler, dtype, c
             result = result.swapaxes(0, 1) if transpose else result
             parts.append(result[:: flips[0], :: flips[1]])
     assert len({part.tobytes() for part in parts}) == 8
-    result = Upscaler(small_model, device="cpu", tta=True)(image)
+    result = Upscaler(model, device="cpu", tta=True)(image)
     assert result.dtype == dtype and result.shape == (34, 48, *channels)
     np.testing.assert_allclose(result / top, np.mean(parts, axis=0), atol=0.51 / top if top > 1 else 1e-6)
 
 
-def test_alpha_by_the_network_on_request(small_model, upscaler):
+def test_alpha_by_the_network_on_request(model, upscaler):
     image = noise(20, 24, 4)
-    result = Upscaler(small_model, device="cpu", alpha="network")(image)
+    result = Upscaler(model, device="cpu", alpha="network")(image)
     np.testing.assert_array_equal(result[:, :, 3], upscaler(np.ascontiguousarray(image[:, :, 3])))
     np.testing.assert_array_equal(result[:, :, :3], upscaler(image)[:, :, :3])
