@@ -22,7 +22,7 @@ from ..backends.planes import new_image
 from .activation import activate, activate_with_slope
 from .integers import cdiv
 from .interpolation import gathering, stretching
-from .launch import Launch, run
+from .launch import Launch, launched, named
 from .strided import (
     Tiles,
     accumulation_dtype,
@@ -41,26 +41,6 @@ CHUNK = 16  # channels that are mixed at a time
 PIXELS = 16  # likewise, pixels
 MOST_PARTS = 128  # of what mix_backward sums
 
-# Public functions: the caller has checked all arguments and allocated the results; parameters are contiguous
-
-
-def calibrate(
-    y: Tensor, maps: Tensor, k: Tensor, weight_agg: Tensor, bias_agg: Tensor, weight_dw: Tensor, bias_dw: Tensor,
-    weight_pw: Tensor, bias_pw: Tensor, recursive: int,
-) -> None:  # fmt: skip
-    """Write y (B, C, H, W) and maps."""
-    run(forward(y, maps, k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, recursive), k.device)
-
-
-def calibrate_backward(
-    dk: Tensor, dweight_agg: Tensor, dbias_agg: Tensor, dweight_dw: Tensor, dbias_dw: Tensor, dweight_pw: Tensor,
-    dbias_pw: Tensor, dy: Tensor, maps: Tensor, k: Tensor, weight_agg: Tensor, bias_agg: Tensor, weight_dw: Tensor,
-    bias_dw: Tensor, weight_pw: Tensor, bias_pw: Tensor, recursive: int,
-) -> None:  # fmt: skip
-    """Write dk (B, C, H, W) and the gradients of the parameters."""
-    gradients = [dweight_agg, dbias_agg], [dweight_dw, dbias_dw, dweight_pw, dbias_pw]
-    run(backward(dk, *gradients, dy, maps, k, weight_agg, weight_dw, bias_dw, weight_pw, recursive), k.device)
-
 
 def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
     """Yield all launches, by name, for images like x, or as large as there must be; it may be on the meta device."""
@@ -72,11 +52,9 @@ def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
         cells = batch * channels * (k.shape[2] // least) * (k.shape[3] // least)
         maps = k.new_empty(cells * (1 + (16**recursive - 1) // 15), dtype=accumulation_dtype(k.dtype))
         agg, dw, pw, bias = (k.new_empty(channels, *of) for of in [(1, 4, 4), (1, 3, 3), (channels, 1, 1), ()])
-        y, gradients = torch.empty_like(k), ([agg, bias], [dw, bias, pw, bias])
-        for number, launch in enumerate(forward(y, maps, k, agg, bias, dw, bias, pw, bias, recursive)):
-            yield f"forward {number} recursive {recursive}", launch
-        for number, launch in enumerate(backward(y, *gradients, y, maps, k, agg, dw, bias, pw, recursive)):
-            yield f"backward {number} recursive {recursive}", launch
+        y, parameters, options = torch.empty_like(k), (agg, bias, dw, bias, pw, bias), f"recursive {recursive}"
+        yield from named("forward", forward(y, maps, k, *parameters, recursive), options)
+        yield from named("backward", backward(y, *parameters, y, maps, k, *parameters, recursive), options)
 
 
 # What is launched
@@ -102,8 +80,10 @@ def forward(y, maps, k, weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bia
 
 
 def backward(
-    dk, gradients_agg, gradients_mix, dy, maps, k, weight_agg, weight_dw, bias_dw, weight_pw, recursive
-) -> Iterator[Launch]:
+    dk, dweight_agg, dbias_agg, dweight_dw, dbias_dw, dweight_pw, dbias_pw, dy, maps, k,
+    weight_agg, bias_agg, weight_dw, bias_dw, weight_pw, bias_pw, recursive,
+) -> Iterator[Launch]:  # fmt: skip
+    gradients_agg, gradients_mix = [dweight_agg, dbias_agg], [dweight_dw, dbias_dw, dweight_pw, dbias_pw]
     *levels, activated = levels_of(maps, k, recursive)
     steps = [(level, max(level - 2, 0)) for level in range(recursive, 0, -2)] if k.numel() else []  # from .. to
     parts = [len(k) * spread_patches(levels[to]).of_a_plane for _, to in steps]
@@ -128,6 +108,9 @@ def backward(
         gradient = dx
     yield add_parts(gradients_agg, partial_agg)
     yield add_parts(gradients_mix, partial_mix)
+
+
+calibrate, calibrate_backward = launched(forward), launched(backward)
 
 
 def levels_of(maps: Tensor, k: Tensor, recursive: int) -> list[Tensor]:

@@ -18,27 +18,10 @@ from torch import Tensor
 from . import norm_conv3x3
 from .configurations import configuration
 from .integers import cdiv
-from .launch import Launch, run
+from .launch import Launch, launched, named
 from .strided import index_type, store
 from .tiles import channels_of, launch, load_row, tile_of
 from .windows import columns_of, convolution, convolve, image_of
-
-# Public functions: the caller has checked all arguments and allocated the results; parameters are contiguous
-
-
-def conv3x3_shuffle(
-    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, scale: int, img_range: float
-) -> None:
-    """Write y (B, I, scale * H, scale * W), which is contiguous."""
-    run(forward(y, x, weight, bias, mean, scale, img_range), x.device)
-
-
-def conv3x3_shuffle_backward(
-    dx: Tensor, dweight: Tensor, dbias: Tensor, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
-    scale: int, img_range: float,
-) -> None:  # fmt: skip
-    """Write dx, dweight and dbias; the gradient of mean is a sum over dy."""
-    run(backward(dx, dweight, dbias, dy, x, weight, bias, scale, img_range), x.device)
 
 
 def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
@@ -49,9 +32,8 @@ def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
         made = 3 * scale**2
         y, mean = x.new_empty(batch, 3, scale * height, scale * width), x.new_empty(1, 3, 1, 1)
         weight, bias = x.new_empty(made, channels, 3, 3), x.new_empty(made)
-        yield from ((f"forward x{scale}", found) for found in forward(y, x, weight, bias, mean, scale, 1.0))
-        for number, found in enumerate(backward(x, weight, bias, y, x, weight, bias, scale, 1.0)):
-            yield f"backward {number} x{scale}", found
+        yield from named("forward", forward(y, x, weight, bias, mean, scale, 1.0), f"x{scale}")
+        yield from named("backward", backward(x, weight, bias, y, x, weight, bias, scale, 1.0), f"x{scale}")
 
 
 # What is launched
@@ -70,8 +52,11 @@ def forward(y, x, weight, bias, mean, scale, img_range) -> Iterator[Launch]:
 def backward(dx, dweight, dbias, dy, x, weight, bias, scale, img_range) -> Iterator[Launch]:
     spread = (dy / img_range).unflatten(3, (-1, scale)).unflatten(2, (-1, scale))  # (B, I, H, scale, W, scale)
     ds = spread.permute(0, 2, 4, 1, 3, 5).flatten(3).permute(0, 3, 1, 2)  # (B, I * scale^2, H, W), packed
-    gradients = [None, None], [dweight, dbias], [None, None]
-    yield from norm_conv3x3.backward(dx, *gradients, ds, x, None, None, weight, bias, None, None, 0.0)
+    gradients = dx, None, None, dweight, dbias, None, None
+    yield from norm_conv3x3.backward(*gradients, ds, x, None, None, weight, bias, None, None, False, 0.0)
+
+
+conv3x3_shuffle, conv3x3_shuffle_backward = launched(forward), launched(backward)
 
 
 # Kernels

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..backends.planes import new_image
 from . import gate_gradients, norm_pointwise
 from .activation import activate, slope
-from .launch import Launch, run
+from .launch import Launch, launched, named
 from .products import parts_of, products
 from .rounding import round_to
 from .strided import strided
@@ -30,11 +30,11 @@ from .tiles import (
     affine,
     channels_of,
     cut,
-    end_of,
     load_columns,
     load_pixels,
     load_row,
     load_tile,
+    locate_pixels,
     multiply,
     multiply_block,
     normalise,
@@ -42,33 +42,9 @@ from .tiles import (
     precision,
     store_pixels,
     store_tile,
-    tile_of,
     workspace,
     zeros,
 )
-
-# Public functions: the caller has checked all arguments and allocated the results; parameters are contiguous
-
-
-def gated_ffn(
-    y: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight_1: Tensor, bias_1: Tensor,
-    weight_gate: Tensor, bias_gate: Tensor, weight_2: Tensor, bias_2: Tensor, eps: float,
-) -> None:  # fmt: skip
-    """Write y (B, C, H, W)."""
-    parameters = norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2
-    run(forward(y, x, *parameters, eps), x.device)
-
-
-def gated_ffn_backward(
-    dx: Tensor, dnorm_weight: Tensor, dnorm_bias: Tensor, dweight_1: Tensor, dbias_1: Tensor,
-    dweight_gate: Tensor, dbias_gate: Tensor, dweight_2: Tensor, dbias_2: Tensor, dy: Tensor,
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight_1: Tensor, bias_1: Tensor,
-    weight_gate: Tensor, bias_gate: Tensor, weight_2: Tensor, bias_2: Tensor, eps: float,
-) -> None:  # fmt: skip
-    """Write dx and the gradients of the parameters."""
-    gradients = dnorm_weight, dnorm_bias, dweight_1, dbias_1, dweight_gate, dbias_gate, dweight_2, dbias_2
-    parameters = norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2
-    run(backward(dx, gradients, dy, x, *parameters, eps), x.device)
 
 
 def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
@@ -77,9 +53,8 @@ def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
     vector, square, twice = x.new_empty(channels), x.new_empty(channels, channels, 1, 1), x.new_empty(2 * channels)
     wide, taps = x.new_empty(2 * channels, channels, 1, 1), x.new_empty(channels, 1, 3, 3)
     parameters = vector, vector, wide, twice, taps, vector, square, vector
-    yield from ((f"forward {number}", launch) for number, launch in enumerate(forward(x, x, *parameters, 1e-6)))
-    for number, launch in enumerate(backward(x, parameters, x, x, *parameters, 1e-6)):
-        yield f"backward {number}", launch
+    yield from named("forward", forward(x, x, *parameters, 1e-6))
+    yield from named("backward", backward(x, *parameters, x, x, *parameters, 1e-6))
 
 
 # What is launched
@@ -92,35 +67,37 @@ def forward(
         return
     channels = x.shape[1]
     g = workspace(x, channels, weight_1.dtype)
-    norm = norm_weight, norm_bias
-    yield from norm_pointwise.forward(g, x, *norm, weight_1[channels:], bias_1[channels:], "gelu", eps)
+    yield from norm_pointwise.forward(g, x, norm_weight, norm_bias, weight_1[channels:], bias_1[channels:], True, eps)
     parameters = dict(norm_weight=norm_weight, norm_bias=norm_bias, weight_1=weight_1, bias_1=bias_1, eps=eps)
     parameters |= end(x, weight_gate, bias_gate, weight_2, bias_2)
     yield over_tiles(gated_ffn_forward, "gated_ffn forward", [y, x], strided(y=y, x=x, g=g) | parameters)
 
 
 def backward(
-    dx, gradients, dy, x, norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2, eps
-) -> Iterator[Launch]:
+    dx, dnorm_weight, dnorm_bias, dweight_1, dbias_1, dweight_gate, dbias_gate, dweight_2, dbias_2, dy,
+    x, norm_weight, norm_bias, weight_1, bias_1, weight_gate, bias_gate, weight_2, bias_2, eps,
+) -> Iterator[Launch]:  # fmt: skip
     channels = x.shape[1]
     # u, g and dh are float32: their rounding would show in all sums over the image, twice as much as torch's does.
     ug, dug = new_image(x, 2 * channels, torch.float32), new_image(x, 2 * channels, weight_1.dtype)
     (u, g), (du, dg) = ug.split(channels, dim=1), dug.split(channels, dim=1)
     dh, h, dz = new_image(x, channels, torch.float32), *(workspace(x, channels, weight_1.dtype) for _ in range(2))
+    layer = x, norm_weight, norm_bias, weight_1, bias_1, True, eps
     if x.numel():
-        layer = x, norm_weight, norm_bias, weight_1, bias_1, "gelu", eps
         yield from norm_pointwise.forward(ug, *layer)
         images = strided(dh=dh, h=h, dz=dz, dy=dy, u=u, g=g)
         parameters = end(x, weight_gate, bias_gate, weight_2, bias_2)
         yield over_tiles(gated_ffn_backward_gate, "gated_ffn backward", [dy], images | parameters)
-    *first, dweight_gate, dbias_gate, dweight_2, dbias_2 = gradients
     partial = new_partial(parts_of(h, "products") if x.numel() else 0, [dweight_2, dbias_2])
     if x.numel():
         yield products(partial, dz, h)
     yield add_parts([dweight_2, dbias_2], partial)
     yield from gate_gradients.backward(du, dg, dweight_gate, dbias_gate, dh, u, g, weight_gate, bias_gate)
-    inputs = x, norm_weight, norm_bias, weight_1, bias_1, "gelu", eps
-    yield from norm_pointwise.backward(dx, first, dug, *inputs, residual=dy)
+    of_layer = dx, dnorm_weight, dnorm_bias, dweight_1, dbias_1
+    yield from norm_pointwise.backward(*of_layer, dug, *layer, residual=dy)
+
+
+gated_ffn, gated_ffn_backward = launched(forward), launched(backward)
 
 
 def end(x: Tensor, weight_gate: Tensor, bias_gate: Tensor, weight_2: Tensor, bias_2: Tensor) -> dict:
@@ -143,9 +120,7 @@ def gated_ffn_forward(
     ROOM: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = x + GELU((u * gate) @ weight_2 + bias_2), PIXELS pixels of an image."""
-    image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
-    pixel = first + tl.arange(0, PIXELS)
-    inside = pixel < end_of(pixels, ROOM)
+    image, pixel, inside = locate_pixels(pixels, PIXELS, ROOM, INDEX)
     dtype: tl.constexpr = weight_1.dtype.element_ty
     seen = load_pixels(address(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
     n, _ = normalise(seen, eps, CHANNELS, TILES)
@@ -173,9 +148,7 @@ def gated_ffn_backward_gate(
     ROOM: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """h = u * gate, dz = dy * GELU'(h @ weight_2 + bias_2) and dh = dz @ transposed weight_2."""
-    image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
-    pixel = first + tl.arange(0, PIXELS)
-    inside = pixel < end_of(pixels, ROOM)
+    image, pixel, inside = locate_pixels(pixels, PIXELS, ROOM, INDEX)
     dtype: tl.constexpr = weight_2.dtype.element_ty
     z = zeros(PIXELS, TILES)
     for start in tl.range(0, CHANNELS, BLOCK, disable_licm=True):

@@ -3,7 +3,8 @@
 An operator describes its launches once, so that what is compiled in a test is what runs:
 
     def forward(y, x): yield Launch(kernel, programs, dict(y=y, x=x, ...))
-    run(forward(y, x), x.device)                         # on a GPU, or on the CPU under TRITON_INTERPRET=1
+    operator = launched(forward)                         # a function that runs them
+    operator(y, x)                                       # on a GPU, or on the CPU under TRITON_INTERPRET=1
     for launch in forward(y_meta, x_meta):               # tensors on the meta device do
         compiled = launch.compile_for(90)                # no GPU needed, but TRITON_INTERPRET must not be set
         assert compiled.resources().local == 0
@@ -15,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,6 +168,21 @@ def run(launches: Iterable[Launch], device: torch.device):
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for launch in launches:
             launch.run()
+
+
+def launched(describe: Callable[..., Iterable[Launch]]) -> Callable[..., None]:
+    """Return a function of an operator that runs the launches that `describe` yields for the same arguments.
+
+    Results come first. The caller has checked all arguments and allocated the results; parameters are contiguous.
+    """
+    return lambda *arguments: run(describe(*arguments), arguments[0].device)
+
+
+def named(name: str, launches: Iterable[Launch], options: str = "") -> Iterator[tuple[str, Launch]]:
+    """Yield launches with their names, such as "forward 1 gelu", without a number where there is only one."""
+    launches = list(launches)
+    for number, launch in enumerate(launches):
+        yield " ".join(filter(None, (name, str(number) if len(launches) > 1 else "", options))), launch
 
 
 def specialize(value: Any, path: tuple[int, ...], constexprs: dict, attrs: dict) -> str | tuple:

@@ -11,14 +11,14 @@ experts in blocks of 16 (`experts`), so that neither their number nor their rank
 matrix units multiply 2.7 times what is needed at 36 channels and twice at 48; for the projection 1.8 times at 36.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, run
+from .launch import Launch, launched, named
 from .low_rank_experts_common import RANKS, blocks_of, load_bias, load_bias_out, load_ranks, locate
 from .low_rank_experts_grads import add_sums, kept_ranks, new_sums, sum_products
 from .rounding import round_to
@@ -27,11 +27,11 @@ from .tiles import (
     address,
     channels_of,
     cut,
-    end_of,
     load_columns,
     load_pixels,
     load_row,
     load_tile,
+    locate_pixels,
     multiply,
     multiply_block,
     over_tiles,
@@ -39,39 +39,10 @@ from .tiles import (
     round_all,
     store_pixels,
     store_tile,
-    tile_of,
     transposed,
     workspace,
     zeros,
 )
-
-# Public functions: the caller has checked all arguments and allocated the results; parameters are contiguous
-
-
-def low_rank_experts(
-    y: Tensor, a: Tensor, k: Tensor, expert_index: Tensor, expert_weight: Tensor, weight_a: Tensor, bias_a: Tensor,
-    weight_k: Tensor, bias_k: Tensor, weight_out: Tensor, bias_out: Tensor, ranks: Sequence[int],
-    weight_proj: Tensor | None, bias_proj: Tensor | None, residual: Tensor | None,
-) -> None:  # fmt: skip
-    """Write y (B, C, H, W)."""
-    parameters = expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out
-    run(forward(y, a, k, mixture(ranks, *parameters), weight_proj, bias_proj, residual), a.device)
-
-
-def low_rank_experts_backward(
-    da: Tensor, dk: Tensor, dexpert_weight: Tensor, dweight_a: Tensor, dbias_a: Tensor, dweight_k: Tensor,
-    dbias_k: Tensor, dweight_out: Tensor, dbias_out: Tensor, dweight_proj: Tensor | None, dbias_proj: Tensor | None,
-    dy: Tensor, a: Tensor, k: Tensor, expert_index: Tensor, expert_weight: Tensor, weight_a: Tensor, bias_a: Tensor,
-    weight_k: Tensor, bias_k: Tensor, weight_out: Tensor, bias_out: Tensor, ranks: Sequence[int],
-    weight_proj: Tensor | None,
-) -> None:  # fmt: skip
-    """Write da, dk and the gradients of the parameters; that of the residual is dy."""
-    gradients = dict(
-        dexpert_weight=dexpert_weight, dweight_a=dweight_a, dbias_a=dbias_a, dweight_k=dweight_k, dbias_k=dbias_k,
-        dweight_out=dweight_out, dbias_out=dbias_out, dweight_proj=dweight_proj, dbias_proj=dbias_proj,
-    )  # fmt: skip
-    parameters = expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out
-    run(backward(da, dk, gradients, dy, a, k, mixture(ranks, *parameters), weight_proj), a.device)
 
 
 def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
@@ -83,40 +54,38 @@ def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
     for top_k in (1, 2):
         index = x.new_full((batch, top_k), len(ranks) - 1, dtype=torch.int64)  # the largest expert, which takes longest
         weight = x.new_ones(batch, top_k, dtype=torch.float32)
-        experts = mixture(ranks, index, weight, *packed)
-        names = "dweight_a", "dbias_a", "dweight_k", "dbias_k", "dweight_out", "dbias_out"
-        gradients = dict(dexpert_weight=weight) | dict(zip(names, packed, strict=True))
+        experts = index, weight, *packed, ranks
         for proj, bias, residual in ((None, None, None), (square, rows[0], x)):
-            name = f"top {top_k}{'' if proj is None else ' proj'}"
-            for launch in forward(x, x, x, experts, proj, bias, residual):
-                yield f"forward {name}", launch
-            launches = backward(x, x, gradients | dict(dweight_proj=proj, dbias_proj=bias), x, x, x, experts, proj)
-            for number, launch in enumerate(launches):
-                yield f"backward {number} {name}", launch
+            options = f"top {top_k}{'' if proj is None else ' proj'}"
+            yield from named("forward", forward(x, x, x, *experts, proj, bias, residual), options)
+            gradients = x, x, weight, *packed, proj, bias
+            yield from named("backward", backward(*gradients, x, x, x, *experts, proj), options)
 
 
 # What is launched
 
 
-def mixture(
-    ranks, expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out
-) -> dict:  # fmt: skip
-    """Return experts and which are chosen as the kernels' arguments."""
-    routing = dict(expert_index=expert_index, expert_weight=expert_weight, top_k=expert_index.shape[1])
-    parameters = dict(weight_a=weight_a, bias_a=bias_a, weight_k=weight_k, bias_k=bias_k)
-    sizes = dict(EXPERTS=tuple(ranks), BLOCKS=blocks_of(ranks), TOTAL=sum(ranks), PRECISION=precision(weight_a.dtype))
-    return routing | parameters | dict(weight_out=weight_out, bias_out=bias_out) | sizes
-
-
-def forward(y, a, k, experts: dict, weight_proj, bias_proj, residual) -> Iterator[Launch]:
+def forward(
+    y, a, k, expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out, ranks,
+    weight_proj, bias_proj, residual,
+) -> Iterator[Launch]:  # fmt: skip
     if a.numel() == 0:
         return
+    experts = mixture(expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out, ranks)
     arguments = strided(y=y, a=a, k=k, residual=residual) | dict(weight_proj=weight_proj, bias_proj=bias_proj)
     images = [image for image in (y, residual, k, a) if image is not None]
     yield over_tiles(low_rank_experts_forward, "low_rank_experts forward", images, arguments | experts | sizes(a))
 
 
-def backward(da, dk, gradients: dict, dy, a, k, experts: dict, weight_proj) -> Iterator[Launch]:
+def backward(
+    da, dk, dexpert_weight, dweight_a, dbias_a, dweight_k, dbias_k, dweight_out, dbias_out, dweight_proj, dbias_proj,
+    dy, a, k, expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out, ranks, weight_proj,
+) -> Iterator[Launch]:  # fmt: skip
+    gradients = dict(
+        dexpert_weight=dexpert_weight, dweight_a=dweight_a, dbias_a=dbias_a, dweight_k=dweight_k, dbias_k=dbias_k,
+        dweight_out=dweight_out, dbias_out=dbias_out, dweight_proj=dweight_proj, dbias_proj=dbias_proj,
+    )  # fmt: skip
+    experts = mixture(expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out, ranks)
     sums = new_sums(a, experts, weight_proj is not None)
     if a.numel():
         units, rows = experts["top_k"] * experts["BLOCKS"], kept_ranks(experts)
@@ -127,6 +96,17 @@ def backward(da, dk, gradients: dict, dy, a, k, experts: dict, weight_proj) -> I
         yield over_tiles(low_rank_experts_backward_input, "low_rank_experts backward", images, arguments)
         yield sum_products(sums, ranked, dy, a, k, experts, weight_proj)
     yield add_sums(gradients, sums, a, experts)
+
+
+low_rank_experts, low_rank_experts_backward = launched(forward), launched(backward)
+
+
+def mixture(expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out, ranks) -> dict:
+    """Return experts and which are chosen as the kernels' arguments."""
+    routing = dict(expert_index=expert_index, expert_weight=expert_weight, top_k=expert_index.shape[1])
+    parameters = dict(weight_a=weight_a, bias_a=bias_a, weight_k=weight_k, bias_k=bias_k)
+    sizes = dict(EXPERTS=tuple(ranks), BLOCKS=blocks_of(ranks), TOTAL=sum(ranks), PRECISION=precision(weight_a.dtype))
+    return routing | parameters | dict(weight_out=weight_out, bias_out=bias_out) | sizes
 
 
 def sizes(a: Tensor) -> dict:
@@ -144,9 +124,7 @@ def low_rank_experts_forward(
     PIXELS: tl.constexpr, ROOM: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of PIXELS pixels of an image."""
-    image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
-    pixel = first + tl.arange(0, PIXELS)
-    inside = pixel < end_of(pixels, ROOM)
+    image, pixel, inside = locate_pixels(pixels, PIXELS, ROOM, INDEX)
     dtype: tl.constexpr = weight_a.dtype.element_ty
     seen = load_pixels(address(a, a_strides, image, pixel, width), a_strides, inside, CHANNELS, TILES)
     of_k = load_pixels(address(k, k_strides, image, pixel, width), k_strides, inside, CHANNELS, TILES)
@@ -196,15 +174,11 @@ def low_rank_experts_backward_input(
     With dm the gradient of m, these are rank_a * rank_k and the gradients of rank_a and rank_k,
         p_e * (transposed Wout_e @ dm) * rank_k  and  p_e * (transposed Wout_e @ dm) * rank_a.
     """
-    image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
-    pixel = first + tl.arange(0, PIXELS)
-    inside = pixel < end_of(pixels, ROOM)
+    image, pixel, inside = locate_pixels(pixels, PIXELS, ROOM, INDEX)
     dtype: tl.constexpr = weight_a.dtype.element_ty
     a_at, k_at = address(a, a_strides, image, pixel, width), address(k, k_strides, image, pixel, width)
-    dy_at, ranked_at = (
-        address(dy, dy_strides, image, pixel, width),
-        address(ranked, ranked_strides, image, pixel, width),
-    )
+    dy_at = address(dy, dy_strides, image, pixel, width)
+    ranked_at = address(ranked, ranked_strides, image, pixel, width)
     if weight_proj is None:
         from_a = round_all(load_pixels(dy_at, dy_strides, inside, CHANNELS, TILES), tl.float32)
     else:

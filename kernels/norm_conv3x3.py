@@ -23,7 +23,7 @@ from torch import Tensor
 from ..backends.planes import new_packed
 from .activation import activate, activation_of, slope
 from .configurations import configuration
-from .launch import Launch, run
+from .launch import Launch, launched, named
 from .products import parts_of, products, steps_of
 from .strided import index_type, strided
 from .sums import add_parts, new_partial
@@ -32,12 +32,12 @@ from .tiles import (
     address,
     channels_of,
     cut,
-    end_of,
     launch,
     load_columns,
     load_pixels,
     load_row,
     load_tile,
+    locate_pixels,
     multiply,
     multiply_block,
     normalise,
@@ -66,107 +66,79 @@ from .windows import (
     window_products,
 )
 
-# Public functions: the caller has checked all arguments and allocated the results; parameters are contiguous
-
-
-def norm_conv3x3(
-    y: Tensor, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, bias: Tensor,
-    weight_pw: Tensor | None, bias_pw: Tensor | None, gelu: bool, eps: float,
-) -> None:  # fmt: skip
-    """Write y (B, P or D, H, W)."""
-    run(forward(y, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation_of(gelu), eps), x.device)
-
-
-def norm_conv3x3_into(
-    y: Tensor, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, bias: Tensor,
-    eps: float, add: bool,
-) -> None:  # fmt: skip
-    """Write y (B, D, H, W), of any floating dtype, or add to it."""
-    run(forward(y, x, norm_weight, norm_bias, weight, bias, None, None, None, eps, add), x.device)
-
-
-def norm_conv3x3_backward(
-    dx: Tensor, dnorm_weight: Tensor | None, dnorm_bias: Tensor | None, dweight: Tensor, dbias: Tensor,
-    dweight_pw: Tensor | None, dbias_pw: Tensor | None, dy: Tensor, x: Tensor, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, weight: Tensor, bias: Tensor, weight_pw: Tensor | None, bias_pw: Tensor | None,
-    gelu: bool, eps: float,
-) -> None:  # fmt: skip
-    """Write dx and the gradients of the parameters."""
-    gradients = [dnorm_weight, dnorm_bias], [dweight, dbias], [dweight_pw, dbias_pw]
-    activation = activation_of(gelu)
-    run(backward(dx, *gradients, dy, x, norm_weight, norm_bias, weight, bias, weight_pw, activation, eps), x.device)
-
 
 def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
     """Yield all launches, by name, for images like x; it may be on the meta device."""
     channels = x.shape[1]
     vector, weight = x.new_empty(channels), x.new_empty(channels, channels, 3, 3)
     wide = torch.empty_like(x).repeat(1, 2, 1, 1), x.new_empty(2 * channels, channels, 1, 1), x.new_empty(2 * channels)
-    for (y, *pointwise), norm, activation in [
-        (wide, vector, "gelu"),
-        ((x, None, None), vector, None),
-        ((x, None, None), None, "gelu"),
+    for (y, *pointwise), norm, gelu in [
+        (wide, vector, True),
+        ((x, None, None), vector, False),
+        ((x, None, None), None, True),
     ]:
-        name = f"{y.shape[1]} {activation}{' norm' if norm is not None else ''}"
-        forwards = forward(y, x, norm, norm, weight, vector, *pointwise, activation, 1e-6)
-        yield from ((f"forward {number} {name}", launch) for number, launch in enumerate(forwards))
-        gradients = [norm, norm], [weight, vector], pointwise
-        backwards = backward(x, *gradients, y, x, norm, norm, weight, vector, pointwise[0], activation, 1e-6)
-        yield from ((f"backward {number} {name}", launch) for number, launch in enumerate(backwards))
+        options = f"{y.shape[1]} {activation_of(gelu)}{' norm' if norm is not None else ''}"
+        parameters = norm, norm, weight, vector, *pointwise
+        yield from named("forward", forward(y, x, *parameters, gelu, 1e-6), options)
+        yield from named("backward", backward(x, *parameters, y, x, *parameters, gelu, 1e-6), options)
     # The network's first layer, always of float32 at least.
     wide = dict(dtype=torch.promote_types(x.dtype, torch.float32))
     y, image = torch.empty_like(x, **wide), x.new_empty(len(x), 3, *x.shape[2:], **wide)
     first, vector = x.new_empty(channels, 3, 3, 3, **wide), x.new_empty(channels, **wide)
-    for adds in (False, True):
-        forwards = forward(y, image, None, None, first, vector, None, None, None, 0.0, adds)
-        name = "of 3 channels, added" if adds else "of 3 channels"
-        yield from ((f"forward {number} {name}", launch) for number, launch in enumerate(forwards))
-    gradients = [None, None], [first, vector], [None, None]
-    backwards = backward(image, *gradients, y, image, None, None, first, vector, None, None, 0.0)
-    yield from ((f"backward {number} of 3 channels", launch) for number, launch in enumerate(backwards))
+    parameters = None, None, first, vector, None, None
+    yield from named("forward", forward(y, image, *parameters, False, 0.0), "of 3 channels")
+    yield from named("forward", forward(y, image, *parameters, False, 0.0, add=True), "of 3 channels, added")
+    yield from named("backward", backward(image, *parameters, y, image, *parameters, False, 0.0), "of 3 channels")
 
 
 # What is launched
 
 
-def forward(
-    y, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, activation, eps, add=False
-) -> Iterator[Launch]:
+def forward(y, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, gelu, eps, add=False) -> Iterator[Launch]:
     if x.numel() == 0:
         return
     n = yield from normalised(x, norm_weight, norm_bias, weight.dtype, eps)
-    arguments = convolution(n, columns_of(weight)) | strided(y=y) | end(bias, weight_pw, y, activation)
+    arguments = convolution(n, columns_of(weight)) | strided(y=y) | end(bias, weight_pw, y, gelu)
     arguments |= dict(bias_pw=bias_pw, ADD=add)
     yield over_tiles(norm_conv3x3_forward, "norm_conv3x3 forward", [y, n], arguments)
 
 
+def forward_into(y, x, norm_weight, norm_bias, weight, bias, eps, add) -> Iterator[Launch]:
+    """Yield what writes y, of any floating dtype, or adds to it."""
+    return forward(y, x, norm_weight, norm_bias, weight, bias, None, None, False, eps, add)
+
+
 def backward(
-    dx, dnorm, gradients, dpointwise, dy, x, norm_weight, norm_bias, weight, bias, weight_pw, activation, eps
-) -> Iterator[Launch]:
+    dx, dnorm_weight, dnorm_bias, dweight, dbias, dweight_pw, dbias_pw, dy,
+    x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, gelu, eps,
+) -> Iterator[Launch]:  # fmt: skip
     if x.numel() == 0:
-        for gradient in (*dnorm, *gradients, *dpointwise):
+        for gradient in (dnorm_weight, dnorm_bias, dweight, dbias, dweight_pw, dbias_pw):
             if gradient is not None:
                 gradient.zero_()
         return
     n = yield from normalised(x, norm_weight, norm_bias, weight.dtype, eps)
-    if activation is None and weight_pw is None:
+    if not gelu and weight_pw is None:
         ds = yield from normalised(dy, None, None, weight.dtype, eps)
     else:
         ds = new_packed(x, len(weight), weight.dtype)
         acted = None if weight_pw is None else workspace(x, len(weight), weight.dtype)
-        arguments = convolution(n, columns_of(weight)) | end(bias, weight_pw, dy, activation)
+        arguments = convolution(n, columns_of(weight)) | end(bias, weight_pw, dy, gelu)
         arguments |= strided(ds=ds, acted=acted, dy=dy)
         yield over_tiles(norm_conv3x3_backward_middle, "norm_conv3x3 backward", [dy, n], arguments)
-    yield from backward_input(dx, dnorm, ds, x, norm_weight, weight, eps)
-    partial = new_partial(window_parts(n), gradients)
-    yield window_products(partial, ds, n)
+    yield from backward_input(dx, [dnorm_weight, dnorm_bias], ds, x, norm_weight, weight, eps)
     dcolumns = weight.new_empty(len(weight), 3, 3, weight.shape[1])  # as the windows are
-    yield add_parts([dcolumns, gradients[1]], partial)
-    gradients[0].copy_(dcolumns.permute(0, 3, 1, 2))
+    partial = new_partial(window_parts(n), [dcolumns, dbias])
+    yield window_products(partial, ds, n)
+    yield add_parts([dcolumns, dbias], partial)
+    dweight.copy_(dcolumns.permute(0, 3, 1, 2))
     if weight_pw is not None:
-        partial = new_partial(parts_of(acted, "products"), dpointwise)
+        partial = new_partial(parts_of(acted, "products"), [dweight_pw, dbias_pw])
         yield products(partial, dy, acted)
-        yield add_parts(dpointwise, partial)
+        yield add_parts([dweight_pw, dbias_pw], partial)
+
+
+norm_conv3x3, norm_conv3x3_into, norm_conv3x3_backward = map(launched, (forward, forward_into, backward))
 
 
 def normalised(x, norm_weight, norm_bias, dtype, eps):
@@ -178,11 +150,11 @@ def normalised(x, norm_weight, norm_bias, dtype, eps):
     return n
 
 
-def end(bias, weight_pw, y, activation) -> dict:
+def end(bias, weight_pw, y, gelu) -> dict:
     """Return as the kernels' arguments what comes after the convolution, on the way to y."""
     out = y.shape[1]
     block = cut(out)[0] if bias.element_size() == 2 else 16  # float32 takes more registers
-    return dict(bias=bias, weight_pw=weight_pw, ACTIVATION=activation, RESULTS=out, BLOCK=block)
+    return dict(bias=bias, weight_pw=weight_pw, ACTIVATION=activation_of(gelu), RESULTS=out, BLOCK=block)
 
 
 def backward_input(dx, dnorm, ds, x, norm_weight, weight, eps) -> Iterator[Launch]:
@@ -209,9 +181,7 @@ def norm_conv3x3_forward(
     ACTIVATION: tl.constexpr, ADD: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = activation(conv(n) + bias), or weight_pw @ of it + bias_pw, PIXELS pixels of an image; to ADD, y += that."""
-    image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
-    pixel = first + tl.arange(0, PIXELS)
-    inside = pixel < end_of(pixels, ROOM)
+    image, pixel, inside = locate_pixels(pixels, PIXELS, ROOM, INDEX)
     seen = image_of(n, n_stride, image)
     sums = convolve(seen, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)
     dtype: tl.constexpr = y.dtype.element_ty if weight_pw is None else weight_pw.dtype.element_ty
@@ -239,9 +209,7 @@ def norm_conv3x3_backward_middle(
     ACTIVATION: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ds, packed, and with a pointwise what it multiplied: of the same PIXELS pixels of an image."""
-    image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
-    pixel = first + tl.arange(0, PIXELS)
-    inside = pixel < end_of(pixels, ROOM)
+    image, pixel, inside = locate_pixels(pixels, PIXELS, ROOM, INDEX)
     dtype: tl.constexpr = ds.dtype.element_ty
     seen = image_of(n, n_stride, image)
     s = convolve(seen, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)

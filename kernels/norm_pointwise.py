@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, activation_of, slope
-from .launch import Launch, run
+from .launch import Launch, launched, named
 from .products import parts_of, products
 from .rounding import round_to
 from .strided import strided
@@ -27,11 +27,11 @@ from .tiles import (
     address,
     affine,
     cut,
-    end_of,
     load_columns,
     load_pixels,
     load_row,
     load_tile,
+    locate_pixels,
     multiply,
     multiply_block,
     normalise,
@@ -40,32 +40,11 @@ from .tiles import (
     precision,
     store_pixels,
     store_tile,
-    tile_of,
     times_row,
     transposed,
     workspace,
     zeros,
 )
-
-# Public functions: the caller has checked all arguments and allocated the results; parameters are contiguous
-
-
-def norm_pointwise(
-    y: Tensor, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, bias: Tensor,
-    gelu: bool, eps: float, residual: Tensor | None,
-) -> None:  # fmt: skip
-    """Write y (B, D, H, W)."""
-    run(forward(y, x, norm_weight, norm_bias, weight, bias, activation_of(gelu), eps, residual), x.device)
-
-
-def norm_pointwise_backward(
-    dx: Tensor, dnorm_weight: Tensor | None, dnorm_bias: Tensor | None, dweight: Tensor, dbias: Tensor, dy: Tensor,
-    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, bias: Tensor,
-    gelu: bool, eps: float,
-) -> None:  # fmt: skip
-    """Write dx and the gradients of the parameters."""
-    gradients = [g for g in (dnorm_weight, dnorm_bias, dweight, dbias) if g is not None]
-    run(backward(dx, gradients, dy, x, norm_weight, norm_bias, weight, bias, activation_of(gelu), eps), x.device)
 
 
 def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
@@ -73,38 +52,38 @@ def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
     channels = x.shape[1]
     vector, square = x.new_empty(channels), x.new_empty(channels, channels, 1, 1)
     wide = torch.empty_like(x).repeat(1, 2, 1, 1), x.new_empty(2 * channels, channels, 1, 1), x.new_empty(2 * channels)
-    for y, weight, bias, norm, activation, residual in [
-        (*wide, vector, "gelu", None),
-        (*wide, vector, None, None),
-        (x, square, vector, vector, "gelu", None),
-        (x, square, vector, None, None, x),
+    for y, weight, bias, norm, gelu, residual in [
+        (*wide, vector, True, None),
+        (*wide, vector, False, None),
+        (x, square, vector, vector, True, None),
+        (x, square, vector, None, False, x),
     ]:
-        name = f"{y.shape[1]} {activation}{' norm' if norm is not None else ''}{' residual' if residual is x else ''}"
-        inputs = x, norm, norm, weight, bias, activation, 1e-6
-        yield from ((f"forward {name}", launch) for launch in forward(y, *inputs, residual))
-        gradients = [g for g in (norm, norm, weight, bias) if g is not None]
-        for number, launch in enumerate(backward(x, gradients, y, *inputs)):
-            yield f"backward {number} {name}", launch
+        options = f"{y.shape[1]} {activation_of(gelu)}"
+        options += f"{' norm' if norm is not None else ''}{' residual' if residual is x else ''}"
+        inputs = x, norm, norm, weight, bias, gelu, 1e-6
+        yield from named("forward", forward(y, *inputs, residual), options)
+        yield from named("backward", backward(x, norm, norm, weight, bias, y, *inputs), options)
 
 
 # What is launched
 
 
-def forward(y, x, norm_weight, norm_bias, weight, bias, activation, eps, residual=None) -> Iterator[Launch]:
+def forward(y, x, norm_weight, norm_bias, weight, bias, gelu, eps, residual=None) -> Iterator[Launch]:
     if x.numel() == 0:
         return
     images = [image for image in (y, x, residual) if image is not None]
-    arguments = strided(y=y, x=x, residual=residual) | layer(x, norm_weight, norm_bias, weight, bias, activation, eps)
+    arguments = strided(y=y, x=x, residual=residual) | layer(x, norm_weight, norm_bias, weight, bias, gelu, eps)
     yield over_tiles(norm_pointwise_forward, "norm_pointwise forward", images, arguments)
 
 
 def backward(
-    dx, gradients, dy, x, norm_weight, norm_bias, weight, bias, activation, eps, residual=None
+    dx, dnorm_weight, dnorm_bias, dweight, dbias, dy, x, norm_weight, norm_bias, weight, bias, gelu, eps, residual=None
 ) -> Iterator[Launch]:
+    gradients = [g for g in (dnorm_weight, dnorm_bias, dweight, dbias) if g is not None]
     partial = new_partial(parts_of(x, "products") if x.numel() else 0, gradients)
     if x.numel():
-        ds = dy if activation is None else workspace(x, dy.shape[1], torch.float32)
-        parameters = layer(x, norm_weight, norm_bias, weight, bias, activation, eps)
+        ds = workspace(x, dy.shape[1], torch.float32) if gelu else dy
+        parameters = layer(x, norm_weight, norm_bias, weight, bias, gelu, eps)
         arguments = strided(dx=dx, ds=ds, dy=dy, x=x, residual=residual) | parameters
         images = [image for image in (dx, ds, dy, x, residual) if image is not None]
         yield over_tiles(norm_pointwise_backward_input, "norm_pointwise backward", images, arguments)
@@ -112,12 +91,15 @@ def backward(
     yield add_parts(gradients, partial)
 
 
-def layer(x: Tensor, norm_weight, norm_bias, weight: Tensor, bias, activation, eps: float) -> dict:
+norm_pointwise, norm_pointwise_backward = launched(forward), launched(backward)
+
+
+def layer(x: Tensor, norm_weight, norm_bias, weight: Tensor, bias, gelu: bool, eps: float) -> dict:
     """Return a layer as the kernels' arguments."""
     parameters = dict(norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias, eps=eps)
     tiles = cut(x.shape[1])
     sizes = dict(CHANNELS=x.shape[1], TILES=tiles, OUT_CHANNELS=weight.shape[0], BLOCK=tiles[0])
-    return parameters | sizes | dict(ACTIVATION=activation, PRECISION=precision(weight.dtype))
+    return parameters | sizes | dict(ACTIVATION=activation_of(gelu), PRECISION=precision(weight.dtype))
 
 
 # Kernels
@@ -130,9 +112,7 @@ def norm_pointwise_forward(
     PIXELS: tl.constexpr, ROOM: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = residual + activation(LN(x) @ weight + bias), PIXELS pixels of an image."""
-    image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
-    pixel = first + tl.arange(0, PIXELS)
-    inside = pixel < end_of(pixels, ROOM)
+    image, pixel, inside = locate_pixels(pixels, PIXELS, ROOM, INDEX)
     seen = load_pixels(address(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
     if norm_weight is not None:
         seen, _ = normalise(seen, eps, CHANNELS, TILES)
@@ -159,18 +139,13 @@ def norm_pointwise_backward_input(
     PIXELS: tl.constexpr, ROOM: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx (to which `residual` is added) and, with an activation, ds: of the same PIXELS pixels of an image."""
-    image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
-    pixel = first + tl.arange(0, PIXELS)
-    inside = pixel < end_of(pixels, ROOM)
+    image, pixel, inside = locate_pixels(pixels, PIXELS, ROOM, INDEX)
     seen = load_pixels(address(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
     if norm_weight is not None:
         seen, scale = normalise(seen, eps, CHANNELS, TILES)
     n = affine(seen, norm_weight, norm_bias, weight.dtype.element_ty, CHANNELS, TILES)
-    dy_at, ds_at, dn = (
-        address(dy, dy_strides, image, pixel, width),
-        address(ds, ds_strides, image, pixel, width),
-        zeros(PIXELS, TILES),
-    )
+    dy_at, ds_at = address(dy, dy_strides, image, pixel, width), address(ds, ds_strides, image, pixel, width)
+    dn = zeros(PIXELS, TILES)
     for start in tl.range(0, OUT_CHANNELS, BLOCK, disable_licm=True):
         made = start + tl.arange(0, BLOCK)
         matrix = load_columns(weight, 1, CHANNELS, made, CHANNELS, TILES, OUT_CHANNELS)
@@ -184,8 +159,6 @@ def norm_pointwise_backward_input(
     if norm_weight is not None:
         dn = normalise_backward(times_row(dn, norm_weight, CHANNELS, TILES), seen, scale, CHANNELS)
     if residual is not None:
-        more = load_pixels(
-            address(residual, residual_strides, image, pixel, width), residual_strides, inside, CHANNELS, TILES
-        )
-        dn = add(dn, more)
+        residual_at = address(residual, residual_strides, image, pixel, width)
+        dn = add(dn, load_pixels(residual_at, residual_strides, inside, CHANNELS, TILES))
     store_pixels(address(dx, dx_strides, image, pixel, width), dx_strides, inside, dn, CHANNELS, TILES)

@@ -15,55 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .integers import cdiv, next_power_of_2
-from .launch import Launch, run
+from .launch import Launch, launched, named
 from .strided import locate_tile, over_planes, pixels_of, store, strided, tiles_of
 
 TILE, EACH = 4096, 16  # pixels of a program that pools or spreads, and of a thread of it
 NUMBERS = 4096  # of the matrix of experts and channels that a program has at a time
-
-
-# Public functions: the caller has checked all arguments and allocated the results; weights are contiguous
-
-
-def router(
-    expert_index: Tensor,
-    expert_weight: Tensor,
-    mean: Tensor,
-    probability: Tensor,
-    a: Tensor,
-    weight: Tensor,
-    top_k: int,
-) -> None:
-    """Write expert_index and expert_weight (B, top_k), mean (B, C) and probability (B, E)."""
-    partial = new_sums(a)
-    run(pool(partial, a), a.device)
-    router_from_sums(expert_index, expert_weight, mean, probability, partial, weight, a.shape[2] * a.shape[3], top_k)
-
-
-def router_from_sums(
-    expert_index: Tensor, expert_weight: Tensor, mean: Tensor | None, probability: Tensor, partial: Tensor,
-    weight: Tensor, pixels: int, top_k: int,
-) -> None:  # fmt: skip
-    """Write the same from the sums of parts, (parts, B, C); without `mean`, partial has the means themselves."""
-    run(route(expert_index, expert_weight, mean, probability, partial, weight, pixels, top_k), partial.device)
-
-
-def router_backward(
-    da: Tensor, dweight: Tensor, dexpert_weight: Tensor, expert_index: Tensor, mean: Tensor, probability: Tensor,
-    weight: Tensor,
-) -> None:  # fmt: skip
-    """Write da (B, C, H, W) and dweight (E, C)."""
-    dmean = torch.empty_like(mean)
-    router_from_sums_backward(dmean, dweight, dexpert_weight, expert_index, mean, probability, weight)
-    run(spread(da, dmean), da.device)
-
-
-def router_from_sums_backward(
-    dmean: Tensor, dweight: Tensor, dexpert_weight: Tensor, expert_index: Tensor, mean: Tensor, probability: Tensor,
-    weight: Tensor,
-) -> None:  # fmt: skip
-    """Write dmean (B, C) and dweight (E, C)."""
-    run(route_backward(dmean, dweight, dexpert_weight, expert_index, mean, probability, weight), dmean.device)
 
 
 def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
@@ -74,14 +30,25 @@ def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
     index, chosen = x.new_empty((batch, 1), dtype=torch.int64), sums.new_empty(batch, 1)
     probability = sums.new_empty(batch, 3)
     pixels = x.shape[2] * x.shape[3]
-    yield from (("pool", launch) for launch in pool(sums, x))
-    yield from (("route", launch) for launch in route(index, chosen, mean, probability, sums, weight, pixels, 1))
-    gradients = route_backward(mean, weight, chosen, index, mean, probability, weight)
-    yield from (("route backward", launch) for launch in gradients)
-    yield from (("spread", launch) for launch in spread(x, mean))
+    yield from named("pool", pool(sums, x))
+    yield from named("route", route(index, chosen, mean, probability, sums, weight, pixels, 1))
+    yield from named("route backward", route_backward(mean, weight, chosen, index, mean, probability, weight))
+    yield from named("spread", spread(x, mean))
 
 
 # What is launched
+
+
+def forward(expert_index, expert_weight, mean, probability, a, weight, top_k) -> Iterator[Launch]:
+    partial = new_sums(a)
+    yield from pool(partial, a)
+    yield from route(expert_index, expert_weight, mean, probability, partial, weight, a.shape[2] * a.shape[3], top_k)
+
+
+def backward(da, dweight, dexpert_weight, expert_index, mean, probability, weight) -> Iterator[Launch]:
+    dmean = torch.empty_like(mean)
+    yield from route_backward(dmean, dweight, dexpert_weight, expert_index, mean, probability, weight)
+    yield from spread(da, dmean)
 
 
 def new_sums(a: Tensor) -> Tensor:
@@ -103,6 +70,7 @@ def spread(da: Tensor, dmean: Tensor) -> Iterator[Launch]:
 
 
 def route(expert_index, expert_weight, mean, probability, partial, weight, pixels, top_k) -> Iterator[Launch]:
+    """Yield the choice by the sums of parts, (parts, B, C); without `mean`, partial has the means themselves."""
     parts, batch, _ = partial.shape
     if batch:
         results = dict(expert_index=expert_index, expert_weight=expert_weight, mean=mean, probability=probability)
@@ -116,6 +84,10 @@ def route_backward(dmean, dweight, dexpert_weight, expert_index, mean, probabili
     choice = dict(expert_index=expert_index, dexpert_weight=dexpert_weight, strides=dexpert_weight.stride())
     sizes = dict(batch=batch, top_k=top_k) | matrix(weight)
     yield Launch(choose_backward, cdiv(weight.shape[1], sizes["COLUMNS"]), tensors | choice | sizes)
+
+
+router, router_from_sums = launched(forward), launched(route)
+router_backward, router_from_sums_backward = launched(backward), launched(route_backward)
 
 
 def tiles(a: Tensor):

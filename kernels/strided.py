@@ -88,16 +88,10 @@ def level_strides(batch, height, width):
 
 
 @triton.jit
-def plane_of(image, strides, batch, channel):
-    """Return a pointer to the first pixel of a plane."""
-    return image + batch.to(tl.int64) * strides[0] + channel.to(tl.int64) * strides[1]
-
-
-@triton.jit
 def pixels_of(image, strides, batch, channel, row, column):
     """Return pointers to pixels; offsets are 64-bit."""
-    line = plane_of(image, strides, batch, channel) + row.to(tl.int64) * strides[2]
-    return line + column.to(tl.int64) * strides[3]
+    plane = image + batch.to(tl.int64) * strides[0] + channel.to(tl.int64) * strides[1]
+    return plane + row.to(tl.int64) * strides[2] + column.to(tl.int64) * strides[3]
 
 
 @triton.jit

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .activation import activate, activate_with_slope, activation_of
 from .integers import cdiv, next_power_of_2
-from .launch import Launch, run
-from .strided import index_type, new_workspace, plane_of, store, strided
+from .launch import Launch, launched, named
+from .strided import index_type, new_workspace, pixels_of, store, strided
 from .sums import add_parts, new_partial
 
 TILE = 1024  # pixels of a program
@@ -31,70 +31,46 @@ PART = 4096  # pixels whose tap gradients one program adds up, at most
 PRODUCTS = 2048  # (tap, pixel) pairs that such a program holds at a time
 
 
-# Public functions: the caller has checked all arguments and allocated the results; weights are contiguous
-
-
-def striped_conv(
-    y: Tensor, x: Tensor, weight_row: Tensor, bias_row: Tensor, weight_col: Tensor, bias_col: Tensor,
-    gelu: bool, gate: Tensor | None,
-) -> None:  # fmt: skip
-    """Write y (B, C, H, W)."""
-    run(forward(y, x, weight_row, bias_row, weight_col, bias_col, activation_of(gelu), gate), x.device)
-
-
-def striped_conv_backward(
-    dx: Tensor, dgate: Tensor | None,
-    dweight_row: Tensor, dbias_row: Tensor, dweight_col: Tensor, dbias_col: Tensor, dy: Tensor,
-    x: Tensor, weight_row: Tensor, bias_row: Tensor, weight_col: Tensor, bias_col: Tensor,
-    gelu: bool, gate: Tensor | None,
-) -> None:  # fmt: skip
-    """Write dx, the gradients of the parameters and, if there is a gate, dgate."""
-    gradients = dweight_row, dbias_row, dweight_col, dbias_col
-    inputs = x, weight_row, bias_row, weight_col, bias_col, activation_of(gelu), gate
-    run(backward(dx, dgate, gradients, dy, *inputs), x.device)
-
-
 def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
     """Yield all launches, by name, for images like x; it may be on the meta device."""
     channels, taps = x.shape[1], 11
     weight_row, bias = x.new_empty(channels, 1, 1, taps), x.new_empty(channels)
     image, weight_col = torch.empty_like(x), weight_row.transpose(2, 3)
-    for activation, gate in [("gelu", image), ("gelu", None), (None, image), (None, None)]:
-        inputs = x, weight_row, bias, weight_col, bias, activation, gate
-        dgate = None if gate is None else image
-        options = f"{activation}{' gated' if gate is not None else ''}"
-        for number, launch in enumerate(forward(image, *inputs)):
-            yield f"forward {number} {options}", launch
-        for number, launch in enumerate(backward(image, dgate, (weight_row, bias, weight_col, bias), image, *inputs)):
-            yield f"backward {number} {options}", launch
+    parameters = weight_row, bias, weight_col, bias
+    for gelu, gate in [(True, image), (True, None), (False, image), (False, None)]:
+        options = f"{activation_of(gelu)}{' gated' if gate is not None else ''}"
+        yield from named("forward", forward(image, x, *parameters, gelu, gate), options)
+        yield from named("backward", backward(image, gate, *parameters, image, x, *parameters, gelu, gate), options)
 
 
 # What is launched
 
 
-def forward(y, x, weight_row, bias_row, weight_col, bias_col, activation, gate) -> Iterator[Launch]:
+def forward(y, x, weight_row, bias_row, weight_col, bias_col, gelu, gate) -> Iterator[Launch]:
     if x.numel() == 0:
         return
     r = new_workspace(x)
     yield convolution(r, x, weight_row, bias_row, vertical=False)
-    yield convolution(y, r, weight_col, bias_col, vertical=True, activation=activation, gate=gate)
+    yield convolution(y, r, weight_col, bias_col, vertical=True, gelu=gelu, gate=gate)
 
 
 def backward(
-    dx, dgate, gradients, dy, x, weight_row, bias_row, weight_col, bias_col, activation, gate
-) -> Iterator[Launch]:
+    dx, dgate, dweight_row, dbias_row, dweight_col, dbias_col, dy,
+    x, weight_row, bias_row, weight_col, bias_col, gelu, gate,
+) -> Iterator[Launch]:  # fmt: skip
+    gradients = dweight_row, dbias_row, dweight_col, dbias_col
     partial = new_partial(parts_of(x), gradients)
     if x.numel() == 0:
         yield add_parts(gradients, partial)
         return
     r, ds = new_workspace(x), dy
     yield convolution(r, x, weight_row, bias_row, vertical=False)
-    if activation is not None or gate is not None:
+    if gelu or gate is not None:
         s = new_workspace(x)
         yield convolution(s, r, weight_col, bias_col, vertical=True)
         ds = s  # overwritten by its gradient
         images = strided(s=s, dgate=dgate, dy=dy, gate=gate)
-        yield over_tiles(activation_backward, x, images | dict(ACTIVATION=activation))
+        yield over_tiles(activation_backward, x, images | dict(ACTIVATION=activation_of(gelu)))
     yield tap_gradient(partial, ds, r, vertical=True)
     dr = new_workspace(x)
     yield convolution(dr, ds, weight_col, vertical=True, transposed=True)
@@ -103,11 +79,14 @@ def backward(
     yield convolution(dx, dr, weight_row, vertical=False, transposed=True)
 
 
+striped_conv, striped_conv_backward = launched(forward), launched(backward)
+
+
 def convolution(
-    y, x, weight, bias=None, *, vertical: bool, transposed: bool = False, activation=None, gate=None
+    y, x, weight, bias=None, *, vertical: bool, transposed: bool = False, gelu: bool = False, gate=None
 ) -> Launch:
     arguments = strided(y=y, x=x, gate=gate) | dict(weight=weight, bias=bias, TAPS=weight[0].numel())
-    options = dict(VERTICAL=vertical, TRANSPOSED=transposed, ACTIVATION=activation)
+    options = dict(VERTICAL=vertical, TRANSPOSED=transposed, ACTIVATION=activation_of(gelu))
     return over_tiles(convolve, x, arguments | options)
 
 
@@ -160,7 +139,7 @@ def convolve(
         total += tl.load(bias + channel).to(ACCUMULATION)
     position, size = (row, height) if VERTICAL else (column, width)
     step = tl.full((), 1, tl.int64) * x_strides[2 if VERTICAL else 3]
-    centre = address(x, x_strides, batch, channel, row, column)
+    centre = pixels_of(x, x_strides, batch, channel, row, column)
     taps = weight + channel * TAPS
     # 4: rows aligned to 16 bytes stay so every fourth tap, registers suffice, and any K compiles at once
     for k in tl.range(0, TAPS, loop_unroll_factor=4):
@@ -171,9 +150,9 @@ def convolve(
         total += tl.load(taps + (TAPS - 1 - k if TRANSPOSED else k)).to(ACCUMULATION) * seen
     total = activate(total, ACTIVATION, y.dtype.element_ty)
     if gate is not None:
-        factor = tl.load(address(gate, gate_strides, batch, channel, row, column), mask=inside, other=0)
+        factor = tl.load(pixels_of(gate, gate_strides, batch, channel, row, column), mask=inside, other=0)
         total *= factor.to(ACCUMULATION)
-    store(address(y, y_strides, batch, channel, row, column), total, inside)
+    store(pixels_of(y, y_strides, batch, channel, row, column), total, inside)
 
 
 @triton.jit(do_not_specialize=["lines", "channels", "height"])
@@ -183,13 +162,13 @@ def activation_backward(
 ):  # fmt: skip
     """dgate = dy * activation(s), and s becomes its gradient dy * gate * activation'(s)."""
     batch, channel, row, column, inside = locate(lines, channels, height, width, LINES, COLUMNS, INDEX)
-    s_pointer = address(s, s_strides, batch, channel, row, column)
+    s_pointer = pixels_of(s, s_strides, batch, channel, row, column)
     value = tl.load(s_pointer, mask=inside, other=0)
-    gradient = tl.load(address(dy, dy_strides, batch, channel, row, column), mask=inside, other=0).to(value.dtype)
+    gradient = tl.load(pixels_of(dy, dy_strides, batch, channel, row, column), mask=inside, other=0).to(value.dtype)
     activated, slope = activate_with_slope(value, ACTIVATION, s.dtype.element_ty)
     if gate is not None:
-        store(address(dgate, dgate_strides, batch, channel, row, column), gradient * activated, inside)
-        factor = tl.load(address(gate, gate_strides, batch, channel, row, column), mask=inside, other=0)
+        store(pixels_of(dgate, dgate_strides, batch, channel, row, column), gradient * activated, inside)
+        factor = tl.load(pixels_of(gate, gate_strides, batch, channel, row, column), mask=inside, other=0)
         gradient *= factor.to(value.dtype)
     tl.store(s_pointer, gradient * slope, mask=inside)
 
@@ -214,10 +193,10 @@ def convolve_taps(
         pixel = part.to(INDEX) * PART + start + tl.arange(0, PIXELS)[None, :]
         line, column = pixel // width, pixel % width
         batch, row = line // height, line % height
-        gradient = tl.load(address(dy, dy_strides, batch, channel, row, column), mask=pixel < pixels, other=0)
+        gradient = tl.load(pixels_of(dy, dy_strides, batch, channel, row, column), mask=pixel < pixels, other=0)
         there = (row if VERTICAL else column) + shift
         exists = (pixel < pixels) & (k < TAPS) & (there >= 0) & (there < (height if VERTICAL else width))
-        seen = tl.load(address(x, x_strides, batch, channel, row, column) + step, mask=exists, other=0)
+        seen = tl.load(pixels_of(x, x_strides, batch, channel, row, column) + step, mask=exists, other=0)
         total += gradient.to(total.dtype) * tl.where(k == TAPS, 1, seen.to(total.dtype))
     half = channels * (TAPS + 1)
     sums = partial + part.to(tl.int64) * (2 * half) + (half if VERTICAL else 0)
@@ -234,10 +213,3 @@ def locate(lines, channels, height, width, LINES: tl.constexpr, COLUMNS: tl.cons
     column = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     image = line // height
     return image // channels, image % channels, line % height, column, (line < lines) & (column < width)
-
-
-@triton.jit
-def address(image, strides, batch, channel, row, column):
-    """Return pointers; offsets are 64-bit."""
-    line = plane_of(image, strides, batch, channel) + row.to(tl.int64) * strides[2]
-    return line + column.to(tl.int64) * strides[3]

@@ -9,28 +9,24 @@ import torch
 from torch import Tensor
 
 from . import striped_conv
-from .activation import activation_of
-from .launch import Launch, run
+from .launch import Launch, named, run
 from .router import new_sums, pool
 
 
-def striped_conv_router(
-    y: Tensor, x: Tensor, weight_row: Tensor, bias_row: Tensor, weight_col: Tensor, bias_col: Tensor,
-    gelu: bool,
-) -> Tensor:  # fmt: skip
+def striped_conv_router(y: Tensor, *inputs: Tensor | bool) -> Tensor:
     """Write y (B, C, H, W); return sums over parts of it, (parts, B, C), for `router_from_sums`."""
     sums = new_sums(y)
-    run(forward(sums, y, x, weight_row, bias_row, weight_col, bias_col, activation_of(gelu)), x.device)
+    run(forward(sums, y, *inputs), y.device)
     return sums
 
 
 def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
     """Yield all launches, by name, for images like x; it may be on the meta device."""
     weight_row, bias = x.new_empty(x.shape[1], 1, 1, 3), x.new_empty(x.shape[1])
-    inputs = torch.empty_like(x), x, weight_row, bias, weight_row.transpose(2, 3), bias, "gelu"
-    yield from ((f"forward {number}", launch) for number, launch in enumerate(forward(new_sums(x), *inputs)))
+    inputs = torch.empty_like(x), x, weight_row, bias, weight_row.transpose(2, 3), bias, True
+    yield from named("forward", forward(new_sums(x), *inputs))
 
 
-def forward(sums, y, x, weight_row, bias_row, weight_col, bias_col, activation) -> Iterator[Launch]:
-    yield from striped_conv.forward(y, x, weight_row, bias_row, weight_col, bias_col, activation, None)
+def forward(sums, y, x, weight_row, bias_row, weight_col, bias_col, gelu) -> Iterator[Launch]:
+    yield from striped_conv.forward(y, x, weight_row, bias_row, weight_col, bias_col, gelu, None)
     yield from pool(sums, y)

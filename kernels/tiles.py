@@ -92,12 +92,6 @@ def workspace(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
 # In kernels: where
 
 
-@triton.jit
-def end_of(pixels, ROOM: tl.constexpr):
-    """Return the first pixel that is neither read nor written (`over_tiles`)."""
-    return (pixels + ROOM - 1) // ROOM * ROOM
-
-
 @triton.constexpr_function
 def start(tiles, i):
     """Return the first channel of tile i."""
@@ -114,6 +108,14 @@ def tile_of(program, pixels, PIXELS, INDEX: tl.constexpr):
     """Return the image of a program and the first of its PIXELS pixels."""
     tiles = (pixels + PIXELS - 1) // PIXELS
     return program // tiles, (program % tiles).to(INDEX) * PIXELS
+
+
+@triton.jit
+def locate_pixels(pixels, PIXELS: tl.constexpr, ROOM: tl.constexpr, INDEX: tl.constexpr):
+    """Return a program's image, its PIXELS pixels, and which of them are read and written (`over_tiles`)."""
+    image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
+    pixel = first + tl.arange(0, PIXELS)
+    return image, pixel, pixel < (pixels + ROOM - 1) // ROOM * ROOM
 
 
 @triton.jit

@@ -21,9 +21,9 @@ from .tiles import (
     channels_of,
     cut,
     dot,
-    end_of,
     launch,
     load_pixels,
+    locate_pixels,
     normalise,
     over_tiles,
     powers,
@@ -117,9 +117,7 @@ def pack_pixels(
     CHANNELS: tl.constexpr, TILES: tl.constexpr, PIXELS: tl.constexpr, ROOM: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """n = LN(x), or x, packed; PIXELS pixels of an image."""
-    image, first = tile_of(tl.program_id(0), pixels, PIXELS, INDEX)
-    pixel = first + tl.arange(0, PIXELS)
-    inside = pixel < end_of(pixels, ROOM)
+    image, pixel, inside = locate_pixels(pixels, PIXELS, ROOM, INDEX)
     seen = load_pixels(address(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
     if gain is not None:
         seen, _ = normalise(seen, eps, CHANNELS, TILES)
