@@ -33,8 +33,7 @@ from helpers.ops import (
 )
 from helpers.table import BFLOAT, DTYPES, FLOAT, LAST, SPREAD
 
-from seemore_fast import ops, use_backend
-from seemore_fast.network import fused
+from seemore_fast import use_backend
 from seemore_fast.network.blocks import RME, SME
 from seemore_fast.network.fused import RMEParams, SMEParams, rme, sme, unflatten
 from seemore_fast.network.modules import shuffle_channels
@@ -281,21 +280,3 @@ def test_modules_refuse_bad_images(name, x, error, says):
 def test_rme_refuses_images_too_small_to_aggregate():
     with pytest.raises(ValueError, match=r"^RME: x is 3x8 pixels, expected at least 4x4"):
         BLOCKS["RME"]()(torch.zeros(1, 4, 3, 8))
-
-
-@pytest.mark.parametrize(
-    "operator, parts",
-    [
-        ("norm_conv3x3", [fused.Expand]),
-        ("calibrate", [fused.Calibrate]),
-        ("striped_conv_router", [fused.Stripes, fused.Router]),
-        ("low_rank_experts", [fused.Experts]),
-        ("norm_pointwise", [fused.QV]),
-        ("gated_ffn", [fused.FFN]),
-    ],
-)
-def test_parts_are_the_parameters_of_their_operators(operator, parts):
-    """All tensors but those of a batch."""
-    specs = getattr(ops, operator).specs
-    parameters = [name for name, spec in specs.items() if (1, "B") not in spec.sizes]
-    assert [name for part in parts for name in part._fields] == parameters

@@ -11,6 +11,7 @@ from ..ops.allocation import laid_out, takes_planes
 from ..ops.autocast import autocast_dtype
 from ..ops.calibrate import check_aggregable
 from ..ops.checks import check_tensors
+from ..reference.model import SEE, LayerNorm, ResidualPair, StripedConv2d
 from .checkpointing import checkpointed
 from .fused import (
     EPS,
@@ -30,7 +31,7 @@ from .fused import (
     rme,
     sme,
 )  # fmt: skip
-from .modules import SEE, LayerNorm, MoEBlock, ResidualPair, StripedConv2d, has_additions, shuffle_channels
+from .modules import MoEBlock, has_additions, shuffle_channels
 
 FusedModule = TypeVar("FusedModule", bound="Fused")
 
@@ -157,8 +158,8 @@ class RME(Block[RMEParams]):
 
     block: MoEBlock
 
-    def __init__(self, channels: int, **moe_options: Any):
-        super().__init__(channels, MoEBlock(channels, **moe_options))
+    def __init__(self, channels: int, *args: Any, **kwargs: Any):
+        super().__init__(channels, MoEBlock(channels, *args, **kwargs))
 
     def stencils(self) -> list[Tensor]:
         return [*parameters_of(self.block.conv_1[0])[:1], *super().stencils()]
@@ -210,9 +211,9 @@ class SME(Block[SMEParams]):
 class ResGroup(nn.Module):
     """Residual group: RME, then SME."""
 
-    def __init__(self, channels: int, kernel_size: int, **moe_options: Any):
+    def __init__(self, channels: int, kernel_size: int, *of_moe: Any):
         super().__init__()
-        self.local_block = RME(channels, **moe_options)
+        self.local_block = RME(channels, *of_moe)
         self.global_block = SME(channels, kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError, first_line, os_reason, some_of
 from ..io.atomic import replacing
-from .config import LR_SPACES, PRESETS, expert_ranks
+from ..reference.config import LR_SPACES, expert_ranks
+from .config import PRESETS
 from .model import SeemoRe
 
 WEIGHTS = Path(__file__).parents[1] / "weights"

@@ -3,6 +3,7 @@
 In the paper: "Rank Modulating Expert" and "Spatial Modulating Expert".
 """
 
+from collections import namedtuple
 from collections.abc import Callable, Iterable
 from functools import wraps
 from itertools import islice
@@ -35,85 +36,14 @@ OPERATORS = ("norm_pointwise", "norm_conv3x3", "striped_conv", "calibrate", "low
 # Parameters, operator by operator
 
 
-class Expand(NamedTuple):
-    """Parameters of `norm_conv3x3`."""
-
-    norm_weight: Tensor
-    norm_bias: Tensor
-    weight: Tensor
-    bias: Tensor
-    weight_pw: Tensor
-    bias_pw: Tensor
-
-
-class Calibrate(NamedTuple):
-    """Parameters of `calibrate`."""
-
-    weight_agg: Tensor
-    bias_agg: Tensor
-    weight_dw: Tensor
-    bias_dw: Tensor
-    weight_pw: Tensor
-    bias_pw: Tensor
-
-
-class Stripes(NamedTuple):
-    """Parameters of `striped_conv`."""
-
-    weight_row: Tensor
-    bias_row: Tensor
-    weight_col: Tensor
-    bias_col: Tensor
-
-
-class Router(NamedTuple):
-    """Parameter of the router in `striped_conv_router`."""
-
-    weight_router: Tensor
-
-
-class Experts(NamedTuple):
-    """Parameters of `low_rank_experts`."""
-
-    weight_a: Tensor
-    bias_a: Tensor
-    weight_k: Tensor
-    bias_k: Tensor
-    weight_out: Tensor
-    bias_out: Tensor
-    weight_proj: Tensor
-    bias_proj: Tensor
-
-
-class QV(NamedTuple):
-    """Parameters of `norm_pointwise`."""
-
-    norm_weight: Tensor
-    norm_bias: Tensor
-    weight: Tensor
-    bias: Tensor
-
-
-class Projection(NamedTuple):
-    """Parameters of `pointwise`."""
-
-    weight: Tensor
-    bias: Tensor
-
-
-class FFN(NamedTuple):
-    """Parameters of `gated_ffn`."""
-
-    norm_weight: Tensor
-    norm_bias: Tensor
-    weight_1: Tensor
-    bias_1: Tensor
-    weight_gate: Tensor
-    bias_gate: Tensor
-    weight_2: Tensor
-    bias_2: Tensor
-
-
+Expand = namedtuple("Expand", norm_conv3x3.parameters)
+Calibrate = namedtuple("Calibrate", calibrate.parameters)
+Stripes = namedtuple("Stripes", striped_conv.parameters)
+Router = namedtuple("Router", ["weight_router"])
+Experts = namedtuple("Experts", low_rank_experts.parameters)
+QV = namedtuple("QV", norm_pointwise.parameters)
+Projection = namedtuple("Projection", ["weight", "bias"])
+FFN = namedtuple("FFN", gated_ffn.parameters)
 WIDE = ("norm_weight", "norm_bias", "weight_router")  # stay in their own dtype under autocast
 
 
@@ -183,8 +113,11 @@ def rme(x: Tensor, params: RMEParams, ranks: list[int], top_k: int, recursive: i
         return RMENode.apply(x, ranks, top_k, recursive, *flatten(autocast_params(params)))
     parts = _parts()
     a, k = widen(x, params)
-    a, index, weight = parts.striped_conv_router(a, *params.stripes, *params.router, top_k, activation="gelu")
-    k = parts.calibrate(k, *params.calibrate, recursive)
+    router = params.router.weight_router
+    a, index, weight = parts.striped_conv_router(
+        a, *params.stripes, weight_router=router, top_k=top_k, activation="gelu"
+    )
+    k = parts.calibrate(k, *params.calibrate, recursive=recursive)
     x = modulate(x, a, k, index, weight, params, ranks)
     del a, k  # and with them their memory
     return parts.gated_ffn(x, *params.ffn)
@@ -200,9 +133,9 @@ def modulate(
     x: Tensor, a: Tensor, k: Tensor, index: Tensor, weight: Tensor, params: RMEParams, ranks: list[int]
 ) -> Tensor:
     """Return x and the projected experts' result for a and k, by the router's decision."""
-    experts = params.experts
-    projection = {"weight_proj": experts.weight_proj, "bias_proj": experts.bias_proj}
-    return _parts().low_rank_experts(a, k, index, weight, *experts[:6], ranks, **projection, residual=x)
+    *packed, weight_proj, bias_proj = params.experts
+    projection = {"weight_proj": weight_proj, "bias_proj": bias_proj}
+    return _parts().low_rank_experts(a, k, index, weight, *packed, ranks=ranks, **projection, residual=x)
 
 
 def _parts():

@@ -1,26 +1,24 @@
 """SeemoRe, the drop-in network: tree, keys and arguments are the published ones, the operators are fused."""
 
-from functools import partial
-from typing import NamedTuple
+from functools import partial, wraps
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
+from .. import ops, reference
 from .._torch_compat import has_forward_gradients, is_observed, is_transformed
 from ..backends import select_backend
 from ..backends.planes import new_image, new_packed
-from ..ops.autocast import without_autocast
 from ..ops.norm_conv3x3 import norm_conv3x3_into
+from ..reference.router import without_autocast
 from . import engine
 from .blocks import Block, Fused, ResGroup, body_dtype, frozen, parameters_of
 from .checkpointing import check_recompute
-from .config import RGB_MEAN, check_config, expert_ranks
 from .gpu_memory import with_oom_hint
 from .graphs import Graphs
-from .modules import LayerNorm, ModuleList
+from .modules import ModuleList
 from .replay import Recorded
 
 
@@ -48,67 +46,23 @@ def check_image(x: Tensor, in_chans: int):
         raise ValueError(f"x has shape {tuple(x.shape)}, expected a height and a width of at least 1")
 
 
-class SeemoRe(Fused):
+class SeemoRe(Fused, reference.SeemoRe):
     """Drop-in SeemoRe: (B, in_chans, H, W) in [0, 1] -> (B, in_chans, scale * H, scale * W), at least float32.
 
-    Arguments, state dict, outputs and gradients are the published ones. `lr_space` is the growth of the experts'
-    ranks: "linear" i + 2, "exp" 2^(i+1), "double" 2i + 2. Images smaller than 4^recursive pixels on a side are
-    extended at the right and the bottom by their last column and row, and the result is cropped back.
+    Arguments, state dict, outputs and gradients are the published ones: see `reference.SeemoRe`.
 
     In eval mode, on a CPU and without gradients, the whole network is one operator; otherwise each block is a few fused
     ones. Weights are packed at every call; `prepare` freezes them. `recompute` trades time for memory in training.
     """
 
-    mean: Tensor  # a buffer
+    group = ResGroup
+    body: "ModuleList[ResGroup]"
 
-    def __init__(
-        self,
-        scale: int = 4,
-        in_chans: int = 3,
-        num_experts: int = 6,
-        num_layers: int = 6,
-        embedding_dim: int = 64,
-        img_range: float = 1.0,
-        use_shuffle: bool = False,
-        global_kernel_size: int = 11,
-        recursive: int = 2,
-        lr_space: str = "linear",
-        topk: int = 2,
-    ):
-        super().__init__()
-        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        check_config(**self.config)
-        self.scale = scale
-        self.in_chans = in_chans
-        self.img_range = img_range
-        self.min_size = 4**recursive
-        self.register_buffer("mean", self.mean_of(in_chans), persistent=False)
-
-        self.conv_1 = nn.Conv2d(in_chans, embedding_dim, 3, padding=1)
-        self.body = ModuleList(
-            ResGroup(
-                embedding_dim,
-                global_kernel_size,
-                ranks=expert_ranks(lr_space, num_experts),
-                top_k=topk,
-                recursive=recursive,
-                use_shuffle=use_shuffle,
-            )
-            for _ in range(num_layers)
-        )
-        self.norm = LayerNorm(embedding_dim)
-        self.conv_2 = nn.Conv2d(embedding_dim, embedding_dim, 3, padding=1)
-        self.upsampler = nn.Sequential(
-            nn.Conv2d(embedding_dim, scale**2 * in_chans, 3, padding=1), nn.PixelShuffle(scale)
-        )
+    @wraps(reference.SeemoRe.__init__)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self._recompute = "auto"
         self._snapshot_structure()
-
-    @staticmethod
-    def mean_of(in_chans: int) -> Tensor:
-        """Return the mean that the network subtracts, (1, in_chans, 1, 1): that of DIV2K for RGB, else 0."""
-        mean = torch.tensor(RGB_MEAN) if in_chans == 3 else torch.zeros(in_chans)
-        return mean.view(1, in_chans, 1, 1)
 
     @property
     def recompute(self) -> str:
@@ -219,7 +173,7 @@ class SeemoRe(Fused):
             # dimension, that torch's convolutions do not take for channels_last.
             x = x.clone(memory_format=torch.channels_last)
         if not self.is_unmodified():
-            return self._by_modules(x)
+            return super().forward(x)  # by its submodules, so that all additions to them run
         keeps = self.wants_gradients(x)
         ends = self._ends_now() if keeps else self.ends()
         if kernels == "triton" and not keeps and not is_transformed() and not has_forward_gradients():
@@ -239,17 +193,6 @@ class SeemoRe(Fused):
         else:
             y = f + y
         return self.last(y, ends)
-
-    def _by_modules(self, x: Tensor) -> Tensor:
-        """Return the result by calling the submodules, so that all additions to them run."""
-        # The picture itself travels through f and the upsampler: those stay wide when the body is narrow.
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        f = call_wide(self.conv_1, (x - self.mean) * self.img_range)
-        y = f.to(body_dtype(self.conv_1.weight))
-        for group in self.body:
-            y = group(y)
-        y = self.conv_2(self.norm(y)) + f
-        return call_wide(self.upsampler, y) / self.img_range + self.mean
 
     def _in_place(self, x: Tensor, ends: Ends) -> Tensor:
         """Return the same by Triton's kernels, without gradients, with images in the layouts that they prefer."""
@@ -306,13 +249,3 @@ class SeemoRe(Fused):
     def _ends_now(self) -> Ends:
         first, last = parameters_of(self.conv_1), parameters_of(self.upsampler[0])
         return Ends(first, parameters_of(self.norm, self.conv_2), last, self.mean)
-
-
-def call_wide(module: nn.Module, x: Tensor) -> Tensor:
-    """Call `module` in at least float32, whatever the type of its weights and of autocast."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    with without_autocast(x.device.type):
-        if all(parameter.dtype == wide for parameter in module.parameters()):
-            return module(x.to(wide))
-        parameters = {name: parameter.to(wide) for name, parameter in module.named_parameters()}
-        return torch.func.functional_call(module, parameters, (x.to(wide),))

@@ -5,7 +5,7 @@ called as a module; experts and the layers of the router only where they were mo
 reference.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
@@ -13,21 +13,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from .. import reference
-from ..reference.model import SEE, Expert, GatedFFN, LayerNorm, ResidualPair, StripedConv2d
+from ..reference.model import Expert
 from ..reference.router import choose_experts
-
-__all__ = [
-    "SEE",
-    "Expert",
-    "GatedFFN",
-    "LayerNorm",
-    "MoEBlock",
-    "MoELayer",
-    "ModuleList",
-    "ResidualPair",
-    "Router",
-    "StripedConv2d",
-]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -72,13 +59,12 @@ class Router(reference.model.Router):
         return choose_experts(self.body(a), self.top_k)
 
 
-class MoELayer(nn.Module):
+class MoELayer(reference.model.MoELayer):
     """Mixture of low-rank experts, of which only those that the router chose for an image are computed."""
 
-    def __init__(self, channels: int, ranks: Sequence[int], top_k: int):
-        super().__init__()
-        self.experts = ModuleList(Expert(channels, rank) for rank in ranks)
-        self.gate = Router(channels, len(ranks), top_k)
+    router = Router
+    experts: "ModuleList[Expert]"
+    gate: Router
 
     @property
     def ranks(self) -> list[int]:
@@ -96,14 +82,11 @@ class MoELayer(nn.Module):
             torch.stack([conv.bias for conv in third]),
         )
 
-    def forward(self, a: Tensor, k: Tensor) -> Tensor:
-        index, probability = self.gate(a)
+    def modulate(self, a: Tensor, k: Tensor, index: Tensor, probability: Tensor) -> Tensor:
         as_built = all(type(e) is Expert and {type(conv) for conv in e.children()} == {nn.Conv2d} for e in self.experts)
         if as_built and not is_customised(self.experts):
             return reference.low_rank_experts(a, k, index, probability, *self.packed_experts(), self.ranks)
-        # Dense, as the published training path: every expert is called, so that whatever was added to it runs.
-        share = probability.new_zeros(a.shape[0], len(self.experts)).scatter(1, index, probability).to(a.dtype)
-        return a + sum(expert(a, k) * share[:, i, None, None, None] for i, expert in enumerate(self.experts))
+        return super().modulate(a, k, index, probability)  # dense: whatever was added to an expert runs
 
 
 class MoEBlock(reference.model.MoEBlock):

@@ -1,7 +1,6 @@
 """Autocast policy of operators."""
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,10 +28,3 @@ def to_autocast_dtype(values: dict[str, Any], names: Iterable[str]) -> dict[str,
     if dtype is None:
         return values
     return {k: v.to(dtype) if k in names and castable(v) else v for k, v in values.items()}
-
-
-def without_autocast(device_type: str) -> AbstractContextManager:
-    """Return a context in which autocast is off; where it is off already, none, which traces to nothing."""
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import select_backend
-from .autocast import without_autocast
+from ..reference.router import without_autocast
 from .checks import check_at_least
 from .norm_conv3x3 import norm_conv3x3
 from .operator import Operator, P, R, Values

@@ -82,6 +82,7 @@ class Operator(Generic[P, R]):
         self.names = tuple(signature.parameters)
         self.defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty}
         self.shapes, self.specs = shapes, {name: Spec.parse(text) for name, text in shapes.items()}
+        self.parameters = tuple(name for name, spec in self.specs.items() if (1, "B") not in spec.sizes)
         self.options = options or {}
         self.results, self.size, self.validate = results, size, validate
         self.autocast, self.one_dtype, self.kept = autocast, one_dtype, kept

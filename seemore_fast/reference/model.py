@@ -10,11 +10,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from .config import RGB_MEAN, check_config, expert_ranks
 from .layer_norm import layer_norm
 from .router import router, without_autocast
-
-RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K
-RANKS = {"linear": lambda i: i + 2, "exp": lambda i: 2 ** (i + 1), "double": lambda i: 2 * i + 2}
 
 
 class LayerNorm(nn.Module):
@@ -88,14 +86,18 @@ class Router(nn.Module):
 class MoELayer(nn.Module):
     """Mixture of low-rank experts."""
 
+    router: type[nn.Module] = Router  # class of `gate`
+
     def __init__(self, channels: int, ranks: Sequence[int], top_k: int):
         super().__init__()
         self.experts = nn.ModuleList(Expert(channels, rank) for rank in ranks)
-        self.gate = Router(channels, len(ranks), top_k)
-        self.ranks = list(ranks)
+        self.gate = self.router(channels, len(ranks), top_k)
 
     def forward(self, a: Tensor, k: Tensor) -> Tensor:
-        index, probability = self.gate(a)
+        return self.modulate(a, k, *self.gate(a))
+
+    def modulate(self, a: Tensor, k: Tensor, index: Tensor, probability: Tensor) -> Tensor:
+        """Return a and what the experts make of a and k, by the router's decision."""
         share = probability.new_zeros(a.shape[0], len(self.experts)).scatter(1, index, probability).to(a.dtype)
         return a + sum(expert(a, k) * share[:, i, None, None, None] for i, expert in enumerate(self.experts))
 
@@ -183,7 +185,8 @@ class SeemoRe(nn.Module):
     the precision inside: rounding it to the 8 bits of bfloat16 would show in the picture.
     """
 
-    mean: Tensor
+    group: type[nn.Module] = ResGroup  # class of the items of `body`
+    mean: Tensor  # a buffer
 
     def __init__(
         self,
@@ -201,19 +204,26 @@ class SeemoRe(nn.Module):
     ):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        self.scale, self.img_range, self.min_size = scale, img_range, 4**recursive
-        mean = torch.tensor(RGB_MEAN) if in_chans == 3 else torch.zeros(in_chans)
-        self.register_buffer("mean", mean.view(1, in_chans, 1, 1), persistent=False)
-        ranks = [RANKS[lr_space](i) for i in range(num_experts)]
+        check_config(**self.config)
+        self.scale, self.in_chans, self.img_range, self.min_size = scale, in_chans, img_range, 4**recursive
+        self.register_buffer("mean", self.mean_of(in_chans), persistent=False)
+        ranks = expert_ranks(lr_space, num_experts)
         self.conv_1 = nn.Conv2d(in_chans, embedding_dim, 3, padding=1)
         self.body = nn.ModuleList(
-            ResGroup(embedding_dim, global_kernel_size, ranks, topk, recursive, use_shuffle) for _ in range(num_layers)
+            self.group(embedding_dim, global_kernel_size, ranks, topk, recursive, use_shuffle)
+            for _ in range(num_layers)
         )
         self.norm = LayerNorm(embedding_dim)
         self.conv_2 = nn.Conv2d(embedding_dim, embedding_dim, 3, padding=1)
         self.upsampler = nn.Sequential(
             nn.Conv2d(embedding_dim, scale**2 * in_chans, 3, padding=1), nn.PixelShuffle(scale)
         )
+
+    @staticmethod
+    def mean_of(in_chans: int) -> Tensor:
+        """Return the mean that the network subtracts, (1, in_chans, 1, 1): that of DIV2K for RGB, else 0."""
+        mean = torch.tensor(RGB_MEAN) if in_chans == 3 else torch.zeros(in_chans)
+        return mean.view(1, in_chans, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
@@ -240,6 +250,8 @@ class SeemoRe(nn.Module):
     def _wide(module: nn.Module, x: Tensor) -> Tensor:
         """Call `module` in at least float32, whatever the type of its weights and of autocast."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        parameters = {name: parameter.to(wide) for name, parameter in module.named_parameters()}
         with without_autocast(x.device.type):
+            if all(parameter.dtype == wide for parameter in module.parameters()):
+                return module(x.to(wide))
+            parameters = {name: parameter.to(wide) for name, parameter in module.named_parameters()}
             return torch.func.functional_call(module, parameters, (x.to(wide),))
