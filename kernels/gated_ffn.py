@@ -19,32 +19,13 @@ from torch import Tensor
 
 from ..backends.planes import new_image
 from . import gate_gradients, norm_pointwise
+from . import tiles as t
 from .activation import activate, slope
 from .launch import Launch, launched, named
 from .products import parts_of, products
 from .rounding import round_to
 from .strided import strided
 from .sums import add_parts, new_partial
-from .tiles import (
-    address,
-    affine,
-    channels_of,
-    cut,
-    load_columns,
-    load_pixels,
-    load_row,
-    load_tile,
-    locate_pixels,
-    multiply,
-    multiply_block,
-    normalise,
-    over_tiles,
-    precision,
-    store_pixels,
-    store_tile,
-    workspace,
-    zeros,
-)
 
 
 def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
@@ -66,11 +47,11 @@ def forward(
     if x.numel() == 0:
         return
     channels = x.shape[1]
-    g = workspace(x, channels, weight_1.dtype)
+    g = t.workspace(x, channels, weight_1.dtype)
     yield from norm_pointwise.forward(g, x, norm_weight, norm_bias, weight_1[channels:], bias_1[channels:], True, eps)
     parameters = dict(norm_weight=norm_weight, norm_bias=norm_bias, weight_1=weight_1, bias_1=bias_1, eps=eps)
     parameters |= end(x, weight_gate, bias_gate, weight_2, bias_2)
-    yield over_tiles(gated_ffn_forward, "gated_ffn forward", [y, x], strided(y=y, x=x, g=g) | parameters)
+    yield t.over_tiles(gated_ffn_forward, "gated_ffn forward", [y, x], strided(y=y, x=x, g=g) | parameters)
 
 
 def backward(
@@ -81,13 +62,13 @@ def backward(
     # u, g and dh are float32: their rounding would show in all sums over the image, twice as much as torch's does.
     ug, dug = new_image(x, 2 * channels, torch.float32), new_image(x, 2 * channels, weight_1.dtype)
     (u, g), (du, dg) = ug.split(channels, dim=1), dug.split(channels, dim=1)
-    dh, h, dz = new_image(x, channels, torch.float32), *(workspace(x, channels, weight_1.dtype) for _ in range(2))
+    dh, h, dz = new_image(x, channels, torch.float32), *(t.workspace(x, channels, weight_1.dtype) for _ in range(2))
     layer = x, norm_weight, norm_bias, weight_1, bias_1, True, eps
     if x.numel():
         yield from norm_pointwise.forward(ug, *layer)
         images = strided(dh=dh, h=h, dz=dz, dy=dy, u=u, g=g)
         parameters = end(x, weight_gate, bias_gate, weight_2, bias_2)
-        yield over_tiles(gated_ffn_backward_gate, "gated_ffn backward", [dy], images | parameters)
+        yield t.over_tiles(gated_ffn_backward_gate, "gated_ffn backward", [dy], images | parameters)
     partial = new_partial(parts_of(h, "products") if x.numel() else 0, [dweight_2, dbias_2])
     if x.numel():
         yield products(partial, dz, h)
@@ -103,9 +84,9 @@ gated_ffn, gated_ffn_backward = launched(forward), launched(backward)
 def end(x: Tensor, weight_gate: Tensor, bias_gate: Tensor, weight_2: Tensor, bias_2: Tensor) -> dict:
     """Return as the kernels' arguments what both kernels do from the gate on."""
     taps = weight_gate.flatten(1).t().contiguous()  # (9, C): one wide load for a block of channels, not one for each
-    tiles = cut(x.shape[1])
+    tiles = t.cut(x.shape[1])
     sizes = dict(rows=x.shape[2], columns=x.shape[3], CHANNELS=x.shape[1], TILES=tiles, BLOCK=tiles[0])
-    sizes |= dict(PRECISION=precision(weight_2.dtype))
+    sizes |= dict(PRECISION=t.precision(weight_2.dtype))
     return dict(taps=taps, bias_gate=bias_gate, weight_2=weight_2, bias_2=bias_2) | sizes
 
 
@@ -120,24 +101,24 @@ def gated_ffn_forward(
     ROOM: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = x + GELU((u * gate) @ weight_2 + bias_2), PIXELS pixels of an image."""
-    image, pixel, inside = locate_pixels(pixels, PIXELS, ROOM, INDEX)
+    image, pixel, inside = t.locate_pixels(pixels, PIXELS, ROOM, INDEX)
     dtype: tl.constexpr = weight_1.dtype.element_ty
-    seen = load_pixels(address(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
-    n, _ = normalise(seen, eps, CHANNELS, TILES)
-    n = affine(n, norm_weight, norm_bias, dtype, CHANNELS, TILES)
-    z = zeros(PIXELS, TILES)
+    seen = t.load_pixels(t.address(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
+    n, _ = t.normalise(seen, eps, CHANNELS, TILES)
+    n = t.affine(n, norm_weight, norm_bias, dtype, CHANNELS, TILES)
+    z = t.zeros(PIXELS, TILES)
     for start in tl.range(0, CHANNELS, BLOCK, disable_licm=True):
         block = start + tl.arange(0, BLOCK)
-        matrix = load_columns(weight_1, 1, CHANNELS, block, CHANNELS, TILES, CHANNELS)
-        u = activate(multiply(n, matrix, load_row(bias_1, block, CHANNELS), PRECISION), "gelu", dtype)
+        matrix = t.load_columns(weight_1, 1, CHANNELS, block, CHANNELS, TILES, CHANNELS)
+        u = activate(t.multiply(n, matrix, t.load_row(bias_1, block, CHANNELS), PRECISION), "gelu", dtype)
         factor = gate(g, g_strides, taps, bias_gate, image, pixel, inside, block, rows, columns, CHANNELS)
         h = round_to(u * factor, dtype)
-        z = multiply_block(h, load_lines(weight_2, block, CHANNELS, TILES), z, PRECISION)
+        z = t.multiply_block(h, load_lines(weight_2, block, CHANNELS, TILES), z, PRECISION)
     out = ()
     for i in tl.static_range(len(TILES)):
-        s = z[i] + load_row(bias_2, channels_of(TILES, i), CHANNELS)
+        s = z[i] + t.load_row(bias_2, t.channels_of(TILES, i), CHANNELS)
         out += (seen[i].to(tl.float32) + activate(s, "gelu", y.dtype.element_ty),)
-    store_pixels(address(y, y_strides, image, pixel, width), y_strides, inside, out, CHANNELS, TILES)
+    t.store_pixels(t.address(y, y_strides, image, pixel, width), y_strides, inside, out, CHANNELS, TILES)
 
 
 @triton.jit(do_not_specialize=["pixels", "width", "rows", "columns"])
@@ -148,42 +129,42 @@ def gated_ffn_backward_gate(
     ROOM: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """h = u * gate, dz = dy * GELU'(h @ weight_2 + bias_2) and dh = dz @ transposed weight_2."""
-    image, pixel, inside = locate_pixels(pixels, PIXELS, ROOM, INDEX)
+    image, pixel, inside = t.locate_pixels(pixels, PIXELS, ROOM, INDEX)
     dtype: tl.constexpr = weight_2.dtype.element_ty
-    z = zeros(PIXELS, TILES)
+    z = t.zeros(PIXELS, TILES)
     for start in tl.range(0, CHANNELS, BLOCK, disable_licm=True):
         block = start + tl.arange(0, BLOCK)
         factor = gate(g, g_strides, taps, bias_gate, image, pixel, inside, block, rows, columns, CHANNELS)
-        gated = load_tile(address(u, u_strides, image, pixel, None), u_strides, inside, block, CHANNELS)
+        gated = t.load_tile(t.address(u, u_strides, image, pixel, None), u_strides, inside, block, CHANNELS)
         gated = round_to(gated.to(tl.float32) * factor, dtype)
-        store_tile(address(h, h_strides, image, pixel, None), h_strides, inside, gated, block, CHANNELS)
-        z = multiply_block(gated, load_lines(weight_2, block, CHANNELS, TILES), z, PRECISION)
-    upstream = load_pixels(address(dy, dy_strides, image, pixel, width), dy_strides, inside, CHANNELS, TILES)
+        t.store_tile(t.address(h, h_strides, image, pixel, None), h_strides, inside, gated, block, CHANNELS)
+        z = t.multiply_block(gated, load_lines(weight_2, block, CHANNELS, TILES), z, PRECISION)
+    upstream = t.load_pixels(t.address(dy, dy_strides, image, pixel, width), dy_strides, inside, CHANNELS, TILES)
     gradient = ()
     for i in tl.static_range(len(TILES)):
-        s = z[i] + load_row(bias_2, channels_of(TILES, i), CHANNELS)
+        s = z[i] + t.load_row(bias_2, t.channels_of(TILES, i), CHANNELS)
         gradient += (round_to(upstream[i].to(tl.float32) * slope(s, "gelu", dtype), dtype),)
-    store_pixels(address(dz, dz_strides, image, pixel, None), dz_strides, inside, gradient, CHANNELS, TILES)
+    t.store_pixels(t.address(dz, dz_strides, image, pixel, None), dz_strides, inside, gradient, CHANNELS, TILES)
     for start in tl.range(0, CHANNELS, BLOCK, disable_licm=True):
         block = start + tl.arange(0, BLOCK)
-        matrix = load_columns(weight_2, CHANNELS, 1, block, CHANNELS, TILES, CHANNELS)
-        back = multiply(gradient, matrix, tl.zeros((1, BLOCK), tl.float32), PRECISION)
-        store_tile(address(dh, dh_strides, image, pixel, None), dh_strides, inside, back, block, CHANNELS)
+        matrix = t.load_columns(weight_2, CHANNELS, 1, block, CHANNELS, TILES, CHANNELS)
+        back = t.multiply(gradient, matrix, tl.zeros((1, BLOCK), tl.float32), PRECISION)
+        t.store_tile(t.address(dh, dh_strides, image, pixel, None), dh_strides, inside, back, block, CHANNELS)
 
 
 @triton.jit
 def gate(g, g_strides, taps, bias, image, pixel, inside, block, rows, columns, CHANNELS: tl.constexpr):
     """Return bias + depthwise3x3(g), a block of channels (PIXELS, BLOCK) in float32."""
     row, column = pixel // columns, pixel % columns
-    centre = address(g, g_strides, image, pixel, None)
-    total = tl.broadcast_to(load_row(bias, block, CHANNELS), (pixel.shape[0], block.shape[0]))
+    centre = t.address(g, g_strides, image, pixel, None)
+    total = tl.broadcast_to(t.load_row(bias, block, CHANNELS), (pixel.shape[0], block.shape[0]))
     for line in tl.range(0, 3, disable_licm=True):  # not all nine at once: registers
         there = inside & (row + line >= 1) & (row + line <= rows)
         above = centre + (line - 1) * g_strides[2]
         for right in tl.static_range(-1, 2):
             exists = there & (column + right >= 0) & (column + right < columns)
-            seen = load_tile(above + right * g_strides[3], g_strides, exists, block, CHANNELS)
-            total += load_row(taps + (3 * line + right + 1) * CHANNELS, block, CHANNELS) * seen.to(tl.float32)
+            seen = t.load_tile(above + right * g_strides[3], g_strides, exists, block, CHANNELS)
+            total += t.load_row(taps + (3 * line + right + 1) * CHANNELS, block, CHANNELS) * seen.to(tl.float32)
     return total
 
 
@@ -192,7 +173,7 @@ def load_lines(weight, block, CHANNELS: tl.constexpr, TILES: tl.constexpr):
     """Return lines `block` of transposed weight (CHANNELS, CHANNELS) as tiles (BLOCK, TILES[i])."""
     tiles = ()
     for i in tl.static_range(len(TILES)):
-        made = channels_of(TILES, i)
+        made = t.channels_of(TILES, i)
         there = (block < CHANNELS)[:, None] & (made < CHANNELS)[None, :]
         tiles += (tl.load(weight + block[:, None] + made[None, :] * CHANNELS, mask=there, other=0),)
     return tiles

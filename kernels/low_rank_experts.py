@@ -18,31 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tiles as t
 from .launch import Launch, launched, named
 from .low_rank_experts_common import RANKS, blocks_of, load_bias, load_bias_out, load_ranks, locate
 from .low_rank_experts_grads import add_sums, kept_ranks, new_sums, sum_products
 from .rounding import round_to
 from .strided import strided
-from .tiles import (
-    address,
-    channels_of,
-    cut,
-    load_columns,
-    load_pixels,
-    load_row,
-    load_tile,
-    locate_pixels,
-    multiply,
-    multiply_block,
-    over_tiles,
-    precision,
-    round_all,
-    store_pixels,
-    store_tile,
-    transposed,
-    workspace,
-    zeros,
-)
 
 
 def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
@@ -74,7 +55,7 @@ def forward(
     experts = mixture(expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k, weight_out, bias_out, ranks)
     arguments = strided(y=y, a=a, k=k, residual=residual) | dict(weight_proj=weight_proj, bias_proj=bias_proj)
     images = [image for image in (y, residual, k, a) if image is not None]
-    yield over_tiles(low_rank_experts_forward, "low_rank_experts forward", images, arguments | experts | sizes(a))
+    yield t.over_tiles(low_rank_experts_forward, "low_rank_experts forward", images, arguments | experts | sizes(a))
 
 
 def backward(
@@ -89,11 +70,11 @@ def backward(
     sums = new_sums(a, experts, weight_proj is not None)
     if a.numel():
         units, rows = experts["top_k"] * experts["BLOCKS"], kept_ranks(experts)
-        ranked = workspace(a, units * 3 * rows, experts["weight_a"].dtype)
+        ranked = t.workspace(a, units * 3 * rows, experts["weight_a"].dtype)
         arguments = strided(da=da, dk=dk, ranked=ranked, dy=dy, a=a, k=k) | dict(weight_proj=weight_proj, ROWS=rows)
         arguments |= experts | sizes(a) | dict(channels=a.shape[1])
         images = [da, dk, dy, k, a]
-        yield over_tiles(low_rank_experts_backward_input, "low_rank_experts backward", images, arguments)
+        yield t.over_tiles(low_rank_experts_backward_input, "low_rank_experts backward", images, arguments)
         yield sum_products(sums, ranked, dy, a, k, experts, weight_proj)
     yield add_sums(gradients, sums, a, experts)
 
@@ -105,12 +86,12 @@ def mixture(expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k, wei
     """Return experts and which are chosen as the kernels' arguments."""
     routing = dict(expert_index=expert_index, expert_weight=expert_weight, top_k=expert_index.shape[1])
     parameters = dict(weight_a=weight_a, bias_a=bias_a, weight_k=weight_k, bias_k=bias_k)
-    sizes = dict(EXPERTS=tuple(ranks), BLOCKS=blocks_of(ranks), TOTAL=sum(ranks), PRECISION=precision(weight_a.dtype))
+    sizes = dict(EXPERTS=tuple(ranks), BLOCKS=blocks_of(ranks), TOTAL=sum(ranks), PRECISION=t.precision(weight_a.dtype))
     return routing | parameters | dict(weight_out=weight_out, bias_out=bias_out) | sizes
 
 
 def sizes(a: Tensor) -> dict:
-    return dict(CHANNELS=a.shape[1], TILES=cut(a.shape[1]))
+    return dict(CHANNELS=a.shape[1], TILES=t.cut(a.shape[1]))
 
 
 # Kernels
@@ -124,40 +105,40 @@ def low_rank_experts_forward(
     PIXELS: tl.constexpr, ROOM: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of PIXELS pixels of an image."""
-    image, pixel, inside = locate_pixels(pixels, PIXELS, ROOM, INDEX)
+    image, pixel, inside = t.locate_pixels(pixels, PIXELS, ROOM, INDEX)
     dtype: tl.constexpr = weight_a.dtype.element_ty
-    seen = load_pixels(address(a, a_strides, image, pixel, width), a_strides, inside, CHANNELS, TILES)
-    of_k = load_pixels(address(k, k_strides, image, pixel, width), k_strides, inside, CHANNELS, TILES)
-    of_a, of_k, out = round_all(seen, dtype), round_all(of_k, dtype), round_all(seen, tl.float32)
+    seen = t.load_pixels(t.address(a, a_strides, image, pixel, width), a_strides, inside, CHANNELS, TILES)
+    of_k = t.load_pixels(t.address(k, k_strides, image, pixel, width), k_strides, inside, CHANNELS, TILES)
+    of_a, of_k, out = t.round_all(seen, dtype), t.round_all(of_k, dtype), t.round_all(seen, tl.float32)
     for unit in tl.range(0, top_k * BLOCKS, disable_licm=True):
         slot, block = image * top_k + unit // BLOCKS, unit % BLOCKS
         expert, p, begins, row, own = locate(expert_index, expert_weight, slot, block, EXPERTS)
         matrix_a = load_ranks(weight_a, row, own, CHANNELS, 1, CHANNELS, TILES)
         matrix_k = load_ranks(weight_k, row, own, CHANNELS, 1, CHANNELS, TILES)
-        rank_a = multiply(of_a, matrix_a, load_bias(bias_a, row, own), PRECISION)
-        rank_k = multiply(of_k, matrix_k, load_bias(bias_k, row, own), PRECISION)
-        matrix_out = transposed(load_ranks(weight_out, row, own, 1, TOTAL, CHANNELS, TILES))
-        out = multiply_block(round_to(rank_a * rank_k * p, dtype), matrix_out, out, PRECISION)
+        rank_a = t.multiply(of_a, matrix_a, load_bias(bias_a, row, own), PRECISION)
+        rank_k = t.multiply(of_k, matrix_k, load_bias(bias_k, row, own), PRECISION)
+        matrix_out = t.transposed(load_ranks(weight_out, row, own, 1, TOTAL, CHANNELS, TILES))
+        out = t.multiply_block(round_to(rank_a * rank_k * p, dtype), matrix_out, out, PRECISION)
         out = add_bias_out(out, p, bias_out, expert, begins, CHANNELS, TILES)
-    y_at = address(y, y_strides, image, pixel, width)
+    y_at = t.address(y, y_strides, image, pixel, width)
     if weight_proj is None:
-        store_pixels(y_at, y_strides, inside, out, CHANNELS, TILES)
+        t.store_pixels(y_at, y_strides, inside, out, CHANNELS, TILES)
     else:
-        mixed = round_all(out, dtype)
-        residual_at = address(residual, residual_strides, image, pixel, width)
+        mixed = t.round_all(out, dtype)
+        residual_at = t.address(residual, residual_strides, image, pixel, width)
         for start in tl.range(0, CHANNELS, TILES[0], disable_licm=True):
             made = start + tl.arange(0, TILES[0])
-            matrix = load_columns(weight_proj, 1, CHANNELS, made, CHANNELS, TILES, CHANNELS)
-            projected = multiply(mixed, matrix, load_row(bias_proj, made, CHANNELS), PRECISION)
-            more = load_tile(residual_at, residual_strides, inside, made, CHANNELS).to(tl.float32)
-            store_tile(y_at, y_strides, inside, projected + more, made, CHANNELS)
+            matrix = t.load_columns(weight_proj, 1, CHANNELS, made, CHANNELS, TILES, CHANNELS)
+            projected = t.multiply(mixed, matrix, t.load_row(bias_proj, made, CHANNELS), PRECISION)
+            more = t.load_tile(residual_at, residual_strides, inside, made, CHANNELS).to(tl.float32)
+            t.store_tile(y_at, y_strides, inside, projected + more, made, CHANNELS)
 
 
 @triton.jit
 def add_bias_out(tiles, p, bias_out, expert, begins, CHANNELS: tl.constexpr, TILES: tl.constexpr):
     out = ()
     for i in tl.static_range(len(TILES)):
-        out += (tiles[i] + p * load_bias_out(bias_out, expert, begins, channels_of(TILES, i), CHANNELS),)
+        out += (tiles[i] + p * load_bias_out(bias_out, expert, begins, t.channels_of(TILES, i), CHANNELS),)
     return out
 
 
@@ -174,41 +155,41 @@ def low_rank_experts_backward_input(
     With dm the gradient of m, these are rank_a * rank_k and the gradients of rank_a and rank_k,
         p_e * (transposed Wout_e @ dm) * rank_k  and  p_e * (transposed Wout_e @ dm) * rank_a.
     """
-    image, pixel, inside = locate_pixels(pixels, PIXELS, ROOM, INDEX)
+    image, pixel, inside = t.locate_pixels(pixels, PIXELS, ROOM, INDEX)
     dtype: tl.constexpr = weight_a.dtype.element_ty
-    a_at, k_at = address(a, a_strides, image, pixel, width), address(k, k_strides, image, pixel, width)
-    dy_at = address(dy, dy_strides, image, pixel, width)
-    ranked_at = address(ranked, ranked_strides, image, pixel, width)
+    a_at, k_at = t.address(a, a_strides, image, pixel, width), t.address(k, k_strides, image, pixel, width)
+    dy_at = t.address(dy, dy_strides, image, pixel, width)
+    ranked_at = t.address(ranked, ranked_strides, image, pixel, width)
     if weight_proj is None:
-        from_a = round_all(load_pixels(dy_at, dy_strides, inside, CHANNELS, TILES), tl.float32)
+        from_a = t.round_all(t.load_pixels(dy_at, dy_strides, inside, CHANNELS, TILES), tl.float32)
     else:
-        from_a = zeros(PIXELS, TILES)
+        from_a = t.zeros(PIXELS, TILES)
         for start in tl.range(0, channels, TILES[0], disable_licm=True):  # not a constant: LLVM would unroll it
             made = start + tl.arange(0, TILES[0])
-            gradient = round_to(load_tile(dy_at, dy_strides, inside, made, CHANNELS).to(tl.float32), dtype)
-            matrix = load_columns(weight_proj, 1, CHANNELS, made, CHANNELS, TILES, CHANNELS)
-            from_a = multiply_block(gradient, transposed(matrix), from_a, PRECISION)
-    dm, from_k = round_all(from_a, dtype), zeros(PIXELS, TILES)
+            gradient = round_to(t.load_tile(dy_at, dy_strides, inside, made, CHANNELS).to(tl.float32), dtype)
+            matrix = t.load_columns(weight_proj, 1, CHANNELS, made, CHANNELS, TILES, CHANNELS)
+            from_a = t.multiply_block(gradient, t.transposed(matrix), from_a, PRECISION)
+    dm, from_k = t.round_all(from_a, dtype), t.zeros(PIXELS, TILES)
     for unit in tl.range(0, top_k * BLOCKS, disable_licm=True):
         slot, block = image * top_k + unit // BLOCKS, unit % BLOCKS
         _, p, _, row, own = locate(expert_index, expert_weight, slot, block, EXPERTS)
         place, kept = ranked_at + unit * (3 * ROWS), tl.arange(0, RANKS)
         matrix = load_ranks(weight_out, row, own, 1, TOTAL, CHANNELS, TILES)
-        drank = multiply(dm, matrix, tl.zeros((1, RANKS), tl.float32), PRECISION) * p
+        drank = t.multiply(dm, matrix, tl.zeros((1, RANKS), tl.float32), PRECISION) * p
         # Images and weights are loaded again and again: what is kept in registers, float32 keeps in two parts each.
-        of_k = round_all(load_pixels(k_at, k_strides, inside, CHANNELS, TILES), dtype)
+        of_k = t.round_all(t.load_pixels(k_at, k_strides, inside, CHANNELS, TILES), dtype)
         matrix = load_ranks(weight_k, row, own, CHANNELS, 1, CHANNELS, TILES)
-        rank_k = multiply(of_k, matrix, load_bias(bias_k, row, own), PRECISION)
+        rank_k = t.multiply(of_k, matrix, load_bias(bias_k, row, own), PRECISION)
         drank_a = round_to(drank * rank_k, dtype)
-        store_tile(place + ROWS, ranked_strides, inside, drank_a, kept, ROWS)
-        of_a = round_all(load_pixels(a_at, a_strides, inside, CHANNELS, TILES), dtype)
+        t.store_tile(place + ROWS, ranked_strides, inside, drank_a, kept, ROWS)
+        of_a = t.round_all(t.load_pixels(a_at, a_strides, inside, CHANNELS, TILES), dtype)
         matrix = load_ranks(weight_a, row, own, CHANNELS, 1, CHANNELS, TILES)
-        rank_a = multiply(of_a, matrix, load_bias(bias_a, row, own), PRECISION)
+        rank_a = t.multiply(of_a, matrix, load_bias(bias_a, row, own), PRECISION)
         drank_k = round_to(drank * rank_a, dtype)
-        from_a = multiply_block(drank_a, transposed(matrix), from_a, PRECISION)
-        store_tile(place, ranked_strides, inside, rank_a * rank_k, kept, ROWS)
-        store_tile(place + 2 * ROWS, ranked_strides, inside, drank_k, kept, ROWS)
+        from_a = t.multiply_block(drank_a, t.transposed(matrix), from_a, PRECISION)
+        t.store_tile(place, ranked_strides, inside, rank_a * rank_k, kept, ROWS)
+        t.store_tile(place + 2 * ROWS, ranked_strides, inside, drank_k, kept, ROWS)
         matrix = load_ranks(weight_k, row, own, CHANNELS, 1, CHANNELS, TILES)
-        from_k = multiply_block(drank_k, transposed(matrix), from_k, PRECISION)
-    store_pixels(address(da, da_strides, image, pixel, width), da_strides, inside, from_a, CHANNELS, TILES)
-    store_pixels(address(dk, dk_strides, image, pixel, width), dk_strides, inside, from_k, CHANNELS, TILES)
+        from_k = t.multiply_block(drank_k, t.transposed(matrix), from_k, PRECISION)
+    t.store_pixels(t.address(da, da_strides, image, pixel, width), da_strides, inside, from_a, CHANNELS, TILES)
+    t.store_pixels(t.address(dk, dk_strides, image, pixel, width), dk_strides, inside, from_k, CHANNELS, TILES)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tiles as t
 from .configurations import configuration
 from .integers import cdiv
 from .launch import Launch
@@ -25,21 +26,6 @@ from .low_rank_experts_common import RANKS, load_bias_out, load_some, locate, ro
 from .products import steps_of
 from .rounding import round_to
 from .strided import index_type, strided
-from .tiles import (
-    address,
-    channels_of,
-    dot,
-    launch,
-    load_columns,
-    load_pixels,
-    load_tile,
-    pixels_of,
-    powers,
-    round_all,
-    tile_of,
-    zero_tile,
-    zeros,
-)
 
 KERNEL = "low_rank_experts products"  # in the table of configurations
 COLUMNS, PARTS = 32, 128  # sums that a program of the last launch adds up, and of how many rows at a time
@@ -63,16 +49,16 @@ def new_sums(a: Tensor, experts: dict, projected: bool) -> Tensor:
 def sum_products(sums: Tensor, ranked: Tensor, dy, a, k, experts: dict, weight_proj: Tensor | None) -> Launch:
     """Describe the launch that writes sums."""
     pixels, *how = configuration(KERNEL, a)
-    channels, places = a.shape[1], pixels_of(dy, a, k)
+    channels, places = a.shape[1], t.pixels_of(dy, a, k)
     images = strided(ranked=ranked, dy=dy, a=a, k=k)
     taken = ("expert_index", "expert_weight", "top_k", "weight_out", "bias_out")
     taken += ("EXPERTS", "BLOCKS", "TOTAL", "PRECISION")
     parameters = {name: experts[name] for name in taken} | dict(weight_proj=weight_proj)
     steps = steps_of(a, KERNEL)
-    sizes = dict(CHANNELS=channels, TILES=powers(channels), ROWS=kept_ranks(experts))
+    sizes = dict(CHANNELS=channels, TILES=t.powers(channels), ROWS=kept_ranks(experts))
     options = dict(PIXELS=pixels, INDEX=index_type(places["pixels"] + pixels * steps))
     arguments = dict(sums=sums, count=sums.shape[4], steps=steps) | images | places | parameters | sizes | options
-    return launch(add_products, sums.shape[:4].numel(), arguments, *how)
+    return t.launch(add_products, sums.shape[:4].numel(), arguments, *how)
 
 
 def add_sums(gradients: dict[str, Tensor | None], sums: Tensor, a: Tensor, experts: dict) -> Launch:
@@ -107,7 +93,7 @@ def add_products(
 ):  # fmt: skip
     """A row of sums: of (ROWS, CHANNELS) each dweight_a, dweight_k and transposed dweight_out, dbias_a and dbias_k
     (ROWS,), dbias_out (CHANNELS,), dp; dweight_proj (CHANNELS, CHANNELS) and dbias_proj."""
-    image, first = tile_of(tl.program_id(0), pixels, PIXELS * steps, INDEX)
+    image, first = t.tile_of(tl.program_id(0), pixels, PIXELS * steps, INDEX)
     unit = image % (top_k * BLOCKS)
     image = image // (top_k * BLOCKS)
     dtype: tl.constexpr = weight_out.dtype.element_ty
@@ -117,21 +103,21 @@ def add_products(
 
     # In two loops, because the registers do not suffice for all sums at a time.
     of_a, of_k = columns(TILES), columns(TILES)
-    sum_a, sum_k = zeros(RANKS, (RANKS, RANKS))
+    sum_a, sum_k = t.zeros(RANKS, (RANKS, RANKS))
     for step in tl.range(0, steps, disable_licm=True):
         pixel = first + step * PIXELS + tl.arange(0, PIXELS)
         inside = pixel < pixels
-        ranked_at = address(ranked, ranked_strides, image, pixel, width) + unit * (3 * ROWS)
-        drank_a = load_tile(ranked_at + ROWS, ranked_strides, inside, rank, ROWS)
-        drank_k = load_tile(ranked_at + 2 * ROWS, ranked_strides, inside, rank, ROWS)
-        seen_a = load_pixels(address(a, a_strides, image, pixel, width), a_strides, inside, CHANNELS, TILES)
-        of_a = add_product(round_all(seen_a, dtype), drank_a, of_a, PRECISION)
-        seen_k = load_pixels(address(k, k_strides, image, pixel, width), k_strides, inside, CHANNELS, TILES)
-        of_k = add_product(round_all(seen_k, dtype), drank_k, of_k, PRECISION)
-        sum_a = dot(tl.trans(drank_a), ones, sum_a, PRECISION)
-        sum_k = dot(tl.trans(drank_k), ones, sum_k, PRECISION)
+        ranked_at = t.address(ranked, ranked_strides, image, pixel, width) + unit * (3 * ROWS)
+        drank_a = t.load_tile(ranked_at + ROWS, ranked_strides, inside, rank, ROWS)
+        drank_k = t.load_tile(ranked_at + 2 * ROWS, ranked_strides, inside, rank, ROWS)
+        seen_a = t.load_pixels(t.address(a, a_strides, image, pixel, width), a_strides, inside, CHANNELS, TILES)
+        of_a = add_product(t.round_all(seen_a, dtype), drank_a, of_a, PRECISION)
+        seen_k = t.load_pixels(t.address(k, k_strides, image, pixel, width), k_strides, inside, CHANNELS, TILES)
+        of_k = add_product(t.round_all(seen_k, dtype), drank_k, of_k, PRECISION)
+        sum_a = t.dot(tl.trans(drank_a), ones, sum_a, PRECISION)
+        sum_k = t.dot(tl.trans(drank_k), ones, sum_k, PRECISION)
     for i in tl.static_range(len(TILES)):
-        channel = channels_of(TILES, i)
+        channel = t.channels_of(TILES, i)
         store_matrix(sums, of_a[i], channel, 1, CHANNELS, rank, CHANNELS, ROWS)
         store_matrix(sums + ROWS * CHANNELS, of_k[i], channel, 1, CHANNELS, rank, CHANNELS, ROWS)
     store_matrix(sums + 3 * ROWS * CHANNELS, sum_a, rank, 1, ROWS, rank, 0, 1)
@@ -139,56 +125,56 @@ def add_products(
 
     of_q, sum_dy, dproj = columns(TILES), columns(TILES), ()
     for i in tl.static_range(len(TILES)):
-        dproj += zeros(TILES[i], TILES)
+        dproj += t.zeros(TILES[i], TILES)
     for step in tl.range(0, steps, disable_licm=True):
         pixel = first + step * PIXELS + tl.arange(0, PIXELS)
         inside = pixel < pixels
-        upstream = load_pixels(address(dy, dy_strides, image, pixel, width), dy_strides, inside, CHANNELS, TILES)
-        upstream = round_all(upstream, dtype)
-        ranked_at = address(ranked, ranked_strides, image, pixel, width) + unit * (3 * ROWS)
-        q = load_tile(ranked_at, ranked_strides, inside, rank, ROWS)
+        upstream = t.load_pixels(t.address(dy, dy_strides, image, pixel, width), dy_strides, inside, CHANNELS, TILES)
+        upstream = t.round_all(upstream, dtype)
+        ranked_at = t.address(ranked, ranked_strides, image, pixel, width) + unit * (3 * ROWS)
+        q = t.load_tile(ranked_at, ranked_strides, inside, rank, ROWS)
         of_q = add_product(upstream, q, of_q, PRECISION)
         sum_dy = add_product(upstream, ones, sum_dy, PRECISION)
         if weight_proj is not None:
-            seen_a = load_pixels(address(a, a_strides, image, pixel, width), a_strides, inside, CHANNELS, TILES)
-            seen_a = round_all(seen_a, dtype)
+            seen_a = t.load_pixels(t.address(a, a_strides, image, pixel, width), a_strides, inside, CHANNELS, TILES)
+            seen_a = t.round_all(seen_a, dtype)
             before, dproj = dproj, ()
             for i in tl.static_range(len(TILES)):
                 for j in tl.static_range(len(TILES)):
-                    dproj += (dot(tl.trans(upstream[i]), seen_a[j], before[i * len(TILES) + j], PRECISION),)
+                    dproj += (t.dot(tl.trans(upstream[i]), seen_a[j], before[i * len(TILES) + j], PRECISION),)
 
     OF_EXPERT: tl.constexpr = of_expert(CHANNELS, ROWS)
     slot, block = image * top_k + unit // BLOCKS, unit % BLOCKS
     expert, p, begins, row, own = locate(expert_index, expert_weight, slot, block, EXPERTS)
     out, bias, total = (), (), ()
     for i in tl.static_range(len(TILES)):
-        channel = channels_of(TILES, i)
+        channel = t.channels_of(TILES, i)
         out += (load_some(weight_out, row, own, 1, TOTAL, channel, CHANNELS).to(tl.float32),)
         bias += (load_bias_out(bias_out, expert, begins, channel, CHANNELS),)
         total += (tl.sum(sum_dy[i], axis=1, keep_dims=True) * (1 / RANKS),)
     dp = tl.full((), 0, tl.float32)
     if weight_proj is None:
         for i in tl.static_range(len(TILES)):
-            store_out(sums, p, begins, of_q[i], total[i], channels_of(TILES, i), rank, ROWS, CHANNELS)
+            store_out(sums, p, begins, of_q[i], total[i], t.channels_of(TILES, i), rank, ROWS, CHANNELS)
             dp += tl.sum(out[i] * of_q[i]) + tl.sum(tl.trans(bias[i]) * total[i])
     else:
         proj_at = sums + OF_EXPERT + 1
         of_first = tl.where(unit == 0, 1.0, 0.0)
         for i in tl.static_range(len(TILES)):
-            channel = channels_of(TILES, i)
+            channel = t.channels_of(TILES, i)
             store_matrix(
                 proj_at + CHANNELS * CHANNELS, of_first * total[i], channel, 1, CHANNELS, tl.arange(0, 1), 0, 1
             )
             for j in tl.static_range(len(TILES)):
                 before = of_first * dproj[i * len(TILES) + j] + p * total[i] * bias[j]
-                dweight = dot(p * of_q[i], tl.trans(out[j]), before, PRECISION)
-                store_matrix(proj_at, dweight, channel, CHANNELS, CHANNELS, channels_of(TILES, j), 1, CHANNELS)
+                dweight = t.dot(p * of_q[i], tl.trans(out[j]), before, PRECISION)
+                store_matrix(proj_at, dweight, channel, CHANNELS, CHANNELS, t.channels_of(TILES, j), 1, CHANNELS)
         for start in tl.range(0, CHANNELS, RANKS, disable_licm=True):
             made = start + tl.arange(0, RANKS)
-            proj = load_columns(weight_proj, CHANNELS, 1, made, CHANNELS, TILES, CHANNELS)
+            proj = t.load_columns(weight_proj, CHANNELS, 1, made, CHANNELS, TILES, CHANNELS)
             dout, dbias = tl.zeros((RANKS, RANKS), tl.float32), tl.zeros((1, RANKS), tl.float32)
             for i in tl.static_range(len(TILES)):
-                dout = dot(tl.trans(proj[i].to(tl.float32)), of_q[i], dout, PRECISION)
+                dout = t.dot(tl.trans(proj[i].to(tl.float32)), of_q[i], dout, PRECISION)
                 dbias += tl.sum(proj[i].to(tl.float32) * total[i], axis=0, keep_dims=True)
             dbias = tl.trans(dbias)
             store_out(sums, p, begins, dout, dbias, made, rank, ROWS, CHANNELS)
@@ -203,7 +189,7 @@ def columns(TILES: tl.constexpr):
     """Return float32 tiles (TILES[i], RANKS) of zeros."""
     out = ()
     for i in tl.static_range(len(TILES)):
-        out += (zero_tile(TILES[i], RANKS),)
+        out += (t.zero_tile(TILES[i], RANKS),)
     return out
 
 
@@ -212,7 +198,7 @@ def add_product(x, y, sums, PRECISION: tl.constexpr):
     """Return the tiles sums + transposed x @ y."""
     out = ()
     for i in tl.static_range(len(x)):
-        out += (dot(tl.trans(x[i]), y, sums[i], PRECISION),)
+        out += (t.dot(tl.trans(x[i]), y, sums[i], PRECISION),)
     return out
 
 

@@ -21,39 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends.planes import new_packed
+from . import tiles as t
 from .activation import activate, activation_of, slope
 from .configurations import configuration
 from .launch import Launch, launched, named
 from .products import parts_of, products, steps_of
 from .strided import index_type, strided
 from .sums import add_parts, new_partial
-from .tiles import (
-    add,
-    address,
-    channels_of,
-    cut,
-    launch,
-    load_columns,
-    load_pixels,
-    load_row,
-    load_tile,
-    locate_pixels,
-    multiply,
-    multiply_block,
-    normalise,
-    normalise_backward,
-    over_tiles,
-    pixels_of,
-    round_all,
-    store_pixels,
-    store_tile,
-    tile_of,
-    times_row,
-    transposed,
-    workspace,
-    zero_row,
-    zeros,
-)
 from .windows import (
     columns_of,
     convolution,
@@ -100,7 +74,7 @@ def forward(y, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, gelu
     n = yield from normalised(x, norm_weight, norm_bias, weight.dtype, eps)
     arguments = convolution(n, columns_of(weight)) | strided(y=y) | end(bias, weight_pw, y, gelu)
     arguments |= dict(bias_pw=bias_pw, ADD=add)
-    yield over_tiles(norm_conv3x3_forward, "norm_conv3x3 forward", [y, n], arguments)
+    yield t.over_tiles(norm_conv3x3_forward, "norm_conv3x3 forward", [y, n], arguments)
 
 
 def forward_into(y, x, norm_weight, norm_bias, weight, bias, eps, add) -> Iterator[Launch]:
@@ -122,10 +96,10 @@ def backward(
         ds = yield from normalised(dy, None, None, weight.dtype, eps)
     else:
         ds = new_packed(x, len(weight), weight.dtype)
-        acted = None if weight_pw is None else workspace(x, len(weight), weight.dtype)
+        acted = None if weight_pw is None else t.workspace(x, len(weight), weight.dtype)
         arguments = convolution(n, columns_of(weight)) | end(bias, weight_pw, dy, gelu)
         arguments |= strided(ds=ds, acted=acted, dy=dy)
-        yield over_tiles(norm_conv3x3_backward_middle, "norm_conv3x3 backward", [dy, n], arguments)
+        yield t.over_tiles(norm_conv3x3_backward_middle, "norm_conv3x3 backward", [dy, n], arguments)
     yield from backward_input(dx, [dnorm_weight, dnorm_bias], ds, x, norm_weight, weight, eps)
     dcolumns = weight.new_empty(len(weight), 3, 3, weight.shape[1])  # as the windows are
     partial = new_partial(window_parts(n), [dcolumns, dbias])
@@ -153,7 +127,7 @@ def normalised(x, norm_weight, norm_bias, dtype, eps):
 def end(bias, weight_pw, y, gelu) -> dict:
     """Return as the kernels' arguments what comes after the convolution, on the way to y."""
     out = y.shape[1]
-    block = cut(out)[0] if bias.element_size() == 2 else 16  # float32 takes more registers
+    block = t.cut(out)[0] if bias.element_size() == 2 else 16  # float32 takes more registers
     return dict(bias=bias, weight_pw=weight_pw, ACTIVATION=activation_of(gelu), RESULTS=out, BLOCK=block)
 
 
@@ -163,9 +137,9 @@ def backward_input(dx, dnorm, ds, x, norm_weight, weight, eps) -> Iterator[Launc
     pixels, *how = configuration(name, ds)
     turned = columns_of(weight.flip(2, 3).transpose(0, 1))
     arguments = convolution(ds, turned) | strided(dx=dx, x=x) | dict(partial=partial, gain=norm_weight, eps=eps)
-    places = pixels_of(dx, x) | dict(steps=steps_of(ds, name))
+    places = t.pixels_of(dx, x) | dict(steps=steps_of(ds, name))
     tile = dict(PIXELS=pixels, INDEX=index_type(places["pixels"] + 2**16))
-    yield launch(norm_conv3x3_backward_input, parts_of(ds, name), arguments | places | tile, *how)
+    yield t.launch(norm_conv3x3_backward_input, parts_of(ds, name), arguments | places | tile, *how)
     if norm_weight is not None:
         yield add_parts(dnorm, partial)
 
@@ -181,23 +155,23 @@ def norm_conv3x3_forward(
     ACTIVATION: tl.constexpr, ADD: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = activation(conv(n) + bias), or weight_pw @ of it + bias_pw, PIXELS pixels of an image; to ADD, y += that."""
-    image, pixel, inside = locate_pixels(pixels, PIXELS, ROOM, INDEX)
+    image, pixel, inside = t.locate_pixels(pixels, PIXELS, ROOM, INDEX)
     seen = image_of(n, n_stride, image)
     sums = convolve(seen, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)
     dtype: tl.constexpr = y.dtype.element_ty if weight_pw is None else weight_pw.dtype.element_ty
     acted = activate_all(sums, bias, ACTIVATION, dtype, OUT_CHANNELS, MADE)
-    y_at = address(y, y_strides, image, pixel, width)
+    y_at = t.address(y, y_strides, image, pixel, width)
     if weight_pw is None:
         if ADD:
-            acted = add(acted, load_pixels(y_at, y_strides, inside, OUT_CHANNELS, MADE))
-        store_pixels(y_at, y_strides, inside, acted, OUT_CHANNELS, MADE)
+            acted = t.add(acted, t.load_pixels(y_at, y_strides, inside, OUT_CHANNELS, MADE))
+        t.store_pixels(y_at, y_strides, inside, acted, OUT_CHANNELS, MADE)
     else:
-        acted = round_all(acted, dtype)
+        acted = t.round_all(acted, dtype)
         for start in tl.range(0, RESULTS, BLOCK, disable_licm=True):
             made = start + tl.arange(0, BLOCK)
-            matrix = load_columns(weight_pw, 1, OUT_CHANNELS, made, OUT_CHANNELS, MADE, RESULTS)
-            out = multiply(acted, matrix, load_row(bias_pw, made, RESULTS), PRECISION)
-            store_tile(y_at, y_strides, inside, out, made, RESULTS)
+            matrix = t.load_columns(weight_pw, 1, OUT_CHANNELS, made, OUT_CHANNELS, MADE, RESULTS)
+            out = t.multiply(acted, matrix, t.load_row(bias_pw, made, RESULTS), PRECISION)
+            t.store_tile(y_at, y_strides, inside, out, made, RESULTS)
 
 
 @triton.jit(do_not_specialize=["lines", "line", "pixels", "width"])
@@ -209,28 +183,28 @@ def norm_conv3x3_backward_middle(
     ACTIVATION: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ds, packed, and with a pointwise what it multiplied: of the same PIXELS pixels of an image."""
-    image, pixel, inside = locate_pixels(pixels, PIXELS, ROOM, INDEX)
+    image, pixel, inside = t.locate_pixels(pixels, PIXELS, ROOM, INDEX)
     dtype: tl.constexpr = ds.dtype.element_ty
     seen = image_of(n, n_stride, image)
     s = convolve(seen, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)
-    dy_at = address(dy, dy_strides, image, pixel, width)
+    dy_at = t.address(dy, dy_strides, image, pixel, width)
     if weight_pw is None:
-        dacted = load_pixels(dy_at, dy_strides, inside, OUT_CHANNELS, MADE)
+        dacted = t.load_pixels(dy_at, dy_strides, inside, OUT_CHANNELS, MADE)
     else:
-        acted_at = address(acted, acted_strides, image, pixel, None)
+        acted_at = t.address(acted, acted_strides, image, pixel, None)
         multiplied = activate_all(s, bias, ACTIVATION, dtype, OUT_CHANNELS, MADE)
-        store_pixels(acted_at, acted_strides, inside, multiplied, OUT_CHANNELS, MADE)
-        dacted = zeros(PIXELS, MADE)
+        t.store_pixels(acted_at, acted_strides, inside, multiplied, OUT_CHANNELS, MADE)
+        dacted = t.zeros(PIXELS, MADE)
         for start in tl.range(0, RESULTS, BLOCK, disable_licm=True):
             made = start + tl.arange(0, BLOCK)
-            matrix = load_columns(weight_pw, 1, OUT_CHANNELS, made, OUT_CHANNELS, MADE, RESULTS)
-            gradient = load_tile(dy_at, dy_strides, inside, made, RESULTS)
-            dacted = multiply_block(gradient, transposed(matrix), dacted, PRECISION)
+            matrix = t.load_columns(weight_pw, 1, OUT_CHANNELS, made, OUT_CHANNELS, MADE, RESULTS)
+            gradient = t.load_tile(dy_at, dy_strides, inside, made, RESULTS)
+            dacted = t.multiply_block(gradient, t.transposed(matrix), dacted, PRECISION)
     gradients = ()
     for i in tl.static_range(len(MADE)):
-        row = load_row(bias, channels_of(MADE, i), OUT_CHANNELS)
+        row = t.load_row(bias, t.channels_of(MADE, i), OUT_CHANNELS)
         gradients += (dacted[i].to(tl.float32) * slope(s[i] + row, ACTIVATION, dtype),)
-    store_packed(image_of(ds, ds_strides[0], image), pixel, inside, round_all(gradients, dtype), OUT_CHANNELS, MADE)
+    store_packed(image_of(ds, ds_strides[0], image), pixel, inside, t.round_all(gradients, dtype), OUT_CHANNELS, MADE)
 
 
 @triton.jit(do_not_specialize=["lines", "line", "width", "steps"])
@@ -242,28 +216,28 @@ def norm_conv3x3_backward_input(
     """dx from n, which is ds here; and partial[program] = sums over its pixels of dgain and dshift, with a norm."""
     dgain, dshift = (), ()
     for i in tl.static_range(len(MADE)):
-        dgain += (zero_row(MADE[i]),)
-        dshift += (zero_row(MADE[i]),)
-    image, start = tile_of(tl.program_id(0), pixels, PIXELS * steps, INDEX)
+        dgain += (t.zero_row(MADE[i]),)
+        dshift += (t.zero_row(MADE[i]),)
+    image, start = t.tile_of(tl.program_id(0), pixels, PIXELS * steps, INDEX)
     ds = image_of(n, n_stride, image)
     for step in tl.range(0, steps, disable_licm=True):
         pixel = start + step * PIXELS + tl.arange(0, PIXELS)
         inside = pixel < pixels
         dn = convolve(ds, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)
         if gain is not None:
-            seen = load_pixels(address(x, x_strides, image, pixel, width), x_strides, inside, OUT_CHANNELS, MADE)
-            seen, scale = normalise(seen, eps, OUT_CHANNELS, MADE)
+            seen = t.load_pixels(t.address(x, x_strides, image, pixel, width), x_strides, inside, OUT_CHANNELS, MADE)
+            seen, scale = t.normalise(seen, eps, OUT_CHANNELS, MADE)
             dgain_before, dshift_before = dgain, dshift
             dgain, dshift = (), ()
             for i in tl.static_range(len(MADE)):
                 dgain += (dgain_before[i] + tl.sum(dn[i] * seen[i], axis=0),)
                 dshift += (dshift_before[i] + tl.sum(dn[i], axis=0),)
-            dn = normalise_backward(times_row(dn, gain, OUT_CHANNELS, MADE), seen, scale, OUT_CHANNELS)
-        store_pixels(address(dx, dx_strides, image, pixel, width), dx_strides, inside, dn, OUT_CHANNELS, MADE)
+            dn = t.normalise_backward(t.times_row(dn, gain, OUT_CHANNELS, MADE), seen, scale, OUT_CHANNELS)
+        t.store_pixels(t.address(dx, dx_strides, image, pixel, width), dx_strides, inside, dn, OUT_CHANNELS, MADE)
     if gain is not None:
         partial += tl.program_id(0).to(tl.int64) * (2 * OUT_CHANNELS)
         for i in tl.static_range(len(MADE)):
-            made = channels_of(MADE, i)
+            made = t.channels_of(MADE, i)
             tl.store(partial + made, dgain[i], mask=made < OUT_CHANNELS)
             tl.store(partial + OUT_CHANNELS + made, dshift[i], mask=made < OUT_CHANNELS)
 
@@ -275,6 +249,6 @@ def activate_all(
     """Return activation(sums + bias), as float32 tiles, which are rounded to dtype later on."""
     out = ()
     for i in tl.static_range(len(MADE)):
-        s = sums[i] + load_row(bias, channels_of(MADE, i), OUT_CHANNELS)
+        s = sums[i] + t.load_row(bias, t.channels_of(MADE, i), OUT_CHANNELS)
         out += (activate(s, ACTIVATION, dtype),)
     return out

@@ -16,35 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tiles as t
 from .activation import activate, activation_of, slope
 from .launch import Launch, launched, named
 from .products import parts_of, products
 from .rounding import round_to
 from .strided import strided
 from .sums import add_parts, new_partial
-from .tiles import (
-    add,
-    address,
-    affine,
-    cut,
-    load_columns,
-    load_pixels,
-    load_row,
-    load_tile,
-    locate_pixels,
-    multiply,
-    multiply_block,
-    normalise,
-    normalise_backward,
-    over_tiles,
-    precision,
-    store_pixels,
-    store_tile,
-    times_row,
-    transposed,
-    workspace,
-    zeros,
-)
 
 
 def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
@@ -73,7 +51,7 @@ def forward(y, x, norm_weight, norm_bias, weight, bias, gelu, eps, residual=None
         return
     images = [image for image in (y, x, residual) if image is not None]
     arguments = strided(y=y, x=x, residual=residual) | layer(x, norm_weight, norm_bias, weight, bias, gelu, eps)
-    yield over_tiles(norm_pointwise_forward, "norm_pointwise forward", images, arguments)
+    yield t.over_tiles(norm_pointwise_forward, "norm_pointwise forward", images, arguments)
 
 
 def backward(
@@ -82,11 +60,11 @@ def backward(
     gradients = [g for g in (dnorm_weight, dnorm_bias, dweight, dbias) if g is not None]
     partial = new_partial(parts_of(x, "products") if x.numel() else 0, gradients)
     if x.numel():
-        ds = workspace(x, dy.shape[1], torch.float32) if gelu else dy
+        ds = t.workspace(x, dy.shape[1], torch.float32) if gelu else dy
         parameters = layer(x, norm_weight, norm_bias, weight, bias, gelu, eps)
         arguments = strided(dx=dx, ds=ds, dy=dy, x=x, residual=residual) | parameters
         images = [image for image in (dx, ds, dy, x, residual) if image is not None]
-        yield over_tiles(norm_pointwise_backward_input, "norm_pointwise backward", images, arguments)
+        yield t.over_tiles(norm_pointwise_backward_input, "norm_pointwise backward", images, arguments)
         yield products(partial, ds, x, weight, norm_weight, norm_bias, eps)
     yield add_parts(gradients, partial)
 
@@ -97,9 +75,9 @@ norm_pointwise, norm_pointwise_backward = launched(forward), launched(backward)
 def layer(x: Tensor, norm_weight, norm_bias, weight: Tensor, bias, gelu: bool, eps: float) -> dict:
     """Return a layer as the kernels' arguments."""
     parameters = dict(norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias, eps=eps)
-    tiles = cut(x.shape[1])
+    tiles = t.cut(x.shape[1])
     sizes = dict(CHANNELS=x.shape[1], TILES=tiles, OUT_CHANNELS=weight.shape[0], BLOCK=tiles[0])
-    return parameters | sizes | dict(ACTIVATION=activation_of(gelu), PRECISION=precision(weight.dtype))
+    return parameters | sizes | dict(ACTIVATION=activation_of(gelu), PRECISION=t.precision(weight.dtype))
 
 
 # Kernels
@@ -112,22 +90,22 @@ def norm_pointwise_forward(
     PIXELS: tl.constexpr, ROOM: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = residual + activation(LN(x) @ weight + bias), PIXELS pixels of an image."""
-    image, pixel, inside = locate_pixels(pixels, PIXELS, ROOM, INDEX)
-    seen = load_pixels(address(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
+    image, pixel, inside = t.locate_pixels(pixels, PIXELS, ROOM, INDEX)
+    seen = t.load_pixels(t.address(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
     if norm_weight is not None:
-        seen, _ = normalise(seen, eps, CHANNELS, TILES)
-    n = affine(seen, norm_weight, norm_bias, weight.dtype.element_ty, CHANNELS, TILES)
-    y_at = address(y, y_strides, image, pixel, width)
+        seen, _ = t.normalise(seen, eps, CHANNELS, TILES)
+    n = t.affine(seen, norm_weight, norm_bias, weight.dtype.element_ty, CHANNELS, TILES)
+    y_at = t.address(y, y_strides, image, pixel, width)
     if residual is not None:
-        residual_at = address(residual, residual_strides, image, pixel, width)
+        residual_at = t.address(residual, residual_strides, image, pixel, width)
     for start in tl.range(0, OUT_CHANNELS, BLOCK, disable_licm=True):
         made = start + tl.arange(0, BLOCK)
-        matrix = load_columns(weight, 1, CHANNELS, made, CHANNELS, TILES, OUT_CHANNELS)
-        s = multiply(n, matrix, load_row(bias, made, OUT_CHANNELS), PRECISION)
+        matrix = t.load_columns(weight, 1, CHANNELS, made, CHANNELS, TILES, OUT_CHANNELS)
+        s = t.multiply(n, matrix, t.load_row(bias, made, OUT_CHANNELS), PRECISION)
         out = activate(s, ACTIVATION, y.dtype.element_ty)
         if residual is not None:
-            out += load_tile(residual_at, residual_strides, inside, made, OUT_CHANNELS).to(tl.float32)
-        store_tile(y_at, y_strides, inside, out, made, OUT_CHANNELS)
+            out += t.load_tile(residual_at, residual_strides, inside, made, OUT_CHANNELS).to(tl.float32)
+        t.store_tile(y_at, y_strides, inside, out, made, OUT_CHANNELS)
 
 
 @triton.jit(do_not_specialize=["pixels", "width"])
@@ -139,26 +117,26 @@ def norm_pointwise_backward_input(
     PIXELS: tl.constexpr, ROOM: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx (to which `residual` is added) and, with an activation, ds: of the same PIXELS pixels of an image."""
-    image, pixel, inside = locate_pixels(pixels, PIXELS, ROOM, INDEX)
-    seen = load_pixels(address(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
+    image, pixel, inside = t.locate_pixels(pixels, PIXELS, ROOM, INDEX)
+    seen = t.load_pixels(t.address(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
     if norm_weight is not None:
-        seen, scale = normalise(seen, eps, CHANNELS, TILES)
-    n = affine(seen, norm_weight, norm_bias, weight.dtype.element_ty, CHANNELS, TILES)
-    dy_at, ds_at = address(dy, dy_strides, image, pixel, width), address(ds, ds_strides, image, pixel, width)
-    dn = zeros(PIXELS, TILES)
+        seen, scale = t.normalise(seen, eps, CHANNELS, TILES)
+    n = t.affine(seen, norm_weight, norm_bias, weight.dtype.element_ty, CHANNELS, TILES)
+    dy_at, ds_at = t.address(dy, dy_strides, image, pixel, width), t.address(ds, ds_strides, image, pixel, width)
+    dn = t.zeros(PIXELS, TILES)
     for start in tl.range(0, OUT_CHANNELS, BLOCK, disable_licm=True):
         made = start + tl.arange(0, BLOCK)
-        matrix = load_columns(weight, 1, CHANNELS, made, CHANNELS, TILES, OUT_CHANNELS)
-        gradient = load_tile(dy_at, dy_strides, inside, made, OUT_CHANNELS)
+        matrix = t.load_columns(weight, 1, CHANNELS, made, CHANNELS, TILES, OUT_CHANNELS)
+        gradient = t.load_tile(dy_at, dy_strides, inside, made, OUT_CHANNELS)
         if ACTIVATION is not None:
-            s = multiply(n, matrix, load_row(bias, made, OUT_CHANNELS), PRECISION)
+            s = t.multiply(n, matrix, t.load_row(bias, made, OUT_CHANNELS), PRECISION)
             gradient = gradient.to(tl.float32) * slope(s, ACTIVATION, ds.dtype.element_ty)
-            store_tile(ds_at, ds_strides, inside, gradient, made, OUT_CHANNELS)
+            t.store_tile(ds_at, ds_strides, inside, gradient, made, OUT_CHANNELS)
             gradient = round_to(gradient, weight.dtype.element_ty)
-        dn = multiply_block(gradient, transposed(matrix), dn, PRECISION)
+        dn = t.multiply_block(gradient, t.transposed(matrix), dn, PRECISION)
     if norm_weight is not None:
-        dn = normalise_backward(times_row(dn, norm_weight, CHANNELS, TILES), seen, scale, CHANNELS)
+        dn = t.normalise_backward(t.times_row(dn, norm_weight, CHANNELS, TILES), seen, scale, CHANNELS)
     if residual is not None:
-        residual_at = address(residual, residual_strides, image, pixel, width)
-        dn = add(dn, load_pixels(residual_at, residual_strides, inside, CHANNELS, TILES))
-    store_pixels(address(dx, dx_strides, image, pixel, width), dx_strides, inside, dn, CHANNELS, TILES)
+        residual_at = t.address(residual, residual_strides, image, pixel, width)
+        dn = t.add(dn, t.load_pixels(residual_at, residual_strides, inside, CHANNELS, TILES))
+    t.store_pixels(t.address(dx, dx_strides, image, pixel, width), dx_strides, inside, dn, CHANNELS, TILES)

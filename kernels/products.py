@@ -9,28 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tiles as t
 from .configurations import configuration
 from .integers import cdiv
 from .launch import Launch
 from .rounding import round_to
 from .strided import index_type
-from .tiles import (
-    address,
-    channels_of,
-    cut,
-    dot,
-    launch,
-    load_pixels,
-    load_row,
-    normalise,
-    pixels_of,
-    powers,
-    precision,
-    round_all,
-    tile_of,
-    zero_row,
-    zero_tile,
-)  # fmt: skip
 
 PARTS = 512  # programs, about: some for each multiprocessor, and few sums to add up later
 
@@ -52,11 +36,11 @@ def products(partial: Tensor, ds: Tensor, x: Tensor, weight=None, gain=None, shi
     pixels, *how = configuration("products", x)
     images = dict(partial=partial, ds=ds, ds_strides=ds.stride(), x=x, x_strides=x.stride())
     norm = dict(weight=weight, gain=gain, shift=shift, eps=eps)
-    tiles = dict(CHANNELS=x.shape[1], SUMMED=cut(x.shape[1]), OUT_CHANNELS=ds.shape[1], MADE=powers(ds.shape[1]))
+    tiles = dict(CHANNELS=x.shape[1], SUMMED=t.cut(x.shape[1]), OUT_CHANNELS=ds.shape[1], MADE=t.powers(ds.shape[1]))
     factor = ds.dtype if weight is None else weight.dtype
-    options = dict(PIXELS=pixels, INDEX=index_type(x.shape[2] * x.shape[3] + 2**16), PRECISION=precision(factor))
-    arguments = images | norm | pixels_of(x, ds) | dict(steps=steps_of(x, "products")) | tiles | options
-    return launch(add_products, len(partial), arguments, *how)
+    options = dict(PIXELS=pixels, INDEX=index_type(x.shape[2] * x.shape[3] + 2**16), PRECISION=t.precision(factor))
+    arguments = images | norm | t.pixels_of(x, ds) | dict(steps=steps_of(x, "products")) | tiles | options
+    return t.launch(add_products, len(partial), arguments, *how)
 
 
 @triton.jit(do_not_specialize=["width", "steps"])
@@ -74,47 +58,47 @@ def add_products(
     sums = ()
     for j in tl.static_range(len(MADE)):
         for i in tl.static_range(len(SUMMED)):
-            sums += (zero_tile(MADE[j], SUMMED[i]),)
+            sums += (t.zero_tile(MADE[j], SUMMED[i]),)
     dbias = ()
     for j in tl.static_range(len(MADE)):
-        dbias += (zero_row(MADE[j]),)
-    image, start = tile_of(tl.program_id(0), pixels, PIXELS * steps, INDEX)
+        dbias += (t.zero_row(MADE[j]),)
+    image, start = t.tile_of(tl.program_id(0), pixels, PIXELS * steps, INDEX)
     for step in tl.range(0, steps, disable_licm=True):
         pixel = start + step * PIXELS + tl.arange(0, PIXELS)
         inside = pixel < pixels
-        seen = load_pixels(address(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, SUMMED)
-        gradient = load_pixels(address(ds, ds_strides, image, pixel, width), ds_strides, inside, OUT_CHANNELS, MADE)
+        seen = t.load_pixels(t.address(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, SUMMED)
+        gradient = t.load_pixels(t.address(ds, ds_strides, image, pixel, width), ds_strides, inside, OUT_CHANNELS, MADE)
         if gain is not None:
-            seen, _ = normalise(seen, eps, CHANNELS, SUMMED)
-        factor = round_all(seen, FACTOR)
+            seen, _ = t.normalise(seen, eps, CHANNELS, SUMMED)
+        factor = t.round_all(seen, FACTOR)
         sums_before, dbias_before = sums, dbias
         sums, dbias = (), ()
         for j in tl.static_range(len(MADE)):
             for i in tl.static_range(len(SUMMED)):
                 before = sums_before[j * len(SUMMED) + i]
-                sums += (dot(tl.trans(round_to(gradient[j].to(tl.float32), FACTOR)), factor[i], before, PRECISION),)
+                sums += (t.dot(tl.trans(round_to(gradient[j].to(tl.float32), FACTOR)), factor[i], before, PRECISION),)
             dbias += (dbias_before[j] + tl.sum(gradient[j].to(tl.float32), axis=0),)
     NORMS: tl.constexpr = 0 if gain is None else 2
     partial += tl.program_id(0).to(tl.int64) * (NORMS * CHANNELS + OUT_CHANNELS * (CHANNELS + 1))
     for i in tl.static_range(len(SUMMED)):
-        channel = channels_of(SUMMED, i)
+        channel = t.channels_of(SUMMED, i)
         real = channel < CHANNELS
-        dgain = zero_row(SUMMED[i]).to(tl.float64)  # its terms nearly cancel
-        dshift = zero_row(SUMMED[i]).to(tl.float64)
+        dgain = t.zero_row(SUMMED[i]).to(tl.float64)  # its terms nearly cancel
+        dshift = t.zero_row(SUMMED[i]).to(tl.float64)
         for j in tl.static_range(len(MADE)):
-            made = channels_of(MADE, j)[:, None]
+            made = t.channels_of(MADE, j)[:, None]
             there = (made < OUT_CHANNELS) & real[None, :]
             dweight = sums[j * len(SUMMED) + i]
             if gain is not None:
                 mixing = tl.load(weight + made * CHANNELS + channel[None, :], mask=there, other=0).to(tl.float64)
                 dgain += tl.sum(mixing * dweight, axis=0)
                 dshift += tl.sum(mixing * dbias[j][:, None], axis=0)
-                dweight *= load_row(gain, channel, CHANNELS)
-                dweight += dbias[j][:, None] * load_row(shift, channel, CHANNELS)
+                dweight *= t.load_row(gain, channel, CHANNELS)
+                dweight += dbias[j][:, None] * t.load_row(shift, channel, CHANNELS)
             tl.store(partial + (NORMS + made) * CHANNELS + channel[None, :], dweight, mask=there)
         if gain is not None:
             tl.store(partial + channel, dgain.to(tl.float32), mask=real)
             tl.store(partial + CHANNELS + channel, dshift.to(tl.float32), mask=real)
     for j in tl.static_range(len(MADE)):
-        made = channels_of(MADE, j)
+        made = t.channels_of(MADE, j)
         tl.store(partial + (NORMS + OUT_CHANNELS) * CHANNELS + made, dbias[j], mask=made < OUT_CHANNELS)

@@ -10,31 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tiles as t
 from .configurations import configuration
 from .integers import cdiv
 from .launch import Launch
 from .products import steps_of
 from .strided import index_type, strided
-from .tiles import (
-    address,
-    affine,
-    channels_of,
-    cut,
-    dot,
-    launch,
-    load_pixels,
-    locate_pixels,
-    normalise,
-    over_tiles,
-    powers,
-    precision,
-    start,
-    store_pixels,
-    tile_of,
-    zero_row,
-    zero_tile,
-    zeros,
-)
 
 # On the host
 
@@ -47,8 +28,8 @@ def is_packed(x: Tensor) -> bool:
 
 def pack(n: Tensor, x: Tensor, gain: Tensor | None = None, shift: Tensor | None = None, eps: float = 0.0) -> Launch:
     """Describe the launch that writes n, packed: LN(x), or x where there is no norm."""
-    sizes = dict(gain=gain, shift=shift, eps=eps, CHANNELS=x.shape[1], TILES=cut(x.shape[1]))
-    return over_tiles(pack_pixels, "norm_conv3x3 pack", [x], dict(n=n, n_stride=n.stride(0)) | strided(x=x) | sizes)
+    sizes = dict(gain=gain, shift=shift, eps=eps, CHANNELS=x.shape[1], TILES=t.cut(x.shape[1]))
+    return t.over_tiles(pack_pixels, "norm_conv3x3 pack", [x], dict(n=n, n_stride=n.stride(0)) | strided(x=x) | sizes)
 
 
 def columns_of(weight: Tensor) -> Tensor:
@@ -62,8 +43,8 @@ def convolution(n: Tensor, weight: Tensor) -> dict:
     images = dict(n=n, n_stride=n.stride(0), columns=weight, lines=height, line=width)
     made = weight.shape[2]
     window, turns = turns_of(3 * channels, n.element_size())
-    sizes = dict(CHANNELS=channels, WINDOW=window, TURNS=turns, OUT_CHANNELS=made, MADE=cut(made))
-    return images | sizes | dict(PRECISION=precision(n.dtype))
+    sizes = dict(CHANNELS=channels, WINDOW=window, TURNS=turns, OUT_CHANNELS=made, MADE=t.cut(made))
+    return images | sizes | dict(PRECISION=t.precision(n.dtype))
 
 
 def turns_of(width: int, size: int) -> tuple[tuple[int, ...], int]:
@@ -102,10 +83,10 @@ def window_products(partial: Tensor, ds: Tensor, n: Tensor) -> Launch:
     _, channels, height, width = n.shape
     images = dict(partial=partial, ds=ds, ds_stride=ds.stride(0), n=n, n_stride=n.stride(0))
     sizes = dict(pixels=height * width, lines=height, line=width, steps=steps_of_windows(n))
-    tiles = dict(CHANNELS=channels, CHUNK=chunk_of(channels), OUT_CHANNELS=ds.shape[1], MADE=powers(ds.shape[1]))
-    options = dict(PIXELS=pixels, INDEX=index_type(height * width + 2**16), PRECISION=precision(n.dtype))
+    tiles = dict(CHANNELS=channels, CHUNK=chunk_of(channels), OUT_CHANNELS=ds.shape[1], MADE=t.powers(ds.shape[1]))
+    options = dict(PIXELS=pixels, INDEX=index_type(height * width + 2**16), PRECISION=t.precision(n.dtype))
     programs = len(partial) * cdiv(9 * channels, tiles["CHUNK"])
-    return launch(add_window_products, programs, images | sizes | tiles | options, *how)
+    return t.launch(add_window_products, programs, images | sizes | tiles | options, *how)
 
 
 # Kernels
@@ -117,11 +98,11 @@ def pack_pixels(
     CHANNELS: tl.constexpr, TILES: tl.constexpr, PIXELS: tl.constexpr, ROOM: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """n = LN(x), or x, packed; PIXELS pixels of an image."""
-    image, pixel, inside = locate_pixels(pixels, PIXELS, ROOM, INDEX)
-    seen = load_pixels(address(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
+    image, pixel, inside = t.locate_pixels(pixels, PIXELS, ROOM, INDEX)
+    seen = t.load_pixels(t.address(x, x_strides, image, pixel, width), x_strides, inside, CHANNELS, TILES)
     if gain is not None:
-        seen, _ = normalise(seen, eps, CHANNELS, TILES)
-    seen = affine(seen, gain, shift, n.dtype.element_ty, CHANNELS, TILES)
+        seen, _ = t.normalise(seen, eps, CHANNELS, TILES)
+    seen = t.affine(seen, gain, shift, n.dtype.element_ty, CHANNELS, TILES)
     store_packed(image_of(n, n_stride, image), pixel, inside, seen, CHANNELS, TILES)
 
 
@@ -144,9 +125,9 @@ def add_window_products(
     offset = (down.to(tl.int64) * (line - 3) - 4) * CHANNELS + k
     sums, dbias = (), ()
     for i in tl.static_range(len(MADE)):
-        sums += (zero_tile(MADE[i], CHUNK),)
-        dbias += (zero_row(MADE[i]),)
-    image, start = tile_of(part, pixels, PIXELS * steps, INDEX)
+        sums += (t.zero_tile(MADE[i], CHUNK),)
+        dbias += (t.zero_row(MADE[i]),)
+    image, start = t.tile_of(part, pixels, PIXELS * steps, INDEX)
     ds, n = image_of(ds, ds_stride, image), image_of(n, n_stride, image)
     for step in tl.range(0, steps, disable_licm=True):
         pixel = start + step * PIXELS + tl.arange(0, PIXELS)
@@ -161,11 +142,11 @@ def add_window_products(
         sums_before, dbias_before = sums, dbias
         sums, dbias = (), ()
         for i in tl.static_range(len(MADE)):
-            sums += (dot(tl.trans(gradient[i]), seen, sums_before[i], PRECISION),)
+            sums += (t.dot(tl.trans(gradient[i]), seen, sums_before[i], PRECISION),)
             dbias += (dbias_before[i] + tl.sum(gradient[i].to(tl.float32), axis=0),)
     partial += part.to(tl.int64) * (OUT_CHANNELS * (WIDTH + 1))
     for i in tl.static_range(len(MADE)):
-        made = channels_of(MADE, i)
+        made = t.channels_of(MADE, i)
         there = (made < OUT_CHANNELS)[:, None] & (k < WIDTH)[None, :]
         tl.store(partial + made[:, None] * WIDTH + k[None, :], sums[i], mask=there)
         if chunk == 0:
@@ -183,13 +164,13 @@ def image_of(images, stride, batch):
 @triton.jit
 def load_packed(image, pixel, inside, CHANNELS: tl.constexpr, TILES: tl.constexpr):
     """Return all channels of pixels of a packed image."""
-    return load_pixels(image + pixel.to(tl.int64) * CHANNELS, (0, 1), inside, CHANNELS, TILES)
+    return t.load_pixels(image + pixel.to(tl.int64) * CHANNELS, (0, 1), inside, CHANNELS, TILES)
 
 
 @triton.jit
 def store_packed(image, pixel, inside, tiles, CHANNELS: tl.constexpr, TILES: tl.constexpr):
     """Write all channels of pixels of a packed image."""
-    store_pixels(image + pixel.to(tl.int64) * CHANNELS, (0, 1), inside, tiles, CHANNELS, TILES)
+    t.store_pixels(image + pixel.to(tl.int64) * CHANNELS, (0, 1), inside, tiles, CHANNELS, TILES)
 
 
 @triton.jit
@@ -217,18 +198,18 @@ def convolve(
 ):  # fmt: skip
     """Return the convolution of a packed image as float32 tiles (PIXELS, MADE[i])."""
     neighbours = around(pixel, inside, line)
-    sums = zeros(pixel.shape[0], MADE)
+    sums = t.zeros(pixel.shape[0], MADE)
     for turn in tl.range(0, 3 * TURNS, disable_licm=True):
         down = turn // TURNS - 1
         pointers = image + (pixel + down * line - 1).to(tl.int64) * CHANNELS
         for j in tl.static_range(len(WINDOW)):
-            k = turn % TURNS * start(WINDOW, len(WINDOW)) + channels_of(WINDOW, j)
+            k = turn % TURNS * t.start(WINDOW, len(WINDOW)) + t.channels_of(WINDOW, j)
             seen = load_window(pointers, neighbours, down, lines, k, CHANNELS)
             row = (down + 1) * (3 * CHANNELS) + k
             before, sums = sums, ()
             for i in tl.static_range(len(MADE)):
-                made = channels_of(MADE, i)
+                made = t.channels_of(MADE, i)
                 there = (k < 3 * CHANNELS)[:, None] & (made < OUT_CHANNELS)[None, :]
                 matrix = tl.load(columns + row[:, None] * OUT_CHANNELS + made[None, :], mask=there, other=0)
-                sums += (dot(seen, matrix, before[i], PRECISION),)
+                sums += (t.dot(seen, matrix, before[i], PRECISION),)
     return sums
