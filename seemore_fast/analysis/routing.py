@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ImageError, first_line
-from ..evaluation.pairs import Pair
+from ..evaluation.pairs import Pair, over_pairs
 from ..network.inspection import expert_usage
 from ..network.model import SeemoRe
 
@@ -60,17 +59,8 @@ def write_csv(path: Path, choices: list[Choice], ranks: list[int]):
 
 def choices_of(model: SeemoRe, data: str, pairs: list[Pair]) -> Iterator[Choice]:
     """Yield the model's choices for the LR image of each pair, in order."""
-    for pair in pairs:
-        try:
-            lr, _ = pair.read()
-        except ImageError as error:
-            yield Choice(data, pair.name, None, str(error))
-            continue
-        try:
-            usage, error = expert_usage(model, as_batch(lr)), ""
-        except (MemoryError, RuntimeError) as failure:  # of this image, such as its size
-            usage, error = None, f"{pair.hr}: {first_line(failure)}"
-        yield Choice(data, pair.name, usage, error)
+    for pair, usage in over_pairs(pairs, lambda pair, lr, hr: expert_usage(model, as_batch(lr))):
+        yield Choice(data, pair.name, None, usage) if isinstance(usage, str) else Choice(data, pair.name, usage)
 
 
 def as_batch(image: np.ndarray) -> Tensor:

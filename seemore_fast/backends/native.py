@@ -67,24 +67,20 @@ def cuda_unsupported_reason(index: int) -> str | None:
     return _cuda_reasons[index]
 
 
-def instruction_sets() -> list[str]:
-    """Return the instruction sets that the CPU library has kernels for and this processor runs, the best one last."""
-    return list(_instruction_sets())
-
-
 @functools.cache  # the stable ABI loses the memory of every string that an operator returns
-def _instruction_sets() -> tuple[str, ...]:
+def instruction_sets() -> tuple[str, ...]:
+    """Return the instruction sets that the CPU library has kernels for and this processor runs, the best one last."""
     return tuple(torch.ops.seemore_cpu.instruction_sets().split())
 
 
 def instruction_set() -> str:
     """Return the instruction set that the CPU kernels run in now."""
-    return _instruction_sets()[torch.ops.seemore_cpu.instruction_set()]
+    return instruction_sets()[torch.ops.seemore_cpu.instruction_set()]
 
 
 def use_instruction_set(name: str):
     """Run the CPU kernels in another instruction set; RuntimeError for one that cannot run here."""
-    usable = _instruction_sets()
+    usable = instruction_sets()
     if name not in usable:
         raise RuntimeError(f"instruction set is {name!r}, expected one of: {', '.join(usable)}")
     torch.ops.seemore_cpu.use_instruction_set(usable.index(name))

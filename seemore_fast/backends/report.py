@@ -37,7 +37,7 @@ def backend_info() -> dict:
 def _cpu_info() -> dict:
     info = {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
     if unsupported_reason("cpu") is None:
-        info |= {"instruction_sets": native.instruction_sets(), "instruction_set": native.instruction_set()}
+        info |= {"instruction_sets": list(native.instruction_sets()), "instruction_set": native.instruction_set()}
     return info
 
 

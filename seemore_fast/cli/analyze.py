@@ -58,19 +58,16 @@ def _routing(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..analysis.routing import choices_of, mean_rank, trend, usage_by_set, write_csv
-    from ..evaluation.pairs import find_pairs, names_of
+    from ..evaluation.pairs import find_sets
     from ..network.inspection import moe_layers
 
     plots, model = _plots(), _model(options.model)
-    found = [find_pairs(folder, model.scale) for folder in options.data]
-    sets = dict(zip(names_of(options.data), found, strict=True))
+    sets = find_sets(options.data, model.scale)
     choices, ranks = [], moe_layers(model)[0].ranks
+    every = (choice for name, pairs in sets.items() for choice in choices_of(model, name, pairs))
     try:
-        with tqdm(total=sum(map(len, found)), unit="image", desc="routing") as progress:
-            for name, pairs in sets.items():
-                for choice in choices_of(model, name, pairs):
-                    choices.append(choice)
-                    progress.update()
+        for choice in tqdm(every, "routing", sum(map(len, sets.values())), unit="image"):
+            choices.append(choice)
     finally:  # an interrupted run still reports its results
         shares = usage_by_set(choices)
         for name, share in shares.items():

@@ -36,25 +36,21 @@ def run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..evaluation.evaluate import Rows, evaluate
-    from ..evaluation.pairs import find_pairs, names_of
+    from ..evaluation.pairs import find_sets
 
     if options.lr and len(options.lr) != len(options.data):
         raise UsageError(f"got {len(options.lr)} --lr for {len(options.data)} --data, expected one for each")
     if options.csv and (reason := unwritable_reason(options.csv)):
         raise UsageError(reason)
     upscale, scale = _upscaler(options)
-    lr_folders = options.lr or [None] * len(options.data)
-    found = [find_pairs(data, scale, lr) for data, lr in zip(options.data, lr_folders, strict=True)]
-    sets = dict(zip(names_of(options.data), found, strict=True))
+    sets = find_sets(options.data, scale, options.lr)
     results, rows = [], Rows(options.csv)
+    every = (result for name, pairs in sets.items() for result in evaluate(upscale, name, pairs))
     try:
-        with tqdm(total=sum(map(len, found)), unit="image", desc="evaluating") as progress:
-            for name, pairs in sets.items():
-                for result in evaluate(upscale, name, pairs):
-                    results.append(result)
-                    if options.csv:
-                        rows.add(result)
-                    progress.update()
+        for result in tqdm(every, "evaluating", sum(map(len, sets.values())), unit="image"):
+            results.append(result)
+            if options.csv:
+                rows.add(result)
     finally:  # an interrupted run still reports its results
         if results:
             _print_means(options, upscale, scale, sets, results)
@@ -67,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _upscaler(options: argparse.Namespace):
     """Return the function that upscales an array, and its scale."""
-    from ..evaluation.evaluate import bicubic
+    from ..io.resize import bicubic_resize
     from ..upscale import Upscaler
 
     if options.model == "bicubic":
@@ -75,7 +71,7 @@ def _upscaler(options: argparse.Namespace):
             raise UsageError("--model bicubic has no scale of its own: give --scale")
         if options.tta:
             raise UsageError("--model bicubic gives the same result for all orientations: leave out --tta")
-        return bicubic(options.scale), options.scale
+        return lambda image: bicubic_resize(image, options.scale), options.scale
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)

@@ -4,7 +4,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .exits import DONE, FAILED, INTERRUPTED
 
@@ -31,10 +31,8 @@ class Summary:
     @staticmethod
     def merged(summaries: list["Summary"]) -> "Summary":
         """Return the summary of all processes."""
-        first = summaries[0]
-        return Summary(
-            scale=first.scale,
-            output=first.output,
+        return replace(
+            summaries[0],
             seconds=max(one.seconds for one in summaries),
             device=", ".join(one.device for one in summaries),
             stopped=any(one.stopped for one in summaries),

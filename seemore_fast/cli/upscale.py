@@ -5,6 +5,7 @@ import os
 import time
 import warnings
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -225,7 +226,7 @@ def _upscale_all(
             bar.update()
             counts["failed" if outcome.error else "skipped" if outcome.skipped else "done"] += 1
             if options.json or options.compare or outcome.error or outcome.notes:  # there may be a million others
-                files.append(outcome.as_dict())
+                files.append(asdict(outcome))
     files.sort(key=lambda file: file.pop("number"))
     return files, counts, stopped.is_set()
 

@@ -9,10 +9,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from ..errors import ImageError, first_line
-from ..io.resize import bicubic_resize
 from .metrics import psnr_y, ssim_y
-from .pairs import Pair
+from .pairs import Pair, over_pairs
 
 
 @dataclass(frozen=True)
@@ -29,25 +27,15 @@ class Result:
 
 def evaluate(upscale: Callable[[np.ndarray], Any], data: str, pairs: list[Pair]) -> Iterator[Result]:
     """Yield the result of each pair, in order. As is customary, `scale` pixels at every border are not measured."""
-    for pair in pairs:
-        try:
-            lr, hr = pair.read()
-        except ImageError as error:
-            yield Result(data, pair.name, error=str(error))
-            continue
+
+    def measure(pair: Pair, lr: np.ndarray, hr: np.ndarray) -> Result:
         begin = time.perf_counter()
-        try:
-            image = upscale(lr)
-        except (MemoryError, RuntimeError) as error:  # of this image: too large, or a NaN output
-            yield Result(data, pair.name, error=f"{pair.hr}: {first_line(error)}")
-            continue
+        image = upscale(lr)
         seconds = time.perf_counter() - begin
-        yield Result(data, pair.name, psnr_y(image, hr, pair.scale), ssim_y(image, hr, pair.scale), seconds)
+        return Result(data, pair.name, psnr_y(image, hr, pair.scale), ssim_y(image, hr, pair.scale), seconds)
 
-
-def bicubic(scale: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the usual baseline, MATLAB's bicubic upscaling."""
-    return lambda image: bicubic_resize(image, scale)
+    for pair, result in over_pairs(pairs, measure):
+        yield Result(data, pair.name, error=result) if isinstance(result, str) else result
 
 
 def mean(results: list[Result]) -> tuple[float, float, float]:

@@ -3,19 +3,21 @@
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
-from ..errors import ImageError, PairError, some_of
+from ..errors import ImageError, PairError, first_line, some_of
 from ..io.images import FORMATS, read_image
 from ..io.resize import bicubic_resize
 from .metrics import SSIM_WINDOW
 
 LOW = re.compile(r"lr([^a-z]|x|bic|mild|wild|unknown|difficult|$)", re.IGNORECASE)  # names of LR folders
+T = TypeVar("T")
 MAX_MEGAPIXELS = 1000  # of trusted images, to measure or to train on
 
 
@@ -58,6 +60,20 @@ class Pair:
             kinds = {2: "grey", 3: "colour"}
             raise ImageError(f"{self.lr} is {kinds[lr.ndim]}, but {self.hr} is {kinds[hr.ndim]}")
         return lr, hr
+
+
+def over_pairs(
+    pairs: list[Pair], function: Callable[[Pair, np.ndarray, np.ndarray], T]
+) -> Iterator[tuple[Pair, T | str]]:
+    """Yield each pair with function(pair, LR, HR), or with the error of an image that is damaged or too large."""
+    for pair in pairs:
+        try:
+            found = function(pair, *pair.read())
+        except ImageError as error:
+            found = str(error)
+        except (MemoryError, RuntimeError) as error:  # of this image: its size, or a NaN output
+            found = f"{pair.hr}: {first_line(error)}"
+        yield pair, found
 
 
 def read_plain(file: Path) -> np.ndarray:
@@ -121,6 +137,13 @@ def find_pairs(folder: Path, scale: int, lr_folder: Path | None = None) -> list[
     wanted = {file: (name, name.with_name(f"{name.name}x{scale}")) for file, name in files.items()}
     expected = f"expected NAME or NAMEx{scale} with an image's ending"
     return [Pair(hr, lr, scale, str(files[hr])) for hr, lr in match(wanted, folder, lr_folder, expected)]
+
+
+def find_sets(folders: list[Path], scale: int, lr_folders: list[Path] | None = None) -> dict[str, list[Pair]]:
+    """Return the pairs of data sets by their names, of folders as `find_pairs` takes them."""
+    lr: list[Path | None] = [*lr_folders] if lr_folders else [None] * len(folders)
+    found = [find_pairs(folder, scale, of_lr) for folder, of_lr in zip(folders, lr, strict=True)]
+    return dict(zip(names_of(folders), found, strict=True))
 
 
 def match(

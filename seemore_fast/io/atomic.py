@@ -44,25 +44,22 @@ def _clear():
 
 def unwritable_reason(path: Path) -> str | None:
     """Return why `path` cannot be written as a file, or None if it can."""
+    path = Path(os.path.realpath(path))
+    parent = path.parent
     try:
-        return _obstacle(Path(os.path.realpath(path)))
+        if not parent.exists():
+            return f"the folder {parent} does not exist: create it first"
+        if not parent.is_dir():
+            return f"{parent} is a file, expected a folder"
+        if path.is_dir():
+            return f"{path} is a folder, expected a file name"
+        if path.exists() and not path.is_file():
+            return f"{path} is a device or a pipe, expected a file name"
+        for target in (parent, path):
+            if target.exists() and _is_read_only(target):
+                return f"{target} is read-only: choose another place or change its permissions"
     except OSError as error:
         return os_reason(error)
-
-
-def _obstacle(path: Path) -> str | None:
-    parent = path.parent
-    if not parent.exists():
-        return f"the folder {parent} does not exist: create it first"
-    if not parent.is_dir():
-        return f"{parent} is a file, expected a folder"
-    if path.is_dir():
-        return f"{path} is a folder, expected a file name"
-    if path.exists() and not path.is_file():
-        return f"{path} is a device or a pipe, expected a file name"
-    for target in (parent, path):
-        if target.exists() and _is_read_only(target):
-            return f"{target} is read-only: choose another place or change its permissions"
     return None
 
 

@@ -284,7 +284,10 @@ def write_image(picture: Picture, path: Path, quality: int | None = None):
     try:
         with replacing(path) as temporary:
             if isinstance(picture.image, np.ndarray) and format_name in png16.FORMATS:
-                _write_16bit(picture.image, picture, temporary, format_name)
+                if picture.exif and format_name == "TIFF":
+                    picture.notes.append("its EXIF was left out: 16-bit TIFFs are written without")
+                with open(temporary, "w+b") as file:
+                    png16.write_16bit(picture.image, file, format_name, picture.icc_profile, picture.exif, PNG_LEVEL)
             else:
                 _write_8_bit(picture, temporary, format_name, quality)
     except MemoryError:
@@ -320,10 +323,3 @@ def _write_8_bit(picture: Picture, path: Path, format_name: str, quality: int | 
     if quality is not None and "quality" in options:
         options["quality"] = quality
     image.save(path, format_name, **options)
-
-
-def _write_16bit(pixels: np.ndarray, picture: Picture, path: Path, format_name: str):
-    if picture.exif and format_name == "TIFF":
-        picture.notes.append("its EXIF was left out: 16-bit TIFFs are written without")
-    with open(path, "w+b") as file:
-        png16.write_16bit(pixels, file, format_name, picture.icc_profile, picture.exif, PNG_LEVEL)

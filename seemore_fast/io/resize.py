@@ -20,34 +20,25 @@ def bicubic_resize(image: np.ndarray, scale: float) -> np.ndarray:
     """
     if not scale > 0:
         raise ValueError(f"scale is {scale}, expected a positive number")
-    return _resized(image, tuple((int(np.ceil(side * scale)), scale) for side in image.shape[:2]))
-
-
-def bicubic_resize_to(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize each axis by its own scale, as MATLAB's ``imresize(image, [height, width])``; see `bicubic_resize`."""
-    sides = zip(image.shape, (height, width), strict=False)
-    return _resized(image, tuple((wanted, wanted / side) for side, wanted in sides))
+    if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
+        raise TypeError(f"image has dtype {image.dtype}, expected uint8 or a floating type")
+    is_rounded = image.dtype == np.uint8
+    size = [int(np.ceil(side * scale)) for side in image.shape[:2]]
+    result = np.empty((*size, *image.shape[2:]), np.uint8 if is_rounded else np.float64)
+    taps = [_taps(side, scale, count) for side, count in zip(image.shape, size, strict=False)]
+    for top, rows in _bands(image, taps, _rounded if is_rounded else lambda rows: rows):
+        result[top : top + len(rows)] = rows
+    return result
 
 
 def bicubic_bands(image: np.ndarray, height: int, width: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the result of `bicubic_resize_to`, unrounded, in bands: their first row, and their rows in float64.
+    """Yield the image resized to height x width, unrounded, in bands: their first row, and their rows in float64.
 
+    Each axis has a scale of its own, as in MATLAB's ``imresize(image, [height, width])``; see `bicubic_resize`.
     image: (H, W) or (H, W, C) of any real type, read band by band.
     """
     taps = [_taps(side, wanted / side, wanted) for side, wanted in zip(image.shape, (height, width), strict=False)]
     return _bands(image, taps, lambda rows: rows)
-
-
-def _resized(image: np.ndarray, axes: tuple[tuple[int, float], ...]) -> np.ndarray:
-    if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
-        raise TypeError(f"image has dtype {image.dtype}, expected uint8 or a floating type")
-    is_rounded = image.dtype == np.uint8
-    size = [count for count, _ in axes]
-    result = np.empty((*size, *image.shape[2:]), np.uint8 if is_rounded else np.float64)
-    taps = [_taps(side, scale, count) for side, (count, scale) in zip(image.shape, axes, strict=False)]
-    for top, rows in _bands(image, taps, _rounded if is_rounded else lambda rows: rows):
-        result[top : top + len(rows)] = rows
-    return result
 
 
 def _rounded(rows: np.ndarray) -> np.ndarray:

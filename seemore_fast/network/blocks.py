@@ -12,25 +12,8 @@ from ..ops.autocast import autocast_dtype
 from ..ops.calibrate import check_aggregable
 from ..ops.checks import check_tensors
 from ..reference.model import SEE, LayerNorm, ResidualPair, StripedConv2d
+from . import fused as f
 from .checkpointing import checkpointed
-from .fused import (
-    EPS,
-    FFN,
-    QV,
-    AnyParams,
-    Calibrate,
-    Expand,
-    Experts,
-    Projection,
-    RMEParams,
-    Router,
-    SMEParams,
-    Stripes,
-    cast_params,
-    map_params,
-    rme,
-    sme,
-)  # fmt: skip
 from .modules import MoEBlock, has_additions, shuffle_channels
 
 FusedModule = TypeVar("FusedModule", bound="Fused")
@@ -74,7 +57,7 @@ class Fused(nn.Module):
             type(module) is built_as
             and tuple(module._modules.values()) == children
             and (module is self or not has_additions(module))
-            and (built_as is not LayerNorm or module.eps == EPS)
+            and (built_as is not LayerNorm or module.eps == f.EPS)
             for module, built_as, children in self._built_with
         ) and self._built_shapes == [weight.shape for weight in self.ordered_parameters()]
 
@@ -100,7 +83,7 @@ class Fused(nn.Module):
         return [weight for weight in weights if weight is not None]
 
 
-class Block(Fused, ResidualPair, Generic[AnyParams]):
+class Block(Fused, ResidualPair, Generic[f.AnyParams]):
     """RME or SME: x (B, C, H, W) -> the same."""
 
     recompute = "auto"  # set by SeemoRe.recompute
@@ -122,7 +105,7 @@ class Block(Fused, ResidualPair, Generic[AnyParams]):
         """Return the result of fused operators."""
         raise NotImplementedError
 
-    def _params(self) -> AnyParams:
+    def _params(self) -> f.AnyParams:
         """Return the parameters as they are now."""
         raise NotImplementedError
 
@@ -134,9 +117,9 @@ class Block(Fused, ResidualPair, Generic[AnyParams]):
         """Keep a copy of the parameters, for calls without gradients, until something unfreezes it."""
         with torch.inference_mode(False), torch.no_grad():
             stencils = self.stencils()
-            self._frozen = {"params": map_params(lambda _, t: frozen(t, stencils), self._params())}
+            self._frozen = {"params": f.map_params(lambda _, t: frozen(t, stencils), self._params())}
 
-    def params(self) -> AnyParams:
+    def params(self) -> f.AnyParams:
         """Return the parameters that the operators take: frozen, or as they are now."""
         if not self._frozen or (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
             return self._params()
@@ -144,16 +127,16 @@ class Block(Fused, ResidualPair, Generic[AnyParams]):
         if dtype in self._frozen:
             return self._frozen[dtype]
         # Under autocast, all at once what operators would cast at every call.
-        cast = cast_params(self._frozen["params"], dtype)
+        cast = f.cast_params(self._frozen["params"], dtype)
         if not torch.compiler.is_compiling():
             self._frozen[dtype] = cast
         return cast
 
-    def _ffn_params(self) -> FFN:
-        return FFN(*parameters_of(self.norm_2, self.ffn.fn_1[0], self.ffn.gate, self.ffn.fn_2[0]))
+    def _ffn_params(self) -> f.FFN:
+        return f.FFN(*parameters_of(self.norm_2, self.ffn.fn_1[0], self.ffn.gate, self.ffn.fn_2[0]))
 
 
-class RME(Block[RMEParams]):
+class RME(Block[f.RMEParams]):
     """Rank Modulating Expert."""
 
     block: MoEBlock
@@ -164,28 +147,28 @@ class RME(Block[RMEParams]):
     def stencils(self) -> list[Tensor]:
         return [*parameters_of(self.block.conv_1[0])[:1], *super().stencils()]
 
-    def _params(self) -> RMEParams:
+    def _params(self) -> f.RMEParams:
         block, moe = self.block, self.block.moe_layer
         widening, stripes = parameters_of(block.conv_1[2]), block.conv_2[0]
         assert isinstance(stripes, StripedConv2d)
         if block.use_shuffle:  # of the channels that it makes: the same as of its rows
             widening = [shuffle_channels(parameter, dim=0) for parameter in widening]
-        return RMEParams(
-            Expand(*parameters_of(self.norm_1, block.conv_1[0]), *widening),
-            Calibrate(*parameters_of(block.agg_conv[0], *block.conv)),
-            Stripes(*parameters_of(*stripes.conv)),
-            Router(parameters_of(moe.gate.body[2])[0]),
-            Experts(*moe.packed_experts(), *parameters_of(block.proj)),
+        return f.RMEParams(
+            f.Expand(*parameters_of(self.norm_1, block.conv_1[0]), *widening),
+            f.Calibrate(*parameters_of(block.agg_conv[0], *block.conv)),
+            f.Stripes(*parameters_of(*stripes.conv)),
+            f.Router(parameters_of(moe.gate.body[2])[0]),
+            f.Experts(*moe.packed_experts(), *parameters_of(block.proj)),
             self._ffn_params(),
         )
 
     def fused(self, x: Tensor) -> Tensor:
         block, moe = self.block, self.block.moe_layer
         check_aggregable("RME", "x", x.shape[2], x.shape[3], block.recursive)
-        return rme(x, self.params(), moe.ranks, moe.gate.top_k, block.recursive)
+        return f.rme(x, self.params(), moe.ranks, moe.gate.top_k, block.recursive)
 
 
-class SME(Block[SMEParams]):
+class SME(Block[f.SMEParams]):
     """Spatial Modulating Expert."""
 
     block: SEE
@@ -193,19 +176,19 @@ class SME(Block[SMEParams]):
     def __init__(self, channels: int, kernel_size: int = 11):
         super().__init__(channels, SEE(channels, kernel_size))
 
-    def _params(self) -> SMEParams:
+    def _params(self) -> f.SMEParams:
         see = self.block
-        return SMEParams(
-            QV(*parameters_of(self.norm_1, see.to_qv[0])),
-            Stripes(*parameters_of(*see.attn.conv)),
-            Projection(*parameters_of(see.proj)),
+        return f.SMEParams(
+            f.QV(*parameters_of(self.norm_1, see.to_qv[0])),
+            f.Stripes(*parameters_of(*see.attn.conv)),
+            f.Projection(*parameters_of(see.proj)),
             self._ffn_params(),
         )
 
     def fused(self, x: Tensor) -> Tensor:
         # Recomputing q and v costs a layer and a stencil, storing them a quarter of all that a group stores.
         recompute = self.recompute == "auto" and select_backend("norm_pointwise", x, x.shape[1]) != "reference"
-        return sme(x, self.params(), recompute)
+        return f.sme(x, self.params(), recompute)
 
 
 class ResGroup(nn.Module):

@@ -48,7 +48,8 @@ def load_model(name_or_path: str | os.PathLike, **overrides: Any) -> SeemoRe:
     weights, recorded = read_weights(path)
     try:
         model = SeemoRe(**{**detect_config(weights, {**recorded, **overrides}), **overrides})
-        load_weights(model, weights)
+        check_keys({name: tensor.shape for name, tensor in model.state_dict().items()}, weights)
+        model.load_state_dict(weights)
     except ValueError as error:  # of the caller's making only where there are overrides
         kind = ValueError if overrides and not isinstance(error, CheckpointError) else CheckpointError
         raise kind(f"{path}: {error}") from None
@@ -191,12 +192,6 @@ def _shape(weights: Mapping[str, Tensor], name: str, dims: int) -> torch.Size:
     if weights[name].dim() != dims:
         raise CheckpointError(f"{name} has shape {tuple(weights[name].shape)}, expected {dims} dimensions")
     return weights[name].shape
-
-
-def load_weights(model: SeemoRe, weights: Mapping[str, Tensor]):
-    """Copy `weights` into `model`; raise CheckpointError that names missing, unexpected and mis-shaped keys."""
-    check_keys({name: tensor.shape for name, tensor in model.state_dict().items()}, weights)
-    model.load_state_dict(weights)
 
 
 def check_keys(expected: Mapping[str, torch.Size], weights: Mapping[str, Tensor]):

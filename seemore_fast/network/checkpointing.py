@@ -10,13 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import backends
 from .._torch_compat import is_transformed
 
-CHOICES = ("auto", "none", "block")
-
-
-def check_recompute(how: str):
-    """Raise ValueError for an unknown choice."""
-    if how not in CHOICES:
-        raise ValueError(f"recompute is {how!r}, expected one of {', '.join(map(repr, CHOICES))}")
+CHOICES = ("auto", "none", "block")  # of `SeemoRe.recompute`
 
 
 def checkpointed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:

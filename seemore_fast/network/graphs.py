@@ -69,7 +69,8 @@ class Graphs:
             if call == EAGER:
                 call = self._try(x)
             self._known[size] = EAGER if call is None else call
-            self._forget()
+            while len(self._known) > MOST_SEEN:
+                self._known.popitem(last=False)
             return self._function(x) if isinstance(call, str | None) else call(x)
 
     def __len__(self) -> int:
@@ -85,10 +86,6 @@ class Graphs:
             reason = f"no {self._what} for x of shape {tuple(x.shape)}, calls go on without: {first_line(error)}"
             warnings.warn(reason, stacklevel=3)
             return reason
-
-    def _forget(self):
-        while len(self._known) > MOST_SEEN:
-            del self._known[next(iter(self._known))]
 
 
 def size_of(x: Tensor) -> tuple:

@@ -15,7 +15,7 @@ from ..ops.norm_conv3x3 import norm_conv3x3_into
 from ..reference.router import without_autocast
 from . import engine
 from .blocks import Block, Fused, ResGroup, body_dtype, frozen, parameters_of
-from .checkpointing import check_recompute
+from .checkpointing import CHOICES
 from .gpu_memory import with_oom_hint
 from .graphs import Graphs
 from .modules import ModuleList
@@ -75,7 +75,8 @@ class SeemoRe(Fused, reference.SeemoRe):
 
     @recompute.setter
     def recompute(self, how: str):
-        check_recompute(how)
+        if how not in CHOICES:
+            raise ValueError(f"recompute is {how!r}, expected one of {', '.join(map(repr, CHOICES))}")
         self._recompute = how
         for block in (block for group in self.body for block in group.children() if isinstance(block, Block)):
             block.recompute = how
@@ -177,7 +178,10 @@ class SeemoRe(Fused, reference.SeemoRe):
         keeps = self.wants_gradients(x)
         ends = self._ends_now() if keeps else self.ends()
         if kernels == "triton" and not keeps and not is_transformed() and not has_forward_gradients():
-            return self._in_place(x, ends)
+            x = self._shifted(x)
+            if "replays" in self._frozen and not is_observed() and x.numel() > 0:
+                return self._frozen["replays"](x)
+            return self._launch(x, ends)
         x = (x.to(torch.promote_types(x.dtype, torch.float32)) - self.mean) * self.img_range
         f = self.first(x, ends)
         y = f.to(body_dtype(self.conv_1.weight))
@@ -193,13 +197,6 @@ class SeemoRe(Fused, reference.SeemoRe):
         else:
             y = f + y
         return self.last(y, ends)
-
-    def _in_place(self, x: Tensor, ends: Ends) -> Tensor:
-        """Return the same by Triton's kernels, without gradients, with images in the layouts that they prefer."""
-        x = self._shifted(x)
-        if "replays" in self._frozen and not is_observed() and x.numel() > 0:
-            return self._frozen["replays"](x)
-        return self._launch(x, ends)
 
     def _launch(self, x: Tensor, ends: Ends) -> Tensor:
         """Return the network's result for x, shifted, by kernels alone.

@@ -66,16 +66,8 @@ def norm_conv3x3_into(
     torch.ops.seemore_fast.norm_conv3x3_into(y, x, norm_weight, norm_bias, *cast.values(), eps, add)
 
 
-def _into(
-    y: Tensor,
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    add: bool,
-):
+def _into(y: Tensor, x: Tensor, *parameters_and_options: Any):
+    norm_weight, norm_bias, weight, bias, eps, add = parameters_and_options
     norm = (None if p is None else p.contiguous() for p in (norm_weight, norm_bias))
     kernel = lookup_kernel("norm_conv3x3", x, max(weight.shape[:2]), "_into")
     kernel(y, x, *norm, stencil(weight, x), bias.contiguous(), eps, add)

@@ -1,5 +1,8 @@
 """Operators `norm_pointwise`, how SEE and GatedFFN begin, and `pointwise`, how SEE ends: one kernel."""
 
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,10 +43,6 @@ norm_pointwise = Operator(
 )  # fmt: skip
 
 
-def pointwise(
-    x: Tensor, weight: Tensor, bias: Tensor, *, activation: str | None = None, residual: Tensor | None = None
-) -> Tensor:
-    return norm_pointwise(x, None, None, weight, bias, activation=activation, residual=residual)
-
-
-pointwise.__doc__ = reference.pointwise.__doc__
+@wraps(reference.pointwise)
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Tensor:
+    return norm_pointwise(x, None, None, weight, bias, **options)

@@ -97,7 +97,8 @@ class Operator(Generic[P, R]):
     # What users call
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        values = self.cast(self._bind(args, kwargs))
+        values = self._bind(args, kwargs)
+        values = self.autocast(values) if callable(self.autocast) else to_autocast_dtype(values, self.autocast)
         sizes = check_tensors(self.name, self.one_dtype, **self._with_shapes(values))
         for name, kind in self.options.items():
             if kind == "str?":
@@ -110,17 +111,8 @@ class Operator(Generic[P, R]):
         """Return the result for checked values: by the selected backend's kernel, or the reference."""
         if select_backend(self.name, values[self.names[0]], self.size(values)) == "reference":
             return getattr(reference, self.name)(**values)
-        return self.public(self.packet(*values.values()))
-
-    def public(self, results: Any) -> Any:
-        """Return what users get of the dispatcher's results."""
-        return results if isinstance(results, Tensor) else results[0]
-
-    def cast(self, values: Values) -> Values:
-        """Return the values as autocast has them."""
-        if callable(self.autocast):
-            return self.autocast(values)
-        return to_autocast_dtype(values, self.autocast)
+        results: Any = self.packet(*values.values())
+        return results[0] if isinstance(results, tuple | list) else results
 
     def _with_shapes(self, values: Values) -> dict[str, tuple[Tensor | None, str]]:
         return {name: (values[name], shape) for name, shape in self.shapes.items()}

@@ -1,5 +1,7 @@
 """Arguments of the network: their constants and checks."""
 
+from typing import Any
+
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K
 LR_SPACES = {
     "linear": lambda i: i + 2,
@@ -13,31 +15,18 @@ def expert_ranks(lr_space: str, num_experts: int) -> tuple[int, ...]:
     return tuple(LR_SPACES[lr_space](i) for i in range(num_experts))
 
 
-def check_config(
-    scale: int,
-    in_chans: int,
-    num_experts: int,
-    num_layers: int,
-    embedding_dim: int,
-    img_range: float,
-    use_shuffle: bool,
-    global_kernel_size: int,
-    recursive: int,
-    lr_space: str,
-    topk: int,
-):
-    """Raise ValueError for a configuration that no SeemoRe can have, naming the argument, its value and the remedy."""
-    for name, value in {
-        "scale": scale, "in_chans": in_chans, "num_experts": num_experts, "num_layers": num_layers,
-        "embedding_dim": embedding_dim, "recursive": recursive, "topk": topk,
-        "global_kernel_size": global_kernel_size,
-    }.items():  # fmt: skip
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def check_config(config: dict[str, Any]):
+    """Raise ValueError for arguments that no SeemoRe can have, naming the argument, its value and the remedy."""
+    for name, value in config.items():
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if name not in ("img_range", "use_shuffle", "lr_space") and not (is_whole and value >= 1):
             raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
-    if global_kernel_size % 2 == 0:
-        raise ValueError(f"global_kernel_size is {global_kernel_size}, expected an odd number")
-    if topk > num_experts:
-        raise ValueError(f"topk is {topk}, expected at most num_experts, which is {num_experts}")
+    taps, top_k, experts = config["global_kernel_size"], config["topk"], config["num_experts"]
+    recursive, lr_space, img_range = config["recursive"], config["lr_space"], config["img_range"]
+    if taps % 2 == 0:
+        raise ValueError(f"global_kernel_size is {taps}, expected an odd number")
+    if top_k > experts:
+        raise ValueError(f"topk is {top_k}, expected at most num_experts, which is {experts}")
     if recursive > 8:
         raise ValueError(f"recursive is {recursive}, expected at most 8: images would need 4^recursive pixels a side")
     if not isinstance(lr_space, str) or lr_space not in LR_SPACES:

@@ -204,7 +204,7 @@ class SeemoRe(nn.Module):
     ):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        check_config(**self.config)
+        check_config(self.config)
         self.scale, self.in_chans, self.img_range, self.min_size = scale, in_chans, img_range, 4**recursive
         self.register_buffer("mean", self.mean_of(in_chans), persistent=False)
         ranks = expert_ranks(lr_space, num_experts)

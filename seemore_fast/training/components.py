@@ -9,12 +9,13 @@ from ..errors import ConfigError
 from ..network.model import SeemoRe
 from .config import Config, Optimizer
 from .distributed import World
-from .logging import check_tensorboard
+from .logging import has_tensorboard
 
 
 def check_environment(config: Config, world: World):
     """Raise ConfigError if the configuration does not fit the processes, the device or the installation."""
-    check_tensorboard(config.log.tensorboard)
+    if config.log.tensorboard and not has_tensorboard():
+        raise ConfigError("log.tensorboard is true, but it is not installed: pip install 'seemore-fast[train]'")
     if config.data.batch % (world.size * config.accumulate):
         raise ConfigError(
             f"data.batch is {config.data.batch}, expected a multiple of {world.size * config.accumulate}: "

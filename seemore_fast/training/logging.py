@@ -4,8 +4,9 @@ import csv
 import importlib.util
 from pathlib import Path
 
-from ..errors import ConfigError
 from ..io.atomic import replacing
+
+TITLES = {"steps": "training", "validation": "validation"}  # of the tables in TensorBoard
 
 
 class Table:
@@ -41,24 +42,19 @@ class RunLog:
     """`steps.csv` and `validation.csv` in a folder, and the same values for TensorBoard."""
 
     def __init__(self, folder: Path, step: int, tensorboard: bool | None):
-        self.steps, self.validation = (Table(folder / f"{name}.csv", step) for name in ("steps", "validation"))
+        self._tables = {name: Table(folder / f"{name}.csv", step) for name in TITLES}
         self._board = None
         if has_tensorboard() if tensorboard is None else tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
-    def add_step(self, step: int, values: dict[str, float]):
-        self._add(self.steps, "training", step, values)
-
-    def add_validation(self, step: int, values: dict[str, float]):
-        self._add(self.validation, "validation", step, values)
-
-    def _add(self, table: Table, title: str, step: int, values: dict[str, float]):
-        table.add({"step": step, **{name: f"{value:.6g}" for name, value in values.items()}})
+    def add(self, table: str, step: int, values: dict[str, float]):
+        """Add a row to "steps" or "validation"."""
+        self._tables[table].add({"step": step, **{name: f"{value:.6g}" for name, value in values.items()}})
         if self._board:
             for name, value in values.items():
-                self._board.add_scalar(f"{title}/{name}", value, step)
+                self._board.add_scalar(f"{TITLES[table]}/{name}", value, step)
 
     def close(self):
         if self._board:
@@ -67,9 +63,3 @@ class RunLog:
 
 def has_tensorboard() -> bool:
     return importlib.util.find_spec("tensorboard") is not None
-
-
-def check_tensorboard(wanted: bool | None):
-    """Raise ConfigError if TensorBoard is requested but not installed."""
-    if wanted and not has_tensorboard():
-        raise ConfigError("log.tensorboard is true, but it is not installed: pip install 'seemore-fast[train]'")

@@ -343,7 +343,7 @@ class Trainer:
         if not log:
             return has_warned
         with self._reporting(progress.write, self.out / "steps.csv"):
-            log.add_step(self.step, values)
+            log.add("steps", self.step, values)
         if has_warned or values["waiting"] <= MAX_WAITING or self.batches.patches.device.type != "cpu":
             return has_warned
         progress.write(
@@ -377,7 +377,7 @@ class Trainer:
         for group, counts in enumerate(usage):
             values |= {f"group_{group}_expert_{e}": count for e, count in enumerate(counts)}
         with self._reporting(progress.write, self.out / "validation.csv"):
-            log.add_validation(self.step, values)
+            log.add("validation", self.step, values)
         quality = ", ".join(f"{name} {psnr:.3f} dB / {ssim:.4f}" for name, (psnr, ssim) in results.items())
         progress.write(f"step {self.step}: {quality}{'; ' if quality else ''}experts by group {usage}")
         mean = sum(psnr for psnr, _ in results.values()) / len(results) if results else -math.inf

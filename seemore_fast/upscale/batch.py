@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -37,9 +37,6 @@ class Outcome:
     skipped: bool = False
     error: str = ""
     notes: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
 
 def upscale_files(
@@ -172,7 +169,7 @@ class Worker:
         with ExitStack() as until_written:
             with ExitStack() as until_computed:
                 until_computed.enter_context(slots.reading_or_computing)
-                picture, (width, height) = read(self.upscaler, Path(job.source), Path(job.target), self.options)
+                picture, (width, height) = read(self.upscaler.size_of, Path(job.source), Path(job.target), self.options)
                 is_small = math.prod(picture.size) <= SMALL and width * height <= SMALL_RESULT
                 if is_small:
                     until_computed.close()

@@ -17,11 +17,12 @@ import torch
 from PIL import Image, ImageSequence
 
 from ..devices import find_device
-from ..io.images import MAX_MEGAPIXELS, as_8_bit, frame_count
+from ..errors import ImageError, file_error
+from ..io.images import MAX_MEGAPIXELS, as_8_bit, frame_count, write_image
 from ..network.accelerate import accelerate
 from ..network.checkpoint import load_model, shipped_models
 from .arrays import as_tensor, check_array, from_unit, resized, to_unit
-from .files import FileOptions, upscale_file
+from .files import FileOptions, read
 from .runner import ExecutionOptions, must_stream, run
 
 DTYPES = {
@@ -160,7 +161,17 @@ class Upscaler:
         if quality is not None and not 1 <= _integer("quality", quality) <= 100:
             raise ValueError(f"quality is {quality}, expected 1 to 100")
         limit = MAX_MEGAPIXELS if max_megapixels is None else _positive("max_megapixels", max_megapixels)
-        upscale_file(self, Path(source), Path(target), FileOptions(limit, quality=quality, size=size))
+        source, target, options = Path(source), Path(target), FileOptions(limit, size=size)
+        if os.path.realpath(source) == os.path.realpath(target):
+            raise ImageError(f"{target}: is also the input, expected another file")
+        try:
+            picture, _ = read(self.size_of, source, target, options)
+        except Exception as error:
+            raise ImageError(file_error(source, error)) from None
+        picture.image = self(picture.image, **size)
+        write_image(picture, target, quality)
+        for note in picture.notes:
+            warnings.warn(f"{source}: {note}", stacklevel=2)
 
     def size_of(
         self,
