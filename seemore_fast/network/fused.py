@@ -15,15 +15,6 @@ from torch import Tensor
 from .. import ops, reference
 from .._torch_compat import is_transformed
 from ..backends import is_plain, select_backend
-from ..ops import (
-    calibrate,
-    gated_ffn,
-    low_rank_experts,
-    norm_conv3x3,
-    norm_pointwise,
-    striped_conv,
-    striped_conv_router,
-)
 from ..ops.autocast import autocast_dtype, castable
 from ..ops.operator import refuse_second_derivative
 from ..ops.router import gradients_of_decision
@@ -36,14 +27,14 @@ OPERATORS = ("norm_pointwise", "norm_conv3x3", "striped_conv", "calibrate", "low
 # Parameters, operator by operator
 
 
-Expand = namedtuple("Expand", norm_conv3x3.parameters)
-Calibrate = namedtuple("Calibrate", calibrate.parameters)
-Stripes = namedtuple("Stripes", striped_conv.parameters)
+Expand = namedtuple("Expand", ops.norm_conv3x3.parameters)
+Calibrate = namedtuple("Calibrate", ops.calibrate.parameters)
+Stripes = namedtuple("Stripes", ops.striped_conv.parameters)
 Router = namedtuple("Router", ["weight_router"])
-Experts = namedtuple("Experts", low_rank_experts.parameters)
-QV = namedtuple("QV", norm_pointwise.parameters)
+Experts = namedtuple("Experts", ops.low_rank_experts.parameters)
+QV = namedtuple("QV", ops.norm_pointwise.parameters)
 Projection = namedtuple("Projection", ["weight", "bias"])
-FFN = namedtuple("FFN", gated_ffn.parameters)
+FFN = namedtuple("FFN", ops.gated_ffn.parameters)
 WIDE = ("norm_weight", "norm_bias", "weight_router")  # stay in their own dtype under autocast
 
 
@@ -220,31 +211,31 @@ class RMENode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: list[int], top_k: int, recursive: int, *tensors: Tensor) -> Tensor:
         p = unflatten(RMEParams, tensors)
-        widened = norm_conv3x3.forward(x, *p.expand, "gelu", EPS)
+        widened = ops.norm_conv3x3.forward(x, *p.expand, "gelu", EPS)
         a, k = widened.chunk(2, dim=1)
-        a, *decision = striped_conv_router.forward(a, *p.stripes, *p.router, top_k, "gelu")
-        k, maps = calibrate.forward(k, *p.calibrate, recursive)
-        middle = low_rank_experts.forward(a, k, *decision[:2], *p.experts[:6], ranks, *p.experts[6:], x)
+        a, *decision = ops.striped_conv_router.forward(a, *p.stripes, *p.router, top_k, "gelu")
+        k, maps = ops.calibrate.forward(k, *p.calibrate, recursive)
+        middle = ops.low_rank_experts.forward(a, k, *decision[:2], *p.experts[:6], ranks, *p.experts[6:], x)
         ctx.ranks, ctx.recursive = ranks, recursive
         ctx.save_for_backward(x, widened, a, *decision, k, maps, middle, *tensors)
-        return gated_ffn.forward(middle, *p.ffn, EPS)
+        return ops.gated_ffn.forward(middle, *p.ffn, EPS)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x, widened, a, index, weight, mean, probability, k, maps, middle, *tensors = ctx.saved_tensors
         p = unflatten(RMEParams, tensors)
-        dmiddle, *of_ffn = gated_ffn.backward(dy, middle, *p.ffn, EPS)
-        da, dk, dweight, *of_experts = low_rank_experts.backward(
+        dmiddle, *of_ffn = ops.gated_ffn.backward(dy, middle, *p.ffn, EPS)
+        da, dk, dweight, *of_experts = ops.low_rank_experts.backward(
             dmiddle, a, k, index, weight, *p.experts[:6], ctx.ranks, *p.experts[6:]
         )
         dmean, of_router = gradients_of_decision(dweight, index, mean, probability, *p.router)
         da.add_(spread_over_pixels(dmean, da))
         dwidened, da_in, dk_in = halves_like(widened)
         a_in, k_in = widened.chunk(2, dim=1)
-        _, *of_calibrate = calibrate.backward_into({"k": dk_in}, dk, maps, k_in, *p.calibrate, ctx.recursive)
-        _, _, *of_stripes = striped_conv.backward_into({"x": da_in}, da, a_in, *p.stripes, "gelu", None)
-        dx, *of_expand = norm_conv3x3.backward(dwidened, x, *p.expand, "gelu", EPS)
+        _, *of_calibrate = ops.calibrate.backward_into({"k": dk_in}, dk, maps, k_in, *p.calibrate, ctx.recursive)
+        _, _, *of_stripes = ops.striped_conv.backward_into({"x": da_in}, da, a_in, *p.stripes, "gelu", None)
+        dx, *of_expand = ops.norm_conv3x3.backward(dwidened, x, *p.expand, "gelu", EPS)
         gradients = (*of_expand, *of_calibrate, *of_stripes, of_router, *of_experts, *of_ffn)
         return dx.add_(dmiddle), None, None, None, *gradients
 
@@ -257,10 +248,10 @@ class SMENode(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, recompute: bool, *tensors: Tensor) -> Tensor:
         p = unflatten(SMEParams, tensors)
         qv, mixed = SMENode.enhance(x, p)
-        middle = norm_pointwise.forward(mixed, None, None, *p.proj, None, EPS, x)
+        middle = ops.norm_pointwise.forward(mixed, None, None, *p.proj, None, EPS, x)
         ctx.recompute = recompute
         ctx.save_for_backward(x, middle, *tensors, *(() if recompute else (qv, mixed)))
-        return gated_ffn.forward(middle, *p.ffn, EPS)
+        return ops.gated_ffn.forward(middle, *p.ffn, EPS)
 
     @staticmethod
     @differentiable_once
@@ -268,17 +259,17 @@ class SMENode(torch.autograd.Function):
         x, middle, *saved = ctx.saved_tensors
         p = unflatten(SMEParams, saved)
         qv, mixed = SMENode.enhance(x, p) if ctx.recompute else saved[-2:]
-        dmiddle, *of_ffn = gated_ffn.backward(dy, middle, *p.ffn, EPS)
-        dmixed, _, _, *of_proj = norm_pointwise.backward(dmiddle, mixed, None, None, *p.proj, None, EPS)
+        dmiddle, *of_ffn = ops.gated_ffn.backward(dy, middle, *p.ffn, EPS)
+        dmixed, _, _, *of_proj = ops.norm_pointwise.backward(dmiddle, mixed, None, None, *p.proj, None, EPS)
         q, v = qv.chunk(2, dim=1)
         dqv, dq, dv = halves_like(qv)
-        _, _, *of_stripes = striped_conv.backward_into({"x": dq, "gate": dv}, dmixed, q, *p.stripes, None, v)
-        dx, *of_qv = norm_pointwise.backward(dqv, x, *p.qv, "gelu", EPS)
+        _, _, *of_stripes = ops.striped_conv.backward_into({"x": dq, "gate": dv}, dmixed, q, *p.stripes, None, v)
+        dx, *of_qv = ops.norm_pointwise.backward(dqv, x, *p.qv, "gelu", EPS)
         return dx.add_(dmiddle), None, *of_qv, *of_stripes, *of_proj, *of_ffn
 
     @staticmethod
     def enhance(x: Tensor, p: SMEParams) -> tuple[Tensor, Tensor]:
         """Return q and v, one after the other, and what SEE's projection reads."""
-        qv = norm_pointwise.forward(x, *p.qv, "gelu", EPS, None)
+        qv = ops.norm_pointwise.forward(x, *p.qv, "gelu", EPS, None)
         q, v = qv.chunk(2, dim=1)
-        return qv, striped_conv.forward(q, *p.stripes, None, v)
+        return qv, ops.striped_conv.forward(q, *p.stripes, None, v)
