@@ -22,23 +22,13 @@ from torch import Tensor
 
 from ..backends.planes import new_packed
 from . import tiles as t
+from . import windows as w
 from .activation import activate, activation_of, slope
 from .configurations import configuration
 from .launch import Launch, launched, named
 from .products import parts_of, products, steps_of
 from .strided import index_type, strided
 from .sums import add_parts, new_partial
-from .windows import (
-    columns_of,
-    convolution,
-    convolve,
-    image_of,
-    is_packed,
-    pack,
-    store_packed,
-    window_parts,
-    window_products,
-)
 
 
 def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
@@ -72,7 +62,7 @@ def forward(y, x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, gelu
     if x.numel() == 0:
         return
     n = yield from normalised(x, norm_weight, norm_bias, weight.dtype, eps)
-    arguments = convolution(n, columns_of(weight)) | strided(y=y) | end(bias, weight_pw, y, gelu)
+    arguments = w.convolution(n, w.columns_of(weight)) | strided(y=y) | end(bias, weight_pw, y, gelu)
     arguments |= dict(bias_pw=bias_pw, ADD=add)
     yield t.over_tiles(norm_conv3x3_forward, "norm_conv3x3 forward", [y, n], arguments)
 
@@ -97,13 +87,13 @@ def backward(
     else:
         ds = new_packed(x, len(weight), weight.dtype)
         acted = None if weight_pw is None else t.workspace(x, len(weight), weight.dtype)
-        arguments = convolution(n, columns_of(weight)) | end(bias, weight_pw, dy, gelu)
+        arguments = w.convolution(n, w.columns_of(weight)) | end(bias, weight_pw, dy, gelu)
         arguments |= strided(ds=ds, acted=acted, dy=dy)
         yield t.over_tiles(norm_conv3x3_backward_middle, "norm_conv3x3 backward", [dy, n], arguments)
     yield from backward_input(dx, [dnorm_weight, dnorm_bias], ds, x, norm_weight, weight, eps)
     dcolumns = weight.new_empty(len(weight), 3, 3, weight.shape[1])  # as the windows are
-    partial = new_partial(window_parts(n), [dcolumns, dbias])
-    yield window_products(partial, ds, n)
+    partial = new_partial(w.window_parts(n), [dcolumns, dbias])
+    yield w.window_products(partial, ds, n)
     yield add_parts([dcolumns, dbias], partial)
     dweight.copy_(dcolumns.permute(0, 3, 1, 2))
     if weight_pw is not None:
@@ -117,10 +107,10 @@ norm_conv3x3, norm_conv3x3_into, norm_conv3x3_backward = map(launched, (forward,
 
 def normalised(x, norm_weight, norm_bias, dtype, eps):
     """Return LN(x), or x without a norm, packed; yield the launch that this takes."""
-    if norm_weight is None and x.dtype == dtype and is_packed(x):
+    if norm_weight is None and x.dtype == dtype and w.is_packed(x):
         return x
     n = new_packed(x, x.shape[1], dtype)
-    yield pack(n, x, norm_weight, norm_bias, eps)
+    yield w.pack(n, x, norm_weight, norm_bias, eps)
     return n
 
 
@@ -135,8 +125,8 @@ def backward_input(dx, dnorm, ds, x, norm_weight, weight, eps) -> Iterator[Launc
     name = "norm_conv3x3 backward input"
     partial = None if norm_weight is None else new_partial(parts_of(ds, name), dnorm)
     pixels, *how = configuration(name, ds)
-    turned = columns_of(weight.flip(2, 3).transpose(0, 1))
-    arguments = convolution(ds, turned) | strided(dx=dx, x=x) | dict(partial=partial, gain=norm_weight, eps=eps)
+    turned = w.columns_of(weight.flip(2, 3).transpose(0, 1))
+    arguments = w.convolution(ds, turned) | strided(dx=dx, x=x) | dict(partial=partial, gain=norm_weight, eps=eps)
     places = t.pixels_of(dx, x) | dict(steps=steps_of(ds, name))
     tile = dict(PIXELS=pixels, INDEX=index_type(places["pixels"] + 2**16))
     yield t.launch(norm_conv3x3_backward_input, parts_of(ds, name), arguments | places | tile, *how)
@@ -156,8 +146,8 @@ def norm_conv3x3_forward(
 ):  # fmt: skip
     """y = activation(conv(n) + bias), or weight_pw @ of it + bias_pw, PIXELS pixels of an image; to ADD, y += that."""
     image, pixel, inside = t.locate_pixels(pixels, PIXELS, ROOM, INDEX)
-    seen = image_of(n, n_stride, image)
-    sums = convolve(seen, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)
+    seen = w.image_of(n, n_stride, image)
+    sums = w.convolve(seen, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)
     dtype: tl.constexpr = y.dtype.element_ty if weight_pw is None else weight_pw.dtype.element_ty
     acted = activate_all(sums, bias, ACTIVATION, dtype, OUT_CHANNELS, MADE)
     y_at = t.address(y, y_strides, image, pixel, width)
@@ -185,8 +175,8 @@ def norm_conv3x3_backward_middle(
     """ds, packed, and with a pointwise what it multiplied: of the same PIXELS pixels of an image."""
     image, pixel, inside = t.locate_pixels(pixels, PIXELS, ROOM, INDEX)
     dtype: tl.constexpr = ds.dtype.element_ty
-    seen = image_of(n, n_stride, image)
-    s = convolve(seen, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)
+    seen = w.image_of(n, n_stride, image)
+    s = w.convolve(seen, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)
     dy_at = t.address(dy, dy_strides, image, pixel, width)
     if weight_pw is None:
         dacted = t.load_pixels(dy_at, dy_strides, inside, OUT_CHANNELS, MADE)
@@ -204,7 +194,9 @@ def norm_conv3x3_backward_middle(
     for i in tl.static_range(len(MADE)):
         row = t.load_row(bias, t.channels_of(MADE, i), OUT_CHANNELS)
         gradients += (dacted[i].to(tl.float32) * slope(s[i] + row, ACTIVATION, dtype),)
-    store_packed(image_of(ds, ds_strides[0], image), pixel, inside, t.round_all(gradients, dtype), OUT_CHANNELS, MADE)
+    w.store_packed(
+        w.image_of(ds, ds_strides[0], image), pixel, inside, t.round_all(gradients, dtype), OUT_CHANNELS, MADE
+    )
 
 
 @triton.jit(do_not_specialize=["lines", "line", "width", "steps"])
@@ -219,11 +211,11 @@ def norm_conv3x3_backward_input(
         dgain += (t.zero_row(MADE[i]),)
         dshift += (t.zero_row(MADE[i]),)
     image, start = t.tile_of(tl.program_id(0), pixels, PIXELS * steps, INDEX)
-    ds = image_of(n, n_stride, image)
+    ds = w.image_of(n, n_stride, image)
     for step in tl.range(0, steps, disable_licm=True):
         pixel = start + step * PIXELS + tl.arange(0, PIXELS)
         inside = pixel < pixels
-        dn = convolve(ds, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)
+        dn = w.convolve(ds, columns, pixel, inside, lines, line, CHANNELS, WINDOW, TURNS, OUT_CHANNELS, MADE, PRECISION)
         if gain is not None:
             seen = t.load_pixels(t.address(x, x_strides, image, pixel, width), x_strides, inside, OUT_CHANNELS, MADE)
             seen, scale = t.normalise(seen, eps, OUT_CHANNELS, MADE)

@@ -23,9 +23,9 @@ from .strided import index_type
 # On the host
 
 
-def cut(channels: int, width: int = 0) -> tuple[int, ...]:
-    """Return equal powers of two that cover the channels, of `width` if given: 36 -> (16, 16, 16), 64 -> (32, 32)."""
-    width = width or (32 if cdiv(channels, 32) * 2 == cdiv(channels, 16) else 16)
+def cut(channels: int) -> tuple[int, ...]:
+    """Return equal powers of two that cover the channels: 36 -> (16, 16, 16), 64 -> (32, 32)."""
+    width = 32 if cdiv(channels, 32) * 2 == cdiv(channels, 16) else 16
     return (width,) * cdiv(channels, width)
 
 
