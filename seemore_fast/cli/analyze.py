@@ -4,8 +4,19 @@ import argparse
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
+from ..analysis.features import feature_maps
+from ..analysis.operations import PUBLISHED, operations, total
+from ..analysis.receptive import receptive_field, side_of
+from ..analysis.routing import as_batch, choices_of, mean_rank, trend, usage_by_set, write_csv
 from ..errors import UsageError
+from ..evaluation.pairs import find_sets, read_plain
 from ..io.atomic import replacing, unwritable_reason
+from ..network.checkpoint import load_model
+from ..network.config import PRESETS
+from ..network.inspection import moe_layers
+from ..network.model import SeemoRe
 from .exits import DONE, FAILED
 
 HELP = "Analyze a network: routing, features, receptive field, operations."
@@ -55,12 +66,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _routing(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from ..analysis.routing import choices_of, mean_rank, trend, usage_by_set, write_csv
-    from ..evaluation.pairs import find_sets
-    from ..network.inspection import moe_layers
-
     plots, model = _plots(), _model(options.model)
     sets = find_sets(options.data, model.scale)
     choices, ranks = [], moe_layers(model)[0].ranks
@@ -87,8 +92,6 @@ def _routing(options: argparse.Namespace) -> int:
 
 
 def _features(options: argparse.Namespace) -> int:
-    from ..analysis.features import feature_maps
-
     plots, model = _plots(), _model(options.model)
     maps = feature_maps(model, _image(options.image))
     title = f"Mean magnitude of features, {_name(options.model)}, {options.image.name}"
@@ -98,8 +101,6 @@ def _features(options: argparse.Namespace) -> int:
 
 
 def _receptive(options: argparse.Namespace) -> int:
-    from ..analysis.receptive import receptive_field, side_of
-
     plots, model, x = _plots(), _model(options.model), _image(options.image)
     most = min(x.shape[2:])
     size = min(64, most) if options.size is None else options.size
@@ -119,9 +120,6 @@ def _receptive(options: argparse.Namespace) -> int:
 
 
 def _operations(options: argparse.Namespace) -> int:
-    from ..analysis.operations import PUBLISHED, operations, total
-    from ..network.config import PRESETS
-
     if options.model and (options.preset or options.scale or options.variant):
         raise UsageError("--model defines the whole network: leave out --preset, --scale and key=value")
     if options.model:
@@ -146,9 +144,6 @@ def _operations(options: argparse.Namespace) -> int:
 
 def _variant(preset: str, scale: int, overrides: list[str]) -> dict:
     """Return the arguments of a published network with overrides, in the form of a recipe's."""
-    from ..network.config import PRESETS
-    from ..network.model import SeemoRe
-
     if not overrides:
         return {"scale": scale, **PRESETS[preset]}
     for line in overrides:
@@ -187,8 +182,6 @@ def _plots():
 
 
 def _model(name: str):
-    from ..network.checkpoint import load_model
-
     try:
         model = load_model(name)
     except (ValueError, FileNotFoundError) as error:
@@ -199,9 +192,6 @@ def _model(name: str):
 
 
 def _image(path: Path):
-    from ..analysis.routing import as_batch
-    from ..evaluation.pairs import read_plain
-
     return as_batch(read_plain(path))
 
 

@@ -6,8 +6,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from ..errors import UsageError
+from ..evaluation import evaluate as evaluation
+from ..evaluation.pairs import find_sets
+from ..evaluation.published import nearest_network, published
 from ..io.atomic import unwritable_reason
+from ..io.resize import bicubic_resize
+from ..upscale import Upscaler
 from .exits import DONE, FAILED
 
 HELP = "Measure Y-PSNR and SSIM of a model on data sets."
@@ -33,19 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(options: argparse.Namespace) -> int:
     """Measure every image; print the means and the failures."""
-    from tqdm import tqdm
-
-    from ..evaluation.evaluate import Rows, evaluate
-    from ..evaluation.pairs import find_sets
-
     if options.lr and len(options.lr) != len(options.data):
         raise UsageError(f"got {len(options.lr)} --lr for {len(options.data)} --data, expected one for each")
     if options.csv and (reason := unwritable_reason(options.csv)):
         raise UsageError(reason)
     upscale, scale = _upscaler(options)
     sets = find_sets(options.data, scale, options.lr)
-    results, rows = [], Rows(options.csv)
-    every = (result for name, pairs in sets.items() for result in evaluate(upscale, name, pairs))
+    results, rows = [], evaluation.Rows(options.csv)
+    every = (result for name, pairs in sets.items() for result in evaluation.evaluate(upscale, name, pairs))
     try:
         for result in tqdm(every, "evaluating", sum(map(len, sets.values())), unit="image"):
             results.append(result)
@@ -63,9 +65,6 @@ def run(options: argparse.Namespace) -> int:
 
 def _upscaler(options: argparse.Namespace):
     """Return the function that upscales an array, and its scale."""
-    from ..io.resize import bicubic_resize
-    from ..upscale import Upscaler
-
     if options.model == "bicubic":
         if options.scale is None:
             raise UsageError("--model bicubic has no scale of its own: give --scale")
@@ -84,9 +83,6 @@ def _upscaler(options: argparse.Namespace):
 
 
 def _print_means(options: argparse.Namespace, upscale: Any, scale: int, sets: dict[str, list], results: list):
-    from ..evaluation.evaluate import mean
-    from ..evaluation.published import nearest_network, published
-
     network = "SeemoRe-T" if options.model == "bicubic" else nearest_network(upscale.model.config)
     title = f"{options.model} x{scale}{', eight orientations' if options.tta else ''}"
     print(
@@ -94,7 +90,7 @@ def _print_means(options: argparse.Namespace, upscale: Any, scale: int, sets: di
     )
     for name, pairs in sets.items():
         own = [result for result in results if result.data == name]
-        psnr, ssim, seconds = mean(own)
+        psnr, ssim, seconds = evaluation.mean(own)
         lr = "generated" if pairs[0].lr is None else "provided"
         line = f"{name:<28} {sum(not r.error for r in own):>6} {lr:>9} {psnr:>8.2f} {ssim:>7.4f} {seconds:>8.3f}"
         print(line + "   " + ", ".join(published(one, scale, name) for one in ("bicubic", network)))

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from ..errors import CheckpointError, UsageError
 from ..io.atomic import unwritable_reason
+from ..network.checkpoint import load_model
+from ..network.export import FORMATS, export, smallest
 from .exits import DONE
 
 HELP = "Write a network as .safetensors, .pth (published layout), .onnx or .pt2 (torch.export)."
@@ -20,9 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(options: argparse.Namespace) -> int:
     """Write the file atomically."""
-    from ..network.checkpoint import load_model
-    from ..network.export import FORMATS, export, smallest
-
     if options.output.suffix.lower() not in FORMATS:
         kinds = ", ".join(FORMATS)
         raise UsageError(f"{options.output} ends in {options.output.suffix!r}, expected one of {kinds}")

@@ -3,6 +3,9 @@
 import argparse
 import json
 
+from ..backends import backend_info
+from ..network.checkpoint import shipped_models
+
 HELP = "Print the backends, the devices, the shipped models and the versions, as JSON."
 
 
@@ -12,8 +15,5 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(options: argparse.Namespace) -> int:
     """Print them."""
-    from ..backends import backend_info
-    from ..network.checkpoint import shipped_models
-
     print(json.dumps({**backend_info(), "models": shipped_models()}, indent=2))
     return 0

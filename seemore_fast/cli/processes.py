@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
+import torch.distributed as dist
+
 from ..torchrun import position
 
 TIMEOUT = timedelta(days=365)  # the processes' shares of the work may take very different times
@@ -11,8 +14,6 @@ TIMEOUT = timedelta(days=365)  # the processes' shares of the work may take very
 
 def own_device(device: str) -> str:
     """Return the device of this process: for "auto" or "cuda", torchrun's processes get a GPU each."""
-    import torch
-
     local = position().local_rank
     if local is None or device not in ("auto", "cuda"):
         return device
@@ -26,8 +27,6 @@ def gathered(value: object) -> Iterator[list | None]:
     if world == 1:
         yield [value]
         return
-    import torch.distributed as dist
-
     dist.init_process_group("gloo", timeout=TIMEOUT)
     values = [None] * world if rank == 0 else None
     dist.gather_object(value, values)

@@ -7,19 +7,23 @@ import warnings
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 from ..errors import CheckpointError, ImageError, UsageError, first_line, os_reason
+from ..io.atomic import unwritable_reason
 from ..torchrun import position
+from ..upscale import Upscaler
+from ..upscale.batch import upscale_files
+from ..upscale.compare import MAX_IMAGES, write_page
+from ..upscale.files import FileOptions
+from ..upscale.jobs import Jobs, is_share
+from ..upscale.upscaler import shipped_scales
 from .exits import DONE
 from .processes import gathered, own_device
-
-if TYPE_CHECKING:  # imported when the command runs: --help is fast
-    from ..upscale import Upscaler
-    from ..upscale.files import FileOptions
-    from ..upscale.jobs import Jobs
-    from .progress import ImageBars
-    from .summary import Summary
+from .progress import ImageBars
+from .signals import stop_on_signals
+from .summary import Summary
 
 HELP = "Upscale PNG, JPEG, WebP and TIFF files, and folders of them."
 
@@ -104,9 +108,6 @@ def _exact(text: str) -> bool:
 
 def run(options: argparse.Namespace) -> int:
     """Upscale the inputs, print a summary with the failures, and return the exit status."""
-    from .progress import ImageBars
-    from .summary import Summary
-
     batch = _batch_options(options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
@@ -140,9 +141,7 @@ def run(options: argparse.Namespace) -> int:
         return summary.exit_status
 
 
-def _batch_options(options: argparse.Namespace) -> "FileOptions":
-    from ..upscale.files import FileOptions
-
+def _batch_options(options: argparse.Namespace) -> FileOptions:
     size = {name: getattr(options, name) for name in ("outscale", "width", "height") if getattr(options, name)}
     if "outscale" in size and len(size) > 1:
         raise UsageError("--outscale is given with --width or --height: expected only one of them")
@@ -152,10 +151,7 @@ def _batch_options(options: argparse.Namespace) -> "FileOptions":
     return FileOptions(**limit, overwrite=options.overwrite, quality=options.quality, size=size)
 
 
-def _upscalers(options: argparse.Namespace, bars: "ImageBars") -> "list[Upscaler]":
-    from ..upscale import Upscaler
-    from ..upscale.upscaler import shipped_scales
-
+def _upscalers(options: argparse.Namespace, bars: ImageBars) -> list[Upscaler]:
     devices = options.devices.split(",") if options.devices else [options.device]
     if len(devices) == 1:
         devices = [own_device(devices[0])]
@@ -179,10 +175,8 @@ def _upscalers(options: argparse.Namespace, bars: "ImageBars") -> "list[Upscaler
         raise UsageError(error) from None
 
 
-def _jobs(options: argparse.Namespace, size: dict, scale: int) -> "Jobs":
+def _jobs(options: argparse.Namespace, size: dict, scale: int) -> Jobs:
     """Return the jobs; create the folder of their results."""
-    from ..upscale.jobs import Jobs
-
     suffix = _suffix(size, scale) if options.suffix is None else options.suffix
     extension = options.ext and f".{options.ext.removeprefix('.')}"
     jobs = Jobs(options.inputs, options.output, suffix, extension)
@@ -202,8 +196,6 @@ def _suffix(size: dict, scale: int) -> str:
 
 
 def _check_page(page: Path | None):
-    from ..io.atomic import unwritable_reason
-
     if page and page.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--compare is {page}, expected a name that ends in .html")
     if page and (reason := unwritable_reason(page)):
@@ -211,13 +203,9 @@ def _check_page(page: Path | None):
 
 
 def _upscale_all(
-    options: argparse.Namespace, upscalers: "list[Upscaler]", jobs: "Jobs", batch: "FileOptions", bars: "ImageBars"
+    options: argparse.Namespace, upscalers: list[Upscaler], jobs: Jobs, batch: FileOptions, bars: ImageBars
 ) -> tuple[list[dict], Counter, bool]:
     """Return the outcomes worth reporting, in the order of the jobs, the counts of all, and whether it was stopped."""
-    from ..upscale.batch import upscale_files
-    from ..upscale.jobs import is_share
-    from .signals import stop_on_signals
-
     rank, world, _ = position()
     own = [job for job in jobs if is_share(job, rank, world)]
     files, counts = [], Counter()
@@ -231,12 +219,8 @@ def _upscale_all(
     return files, counts, stopped.is_set()
 
 
-def _compare(page: Path, summary: "Summary", max_megapixels: float):
+def _compare(page: Path, summary: Summary, max_megapixels: float):
     """Write the comparison page of all results, new or old; add its failures and warnings to the summary."""
-    from tqdm import tqdm
-
-    from ..upscale.compare import MAX_IMAGES, write_page
-
     if summary.stopped:
         summary.notes.append(f"{page} was not written because the run was stopped: run it again")
         return
