@@ -66,10 +66,6 @@ class MoELayer(reference.model.MoELayer):
     experts: "ModuleList[Expert]"
     gate: Router
 
-    @property
-    def ranks(self) -> list[int]:
-        return [expert.conv_1.out_channels for expert in self.experts]
-
     def packed_experts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return the experts' parameters in the order and layout of `low_rank_experts`."""
         first, second, third = ([getattr(e, name) for e in self.experts] for name in ("conv_1", "conv_2", "conv_3"))

@@ -4,6 +4,7 @@ State-dict keys are the published ones. All experts are computed for every image
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -87,11 +88,16 @@ class MoELayer(nn.Module):
     """Mixture of low-rank experts."""
 
     router: type[nn.Module] = Router  # class of `gate`
+    experts: Any  # a list of `Expert`
 
     def __init__(self, channels: int, ranks: Sequence[int], top_k: int):
         super().__init__()
         self.experts = nn.ModuleList(Expert(channels, rank) for rank in ranks)
         self.gate = self.router(channels, len(ranks), top_k)
+
+    @property
+    def ranks(self) -> list[int]:
+        return [expert.conv_1.out_channels for expert in self.experts]
 
     def forward(self, a: Tensor, k: Tensor) -> Tensor:
         return self.modulate(a, k, *self.gate(a))
