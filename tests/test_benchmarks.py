@@ -47,18 +47,6 @@ def clock(harness, monkeypatch):
 # Correctness
 
 
-class WrongGradient(torch.autograd.Function):
-    """The right value, and a gradient of `gate` that is 0.1% off."""
-
-    @staticmethod
-    def forward(context, x, gate):
-        return scaled_sum(x, gate)
-
-    @staticmethod
-    def backward(context, upstream):
-        return 3 * upstream, 1.001 * upstream
-
-
 @pytest.mark.parametrize("dtype, factor", [(torch.float32, 1 + 1e-5), (torch.bfloat16, 1.02)], ids=str)
 def test_a_wrong_provider_is_not_timed(harness, case_of, dtype, factor):
     wrong = harness.operator(lambda x, gate: factor * scaled_sum(x, gate))
@@ -87,7 +75,10 @@ def test_invalid_results_are_wrong(harness, case_of, invalid):
 
 @pytest.mark.parametrize("mode, wrong", [("forward", None), ("backward", "result 1"), ("both", "result 2")])
 def test_a_wrong_gradient_is_found_where_the_value_is_right(harness, case_of, mode, wrong):
-    provider = harness.operator(lambda x, gate: WrongGradient.apply(x, gate), mode)
+    def function(x, gate):  # the gradient of `gate` is 0.1% off
+        return scaled_sum(x, gate) + 1e-3 * (gate - gate.detach())
+
+    provider = harness.operator(function, mode)
     row = harness.check(case_of({"other": provider}, mode=mode))[0]["other"]
     assert row["wrong"].startswith(f"{wrong} errs by") if wrong else row.keys() == {"max_error"}
 

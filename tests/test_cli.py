@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -102,19 +103,14 @@ def test_read_only_targets(photos, upscale):
 
 
 def test_running_out_of_memory_is_one_line(photos, upscale, monkeypatch):
-    def fail(self, image):
-        raise RuntimeError("not enough memory: you tried to allocate 9 bytes.\nmore lines")
-
-    monkeypatch.setattr(Upscaler, "__call__", fail)
+    error = RuntimeError("not enough memory: you tried to allocate 9 bytes.\nmore lines")
+    monkeypatch.setattr(Upscaler, "__call__", Mock(side_effect=error))
     status, printed = upscale(photos / "photo.png", "-o", photos / "big.png")
     assert status == 1 and "photo.png: not enough memory" in printed and "more lines" not in printed
 
 
 def test_interrupt_leaves_nothing(photos, upscale, monkeypatch):
-    def interrupt(self, image):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Upscaler, "__call__", interrupt)
+    monkeypatch.setattr(Upscaler, "__call__", Mock(side_effect=KeyboardInterrupt))
     assert upscale(photos / "photo.png", "-o", photos / "out/big.png")[0] == 130
     assert not os.listdir(photos / "out")
 

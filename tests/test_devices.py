@@ -2,6 +2,7 @@
 
 import importlib.metadata
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -151,10 +152,7 @@ def test_graphs_are_not_shared_among_precisions(monkeypatch):
 
 @pytest.fixture
 def homeless(monkeypatch):
-    def home():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
     for name in ("XDG_CACHE_HOME", "SEEMORE_FAST_PREFERENCES"):
         monkeypatch.delenv(name, raising=False)
     preferences.table.cache_clear()

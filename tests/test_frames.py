@@ -1,5 +1,7 @@
 """Upscaler on frames of videos and animations; its progress and its memory checks."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 from helpers.images import noise
@@ -65,11 +67,8 @@ def test_progress_is_of_the_whole_image(small_model, how):
 
 
 def test_what_progress_raises_is_raised(small_model):
-    def stop(share):
-        raise KeyError("enough")
-
     with pytest.raises(KeyError, match="enough"):
-        Upscaler(small_model, device="cpu", progress=stop)(noise(20, 20, 3))
+        Upscaler(small_model, device="cpu", progress=Mock(side_effect=KeyError("enough")))(noise(20, 20, 3))
 
 
 @pytest.mark.parametrize(

@@ -132,16 +132,9 @@ def test_without_other_packages_their_absence_is_reported(tiny, monkeypatch, tmp
 @pytest.mark.parametrize(("wrong", "by"), [("fp32", 1e-4), ("bf16", 0.1)])
 def test_wrong_results_of_ours_are_an_exit_status(tiny, monkeypatch, tmp_path, wrong, by):
     def shifted(model, model_class=SeemoRe, like=network.like):
-        model = like(model, model_class)
-        if model_class is not SeemoRe:
-            return model
-
-        class Shifted(type(model)):
-            def forward(self, x):
-                is_wrong = self.conv_1.weight.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[wrong]
-                return SeemoRe.forward(self, x) + by * is_wrong
-
-        model.__class__ = Shifted
+        model, dtype = like(model, model_class), {"fp32": torch.float32, "bf16": torch.bfloat16}[wrong]
+        if model_class is SeemoRe:
+            model.register_forward_hook(lambda ours, x, y: y + by * (ours.conv_1.weight.dtype == dtype))
         return model
 
     monkeypatch.setattr(inference, "like", shifted)
