@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from ..backends import backend_for_device
 from .exits import DONE, FAILED, INTERRUPTED
 
 
@@ -59,8 +60,6 @@ class Summary:
 
     def print_text(self, dtype: str):
         """Print the summary, with warnings and failures on standard error."""
-        from ..backends import backend_for_device
-
         done, skipped, total = self.counts["done"], self.counts["skipped"], self.counts.total()
         backend = backend_for_device(self.device.split(", ")[0])
         print(

@@ -8,20 +8,14 @@ from torch import Tensor
 
 from ..backends import select_backend
 from ..ops.allocation import laid_out, takes_planes
-from ..ops.autocast import autocast_dtype
 from ..ops.calibrate import check_aggregable
 from ..ops.checks import check_tensors
-from ..reference.model import SEE, LayerNorm, ResidualPair, StripedConv2d
+from ..reference.model import SEE, LayerNorm, ResidualPair, StripedConv2d, body_dtype
 from . import fused as f
 from .checkpointing import checkpointed
 from .modules import MoEBlock, has_additions, shuffle_channels
 
 FusedModule = TypeVar("FusedModule", bound="Fused")
-
-
-def body_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype of the features: autocast's where it is on, else that of the weights."""
-    return (autocast_dtype(weight) if weight.dtype == torch.float32 else None) or weight.dtype
 
 
 def parameters_of(*modules: nn.Module) -> list[Tensor]:

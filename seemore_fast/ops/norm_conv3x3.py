@@ -47,21 +47,12 @@ norm_conv3x3 = Operator(
 )
 
 
-def norm_conv3x3_into(
-    y: Tensor,
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    eps: float = 1e-6,
-    add: bool = False,
-):
+def norm_conv3x3_into(y: Tensor, x: Tensor, *parameters: Tensor | None, eps: float = 1e-6, add: bool = False):
     """Write the result of `norm_conv3x3` to y, of any floating dtype, or add it; by Triton, without gradients.
 
     Nothing is checked: it is a part of the network.
     """
+    norm_weight, norm_bias, weight, bias = parameters
     cast = to_autocast_dtype({"weight": weight, "bias": bias}, ("weight", "bias"))
     torch.ops.seemore_fast.norm_conv3x3_into(y, x, norm_weight, norm_bias, *cast.values(), eps, add)
 

@@ -16,6 +16,13 @@ from .layer_norm import layer_norm
 from .router import router, without_autocast
 
 
+def body_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype of features: autocast's where it is on, else that of the weights."""
+    device = weight.device.type
+    is_cast = weight.dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_cast else weight.dtype
+
+
 class LayerNorm(nn.Module):
     """LayerNorm over channels; x (B, C, H, W)."""
 
@@ -239,18 +246,12 @@ class SeemoRe(nn.Module):
         # The picture itself travels through f and the upsampler: those stay wide when the body is narrow.
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         f = self._wide(self.conv_1, (x - self.mean) * self.img_range)
-        y = f.to(self._body_dtype())
+        y = f.to(body_dtype(self.conv_1.weight))
         for group in self.body:
             y = group(y)
         y = self.conv_2(self.norm(y)) + f
         y = self._wide(self.upsampler, y) / self.img_range + self.mean
         return y[..., : height * self.scale, : width * self.scale]
-
-    def _body_dtype(self) -> torch.dtype:
-        """Return the dtype of features: autocast's where it is on, else that of the weights."""
-        dtype, device = self.conv_1.weight.dtype, self.conv_1.weight.device.type
-        is_cast = dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device)
-        return torch.get_autocast_dtype(device) if is_cast else dtype
 
     @staticmethod
     def _wide(module: nn.Module, x: Tensor) -> Tensor:
