@@ -13,22 +13,22 @@ class LayerCheck : public Check {
 
   bool is_double() const { return dtype() == DType::float64; }
 
-  TypedImage image(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const {
+  TypedImage image(const char* name, const Tensor& x, Shape shape) const {
     of_any_dtype(name, x, shape);
     return {bindings::image(x), type(name, x)};
   }
 
-  TypedImage image(const char* name, const std::optional<Tensor>& x, std::initializer_list<int64_t> shape) const {
+  TypedImage image(const char* name, const OptionalTensor& x, Shape shape) const {
     return x ? image(name, *x, shape) : TypedImage{};
   }
 
-  Parameter parameter(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const {
+  Parameter parameter(const char* name, const Tensor& x, Shape shape) const {
     of_any_dtype(name, x, shape);
-    if (!x.is_contiguous()) refuse(name, "is not contiguous", "a contiguous tensor");
+    contiguous(name, x);
     return {x.data_ptr(), type(name, x)};
   }
 
-  Parameter parameter(const char* name, const std::optional<Tensor>& x, std::initializer_list<int64_t> shape) const {
+  Parameter parameter(const char* name, const OptionalTensor& x, Shape shape) const {
     return x ? parameter(name, *x, shape) : Parameter{};
   }
 

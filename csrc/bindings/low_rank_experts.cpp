@@ -7,93 +7,72 @@
 
 #include "bindings/layer_tensors.h"
 
+#define PARAMETERS(P)                \
+  P(Tensor, expert_weight, B, top_k) \
+  P(Tensor, weight_a, rank, C)       \
+  P(Tensor, bias_a, rank)            \
+  P(Tensor, weight_k, rank, C)       \
+  P(Tensor, bias_k, rank)            \
+  P(Tensor, weight_out, C, rank)     \
+  P(Tensor, bias_out, experts, C)
+#define PROJECTION(P)                        \
+  P(OptionalTensor, weight_proj, C, C, 1, 1) \
+  P(OptionalTensor, bias_proj, C)
+
 namespace {
 
 using namespace seemore::bindings;
-using OptionalTensor = std::optional<Tensor>;
+using Ranks = std::vector<int64_t>;
 
 seemore::LowRankExperts inputs_of(const LayerCheck& check, const Tensor& a, const Tensor& k, const Tensor& expert_index,
-                                  const Tensor& expert_weight, const Tensor& weight_a, const Tensor& bias_a,
-                                  const Tensor& weight_k, const Tensor& bias_k, const Tensor& weight_out,
-                                  const Tensor& bias_out, const std::vector<int64_t>& ranks,
-                                  const OptionalTensor& weight_proj, const OptionalTensor& bias_proj) {
-  const auto [batch, channels, height, width] = size(a);
+                                  PARAMETERS(SEEMORE_ARGUMENT) const Ranks& ranks, const OptionalTensor& weight_proj,
+                                  const OptionalTensor& bias_proj) {
+  const int64_t B = a.size(0), C = a.size(1), top_k = expert_index.dim() == 2 ? expert_index.size(1) : 0;
   const int64_t experts = ranks.size(), rank = std::accumulate(ranks.begin(), ranks.end(), int64_t{0});
-  const int64_t top_k = expert_index.dim() == 2 ? expert_index.size(1) : 0;
   if (expert_index.scalar_type() != ScalarType::Long) check.refuse("expert_index", "has another dtype", "int64");
-  check.of_any_dtype("expert_index", expert_index, {batch, top_k});
-  if (!expert_index.is_contiguous()) check.refuse("expert_index", "is not contiguous", "a contiguous tensor");
+  check.of_any_dtype("expert_index", expert_index, {B, top_k});
+  check.contiguous("expert_index", expert_index);
   return {check.is_double(),
           size(a),
           experts,
           top_k,
           rank,
           ranks.data(),
-          check.image("a", a, {batch, channels, height, width}),
-          check.image("k", k, {batch, channels, height, width}),
+          check.image("a", a, a.sizes()),
+          check.image("k", k, a.sizes()),
           static_cast<const int64_t*>(expert_index.data_ptr()),
-          check.parameter("expert_weight", expert_weight, {batch, top_k}),
-          check.parameter("weight_a", weight_a, {rank, channels}),
-          check.parameter("bias_a", bias_a, {rank}),
-          check.parameter("weight_k", weight_k, {rank, channels}),
-          check.parameter("bias_k", bias_k, {rank}),
-          check.parameter("weight_out", weight_out, {channels, rank}),
-          check.parameter("bias_out", bias_out, {experts, channels}),
-          check.parameter("weight_proj", weight_proj, {channels, channels, 1, 1}),
-          check.parameter("bias_proj", bias_proj, {channels})};
+          PARAMETERS(SEEMORE_CHECKED) PROJECTION(SEEMORE_CHECKED)};
 }
 
 void low_rank_experts(const Tensor& y, const Tensor& a, const Tensor& k, const Tensor& expert_index,
-                      const Tensor& expert_weight, const Tensor& weight_a, const Tensor& bias_a, const Tensor& weight_k,
-                      const Tensor& bias_k, const Tensor& weight_out, const Tensor& bias_out,
-                      const std::vector<int64_t>& ranks, const OptionalTensor& weight_proj,
-                      const OptionalTensor& bias_proj, const OptionalTensor& residual) {
+                      PARAMETERS(SEEMORE_ARGUMENT) const Ranks& ranks,
+                      PROJECTION(SEEMORE_ARGUMENT) const OptionalTensor& residual) {
   const LayerCheck check("low_rank_experts", "a", a);
-  const auto inputs = inputs_of(check, a, k, expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k,
-                                weight_out, bias_out, ranks, weight_proj, bias_proj);
-  const auto shape = {a.size(0), a.size(1), a.size(2), a.size(3)};
-  seemore::low_rank_experts(inputs, check.image("residual", residual, shape), check.image("y", y, shape));
+  const auto inputs = inputs_of(check, a, k, expert_index, PARAMETERS(SEEMORE_VALUE) ranks, weight_proj, bias_proj);
+  seemore::low_rank_experts(inputs, check.image("residual", residual, a.sizes()), check.image("y", y, a.sizes()));
 }
 
-void low_rank_experts_backward(const Tensor& da, const Tensor& dk, const Tensor& dexpert_weight,
-                               const Tensor& dweight_a, const Tensor& dbias_a, const Tensor& dweight_k,
-                               const Tensor& dbias_k, const Tensor& dweight_out, const Tensor& dbias_out,
-                               const OptionalTensor& dweight_proj, const OptionalTensor& dbias_proj, const Tensor& dy,
+void low_rank_experts_backward(const Tensor& da, const Tensor& dk,
+                               PARAMETERS(SEEMORE_GRADIENT) PROJECTION(SEEMORE_GRADIENT) const Tensor& dy,
                                const Tensor& a, const Tensor& k, const Tensor& expert_index,
-                               const Tensor& expert_weight, const Tensor& weight_a, const Tensor& bias_a,
-                               const Tensor& weight_k, const Tensor& bias_k, const Tensor& weight_out,
-                               const Tensor& bias_out, const std::vector<int64_t>& ranks,
-                               const OptionalTensor& weight_proj) {
+                               PARAMETERS(SEEMORE_ARGUMENT) const Ranks& ranks, const OptionalTensor& weight_proj) {
   const LayerCheck check("low_rank_experts", "a", a);
-  const auto inputs = inputs_of(check, a, k, expert_index, expert_weight, weight_a, bias_a, weight_k, bias_k,
-                                weight_out, bias_out, ranks, weight_proj, std::nullopt);
-  const auto [batch, channels, height, width] = size(a);
-  const auto shape = {batch, channels, height, width};
-  const int64_t rank = inputs.rank;
+  const auto inputs = inputs_of(check, a, k, expert_index, PARAMETERS(SEEMORE_VALUE) ranks, weight_proj, std::nullopt);
+  const auto [B, C, height, width] = size(a);
+  const int64_t experts = inputs.experts, top_k = inputs.top_k, rank = inputs.rank;
   seemore::low_rank_experts_backward(
-      inputs, {check.image("dy", dy, shape), check.image("da", da, shape), check.image("dk", dk, shape),
-               check.parameter("dexpert_weight", dexpert_weight, {batch, inputs.top_k}),
-               check.parameter("dweight_a", dweight_a, {rank, channels}), check.parameter("dbias_a", dbias_a, {rank}),
-               check.parameter("dweight_k", dweight_k, {rank, channels}), check.parameter("dbias_k", dbias_k, {rank}),
-               check.parameter("dweight_out", dweight_out, {channels, rank}),
-               check.parameter("dbias_out", dbias_out, {inputs.experts, channels}),
-               check.parameter("dweight_proj", dweight_proj, {channels, channels, 1, 1}),
-               check.parameter("dbias_proj", dbias_proj, {channels})});
+      inputs, {check.image("dy", dy, a.sizes()), check.image("da", da, a.sizes()), check.image("dk", dk, a.sizes()),
+               PARAMETERS(SEEMORE_CHECKED_GRADIENT) PROJECTION(SEEMORE_CHECKED_GRADIENT)});
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
-  m.def(
-      "low_rank_experts(Tensor(a!) y, Tensor a, Tensor k, Tensor expert_index, Tensor expert_weight, "
-      "Tensor weight_a, Tensor bias_a, Tensor weight_k, Tensor bias_k, Tensor weight_out, Tensor bias_out, "
-      "int[] ranks, Tensor? weight_proj, Tensor? bias_proj, Tensor? residual) -> ()");
-  m.def(
-      "low_rank_experts_backward(Tensor(a!) da, Tensor(b!) dk, Tensor(c!) dexpert_weight, Tensor(d!) dweight_a, "
-      "Tensor(e!) dbias_a, Tensor(f!) dweight_k, Tensor(g!) dbias_k, Tensor(h!) dweight_out, Tensor(i!) dbias_out, "
-      "Tensor(j!)? dweight_proj, Tensor(k!)? dbias_proj, Tensor dy, Tensor a, Tensor k, Tensor expert_index, "
-      "Tensor expert_weight, Tensor weight_a, Tensor bias_a, Tensor weight_k, Tensor bias_k, Tensor weight_out, "
-      "Tensor bias_out, int[] ranks, Tensor? weight_proj) -> ()");
+  m.def("low_rank_experts(Tensor(a!) y, Tensor a, Tensor k, Tensor expert_index, " PARAMETERS(
+      SEEMORE_SCHEMA) "int[] ranks, " PROJECTION(SEEMORE_SCHEMA) "Tensor? residual) -> ()");
+  m.def("low_rank_experts_backward(Tensor(a!) da, Tensor(b!) dk, " PARAMETERS(SEEMORE_GRADIENT_SCHEMA)
+            PROJECTION(SEEMORE_GRADIENT_SCHEMA) "Tensor dy, Tensor a, Tensor k, Tensor expert_index, " PARAMETERS(
+                SEEMORE_SCHEMA) "int[] ranks, Tensor? weight_proj) -> ()");
 }
 
 // For tensors of every device, so that Check refuses those of another one.

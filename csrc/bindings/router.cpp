@@ -48,7 +48,7 @@ class RouterCheck {
   }
 
  private:
-  void typed(const char* name, const Tensor& x, std::initializer_list<int64_t> shape, ScalarType dtype) const {
+  void typed(const char* name, const Tensor& x, Shape shape, ScalarType dtype) const {
     check_.of_any_dtype(name, x, shape);
     if (x.scalar_type() == dtype) return;
     check_.refuse(name, "has another dtype",
@@ -57,14 +57,12 @@ class RouterCheck {
                                                 : "float32");
   }
 
-  void plain(const char* name, const Tensor& x, std::initializer_list<int64_t> shape, ScalarType dtype) const {
+  void plain(const char* name, const Tensor& x, Shape shape, ScalarType dtype) const {
     typed(name, x, shape, dtype);
-    if (!x.is_contiguous()) check_.refuse(name, "is not contiguous", "a contiguous tensor");
+    check_.contiguous(name, x);
   }
 
-  void accumulated(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const {
-    plain(name, x, shape, accum_);
-  }
+  void accumulated(const char* name, const Tensor& x, Shape shape) const { plain(name, x, shape, accum_); }
 
   const Check& check_;
   ScalarType accum_;
@@ -103,7 +101,7 @@ void router(const Tensor& expert_index, const Tensor& expert_weight, const Tenso
 }
 
 // Without `mean`, `partial` has the means themselves.
-void router_from_sums(const Tensor& expert_index, const Tensor& expert_weight, const std::optional<Tensor>& mean,
+void router_from_sums(const Tensor& expert_index, const Tensor& expert_weight, const OptionalTensor& mean,
                       const Tensor& probability, const Tensor& partial, const Tensor& weight, int64_t pixels,
                       int64_t top_k) {
   const Check check("router", "partial", partial, 3, "(parts, B, C)");
@@ -111,7 +109,7 @@ void router_from_sums(const Tensor& expert_index, const Tensor& expert_weight, c
   if (accum != accumulation_type(partial)) check.refuse("partial", "has another dtype", "float32 or float64");
   const int64_t parts = partial.size(0), batch = partial.size(1), channels = partial.size(2);
   const RouterCheck checked(check, accum, weight, {batch, channels, rows(weight), top_k});
-  if (!partial.is_contiguous()) check.refuse("partial", "is not contiguous", "a contiguous tensor");
+  check.contiguous("partial", partial);
   if (pixels < 1) check.refuse("pixels", "is " + std::to_string(pixels), "at least 1");
   if (!mean && (parts != 1 || pixels != 1)) check.refuse("mean", "is None", "a tensor: partial has no means");
   checked.index(expert_index);

@@ -6,59 +6,44 @@ namespace {
 
 using namespace seemore::bindings;
 
-void striped_conv(const Tensor& y, const Tensor& x, const Tensor& weight_row, const Tensor& bias_row,
-                  const Tensor& weight_col, const Tensor& bias_col, bool gelu, const std::optional<Tensor>& gate) {
+void striped_conv(const Tensor& y, const Tensor& x, STRIPES(SEEMORE_ARGUMENT) bool gelu, const OptionalTensor& gate) {
   const Check check("striped_conv", "x", x);
-  const auto inputs = striped_conv_inputs(check, x, weight_row, bias_row, weight_col, bias_col, gelu, gate);
-  check("y", y, {x.size(0), x.size(1), x.size(2), x.size(3)});
+  const auto inputs = striped_conv_inputs(check, x, STRIPES(SEEMORE_VALUE) gelu, gate);
+  check("y", y, x.sizes());
   const OnDevice device(x);
   seemore::striped_conv(inputs, image(y), device.stream);
 }
 
-void striped_conv_backward(const Tensor& dx, const std::optional<Tensor>& dgate, const Tensor& dweight_row,
-                           const Tensor& dbias_row, const Tensor& dweight_col, const Tensor& dbias_col,
-                           const Tensor& dy, const Tensor& x, const Tensor& weight_row, const Tensor& bias_row,
-                           const Tensor& weight_col, const Tensor& bias_col, bool gelu,
-                           const std::optional<Tensor>& gate) {
+void striped_conv_backward(const Tensor& dx, const OptionalTensor& dgate, STRIPES(SEEMORE_GRADIENT) const Tensor& dy,
+                           const Tensor& x, STRIPES(SEEMORE_ARGUMENT) bool gelu, const OptionalTensor& gate) {
   const Check check("striped_conv", "x", x);
-  const auto inputs = striped_conv_inputs(check, x, weight_row, bias_row, weight_col, bias_col, gelu, gate);
-  const auto [batch, channels, height, width] = size(x);
-  const int64_t taps = inputs.taps;
-  check("dy", dy, {batch, channels, height, width});
-  check("dx", dx, {batch, channels, height, width});
-  check("dgate", dgate, {batch, channels, height, width});
+  const auto inputs = striped_conv_inputs(check, x, STRIPES(SEEMORE_VALUE) gelu, gate);
+  const int64_t C = x.size(1), taps = inputs.taps;
+  check("dy", dy, x.sizes());
+  check("dx", dx, x.sizes());
+  check("dgate", dgate, x.sizes());
   if (dgate.has_value() != gate.has_value()) check.refuse("dgate", "does not go with gate", "both or none");
-  check.parameter("dweight_row", dweight_row, {channels, 1, 1, taps});
-  check.parameter("dbias_row", dbias_row, {channels});
-  check.parameter("dweight_col", dweight_col, {channels, 1, taps, 1});
-  check.parameter("dbias_col", dbias_col, {channels});
+  void* const gradients[] = {STRIPES(SEEMORE_CHECKED_GRADIENT)};
   const OnDevice device(x);
   const auto workspace = seemore::striped_conv_workspace(inputs);
-  const auto partial = torch::stable::new_empty(x, {workspace.parts, channels, 2 * taps + 2}, accumulation_type(x));
+  const auto partial = torch::stable::new_empty(x, {workspace.parts, C, 2 * taps + 2}, accumulation_type(x));
   const auto scratch = torch::stable::new_empty(x, {workspace.scratch}, accumulation_type(x));
-  seemore::striped_conv_backward(inputs, {image(dy), image(dx), image(dgate), partial.data_ptr(), scratch.data_ptr()},
-                                 device.stream);
+  void* const sums = partial.data_ptr();
+  seemore::striped_conv_backward(inputs, {image(dy), image(dx), image(dgate), sums, scratch.data_ptr()}, device.stream);
   seemore::add_parts({check.dtype(),
                       workspace.parts,
-                      channels,
-                      partial.data_ptr(),
-                      {{dweight_row.data_ptr(), taps},
-                       {dbias_row.data_ptr(), 1},
-                       {dweight_col.data_ptr(), taps},
-                       {dbias_col.data_ptr(), 1}}},
+                      C,
+                      sums,
+                      {{gradients[0], taps}, {gradients[1], 1}, {gradients[2], taps}, {gradients[3], 1}}},
                      device.stream);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
-  m.def(
-      "striped_conv(Tensor(a!) y, Tensor x, Tensor weight_row, Tensor bias_row, Tensor weight_col, Tensor bias_col, "
-      "bool gelu, Tensor? gate) -> ()");
-  m.def(
-      "striped_conv_backward(Tensor(a!) dx, Tensor(b!)? dgate, Tensor(c!) dweight_row, Tensor(d!) dbias_row, "
-      "Tensor(e!) dweight_col, Tensor(f!) dbias_col, Tensor dy, Tensor x, Tensor weight_row, Tensor bias_row, "
-      "Tensor weight_col, Tensor bias_col, bool gelu, Tensor? gate) -> ()");
+  m.def("striped_conv(Tensor(a!) y, Tensor x, " STRIPES(SEEMORE_SCHEMA) "bool gelu, Tensor? gate) -> ()");
+  m.def("striped_conv_backward(Tensor(a!) dx, Tensor(b!)? dgate, " STRIPES(
+      SEEMORE_GRADIENT_SCHEMA) "Tensor dy, Tensor x, " STRIPES(SEEMORE_SCHEMA) "bool gelu, Tensor? gate) -> ()");
 }
 
 // For tensors of every device, so that Check refuses those of another one.

@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -16,10 +15,28 @@
 #include "params/sums.h"
 #include "params/views.h"
 
+// An operator's binding lists its parameters once, in their order:
+//
+//   #define PARAMETERS(P) P(Tensor, norm_weight, C) P(OptionalTensor, weight_pw, D, C, 1, 1) ...
+//
+// with the sizes of their shapes. Here is what it makes of the list: arguments of functions, and of their calls;
+// checked parameters; parts of schemas; and the same of their gradients.
+#define SEEMORE_ARGUMENT(type, name, ...) const type &name,
+#define SEEMORE_VALUE(type, name, ...) name,
+#define SEEMORE_CHECKED(type, name, ...) check.parameter(#name, name, {__VA_ARGS__}),
+#define SEEMORE_SCHEMA(type, name, ...) SEEMORE_SCHEMA_OF_##type() #name ", "
+#define SEEMORE_GRADIENT(type, name, ...) const type &d##name,
+#define SEEMORE_CHECKED_GRADIENT(type, name, ...) check.parameter("d" #name, d##name, {__VA_ARGS__}),
+#define SEEMORE_GRADIENT_SCHEMA(type, name, ...) SEEMORE_SCHEMA_OF_##type("(" #name "!)") "d" #name ", "
+#define SEEMORE_SCHEMA_OF_Tensor(written) "Tensor" written " "
+#define SEEMORE_SCHEMA_OF_OptionalTensor(written) "Tensor" written "? "
+
 namespace seemore::bindings {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
 
 inline ScalarType accumulation_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -27,7 +44,7 @@ inline ScalarType accumulation_type(const Tensor& x) {
 
 inline Image image(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
 
-inline Image image(const std::optional<Tensor>& x) { return x ? image(*x) : Image{}; }
+inline Image image(const OptionalTensor& x) { return x ? image(*x) : Image{}; }
 
 inline Size size(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
 
@@ -65,16 +82,16 @@ class Check {
   }
 
   // `x` has this shape, and the first one's dtype and device.
-  void operator()(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const {
+  void operator()(const char* name, const Tensor& x, Shape shape) const {
     if (x.scalar_type() != first_.scalar_type()) refuse(name, "has another dtype", std::string("that of ") + name_);
     of_any_dtype(name, x, shape);
   }
 
-  void operator()(const char* name, const std::optional<Tensor>& x, std::initializer_list<int64_t> shape) const {
+  void operator()(const char* name, const OptionalTensor& x, Shape shape) const {
     if (x) (*this)(name, *x, shape);
   }
 
-  void of_any_dtype(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const {
+  void of_any_dtype(const char* name, const Tensor& x, Shape shape) const {
     if (!is_here(x) || x.get_device_index() != first_.get_device_index()) {
       refuse(name, "is on another device", std::string("that of ") + name_);
     }
@@ -85,8 +102,13 @@ class Check {
   }
 
   // A parameter, or its gradient: all that, and contiguous.
-  void parameter(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const {
+  void* parameter(const char* name, const Tensor& x, Shape shape) const {
     (*this)(name, x, shape);
+    contiguous(name, x);
+    return x.data_ptr();
+  }
+
+  void contiguous(const char* name, const Tensor& x) const {
     if (!x.is_contiguous()) refuse(name, "is not contiguous", "a contiguous tensor");
   }
 
@@ -95,8 +117,7 @@ class Check {
   }
 
  private:
-  template <class Sizes>
-  static std::string text(const Sizes& sizes) {
+  static std::string text(Shape sizes) {
     std::string numbers;
     for (const int64_t size : sizes) numbers += (numbers.empty() ? "" : ", ") + std::to_string(size);
     return "(" + numbers + ")";

@@ -27,6 +27,14 @@ struct Band {
   }
 };
 
+// Call body(0 of the type of the pixels); see Network::max_value.
+template <class Body>
+inline void with_pixel_type(int64_t max_value, const Body& body) {
+  if (max_value == 255) return body(uint8_t());
+  if (max_value == 65535) return body(uint16_t());
+  body(float());
+}
+
 // conv_1 of the image: with the mean subtracted, and zero padding.
 class InputConv {
  public:
@@ -43,13 +51,7 @@ class InputConv {
     const int64_t channels = net_.config.in_channels;
     for (int64_t y = 0; y < 3; ++y) {
       float* to_row = rows_buffer_ + y * channels * row_stride_;
-      if (net_.max_value == 255) {
-        read<uint8_t>(row + y - 1, to_row);
-      } else if (net_.max_value == 65535) {
-        read<uint16_t>(row + y - 1, to_row);
-      } else {
-        read<float>(row + y - 1, to_row);
-      }
+      with_pixel_type(net_.max_value, [&](auto pixel) { read<decltype(pixel)>(row + y - 1, to_row); });
     }
     Source<float> sources[9];
     for (int64_t s = 0; s < 9; ++s) sources[s] = {rows_buffer_ + s / 3 * channels * row_stride_ + s % 3, row_stride_};
@@ -278,14 +280,7 @@ class OutputSink {
                StoreEpilogue<false>{{second, second, row_stride, row_stride, outputs(), outputs()}});
     for (int64_t y = row; y < row + 2; ++y) {
       if (!band_.takes_part(y, 0, strip_)) continue;
-      float* values = y > row ? second : pixels_;
-      if (net_.max_value == 255) {
-        write<uint8_t>(y, values);
-      } else if (net_.max_value == 65535) {
-        write<uint16_t>(y, values);
-      } else {
-        write<float>(y, values);
-      }
+      with_pixel_type(net_.max_value, [&](auto pixel) { write<decltype(pixel)>(y, y > row ? second : pixels_); });
     }
   }
 

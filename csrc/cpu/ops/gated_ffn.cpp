@@ -287,7 +287,7 @@ class GatedFfnBackward {
 };
 
 template <class A, class Cell>
-void run_forward(const GatedFfn& in, const TypedImage& y) {
+void run_forward(Precision<A, Cell>, const GatedFfn& in, const TypedImage& y) {
   const GatedFfnWeights<A, Cell> weights(in);
   const Bands bands(in.size);
   for_each_range(bands.count(), [&](int64_t begin, int64_t end) {
@@ -297,7 +297,7 @@ void run_forward(const GatedFfn& in, const TypedImage& y) {
 }
 
 template <class A, class Cell>
-void run_backward(const GatedFfn& in, const GatedFfnGradients& grad) {
+void run_backward(Precision<A, Cell>, const GatedFfn& in, const GatedFfnGradients& grad) {
   const GatedFfnWeights<A, Cell> weights(in);
   const Bands bands(in.size);
   const int64_t of_gate = weights.channels * 10, all = weights.first.sums() + weights.second.sums() + of_gate;
@@ -320,15 +320,11 @@ void run_backward(const GatedFfn& in, const GatedFfnGradients& grad) {
 }  // namespace
 
 void gated_ffn(const GatedFfn& in, const TypedImage& y) {
-  with_precision(in.is_double, in.weight_1, [&](auto precision) {
-    run_forward<typename decltype(precision)::A, typename decltype(precision)::Cell>(in, y);
-  });
+  with_precision(in.is_double, in.weight_1, [&](auto precision) { run_forward(precision, in, y); });
 }
 
 void gated_ffn_backward(const GatedFfn& in, const GatedFfnGradients& grad) {
-  with_precision(in.is_double, in.weight_1, [&](auto precision) {
-    run_backward<typename decltype(precision)::A, typename decltype(precision)::Cell>(in, grad);
-  });
+  with_precision(in.is_double, in.weight_1, [&](auto precision) { run_backward(precision, in, grad); });
 }
 
 }  // namespace seemore::SEEMORE_ISA

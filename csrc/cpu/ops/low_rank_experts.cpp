@@ -27,11 +27,10 @@ struct ExpertParameters {
         weight_out(channels * in.rank),
         bias_out(in.experts * channels),
         weight_proj(channels * channels) {
-    for (int64_t i = 0; i < in.rank * channels; ++i) {
-      weight_a[i] = value_of<A>(in.weight_a, i), weight_k[i] = value_of<A>(in.weight_k, i);
-      weight_out[i] = value_of<A>(in.weight_out, i);
-    }
-    for (int64_t i = 0; i < in.experts * channels; ++i) bias_out[i] = value_of<A>(in.bias_out, i);
+    read_values<A>(weight_a, in.weight_a, in.rank * channels);
+    read_values<A>(weight_k, in.weight_k, in.rank * channels);
+    read_values<A>(weight_out, in.weight_out, in.rank * channels);
+    read_values<A>(bias_out, in.bias_out, in.experts * channels);
     for (int64_t i = 0; i < channels * channels; ++i) {
       weight_proj[i] = has_proj() ? value_of<A>(in.weight_proj, i) : i % (channels + 1) == 0;
     }
@@ -180,7 +179,7 @@ inline void for_each_image(const Blocks& blocks, int64_t begin, int64_t end, con
 }
 
 template <class A, class Cell>
-void run_forward(const LowRankExperts& in, const TypedImage& residual, const TypedImage& y) {
+void run_forward(Precision<A, Cell>, const LowRankExperts& in, const TypedImage& residual, const TypedImage& y) {
   const ExpertParameters<A> parameters(in);
   const Blocks blocks(kPixels, in.size, in.a, in.k, residual, y);
   const int64_t C = parameters.channels, most = parameters.most_rows(), row_stride = blocks.row_stride();
@@ -334,7 +333,7 @@ void write_gradients(const ExpertParameters<A>& parameters, const LowRankExperts
 }
 
 template <class A, class Cell>
-void run_backward(const LowRankExperts& in, const LowRankExpertsGradients& grad) {
+void run_backward(Precision<A, Cell>, const LowRankExperts& in, const LowRankExpertsGradients& grad) {
   const ExpertParameters<A> parameters(in);
   const Blocks blocks(kPixels, in.size, in.a, in.k, grad.dy, grad.da, grad.dk);
   const int64_t C = parameters.channels, most = parameters.most_rows(), row_stride = blocks.row_stride();
@@ -374,15 +373,11 @@ void run_backward(const LowRankExperts& in, const LowRankExpertsGradients& grad)
 }  // namespace
 
 void low_rank_experts(const LowRankExperts& in, const TypedImage& residual, const TypedImage& y) {
-  with_precision(in.is_double, in.weight_a, [&](auto precision) {
-    run_forward<typename decltype(precision)::A, typename decltype(precision)::Cell>(in, residual, y);
-  });
+  with_precision(in.is_double, in.weight_a, [&](auto precision) { run_forward(precision, in, residual, y); });
 }
 
 void low_rank_experts_backward(const LowRankExperts& in, const LowRankExpertsGradients& grad) {
-  with_precision(in.is_double, in.weight_a, [&](auto precision) {
-    run_backward<typename decltype(precision)::A, typename decltype(precision)::Cell>(in, grad);
-  });
+  with_precision(in.is_double, in.weight_a, [&](auto precision) { run_backward(precision, in, grad); });
 }
 
 }  // namespace seemore::SEEMORE_ISA

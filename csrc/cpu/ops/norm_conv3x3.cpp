@@ -311,7 +311,7 @@ class NormConv3x3Backward {
 };
 
 template <class A, class Cell>
-void run_forward(const NormConv3x3& in, const TypedImage& y) {
+void run_forward(Precision<A, Cell>, const NormConv3x3& in, const TypedImage& y) {
   const NormConv3x3Weights<A, Cell> weights(in, false);
   const Bands bands(in.size);
   for_each_range(bands.count(), [&](int64_t begin, int64_t end) {
@@ -321,7 +321,7 @@ void run_forward(const NormConv3x3& in, const TypedImage& y) {
 }
 
 template <class A, class Cell>
-void run_backward(const NormConv3x3& in, const NormConv3x3Gradients& grad) {
+void run_backward(Precision<A, Cell>, const NormConv3x3& in, const NormConv3x3Gradients& grad) {
   const NormConv3x3Weights<A, Cell> weights(in, true);
   const Bands bands(in.size);
   const int64_t count = NormConv3x3Sums<A, Cell>(weights).count;
@@ -362,15 +362,11 @@ void run_backward(const NormConv3x3& in, const NormConv3x3Gradients& grad) {
 }  // namespace
 
 void norm_conv3x3(const NormConv3x3& in, const TypedImage& y) {
-  with_precision(in.is_double, in.weight, [&](auto precision) {
-    run_forward<typename decltype(precision)::A, typename decltype(precision)::Cell>(in, y);
-  });
+  with_precision(in.is_double, in.weight, [&](auto precision) { run_forward(precision, in, y); });
 }
 
 void norm_conv3x3_backward(const NormConv3x3& in, const NormConv3x3Gradients& grad) {
-  with_precision(in.is_double, in.weight, [&](auto precision) {
-    run_backward<typename decltype(precision)::A, typename decltype(precision)::Cell>(in, grad);
-  });
+  with_precision(in.is_double, in.weight, [&](auto precision) { run_backward(precision, in, grad); });
 }
 
 }  // namespace seemore::SEEMORE_ISA

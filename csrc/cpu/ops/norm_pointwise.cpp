@@ -17,7 +17,7 @@ NormedLayer<A, Cell> layer_of(const NormPointwise& in) {
 }
 
 template <class A, class Cell>
-void run_forward(const NormPointwise& in, const TypedImage& residual, const TypedImage& y) {
+void run_forward(Precision<A, Cell>, const NormPointwise& in, const TypedImage& residual, const TypedImage& y) {
   const NormedLayer<A, Cell> layer = layer_of<A, Cell>(in);
   const int64_t channels = in.size.channels, rows = in.out_channels;
   const Blocks blocks(kPixels, in.size, in.x, residual, y);
@@ -47,7 +47,7 @@ void run_forward(const NormPointwise& in, const TypedImage& residual, const Type
 }
 
 template <class A, class Cell>
-void run_backward(const NormPointwise& in, const NormPointwiseGradients& grad) {
+void run_backward(Precision<A, Cell>, const NormPointwise& in, const NormPointwiseGradients& grad) {
   const NormedLayer<A, Cell> layer = layer_of<A, Cell>(in);
   const int64_t channels = in.size.channels, rows = in.out_channels;
   const Blocks blocks(kPixels, in.size, in.x, grad.dy, grad.dx);
@@ -94,15 +94,11 @@ void run_backward(const NormPointwise& in, const NormPointwiseGradients& grad) {
 }  // namespace
 
 void norm_pointwise(const NormPointwise& in, const TypedImage& residual, const TypedImage& y) {
-  with_precision(in.is_double, in.weight, [&](auto precision) {
-    run_forward<typename decltype(precision)::A, typename decltype(precision)::Cell>(in, residual, y);
-  });
+  with_precision(in.is_double, in.weight, [&](auto precision) { run_forward(precision, in, residual, y); });
 }
 
 void norm_pointwise_backward(const NormPointwise& in, const NormPointwiseGradients& grad) {
-  with_precision(in.is_double, in.weight, [&](auto precision) {
-    run_backward<typename decltype(precision)::A, typename decltype(precision)::Cell>(in, grad);
-  });
+  with_precision(in.is_double, in.weight, [&](auto precision) { run_backward(precision, in, grad); });
 }
 
 }  // namespace seemore::SEEMORE_ISA

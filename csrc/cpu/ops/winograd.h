@@ -20,36 +20,26 @@ struct Halves {
   V first, second;
 };
 
+template <class V, size_t... i>
+inline Halves<V> split_lanes(V a, V b, std::index_sequence<i...>) {
+  return {__builtin_shufflevector(a, b, 2 * i...), __builtin_shufflevector(a, b, 2 * i + 1 ...)};
+}
+
+template <class V, size_t... i>
+inline Halves<V> join_lanes(V a, V b, std::index_sequence<i...>) {
+  constexpr size_t lanes = sizeof...(i);
+  return {__builtin_shufflevector(a, b, i / 2 + i % 2 * lanes...),
+          __builtin_shufflevector(a, b, lanes / 2 + i / 2 + i % 2 * lanes...)};
+}
+
 template <class V>
 inline Halves<V> split(V a, V b) {
-  constexpr int lanes = sizeof(V) / sizeof(a[0]);
-  if constexpr (lanes == 16) {
-    return {__builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
-            __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)};
-  } else if constexpr (lanes == 8) {
-    return {__builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14),
-            __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15)};
-  } else if constexpr (lanes == 4) {
-    return {__builtin_shufflevector(a, b, 0, 2, 4, 6), __builtin_shufflevector(a, b, 1, 3, 5, 7)};
-  } else {
-    return {__builtin_shufflevector(a, b, 0, 2), __builtin_shufflevector(a, b, 1, 3)};
-  }
+  return split_lanes(a, b, LaneIndices<V>());
 }
 
 template <class V>
 inline Halves<V> join(V a, V b) {
-  constexpr int lanes = sizeof(V) / sizeof(a[0]);
-  if constexpr (lanes == 16) {
-    return {__builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
-            __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)};
-  } else if constexpr (lanes == 8) {
-    return {__builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11),
-            __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)};
-  } else if constexpr (lanes == 4) {
-    return {__builtin_shufflevector(a, b, 0, 4, 1, 5), __builtin_shufflevector(a, b, 2, 6, 3, 7)};
-  } else {
-    return {__builtin_shufflevector(a, b, 0, 2), __builtin_shufflevector(a, b, 1, 3)};
-  }
+  return join_lanes(a, b, LaneIndices<V>());
 }
 
 // The tiles of some image rows of a slab, row after row of tiles: an odd last image row or column has no partner.

@@ -2,7 +2,7 @@
 //
 // A source is compiled once per instruction set, in a namespace of its own (SEEMORE_ISA). So that the linker never
 // merges a function compiled for a newer one into the rest, such sources use no inline function or template from
-// outside this namespace: no <algorithm>, no <vector>, nothing of torch (tests/test_native.py looks).
+// outside this namespace, types aside: no <algorithm>, no <vector>, nothing of torch (tests/test_native.py looks).
 #pragma once
 
 #if defined(__AVX2__)
@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace seemore::SEEMORE_ISA {
 
@@ -30,6 +31,8 @@ template <class A>
 using Vec = typename VectorOf<A>::type;
 template <class A>
 constexpr int64_t kLanes = kVectorBytes / sizeof(A);
+template <class V>
+using LaneIndices = std::make_index_sequence<sizeof(V) / sizeof(V{}[0])>;
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -14,77 +14,42 @@ namespace seemore::SEEMORE_ISA {
 // first cache.
 inline int64_t row_stride_for(int64_t pixels) { return (round_up(pixels, 16) / 16 | 1) * 16; }
 
-// The memory of a block, zeroed.
-template <class A>
-class Block {
- public:
-  Block(int64_t channels, int64_t row_stride) : row_stride_(row_stride), data_(channels * row_stride) {
-    std::memset(data_, 0, channels * row_stride * sizeof(A));
+// Call body(data) with a parameter's elements, of its type.
+template <class Body>
+inline auto with_elements(const Parameter& parameter, const Body& body) {
+  switch (parameter.dtype) {
+    case DType::float32:
+      return body(static_cast<float*>(parameter.data));
+    case DType::float64:
+      return body(static_cast<double*>(parameter.data));
+    default:
+      return body(static_cast<BFloat16*>(parameter.data));
   }
-  int64_t row_stride() const { return row_stride_; }
-  A* operator[](int64_t c) const { return data_ + c * row_stride_; }
-  operator A*() const { return data_; }
-
- private:
-  int64_t row_stride_;
-  Buffer<A> data_;
-};
+}
 
 // Element i of a parameter, and its gradient.
 template <class A>
 inline A value_of(const Parameter& parameter, int64_t i) {
-  switch (parameter.dtype) {
-    case DType::float32:
-      return static_cast<const float*>(parameter.data)[i];
-    case DType::float64:
-      return static_cast<A>(static_cast<const double*>(parameter.data)[i]);
-    default:
-      return load_one(static_cast<const BFloat16*>(parameter.data) + i);
-  }
+  return with_elements(parameter, [=](const auto* data) { return static_cast<A>(load_one(data + i)); });
 }
 
 inline void set_value(const Parameter& parameter, int64_t i, double value) {
-  switch (parameter.dtype) {
-    case DType::float32:
-      static_cast<float*>(parameter.data)[i] = static_cast<float>(value);
-      return;
-    case DType::float64:
-      static_cast<double*>(parameter.data)[i] = value;
-      return;
-    default:
-      store_one(static_cast<BFloat16*>(parameter.data) + i, static_cast<float>(value));
-  }
+  with_elements(parameter, [=](auto* data) { store_one(data + i, static_cast<decltype(load_one(data))>(value)); });
 }
 
 // A whole parameter in the accumulation type, and its gradient.
 template <class A>
 inline void read_values(A* to, const Parameter& parameter, int64_t count) {
-  switch (parameter.dtype) {
-    case DType::float32:
-      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<const float*>(parameter.data)[i];
-      return;
-    case DType::float64:
-      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<A>(static_cast<const double*>(parameter.data)[i]);
-      return;
-    default:
-      for (int64_t i = 0; i < count; ++i) to[i] = load_one(static_cast<const BFloat16*>(parameter.data) + i);
-  }
+  with_elements(parameter, [=](const auto* data) {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<A>(load_one(data + i));
+  });
 }
 
 template <class A>
 inline void write_values(const Parameter& parameter, const A* from, int64_t count) {
-  switch (parameter.dtype) {
-    case DType::float32:
-      for (int64_t i = 0; i < count; ++i) static_cast<float*>(parameter.data)[i] = static_cast<float>(from[i]);
-      return;
-    case DType::float64:
-      for (int64_t i = 0; i < count; ++i) static_cast<double*>(parameter.data)[i] = from[i];
-      return;
-    default:
-      for (int64_t i = 0; i < count; ++i) {
-        store_one(static_cast<BFloat16*>(parameter.data) + i, static_cast<float>(from[i]));
-      }
-  }
+  with_elements(parameter, [=](auto* data) {
+    for (int64_t i = 0; i < count; ++i) store_one(data + i, static_cast<decltype(load_one(data))>(from[i]));
+  });
 }
 
 // load_rows and store_rows of images of any type; if one is double, all are.

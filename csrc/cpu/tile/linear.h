@@ -100,13 +100,10 @@ class Linear {
   int64_t count_, columns_;
 };
 
-// The accumulation type, and the type of cells that factors of products are rounded to: bfloat16 where all weights are
-// of it and the processor multiplies it.
-template <class Sum, class Factor>
-struct Precision {
-  using A = Sum;
-  using Cell = Factor;
-};
+// The accumulation type A, and the type of cells that factors of products are rounded to: bfloat16 where all weights
+// are of it and the processor multiplies it.
+template <class A, class Cell>
+struct Precision {};
 
 template <class Run>
 inline void with_precision(bool is_double, [[maybe_unused]] const Parameter& weight, const Run& run) {

@@ -25,18 +25,6 @@ constexpr int64_t cells_of(int64_t channels) {
   return (channels + kChannels<Cell> - 1) / kChannels<Cell>;
 }
 
-// The type of sums.
-template <class Cell>
-struct SumIn {
-  using type = float;
-};
-template <>
-struct SumIn<double> {
-  using type = double;
-};
-template <class Cell>
-using Sum = typename SumIn<Cell>::type;
-
 constexpr int64_t kWidth = kLanes<float>;  // pixels in a vector of floats
 
 inline uint32_t bfloat16_of(float value) {
@@ -73,21 +61,10 @@ inline void store_weight(Pair* to, const float (&channel)[2]) {
 
 // One or two products of each lane, added to a sum in float32.
 template <class Cell>
-struct Product;
-
-template <class A>
-struct SingleProduct {
-  explicit SingleProduct(const A* cells) : x(load(cells)) {}
-  void add(Vec<A>& sum, A weight) const { sum += x * weight; }
-  Vec<A> x;
-};
-template <>
-struct Product<float> : SingleProduct<float> {
-  using SingleProduct::SingleProduct;
-};
-template <>
-struct Product<double> : SingleProduct<double> {
-  using SingleProduct::SingleProduct;
+struct Product {
+  explicit Product(const Cell* cells) : x(load(cells)) {}
+  void add(Vec<Cell>& sum, Cell weight) const { sum += x * weight; }
+  Vec<Cell> x;
 };
 
 template <>
@@ -129,7 +106,7 @@ struct Matrix {
   int64_t sources;  // of `cells` each, but the last one, which may have its own number
   int64_t cells, last_cells;
   Cell* weights;
-  Sum<Cell>* bias;
+  Accumulate<Cell>* bias;
 
   int64_t size() const { return rows * ((sources - 1) * cells + last_cells); }
 };
@@ -156,7 +133,7 @@ Matrix<Cell> allocate_matrix(Arena& arena, int64_t rows, int64_t sources, int64_
   Matrix<Cell> matrix{round_up(rows, 2), sources, cells_of<Cell>(channels), cells_of<Cell>(last_channels),
                       nullptr,           nullptr};
   matrix.weights = arena.allocate<Cell>(matrix.size());
-  matrix.bias = arena.allocate<Sum<Cell>>(matrix.rows);
+  matrix.bias = arena.allocate<Accumulate<Cell>>(matrix.rows);
   return matrix;
 }
 
@@ -176,7 +153,7 @@ inline void pack(const Matrix<Cell>& matrix, int64_t rows, int64_t channels, int
       const int64_t inputs = is_last ? last_channels : channels;
       for (int64_t cell = 0; cell < (is_last ? matrix.last_cells : matrix.cells); ++cell) {
         for (int64_t r = first; r < first + register_tile_rows(matrix.rows - first); ++r) {
-          Sum<Cell> value[kChannels<Cell>];
+          Accumulate<Cell> value[kChannels<Cell>];
           for (int64_t i = 0; i < kChannels<Cell>; ++i) {
             const int64_t channel = cell * kChannels<Cell> + i;
             value[i] = r < rows && channel < inputs ? element(r, s, channel) : 0;
@@ -191,11 +168,11 @@ inline void pack(const Matrix<Cell>& matrix, int64_t rows, int64_t channels, int
 // sums += weights * sources, for R rows and V vectors of pixels from i on; returns the address of the next weights.
 // Never inlined, and on a copy of the sums: otherwise the compiler would not keep them in registers.
 template <int R, int V, class Cell>
-__attribute__((noinline)) const Cell* add_products(Vec<Sum<Cell>> (&result)[R][V], const Cell* weight,
+__attribute__((noinline)) const Cell* add_products(Vec<Accumulate<Cell>> (&result)[R][V], const Cell* weight,
                                                    const Source<Cell>* sources, int64_t count, int64_t cells,
                                                    int64_t last_cells, int64_t i) {
-  constexpr int64_t lanes = kLanes<Sum<Cell>>;
-  Vec<Sum<Cell>> sums[R][V];
+  constexpr int64_t lanes = kLanes<Accumulate<Cell>>;
+  Vec<Accumulate<Cell>> sums[R][V];
   std::memcpy(sums, result, sizeof(sums));
   for (int64_t s = 0; s < count; ++s) {
     const Cell* x = sources[s].cells + i;
@@ -225,7 +202,7 @@ __attribute__((noinline)) const Cell* add_products(Vec<Sum<Cell>> (&result)[R][V
 template <int R, int V, class Cell, class Epilogue>
 inline void multiply_register_tile(const Matrix<Cell>& matrix, const Cell* weight, int64_t row,
                                    const Source<Cell>* sources, int64_t i, const Epilogue& epilogue) {
-  Vec<Sum<Cell>> sums[R][V];
+  Vec<Accumulate<Cell>> sums[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -266,7 +243,7 @@ inline void for_each_register_tile(int64_t rows, int64_t width, const Tile& tile
 template <class Cell, class Epilogue>
 inline void multiply(const Matrix<Cell>& matrix, const Source<Cell>* sources, int64_t width, const Epilogue& epilogue) {
   const int64_t inputs = (matrix.sources - 1) * matrix.cells + matrix.last_cells;
-  for_each_register_tile<kLanes<Sum<Cell>>>(matrix.rows, width, [&](auto r, auto v, int64_t row, int64_t i) {
+  for_each_register_tile<kLanes<Accumulate<Cell>>>(matrix.rows, width, [&](auto r, auto v, int64_t row, int64_t i) {
     multiply_register_tile<decltype(r)::value, decltype(v)::value>(matrix, matrix.weights + row * inputs, row, sources,
                                                                    i, epilogue);
   });

@@ -6,26 +6,21 @@
 
 namespace seemore::SEEMORE_ISA {
 
+template <int r, class V, size_t... i>
+inline V shifted_lanes(V a, V b, std::index_sequence<i...>) {
+  return __builtin_shufflevector(a, b, r + i...);
+}
+
 // Elements r, r + 1, .. of `a` and `b`, one after the other.
 template <int r, class V>
 inline V shifted(V a, V b) {
-  constexpr int lanes = sizeof(V) / sizeof(a[0]);
-  static_assert(r > 0 && r < lanes);
+  static_assert(r > 0 && r < sizeof(V) / sizeof(a[0]));
 #if defined(__AVX512F__)
   if constexpr (sizeof(a[0]) == 4) {  // else the compiler takes a permutation of two registers, which is slower
     return bit_cast<V>(_mm512_alignr_epi32(bit_cast<__m512i>(b), bit_cast<__m512i>(a), r));
   }
 #endif
-  if constexpr (lanes == 16) {
-    return __builtin_shufflevector(a, b, r, r + 1, r + 2, r + 3, r + 4, r + 5, r + 6, r + 7, r + 8, r + 9, r + 10,
-                                   r + 11, r + 12, r + 13, r + 14, r + 15);
-  } else if constexpr (lanes == 8) {
-    return __builtin_shufflevector(a, b, r, r + 1, r + 2, r + 3, r + 4, r + 5, r + 6, r + 7);
-  } else if constexpr (lanes == 4) {
-    return __builtin_shufflevector(a, b, r, r + 1, r + 2, r + 3);
-  } else {
-    return __builtin_shufflevector(a, b, r, r + 1);
-  }
+  return shifted_lanes<r>(a, b, LaneIndices<V>());
 }
 
 // A row from x on, and the vectors on both sides of it.

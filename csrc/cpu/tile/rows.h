@@ -11,26 +11,7 @@
 
 namespace seemore::SEEMORE_ISA {
 
-// Memory for the rows of one task, aligned to a cache line, zeroed.
-template <class A>
-class Rows {
- public:
-  Rows(int64_t count, int64_t length)
-      : stride_(round_up(length, kLanes<A>) + kLanes<A>),
-        data_(static_cast<A*>(::operator new(count * stride_ * sizeof(A), std::align_val_t{64}))) {
-    std::memset(data_, 0, count * stride_ * sizeof(A));
-  }
-  ~Rows() { ::operator delete(data_, std::align_val_t{64}); }
-  Rows(const Rows&) = delete;
-  Rows& operator=(const Rows&) = delete;
-
-  A* operator[](int64_t row) { return data_ + row * stride_; }
-
- private:
-  int64_t stride_;
-  A* data_;
-};
-
+// Memory, aligned to a cache line.
 template <class T>
 class Buffer {
  public:
@@ -42,6 +23,28 @@ class Buffer {
 
  private:
   T* data_;
+};
+
+// Rows of so many elements one after another, zeroed.
+template <class A>
+class Block {
+ public:
+  Block(int64_t rows, int64_t row_stride) : row_stride_(row_stride), data_(rows * row_stride) {
+    std::memset(data_, 0, rows * row_stride * sizeof(A));
+  }
+  int64_t row_stride() const { return row_stride_; }
+  A* operator[](int64_t row) const { return data_ + row * row_stride_; }
+  operator A*() const { return data_; }
+
+ private:
+  int64_t row_stride_;
+  Buffer<A> data_;
+};
+
+// The rows of one task, with a vector of room behind each.
+template <class A>
+struct Rows : Block<A> {
+  Rows(int64_t count, int64_t length) : Block<A>(count, round_up(length, kLanes<A>) + kLanes<A>) {}
 };
 
 // The last `count` rows of a stream: window[0] is the oldest.
