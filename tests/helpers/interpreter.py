@@ -1,8 +1,7 @@
 """Triton's interpreter, quicker, and processes without it.
 
-Here it builds each type and shape once, and patches its language once a kernel.
-Most of its time goes to types, which are built and compared anew for every operation. With what is here it takes a
-third of that time, for the same results. In a Triton that does it otherwise, nothing is changed.
+Here it builds each type and shape once, which takes most of its time elsewhere, and patches its language once a kernel:
+a third of the time, for the same results. Sums are added as on a GPU. A Triton that does it otherwise is left as it is.
 """
 
 import contextlib
@@ -29,6 +28,7 @@ try:
         (core.tensor, "__init__"),
         (TritonSemantic, "broadcast_impl_value"),
         (TritonSemantic, "binary_op_sanitize_overflow_impl"),
+        (interpreter.ReduceOps, "sum"),
     )
     is_known = os.environ.get("TRITON_INTERPRET") == "1" and all(hasattr(*place) for place in PATCHED)
 except ImportError:
@@ -56,7 +56,7 @@ def quicker() -> Iterator[None]:
         return
     replacements = [patch_once(), patch_member, numpy_dtype(), build_block_type(), build_tensor(), broadcast()]
     with contextlib.ExitStack() as patches:
-        for (place, name), replacement in zip(PATCHED, [*replacements, check_overflow], strict=True):
+        for (place, name), replacement in zip(PATCHED, [*replacements, check_overflow, sum_of_halves], strict=True):
             patches.enter_context(mock.patch.object(place, name, replacement))
         yield
 
@@ -146,3 +146,13 @@ def check_overflow(semantic, left, right, operation):
         limits, function = np.iinfo(one.dtype), getattr(np, NUMPY_NAMES[operation.__name__])
         exact = function(one, other, dtype=np.int64)
         assert limits.min <= exact.min() and exact.max() <= limits.max, f"{one.dtype} overflow: {operation.__name__}"
+
+
+def sum_of_halves(reduction, tensor):
+    """Add a dimension's halves, again and again, as lanes do: numpy adds 64 numbers one by one and rounds each."""
+    data, axis = tensor.handle.data, reduction.axis
+    sides = [1 if axis in (None, dim) else side for dim, side in enumerate(data.shape)]
+    data = data.reshape(-1) if axis is None else np.moveaxis(data, axis, 0)
+    while len(data) > 1:
+        data = data[: len(data) // 2] + data[len(data) // 2 :]
+    return reduction.to_tensor(data.reshape(sides) if reduction.keep_dims else data[0], tensor.dtype)

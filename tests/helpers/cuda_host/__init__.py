@@ -26,7 +26,7 @@ TORCH = Path(torch.__file__).parent
 FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 FLAGS += ["-U_FORTIFY_SOURCE"]  # which refuses jumps from fiber to fiber
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"  # torch 2.10
-SANITIZE = ["-O1", "-fsanitize=address", "-fno-omit-frame-pointer"]
+SANITIZE = ["-O0", "-fsanitize=address", "-fno-omit-frame-pointer"]
 
 
 class Unavailable(RuntimeError):
