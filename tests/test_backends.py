@@ -166,7 +166,7 @@ def printed_by(code, **environment):
 
 
 @has_cpu_library
-@pytest.mark.parametrize("name", native.instruction_sets() if HERE == "cpu" else [])
+@pytest.mark.parametrize("name", native.instruction_sets()[:1] if HERE == "cpu" else [])
 def test_the_environment_forces_an_instruction_set(name):
     code = "import seemore_fast; print(seemore_fast.backend_info()['cpu']['instruction_set'])"
     assert printed_by(code, SEEMORE_FAST_CPU=name) == name
