@@ -320,14 +320,15 @@ def test_failed_validation_ends_the_run(work, monkeypatch):
         running.run()
 
 
-FULL = Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+def full(*arguments, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_full_disk_leaves_older_checkpoints(work, monkeypatch, capsys):
     stopped(work)
     run = trainer(work, resume="auto")
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", lambda state, file: FULL(file.write(b"half of it")))
+        patch.setattr(torch, "save", lambda state, file: full(file.write(b"half of it")))
         with pytest.raises(TrainingError, match=r"step 12 could not be saved; the last good .*step_000000005.pt"):
             run.run()
     printed = capsys.readouterr().out
@@ -342,8 +343,8 @@ def test_full_disk_beside_the_checkpoints_ends_no_run(work, monkeypatch, capsys)
     running = trainer(work)
     full_in_rust = Mock(side_effect=safetensors.SafetensorError("I/O error: No space left on device"))
     monkeypatch.setattr(safetensors.torch, "save_file", full_in_rust)
-    monkeypatch.setattr(logging.Table, "add", FULL)
-    monkeypatch.setattr(Image.Image, "save", FULL)
+    monkeypatch.setattr(logging.Table, "add", full)
+    monkeypatch.setattr(Image.Image, "save", full)
     assert running.run() and newest(work)["step"] == 12
     printed = capsys.readouterr().out
     for name in ("weights.safetensors", "steps.csv", "validation.csv", "best.safetensors", "0.png"):
