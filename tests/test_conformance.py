@@ -22,12 +22,12 @@ from helpers.ops import (
     largest_difference,
     value_and_gradients,
 )
-from helpers.table import BY_NAME, CASES
+from helpers.table import BY_NAME, CASES, LAYER_NORM
 
 each_operator = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-@each(CASES, "values")
+@each([*CASES, LAYER_NORM], "values")
 def test_values(case, backend, example, device):
     assert_values(backend, case, *case.call_of(backend, device, example))
 
@@ -66,7 +66,7 @@ def test_programs_of_more_than_one_tile_add_up(case, backend, example, device, m
     assert_values(backend, case, *case.call_of(backend, device, example))
 
 
-@each(CASES, "gradcheck", dtype=torch.float64)
+@each([*CASES, LAYER_NORM], "gradcheck", dtype=torch.float64)
 def test_gradcheck(case, backend, example, device):
     tensors, options = case.call_of(backend, device, example)
     with running_on(backend, device):
@@ -89,7 +89,7 @@ def test_double_backward(case, backend, example, device):
         assert torch.autograd.gradgradcheck(of_image, wide[image].requires_grad_(), nondet_tol=1e-10)
 
 
-@each(CASES, "compiles")
+@each([*CASES, LAYER_NORM], "compiles")
 def test_compiles(case, backend, example, device):
     tensors, options = case.call_of(backend, device, example)
     others, _ = case.call_of(backend, device, example, **case.other)

@@ -64,3 +64,7 @@ def low_rank_experts(device, shape=(3, 5, 4, 6), ranks=(2, 4, 8), top_k=2, proje
         shapes = {"weight_proj": (shape[1], shape[1], 1, 1), "bias_proj": (shape[1],), "residual": shape}
         tensors |= random_parameters(shapes, device, seed=2)
     return tensors | {"ranks": ranks} | options
+
+
+def layer_norm(device, shape=(2, 8, 6, 7), **options):
+    return random_parameters({"x": shape, "weight": (shape[1],), "bias": (shape[1],)}, device) | options

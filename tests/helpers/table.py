@@ -9,6 +9,8 @@ from collections.abc import Iterable
 
 import torch
 
+from seemore_fast import reference
+
 from .cases import FLOAT32, case, extra, grid, joined
 from .faults import BATCH_AND_PIXELS, FAULTS
 from .ops import LAYOUTS, SHAPES
@@ -388,3 +390,11 @@ CASES = [
 ]
 
 BY_NAME = {case.name: case for case in CASES}
+
+LAYER_NORM = case(  # the reference's alone; its two layouts take different paths
+    "layer_norm",
+    operator=reference.layer_norm,
+    values=grid({"shape": SHAPES, "eps": [1e-6, 0.5]} | LAST) + grid({"layout": LAYOUTS}),
+    gradcheck=grid(LAST, shape=(2, 3, 2, 3)),
+    other={"shape": (3, 8, 9, 5)},
+)
