@@ -34,7 +34,8 @@ Tensor pack(const Tensor& parameters, const std::vector<int64_t>& config) {
   STD_TORCH_CHECK(parameters.numel() == sizes.parameters && parameters.scalar_type() == ScalarType::Float, "expected ",
                   sizes.parameters, " float32 parameters, got ", parameters.numel());
   const auto weights = torch::stable::new_empty(parameters, {sizes.weights / 4});
-  seemore::network_pack(network, static_cast<const float*>(parameters.data_ptr()), weights.data_ptr());
+  const OnDevice device(parameters);
+  seemore::network_pack(network, static_cast<const float*>(parameters.data_ptr()), weights.data_ptr(), device.stream);
   return weights;
 }
 
@@ -51,8 +52,9 @@ std::vector<int64_t> memory(const std::vector<int64_t>& config, int64_t batch, i
 
 bool run(const Tensor& y, const Tensor& x, const Tensor& weights, const Tensor& mean, double img_range,
          const std::vector<int64_t>& config, const std::optional<Tensor>& mapped, int64_t resident_rows,
-         int64_t resident_bytes, const std::optional<Tensor>& progress) {
+         int64_t resident_bytes, const std::optional<Tensor>& progress, const std::optional<Tensor>& is_finite) {
   const auto type = x.scalar_type();
+  const OnDevice device(x);
   const auto network = seemore::Network{config_of(config),
                                         size(x),
                                         type == ScalarType::Byte     ? 255
@@ -63,6 +65,8 @@ bool run(const Tensor& y, const Tensor& x, const Tensor& weights, const Tensor& 
                                         static_cast<const float*>(mean.data_ptr()),
                                         static_cast<float>(img_range),
                                         weights.data_ptr(),
+                                        device.stream,
+                                        is_finite ? static_cast<int*>(is_finite->data_ptr()) : nullptr,
                                         static_cast<int64_t>(torch::stable::get_num_threads()),
                                         resident_rows,
                                         resident_bytes,
@@ -82,14 +86,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
   m.def("network_memory(int[] config, int batch, int height, int width, int threads, int resident_rows) -> int[]");
   m.def(
       "network(Tensor(a!) y, Tensor x, Tensor weights, Tensor mean, float img_range, int[] config, Tensor? mapped, "
-      "int resident_rows, int resident_bytes, Tensor(b!)? progress) -> bool");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(SEEMORE_NAMESPACE, CPU, m) {
-  m.impl("network_pack", TORCH_BOX(&pack));
-  m.impl("network", TORCH_BOX(&run));
+      "int resident_rows, int resident_bytes, Tensor(b!)? progress, Tensor(c!)? is_finite) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(SEEMORE_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("network_pack", TORCH_BOX(&pack));
+  m.impl("network", TORCH_BOX(&run));
   m.impl("network_memory", TORCH_BOX(&memory));
 }

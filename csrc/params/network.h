@@ -1,4 +1,4 @@
-// The whole network for inference, in the CPU library; its definition is seemore_fast/reference/model.py.
+// The whole network for inference; its definition is seemore_fast/reference/model.py.
 #pragma once
 
 #include "params/views.h"
@@ -6,7 +6,8 @@
 namespace seemore {
 
 // The fields of a configuration in their order, which is that of EngineConfig in seemore_fast/network/engine.py.
-// is_bfloat16: operands of the dense and pointwise convolutions; all else is float32.
+// dtype: a DType, of the operands of the dense and pointwise convolutions, and on a GPU of features between launches; all
+// else is float32.
 #define SEEMORE_NETWORK_FIELDS(FIELD) \
   FIELD(scale)                        \
   FIELD(in_channels)                  \
@@ -16,7 +17,7 @@ namespace seemore {
   FIELD(recursive)                    \
   FIELD(top_k)                        \
   FIELD(is_shuffled)                  \
-  FIELD(is_bfloat16)
+  FIELD(dtype)
 
 struct NetworkConfig {
 #define FIELD(name) int64_t name;
@@ -33,8 +34,9 @@ struct NetworkSizes {
 
 NetworkSizes network_sizes(const NetworkConfig& config);
 
-// Fold the weights as far as that is exact, and put them into the order of their use.
-void network_pack(const NetworkConfig& config, const float* parameters, void* weights);
+// Fold the weights as far as that is exact, and put them into the order of their use. `stream`, here and below: a
+// cudaStream_t, of the CUDA library.
+void network_pack(const NetworkConfig& config, const float* parameters, void* weights, void* stream);
 
 struct Network {
   NetworkConfig config;
@@ -44,6 +46,9 @@ struct Network {
   const float* mean;  // in_channels
   float img_range;
   const void* weights;    // from network_pack
+  void* stream;
+  int* is_finite;         // of the CUDA library: null, or set to 0 where a pixel was not before it became an integer
+  // Of the CPU library.
   int64_t threads;        // the least number of bands of the images; results do not depend on it
   int64_t resident_rows;  // 0, or the state is a mapped file, new and zero, of which at most so many rows are in memory
   int64_t resident_bytes;  // at the beginning of the state, which the file does not have
@@ -56,7 +61,7 @@ struct NetworkMemory {
 };
 
 NetworkMemory network_memory(const Network& network);
-// Returns whether all pixels were finite before they were converted to integers.
+// Returns whether all pixels were finite before they were converted to integers; of the CUDA library, is_finite does.
 bool network(const Network& network, void* state, void* workspace);
 
 }  // namespace seemore

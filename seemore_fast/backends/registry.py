@@ -62,6 +62,6 @@ KERNELS: dict[str, list[Kernel]] = {
     "conv3x3_shuffle": [Kernel("triton", "cuda", (torch.float32,), **MATRIX)],
     "gated_ffn": [Kernel("cpu", "cpu", CPU), Kernel("triton", "cuda", FLOATS, **MATRIX)],
     "low_rank_experts": [Kernel("cpu", "cpu", CPU), Kernel("triton", "cuda", FLOATS, **MATRIX)],
-    "network": [Kernel("cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16))],
+    "network": [Kernel("cpu", "cpu", FLOATS), Kernel("cuda", "cuda", FLOATS, **MATRIX)],
 }
 BACKENDS = ("cpu", "cuda", "triton")

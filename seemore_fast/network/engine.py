@@ -1,4 +1,4 @@
-"""CPU engine: inference of the whole network as one operator of the CPU library.
+"""Engine: inference of the whole network as one operator of the CPU library or of the CUDA library.
 
 `SeemoRe` takes it where `unsupported_reason` is None. The weights are packed at every call, so that they are never
 stale, unless `SeemoRe.prepare` froze them.
@@ -16,13 +16,15 @@ from torch import Tensor
 
 from .. import memory
 from .._torch_compat import has_forward_gradients, is_transformed
-from ..backends import native, select_backend
+from ..backends import lookup_kernel, native, select_backend
 from ..memory import check_memory, mapped_buffer
 from ..ops.operator import define
 from .blocks import ResGroup, body_dtype
 from .modules import ModuleList
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NUMBERS = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}  # of dtypes, as csrc/params/views.h has them
+GPU_MOST = {"taps": 11, "recursive": 3, "experts": 16, "ranks": 64}  # that the CUDA library's kernels are made for
 IN_MEMORY = 6 * 2**30  # bytes that a streamed image takes before any of its features go through a file
 MAX_BANDS = 2**31  # bytes of features of a file that all threads together hold at most, unless MIN_ROWS takes more
 MIN_ROWS = 32  # of a band, which recomputes up to nine rows of its neighbours above and below
@@ -48,7 +50,7 @@ class EngineConfig(NamedTuple):
     recursive: int
     top_k: int
     is_shuffled: bool
-    is_bfloat16: bool  # operands of the dense and pointwise convolutions; all else is float32
+    dtype: int  # of `NUMBERS`: operands of the dense and pointwise convolutions
     ranks: tuple[int, ...]  # of the experts
 
     @classmethod
@@ -87,8 +89,9 @@ class Network(Protocol):
 
 def unsupported_reason(model: Network, x: Tensor) -> str | None:
     """Return None if `run` can compute model(x) now, otherwise the reason why not."""
-    if select_backend("network", x) != "cpu":
-        return "the CPU library is not there or not chosen, or x is not on the CPU or not float32, bfloat16 or float16"
+    backend = select_backend("network", x, model.config["embedding_dim"])
+    if backend == "reference":
+        return "no library has the network for x's device and dtype and this many channels, or none was chosen"
     if model.training:
         return "the model is in training mode"
     weights = model.ordered_parameters()
@@ -98,20 +101,33 @@ def unsupported_reason(model: Network, x: Tensor) -> str | None:
         return "a transform of torch.func or forward-mode differentiation is at work"
     dtype = weights[0].dtype
     if dtype not in DTYPES or any(w.dtype != dtype or w.device != x.device for w in weights):
-        return "the parameters are not all of one dtype (float32, bfloat16 or float16) and on the CPU"
+        return "the parameters are not all of one dtype (float32, bfloat16 or float16) and on the device of x"
     if not model.is_unmodified():
         return "a module has a hook, or is not one that the model was built with"
-    return None
+    return None if backend == "cpu" else _gpu_reason(model)
+
+
+def _gpu_reason(model: Network) -> str | None:
+    """Return None if the CUDA library has kernels for the model's configuration, otherwise the reason why not."""
+    if body_dtype(model.conv_1.weight) == torch.float32:
+        return "features are float32: on a GPU the operators compute those"
+    ranks = model.body[0].local_block.block.moe_layer.ranks
+    c = model.config
+    sizes = {"taps": c["global_kernel_size"], "recursive": c["recursive"], "experts": len(ranks), "ranks": sum(ranks)}
+    too_large = [f"{name} are {size}, at most {GPU_MOST[name]}" for name, size in sizes.items() if size > GPU_MOST[name]]
+    return ", ".join(too_large) or None
 
 
 def config_of(model: Network) -> EngineConfig:
     """Return the model's configuration for the library's operators, as it would be called now.
 
-    bfloat16 where the processor multiplies it; elsewhere it would be no faster than float32, which is exact.
+    On a CPU bfloat16 where the processor multiplies it; elsewhere it would be no faster than float32, which is exact.
     """
     c = model.config
-    is_narrow = body_dtype(model.conv_1.weight) == torch.bfloat16
-    in_bfloat16 = is_narrow and native.instruction_set() == "avx512_bf16"
+    dtype = body_dtype(model.conv_1.weight)
+    if select_backend("network", model.mean) == "cpu":
+        multiplies = dtype == torch.bfloat16 and native.instruction_set() == "avx512_bf16"
+        dtype = torch.bfloat16 if multiplies else torch.float32
     return EngineConfig(
         scale=c["scale"],
         in_channels=c["in_chans"],
@@ -121,7 +137,7 @@ def config_of(model: Network) -> EngineConfig:
         recursive=c["recursive"],
         top_k=c["topk"],
         is_shuffled=c["use_shuffle"],
-        is_bfloat16=in_bfloat16,
+        dtype=NUMBERS[dtype],
         ranks=tuple(model.body[0].local_block.block.moe_layer.ranks),
     )
 
@@ -161,7 +177,7 @@ def pack(parameters: list[Tensor], config: EngineConfig) -> Tensor:
     """Return the weights as the engine uses them, from the model's parameters in their order."""
     with torch.no_grad():
         flat = torch.cat([parameter.flatten() for parameter in parameters]).float()
-    return torch.ops.seemore_cpu.network_pack(flat, config.numbers())
+    return lookup_kernel("network", flat, part="_pack")(flat, config.numbers())
 
 
 def _run(
@@ -179,20 +195,51 @@ def _run(
     packed = weights[0] if is_packed else pack(weights, config)
     mean = mean.flatten().float().contiguous()
     shape = _extended(config, x.shape)
-    state, rows, resident = None, 0, 0
-    if folder is not None:
-        _, disk, resident, rows = _plan(config, shape, None, y.element_size(), streamed=True)
-        state = mapped_buffer(resident + disk, folder, resident)[0] if disk else None
-    streaming = (state, rows, resident, progress)
     if shape == x.shape:
-        return torch.ops.seemore_cpu.network(y, x, packed, mean, img_range, config.numbers(), *streaming)
+        return _call(y, x, packed, mean, img_range, config, folder, progress)
     height, width = x.shape[2:]
-    rows, columns = torch.arange(shape[2]).clamp(max=height - 1), torch.arange(shape[3]).clamp(max=width - 1)
+    rows, columns = (torch.arange(n, device=x.device).clamp(max=m - 1) for n, m in zip(shape[2:], (height, width)))
     x = _as_known(x)[:, :, rows[:, None], columns].view(x.dtype)
     y_extended = y.new_empty(*shape[:2], shape[2] * config.scale, shape[3] * config.scale)
-    is_finite = torch.ops.seemore_cpu.network(y_extended, x, packed, mean, img_range, config.numbers(), *streaming)
+    is_finite = _call(y_extended, x, packed, mean, img_range, config, folder, progress)
     y.copy_(y_extended[:, :, : y.shape[2], : y.shape[3]])
     return is_finite
+
+
+def _call(
+    y: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    mean: Tensor,
+    img_range: float,
+    config: EngineConfig,
+    folder: Path | None,
+    progress: Tensor | None,
+) -> bool:
+    """Call the library, with the memory that it takes."""
+    state, is_finite, rows, resident = None, None, 0, 0
+    if _is_cpu(mean):
+        if folder is not None:
+            _, disk, resident, rows = _plan(config, x.shape, None, y.element_size(), streamed=True)
+            state = mapped_buffer(resident + disk, folder, resident)[0] if disk else None
+    else:
+        needed = lookup_kernel("network", mean, part="_memory")(config.numbers(), *_without_channels(x.shape), 1, 0)[0]
+        state = torch.empty(needed, dtype=torch.uint8, device=x.device)
+        is_finite = None if y.dtype == torch.float32 else torch.ones(1, dtype=torch.int32, device=x.device)
+    function = lookup_kernel("network", mean)
+    result = function(
+        y, x, packed, mean, img_range, config.numbers(), state, rows, resident, progress, is_finite
+    )
+    return result if is_finite is None else bool(is_finite)
+
+
+def _is_cpu(like: Tensor) -> bool:
+    """Return whether the CPU library computes the network for images on the device of `like`, in float32."""
+    return select_backend("network", like) == "cpu"
+
+
+def _without_channels(shape: Sequence[int]) -> tuple[int, int, int]:
+    return shape[0], shape[2], shape[3]
 
 
 def _as_known(x: Tensor) -> Tensor:
@@ -252,9 +299,10 @@ def _forward(
     scale = config.scale
     batch, channels, height, width = x.shape
     shape = _extended(config, x.shape)
-    is_copied = x.dtype != torch.float32 or shape != x.shape
-    needed = _plan(config, x.shape, None, itemsize=4, streamed=False).memory + is_copied * 4 * math.prod(shape)
-    check_memory(needed, f"x of shape {tuple(x.shape)} upscaled {scale}x")
+    if x.device.type == "cpu" and _is_cpu(mean):
+        is_copied = x.dtype != torch.float32 or shape != x.shape
+        needed = _plan(config, x.shape, None, itemsize=4, streamed=False).memory + is_copied * 4 * math.prod(shape)
+        check_memory(needed, f"x of shape {tuple(x.shape)} upscaled {scale}x")
     y = x.new_empty(batch, channels, height * scale, width * scale, dtype=torch.float32)
     _run(y, x.float(), weights, is_packed, mean, img_range, config)
     return y

@@ -51,8 +51,8 @@ class SeemoRe(Fused, reference.SeemoRe):
 
     Arguments, state dict, outputs and gradients are the published ones: see `reference.SeemoRe`.
 
-    In eval mode, on a CPU and without gradients, the whole network is one operator; otherwise each block is a few fused
-    ones. Weights are packed at every call; `prepare` freezes them. `recompute` trades time for memory in training.
+    In eval mode and without gradients the whole network is one operator, on a CPU, and on a GPU in 16 bit; otherwise each
+    block is a few fused ones. Weights are packed at every call; `prepare` freezes them. `recompute` trades time for memory in training.
     """
 
     group = ResGroup
@@ -109,7 +109,7 @@ class SeemoRe(Fused, reference.SeemoRe):
         ends = self._frozen["ends"]
         self._frozen["replays"] = Graphs(lambda x: self._launch(x, ends), MOST_REPLAYS, Recorded, "recording")
         if graph:
-            self._frozen["graphs"] = Graphs(self._padded)
+            self._frozen["graphs"] = Graphs(self._compute)
         return self
 
     def engine_weights(self, config: engine.EngineConfig) -> tuple[list[Tensor], bool]:
@@ -141,13 +141,15 @@ class SeemoRe(Fused, reference.SeemoRe):
             raise ValueError(
                 f"x is on {x.device}, expected {self.mean.device}, where the model is: move one of them with .to()"
             )
-        if engine.unsupported_reason(self, x) is None:
-            return engine.run(self, x)
         if "graphs" in self._frozen and self._can_capture(x):
             return self._frozen["graphs"](x)
         if x.device.type != "cuda" or torch.compiler.is_compiling():
-            return self._padded(x)
-        return with_oom_hint(self._padded, self, x)
+            return self._compute(x)
+        return with_oom_hint(self._compute, self, x)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        """Return the result by the engine, or, where it does not serve, by operators."""
+        return engine.run(self, x) if engine.unsupported_reason(self, x) is None else self._padded(x)
 
     def _can_capture(self, x: Tensor) -> bool:
         if x.device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():

@@ -306,12 +306,12 @@ class Engine {
 }  // namespace
 
 NetworkMemory network_memory(const Network& net) {
-  return net.config.is_bfloat16 ? Engine<Pair>(net, nullptr, nullptr).memory()
+  return is_bfloat16(net.config) ? Engine<Pair>(net, nullptr, nullptr).memory()
                                 : Engine<float>(net, nullptr, nullptr).memory();
 }
 
 bool network(const Network& net, void* state, void* workspace) {
-  return net.config.is_bfloat16 ? Engine<Pair>(net, state, workspace)() : Engine<float>(net, state, workspace)();
+  return is_bfloat16(net.config) ? Engine<Pair>(net, state, workspace)() : Engine<float>(net, state, workspace)();
 }
 
 }  // namespace seemore::SEEMORE_ISA

@@ -194,11 +194,11 @@ int64_t parameters_count(const NetworkConfig& config) {
 }  // namespace
 
 NetworkSizes network_sizes(const NetworkConfig& config) {
-  return {parameters_count(config), config.is_bfloat16 ? weights_bytes<Pair>(config) : weights_bytes<float>(config)};
+  return {parameters_count(config), is_bfloat16(config) ? weights_bytes<Pair>(config) : weights_bytes<float>(config)};
 }
 
-void network_pack(const NetworkConfig& config, const float* parameters, void* weights) {
-  if (config.is_bfloat16) {
+void network_pack(const NetworkConfig& config, const float* parameters, void* weights, void*) {
+  if (is_bfloat16(config)) {
     pack_network<Pair>(config, parameters, weights);
   } else {
     pack_network<float>(config, parameters, weights);

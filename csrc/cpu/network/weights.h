@@ -6,6 +6,8 @@
 
 namespace seemore::SEEMORE_ISA {
 
+inline bool is_bfloat16(const NetworkConfig& config) { return config.dtype == static_cast<int64_t>(DType::bfloat16); }
+
 // Depthwise weights, [channel][tap], and biases.
 struct Depthwise {
   Depthwise(Arena& arena, int64_t channels, int64_t count)

@@ -17,19 +17,37 @@ inline void check_launch(const char* kernel) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
 }
 
-// Of the current device, which is asked once. Legal during a capture.
-inline int multiprocessors() {
+// An attribute of the current device, which is asked once. Legal during a capture.
+template <cudaDeviceAttr kAttribute>
+int device_attribute(const char* name) {
   constexpr int kMostDevices = 64;
   static std::atomic<int> known[kMostDevices];
-  int device = 0, count = 0;
+  int device = 0, value = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess && device < kMostDevices) count = known[device];
-  if (error == cudaSuccess && count == 0) {
-    error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    if (error == cudaSuccess && device < kMostDevices) known[device] = count;
+  if (error == cudaSuccess && device < kMostDevices) value = known[device];
+  if (error == cudaSuccess && value == 0) {
+    error = cudaDeviceGetAttribute(&value, kAttribute, device);
+    if (error == cudaSuccess && device < kMostDevices) known[device] = value;
   }
-  if (error != cudaSuccess) throw std::runtime_error(std::string("multiprocessors: ") + cudaGetErrorString(error));
-  return count;
+  if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+  return value;
+}
+
+inline int multiprocessors() { return device_attribute<cudaDevAttrMultiProcessorCount>("multiprocessors"); }
+
+// Bytes that a block can have, and that all blocks of a multiprocessor have.
+inline int most_shared_bytes() {
+  return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>("shared memory of a block");
+}
+inline int shared_bytes_of_multiprocessor() {
+  return device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>("shared memory");
+}
+
+template <typename Kernel>
+void allow_shared(Kernel* kernel, int64_t bytes, const char* name) {
+  const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, static_cast<int>(bytes));
+  if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
 }
 
 // A kernel with commas in its name goes in parentheses.
@@ -47,6 +65,13 @@ inline int multiprocessors() {
 #else
 #include "cuda_host.h"
 #endif
+
+// A launch with more than the 48 KB of shared memory that every block can have.
+#define LAUNCH_LARGE(kernel, grid, block, shared_bytes, stream, ...)            \
+  do {                                                                          \
+    allow_shared(kernel, shared_bytes, #kernel);                                \
+    LAUNCH(kernel, grid, block, shared_bytes, stream, __VA_ARGS__);             \
+  } while (0)
 
 // A one-dimensional grid, the only dimension in which millions of blocks fit.
 inline unsigned grid_of(int64_t blocks, const char* kernel) {

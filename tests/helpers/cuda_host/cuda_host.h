@@ -13,6 +13,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -35,9 +36,12 @@
 #define __shared__ static thread_local  // only so that fill_static_shared finds all of them
 #endif
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 using std::max;
 using std::min;
+
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
@@ -45,7 +49,8 @@ inline dim3 blockDim, gridDim;
 namespace cuda_host {
 
 constexpr int kWarp = 32;
-constexpr size_t kStackBytes = 128 * 1024, kMaxSharedBytes = 48 * 1024;
+constexpr size_t kStackBytes = 128 * 1024;
+inline size_t most_shared = 48 * 1024;  // bytes that the next launch may have
 
 struct Fiber {
   jmp_buf state;  // of a fiber that does not run; unlike swapcontext, a jump makes no system call
@@ -220,7 +225,7 @@ void launch(const std::string& name, dim3 grid, dim3 threads, size_t shared_byte
             Arguments... arguments) {
   const std::lock_guard lock(one_launch_at_a_time);
   const size_t count = size_t(threads.x) * threads.y * threads.z, blocks = size_t(grid.x) * grid.y * grid.z;
-  if (count == 0 || count > 1024 || threads.z > 64 || shared_bytes > kMaxSharedBytes || blocks == 0 ||
+  if (count == 0 || count > 1024 || threads.z > 64 || shared_bytes > most_shared || blocks == 0 ||
       grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) {
     throw std::runtime_error(name + ": invalid configuration argument");
   }
@@ -263,6 +268,58 @@ T shuffle(unsigned mask, T value, Source source, int line) {
   return value;
 }
 
+// Calls use(array of what the lanes of the warp have); none goes on before all have done.
+template <typename T, typename Use>
+void with_warp(const T& own, Use use, int line) {
+  Thread& self = *block.current;
+  const size_t first = (&self - block.threads.data()) / kWarp * kWarp;
+  const unsigned which = self.shuffles++ % 2;
+  const T* const address = &own;
+  std::memcpy(&self.offers[which], &address, sizeof(address));
+  wait(State::at_shuffle, line);
+  const T* lanes[kWarp];
+  for (size_t lane = 0; lane < kWarp; ++lane) {
+    std::memcpy(&lanes[lane], &block.threads[first + lane].offers[which], sizeof(T*));
+  }
+  use(lanes);
+  shuffle(0xffffffff, 0, [](size_t lane) { return lane; }, -line);
+}
+
+template <typename T>
+float from_bits(uint16_t bits) {
+  T value;
+  std::memcpy(static_cast<void*>(&value), &bits, sizeof(value));
+  return static_cast<float>(value);
+}
+
+// mma.sync m16n8k16 and m16n8k8 with float32 sums: products are exact, and rounded once they are added up.
+template <typename T, int kInputs>
+void multiply_add(float (&first)[2], float (&second)[2], const uint32_t (&a)[kInputs / 4],
+                  const uint32_t (&b)[kInputs / 8], int line = __builtin_LINE()) {
+  struct Operands {
+    const uint32_t *a, *b;
+  };
+  with_warp(
+      Operands{a, b},
+      [&](const Operands* const* lanes) {
+        const size_t lane = (block.current - block.threads.data()) % kWarp, group = lane / 4, pair = lane % 4;
+        for (int row = 0; row < 2; ++row) {
+          for (int column = 0; column < 2; ++column) {
+            float& to = row ? second[column] : first[column];
+            double sum = to;
+            for (int k = 0; k < kInputs; ++k) {
+              const int word = k / 8, quarter = k % 8 / 2, half = 16 * (k % 2);
+              const uint32_t left = lanes[4 * group + quarter]->a[2 * word + row];
+              const uint32_t right = lanes[4 * (2 * pair + column) + quarter]->b[word];
+              sum += double(from_bits<T>(left >> half)) * from_bits<T>(right >> half);
+            }
+            to = static_cast<float>(sum);
+          }
+        }
+      },
+      line);
+}
+
 }  // namespace cuda_host
 
 inline void __syncthreads(int line = __builtin_LINE()) { cuda_host::wait(cuda_host::State::at_barrier, line); }
@@ -284,6 +341,20 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()
 inline int multiprocessors() {
   const char* const variable = std::getenv("CUDA_HOST_MULTIPROCESSORS");
   return variable ? std::atoi(variable) : 132;
+}
+
+inline int shared_kilobytes(const char* variable, int otherwise) {
+  const char* const value = std::getenv(variable);
+  return (value ? std::atoi(value) : otherwise) * 1024;
+}
+
+inline int most_shared_bytes() { return shared_kilobytes("CUDA_HOST_SHARED", 228) - 1024; }
+inline int shared_bytes_of_multiprocessor() { return shared_kilobytes("CUDA_HOST_SHARED", 228); }
+
+template <typename Kernel>
+void allow_shared(Kernel*, int64_t bytes, const char* name) {
+  if (bytes > most_shared_bytes()) throw std::runtime_error(std::string(name) + ": invalid argument");
+  cuda_host::most_shared = std::max<size_t>(bytes, 48 * 1024);
 }
 
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \

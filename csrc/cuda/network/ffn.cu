@@ -1,0 +1,270 @@
+// GatedFFN with its LayerNorm and residual; alone, as it ends SME, or after the experts, as it ends RME.
+//
+// A step computes the rows of g, the half that is convolved, into a ring in shared memory. The other half, u, is
+// computed where it is used. After the experts, their result is kept in a second ring: it never goes to memory.
+// Reads x and writes it: 160 bytes a pixel for 36 channels; with experts 272.
+
+#include "cuda/common/bilinear.h"
+#include "cuda/network/stages.h"
+#include "cuda/network/walk.h"
+
+namespace seemore::gpu {
+namespace {
+
+constexpr int kHalo = 1;
+constexpr int kRing = kStep + 2;
+
+struct ExpertsCall {
+  void *a, *ranks;
+  const float* small;
+  const int64_t* index;
+  const float* weight;
+  int top_k, rank_chunks;
+  int8_t expert[kMostRanks];  // of each rank, -1 behind the last
+  Axis<float> down, across;
+  uint4 *project_a, *mix, *mix_ranks;
+  float *project_a_bias, *mix_bias, *experts_bias;
+};
+
+struct Call {
+  Walk walk;
+  int channels;
+  void *x, *y;
+  int64_t pixels;
+  FfnWeights weights;
+  ExpertsCall experts;
+};
+
+template <int kChannels, bool kExperts>
+int64_t shared_bytes(int columns) {
+  return (1 + kExperts) * Ring<kChannels, kRing>::bytes(columns) +
+         kExperts * (kChannels + kMostRanks) * int64_t(sizeof(float));
+}
+
+// The experts that the block's image chose.
+struct Choice {
+  float *share, *bias;  // of each rank: its expert's probability, or 0; of each channel
+
+  template <int kChannels>
+  __device__ void read(const ExpertsCall& call, int image) const {
+    const int64_t* const index = call.index + image * call.top_k;
+    const float* const weight = call.weight + image * call.top_k;
+    for (int i = threadIdx.x; i < kMostRanks + kChannels; i += blockDim.x) {
+      float sum = i < kMostRanks ? 0 : call.mix_bias[i - kMostRanks];
+      for (int n = 0; n < call.top_k; ++n) {
+        if (i >= kMostRanks) {
+          sum += weight[n] * call.experts_bias[index[n] * kChannels + i - kMostRanks];
+        } else if (call.expert[i] == index[n]) {
+          sum = weight[n];
+        }
+      }
+      (i < kMostRanks ? share + i : bias + (i - kMostRanks))[0] = sum;
+    }
+  }
+};
+
+// The small map at a pixel, for four ranks.
+__device__ inline void interpolate(float (&to)[4], const ExpertsCall& call, int image, int y, int x, int rank) {
+  const float down = call.down.position(y), across = call.across.position(x);
+  const int rows[2] = {call.down.before(down), call.down.after(call.down.before(down))};
+  const int columns[2] = {call.across.before(across), call.across.after(call.across.before(across))};
+  const float lower = down - rows[0], right = across - columns[0];
+  float4 corner[2][2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t at = (int64_t(image) * call.down.small + rows[i / 2]) * call.across.small + columns[i % 2];
+    corner[i / 2][i % 2] = *reinterpret_cast<const float4*>(call.small + at * (call.rank_chunks * kChunk) + rank);
+  }
+  const auto mix = [&](float upper_left, float upper_right, float lower_left, float lower_right) {
+    const float above = upper_left + right * (upper_right - upper_left);
+    return above + lower * (lower_left + right * (lower_right - lower_left) - above);
+  };
+  to[0] = mix(corner[0][0].x, corner[0][1].x, corner[1][0].x, corner[1][1].x);
+  to[1] = mix(corner[0][0].y, corner[0][1].y, corner[1][0].y, corner[1][1].y);
+  to[2] = mix(corner[0][0].z, corner[0][1].z, corner[1][0].z, corner[1][1].z);
+  to[3] = mix(corner[0][0].w, corner[0][1].w, corner[1][0].w, corner[1][1].w);
+}
+
+// words = x + what the chosen experts make of a and k, projected; of a step's rows from `row` on.
+template <class T, int kChannels>
+__device__ void read_experts(uint32_t (&words)[kPixels][kWords<kChannels>], const Call& call, const Choice& choice,
+                            const Part& part, const Unit& unit, int row) {
+  constexpr int kCount = kWords<kChannels>;
+  const ExpertsCall& experts = call.experts;
+  uint32_t a[kPixels][kCount];
+  read_pixels(a, Features<kChannels>::at(experts.a, call.pixels), call.walk, part, unit, row);
+  float sums[kPixels][kCount][2], bias[kCount][2];
+  read_channels<kChannels>(bias, choice.bias, unit.lane);
+  fill(sums, bias);
+  multiply<T>(sums, a, experts.mix);
+#pragma unroll 1
+  for (int chunk = 0; chunk < experts.rank_chunks; ++chunk) {
+    const int rank = chunk * kChunk + 4 * unit.lane.quarter;
+    float product[kPixels][2][2];
+    {
+      const float4 start = *reinterpret_cast<const float4*>(experts.project_a_bias + rank);
+      const float four[2][2] = {{start.x, start.y}, {start.z, start.w}};
+      fill(product, four);
+    }
+    multiply<T>(product, a, experts.project_a + chunk * quads_of(2, kCount) * kWarp);
+    uint32_t modulated[kPixels][2];
+    for_pixels(call.walk, part, unit, row, [&](int p, int y, int x, int64_t pixel) {
+      modulated[p][0] = modulated[p][1] = 0;
+      if (pixel < 0) return;
+      const uint2 pair = *reinterpret_cast<const uint2*>(static_cast<const uint32_t*>(experts.ranks) +
+                                                         (pixel * experts.rank_chunks * kChunk + rank) / 2);
+      float k[2][2], s[4];
+      unpack_pair<T>(k[0], pair.x), unpack_pair<T>(k[1], pair.y);
+      interpolate(s, experts, part.image, y, x, rank);
+#pragma unroll
+      for (int word = 0; word < 2; ++word) {
+        float z[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float share = choice.share[rank + 2 * word + i];  // an expert not chosen may have overflown
+          z[i] = share == 0 ? 0 : share * ((k[word][i] + s[2 * word + i]) * product[p][word][i]);
+        }
+        modulated[p][word] = pack_pair<T>(z[0], z[1]);
+      }
+    });
+    multiply<T>(sums, modulated, experts.mix_ranks + chunk * quads_of(kCount, 2) * kWarp);
+  }
+  read_pixels(words, Features<kChannels>::at(call.x, call.pixels), call.walk, part, unit, row);
+#pragma unroll
+  for (int p = 0; p < kPixels; ++p) {
+#pragma unroll
+    for (int word = 0; word < kCount; ++word) {
+      float x[2];
+      unpack_pair<T>(x, words[p][word]);
+      words[p][word] = pack_pair<T>(x[0] + sums[p][word][0], x[1] + sums[p][word][1]);
+    }
+  }
+}
+
+template <class T, int kChannels, bool kExperts>
+__global__ void __launch_bounds__(kMostThreads, blocks_of(kChannels)) ffn_kernel(Call call) {
+  constexpr int kCount = kWords<kChannels>;
+  DYNAMIC_SHARED(char, memory);
+  const Walk& walk = call.walk;
+  const FfnWeights& weights = call.weights;
+  const Part part(walk);
+  const Unit unit(walk);
+  const int64_t ring_bytes = Ring<kChannels, kRing>::bytes(walk.columns);
+  const Ring<kChannels, kRing> g(memory, walk.columns);
+  const Ring<kChannels, kRing> kept(memory + ring_bytes, walk.columns);  // of experts
+  float* const floats = reinterpret_cast<float*>(memory + (1 + kExperts) * ring_bytes);
+  const Choice choice{floats, floats + kMostRanks};
+  const auto x = Features<kChannels>::at(call.x, call.pixels), y = Features<kChannels>::at(call.y, call.pixels);
+  if constexpr (kExperts) {
+    choice.read<kChannels>(call.experts, part.image);
+    __syncthreads();
+  }
+  const auto read = [&](uint32_t(&words)[kPixels][kCount], int row) {
+    if constexpr (kExperts) {
+#pragma unroll
+      for (int p = 0; p < kPixels; ++p) {
+        kept.features.read(words[p], kept(row + unit.row + Unit::row_of(p) - part.top, unit.column_of(p)), unit.lane);
+      }
+    } else {
+      read_pixels(words, x, walk, part, unit, row);
+    }
+  };
+
+  for (int row = part.top - kStep; row < part.bottom; row += kStep) {
+    const int next = row + 1 + unit.row, own = row + unit.row;
+    if (next + 1 >= part.top - 1 && next <= part.bottom) {
+      uint32_t words[kPixels][kCount];
+      if constexpr (!kExperts) {
+        read_pixels(words, x, walk, part, unit, row + 1);
+      } else {
+        read_experts<T, kChannels>(words, call, choice, part, unit, row + 1);
+#pragma unroll
+        for (int p = 0; p < kPixels; ++p) {
+          kept.features.write(kept(next + Unit::row_of(p) - part.top, unit.column_of(p)), words[p], unit.lane);
+        }
+      }
+      float sums[kPixels][kCount][2], bias[kCount][2];
+      read_channels<kChannels>(bias, weights.g_bias, unit.lane);
+      fill(sums, bias);
+#pragma unroll
+      for (int p = 0; p < kPixels; ++p) normalise<T>(words[p], call.channels, unit.lane);
+      multiply<T>(sums, words, weights.g);
+      for_pixels(walk, part, unit, row + 1, [&](int p, int line, int, int64_t pixel) {
+        narrow<T, true>(words[p], sums[p]);
+#pragma unroll
+        for (uint32_t& word : words[p]) word = pixel < 0 ? 0 : word;
+        g.features.write(g(line - part.top, unit.column_of(p)), words[p], unit.lane);
+      });
+    }
+    __syncthreads();
+    if (row >= part.top && own < part.bottom) {
+      uint32_t u[kPixels][kCount], gated[kPixels][kCount];
+      float sums[kPixels][kCount][2], bias[kCount][2];
+      read(u, row);
+      read_channels<kChannels>(bias, weights.u_bias, unit.lane);
+      fill(sums, bias);
+#pragma unroll
+      for (int p = 0; p < kPixels; ++p) normalise<T>(u[p], call.channels, unit.lane);
+      multiply<T>(sums, u, weights.u);
+#pragma unroll
+      for (int p = 0; p < kPixels; ++p) narrow<T, true>(u[p], sums[p]);
+      stencil<T, 3, 3>(gated, g, weights.gate, weights.gate_bias, part, unit, row,
+                       [&](int word, int i, int p, float sum) {
+                         float pair[2];
+                         unpack_pair<T>(pair, u[p][word]);
+                         return pair[i] * sum;
+                       });
+      read_channels<kChannels>(bias, weights.project_bias, unit.lane);
+      fill(sums, bias);
+      multiply<T>(sums, gated, weights.project);
+      read(u, row);
+      for_pixels(walk, part, unit, row, [&](int p, int line, int column, int64_t pixel) {
+#pragma unroll
+        for (int word = 0; word < kCount; ++word) {
+          float pair[2];
+          unpack_pair<T>(pair, u[p][word]);
+          u[p][word] = pack_pair<T>(pair[0] + gelu_to<T>(sums[p][word][0]), pair[1] + gelu_to<T>(sums[p][word][1]));
+        }
+        if (part.owns(line, column)) y.write(pixel, u[p], unit.lane);
+      });
+    }
+    __syncthreads();
+  }
+}
+
+template <bool kExperts>
+void launch(const Scene& scene, void* x, void* y, const FfnWeights& weights, const ExpertsCall& experts) {
+  with_features(static_cast<DType>(scene.config().dtype), scene.channels(), [&](auto type, auto channels) {
+    constexpr int kChannels = decltype(channels)::value;
+    const int columns = columns_of(shared_bytes<kChannels, kExperts>);
+    const Walk walk = plan_walk(scene.net.size, columns, kHalo, kHalo, 2);
+    const Call call{walk, scene.channels(), x, y, scene.pixels(), weights, experts};
+    LAUNCH_LARGE((ffn_kernel<decltype(type), kChannels, kExperts>), grid_of(walk.blocks(), "network"), walk.threads(),
+                 (shared_bytes<kChannels, kExperts>(columns)), scene.stream, call);
+  });
+}
+
+}  // namespace
+
+void launch_experts(const Scene& scene, const GroupWeights& weights) {
+  const Buffers& b = scene.buffers;
+  const NetworkConfig& config = scene.config();
+  const Size map = scene.map(config.recursive);
+  ExpertsCall call{b.a, b.ranks, b.small, b.expert_index, b.expert_weight, static_cast<int>(config.top_k),
+                   scene.widths.rank_chunks, {}, Axis<float>(scene.net.size.height, map.height),
+                   Axis<float>(scene.net.size.width, map.width), weights.experts_a, weights.mix, weights.mix_ranks,
+                   weights.experts_a_bias, weights.mix_bias, weights.experts_bias};
+  int rank = 0;
+  for (int64_t e = 0; e < config.experts; ++e) {
+    for (int64_t i = 0; i < config.ranks[e]; ++i) call.expert[rank++] = static_cast<int8_t>(e);
+  }
+  while (rank < kMostRanks) call.expert[rank++] = -1;
+  launch<true>(scene, b.x[0], b.x[1], weights.local_ffn, call);
+}
+
+void launch_ffn(const Scene& scene, const GroupWeights& weights) {
+  const ExpertsCall none{{}, {}, {}, {}, {}, 0, 0, {}, {1, 1}, {1, 1}, {}, {}, {}, {}, {}, {}};
+  launch<false>(scene, scene.buffers.x[0], scene.buffers.x[1], weights.global_ffn, none);
+}
+
+}  // namespace seemore::gpu

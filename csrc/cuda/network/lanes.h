@@ -1,0 +1,250 @@
+// How a warp holds features: 16 pixels at a time, as mma.sync m16n8k16 takes and gives them.
+//
+// A quad of lanes has two pixels; each of its lanes has a quarter of their channels, in pairs: words of 32 bits while
+// they are 16 bits wide, two floats while they are sums. The results of one product so are the operand of the next, in
+// the same registers. The order of channels within a product is ours to choose (the weights are packed in it), and is
+// such that a lane's words are neighbours in memory: lane t of a quad has channels 8 t to 8 t + 7 of the first 32 and
+// the t-th quarter of the others.
+#pragma once
+
+#include "cuda/common/types.h"
+
+namespace seemore::gpu {
+
+constexpr int kHead = 32;  // channels of the first part
+
+// Channels as they are padded: those of kernels.
+template <int kChannels>
+constexpr int kWords = kChannels / 8;  // of a lane and pixel
+
+// The first channel of word `word`; lane: of a quad.
+__host__ __device__ constexpr int channel_of(int channels, int word, int lane) {
+  return word < kHead / 8 ? 8 * lane + 2 * word : kHead + (channels - kHead) / 4 * lane + 2 * (word - kHead / 8);
+}
+
+struct Lane {
+  int pixel = threadIdx.x % kWarp / 4;  // and pixel + 8, of 16
+  int quarter = threadIdx.x % 4;
+};
+
+template <class T>
+__device__ uint32_t pack_pair(float first, float second) {
+  uint32_t word;
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    memcpy(&word, &pair, sizeof(word));
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    memcpy(&word, &pair, sizeof(word));
+  }
+  return word;
+}
+
+template <class T>
+__device__ void unpack_pair(float (&pair)[2], uint32_t word) {
+  if constexpr (std::is_same_v<T, __half>) {
+    __half2 narrow;
+    memcpy(static_cast<void*>(&narrow), &word, sizeof(word));
+    pair[0] = __low2float(narrow), pair[1] = __high2float(narrow);
+  } else {  // the upper half of a float
+    const uint32_t bits[2] = {word << 16, word & 0xffff0000};
+    memcpy(pair, bits, sizeof(bits));
+  }
+}
+
+// sums += a b: 16 pixels, 16 inputs (8 where kInputs is 8), 8 outputs. a: words of the lane's first and second pixel.
+template <class T, int kInputs>
+__device__ void multiply_add(float (&first)[2], float (&second)[2], const uint32_t (&a)[kInputs / 4],
+                             const uint32_t (&b)[kInputs / 8]) {
+#if !defined(__CUDACC__)
+  cuda_host::multiply_add<T, kInputs>(first, second, a, b);
+#elif __CUDA_ARCH__ >= 800
+#define SEEMORE_MMA(shape, type, operands, ...)                                                               \
+  asm("mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, " operands               \
+      ", {%0, %1, %2, %3};"                                                                                    \
+      : "+f"(first[0]), "+f"(first[1]), "+f"(second[0]), "+f"(second[1])                                       \
+      : __VA_ARGS__)
+  if constexpr (kInputs == 16 && std::is_same_v<T, __half>) {
+    SEEMORE_MMA("m16n8k16", "f16", "{%4, %5, %6, %7}, {%8, %9}", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]),
+                "r"(b[1]));
+  } else if constexpr (kInputs == 16) {
+    SEEMORE_MMA("m16n8k16", "bf16", "{%4, %5, %6, %7}, {%8, %9}", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
+                "r"(b[0]), "r"(b[1]));
+  } else if constexpr (std::is_same_v<T, __half>) {
+    SEEMORE_MMA("m16n8k8", "f16", "{%4, %5}, {%6}", "r"(a[0]), "r"(a[1]), "r"(b[0]));
+  } else {
+    SEEMORE_MMA("m16n8k8", "bf16", "{%4, %5}, {%6}", "r"(a[0]), "r"(a[1]), "r"(b[0]));
+  }
+#undef SEEMORE_MMA
+#else
+  __trap();  // engine.py leaves such GPUs to the operators
+#endif
+}
+
+// Quads of words that hold a matrix of so many outputs (in eights) and inputs (in words of a lane).
+constexpr __host__ __device__ int quads_of(int outputs, int inputs) { return (outputs * inputs + 3) / 4; }
+
+// sums[pixel][output] += weights x, for kPixels / 2 times 16 pixels. weights: [quad][lane of the warp], as `pack` wrote
+// them, which every warp of a multiprocessor finds in its first-level cache.
+template <class T, int kOutputs, int kPixels, int kInputs>
+__device__ void multiply(float (&sums)[kPixels][kOutputs][2], const uint32_t (&x)[kPixels][kInputs],
+                         const uint4* weights) {
+  const uint4* const own = weights + threadIdx.x % kWarp;
+  uint4 quad;
+  int next = 0;
+  const auto read = [&] {
+    const int word = next++;
+    if (word % 4 == 0) quad = own[word / 4 * kWarp];
+    return word % 4 == 0 ? quad.x : word % 4 == 1 ? quad.y : word % 4 == 2 ? quad.z : quad.w;
+  };
+#pragma unroll
+  for (int i = 0; i < kInputs; i += 2) {
+#pragma unroll
+    for (int o = 0; o < kOutputs; ++o) {
+      const bool is_pair = i + 1 < kInputs;
+      const uint32_t b[2] = {read(), is_pair ? read() : 0};
+#pragma unroll
+      for (int p = 0; p < kPixels; p += 2) {
+        if (is_pair) {
+          const int j = i + 1 < kInputs ? i + 1 : i;
+          multiply_add<T, 16>(sums[p][o], sums[p + 1][o], {x[p][i], x[p + 1][i], x[p][j], x[p + 1][j]}, b);
+        } else {
+          multiply_add<T, 8>(sums[p][o], sums[p + 1][o], {x[p][i], x[p + 1][i]}, {b[0]});
+        }
+      }
+    }
+  }
+}
+
+// The sum of a quad's lanes, in each of them.
+__device__ inline float sum_of_quad(float value) {
+  value += __shfl_xor_sync(kAllLanes, value, 1);
+  return value + __shfl_xor_sync(kAllLanes, value, 2);
+}
+
+// Numbers of all channels, the lane's part of them. values: in the order of channels, aligned to 16 bytes.
+template <int kChannels, int kFirst = 0, int kCount = kWords<kChannels>>
+__device__ void read_channels(float (&to)[kCount][2], const float* values, const Lane& lane) {
+#pragma unroll
+  for (int word = 0; word < kCount; ++word) {
+    const float2 pair =
+        *reinterpret_cast<const float2*>(values + channel_of(kChannels, kFirst + word, lane.quarter));
+    to[word][0] = pair.x, to[word][1] = pair.y;
+  }
+}
+
+// Features of pixels in 16 bit, in global or shared memory: [pixel][32 channels], then [pixel][the others].
+template <int kChannels>
+struct Features {
+  static constexpr int kTail = (kChannels - kHead) / 8;  // words of a lane
+  uint32_t *head, *tail;
+
+  __host__ __device__ static int64_t words(int64_t pixels) { return pixels * (kChannels / 2); }
+  __host__ __device__ static Features at(void* memory, int64_t pixels) {
+    uint32_t* const words = static_cast<uint32_t*>(memory);
+    return {words, words + pixels * (kHead / 2)};
+  }
+
+  template <class Index>
+  __device__ void read_head(uint32_t (&to)[kHead / 8], Index pixel, const Lane& lane) const {
+    const uint4 quad = *reinterpret_cast<const uint4*>(head + pixel * (kHead / 2) + 4 * lane.quarter);
+    to[0] = quad.x, to[1] = quad.y, to[2] = quad.z, to[3] = quad.w;
+  }
+  template <class Index>
+  __device__ void read_tail(uint32_t (&to)[kTail], Index pixel, const Lane& lane) const {
+    const uint32_t* const from = tail + pixel * (4 * kTail) + kTail * lane.quarter;
+    if constexpr (kTail == 1) {
+      to[0] = *from;
+    } else if constexpr (kTail == 2) {
+      const uint2 pair = *reinterpret_cast<const uint2*>(from);
+      to[0] = pair.x, to[1] = pair.y;
+    } else {
+      const uint4 quad = *reinterpret_cast<const uint4*>(from);
+      to[0] = quad.x, to[1] = quad.y, to[2] = quad.z, to[3] = quad.w;
+    }
+  }
+  template <class Index>
+  __device__ void read(uint32_t (&to)[kWords<kChannels>], Index pixel, const Lane& lane) const {
+    uint32_t first[kHead / 8], others[kTail];
+    read_head(first, pixel, lane);
+    read_tail(others, pixel, lane);
+#pragma unroll
+    for (int word = 0; word < kWords<kChannels>; ++word) to[word] = word < 4 ? first[word % 4] : others[(word - 4) % kTail];
+  }
+  template <class Index>
+  __device__ void write(Index pixel, const uint32_t (&from)[kWords<kChannels>], const Lane& lane) const {
+    *reinterpret_cast<uint4*>(head + pixel * (kHead / 2) + 4 * lane.quarter) =
+        make_uint4(from[0], from[1], from[2], from[3]);
+    uint32_t* const to = tail + pixel * (4 * kTail) + kTail * lane.quarter;
+    if constexpr (kTail == 1) {
+      *to = from[4];
+    } else if constexpr (kTail == 2) {
+      *reinterpret_cast<uint2*>(to) = make_uint2(from[4], from[5]);
+    } else {
+      *reinterpret_cast<uint4*>(to) = make_uint4(from[4], from[5], from[6], from[7]);
+    }
+  }
+};
+
+// x - mean over the channels, divided by the square root of the variance; those beyond `channels` are 0.
+template <int kCount>
+__device__ void normalise(float (&x)[kCount][2], int channels, const Lane& lane) {
+  float sum = 0, squares = 0;
+#pragma unroll
+  for (int word = 0; word < kCount; ++word) sum += x[word][0] + x[word][1];
+  const float mean = sum_of_quad(sum) / channels;
+#pragma unroll
+  for (int word = 0; word < kCount; ++word) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      x[word][i] = channel_of(8 * kCount, word, lane.quarter) + i < channels ? x[word][i] - mean : 0;
+      squares += x[word][i] * x[word][i];
+    }
+  }
+  const float scale = rsqrtf(sum_of_quad(squares) / channels + 1e-6f);
+#pragma unroll
+  for (int word = 0; word < kCount; ++word) x[word][0] *= scale, x[word][1] *= scale;
+}
+
+// The same of a pixel in 16 bit.
+template <class T, int kCount>
+__device__ void normalise(uint32_t (&x)[kCount], int channels, const Lane& lane) {
+  float wide[kCount][2];
+#pragma unroll
+  for (int word = 0; word < kCount; ++word) unpack_pair<T>(wide[word], x[word]);
+  normalise(wide, channels, lane);
+#pragma unroll
+  for (int word = 0; word < kCount; ++word) x[word] = pack_pair<T>(wide[word][0], wide[word][1]);
+}
+
+// Sums as an operand, after GELU if it is wanted.
+template <class T, bool kGelu, int kCount>
+__device__ void narrow(uint32_t (&to)[kCount], const float (&sums)[kCount][2]) {
+#pragma unroll
+  for (int word = 0; word < kCount; ++word) {
+    to[word] = kGelu ? pack_pair<T>(gelu_to<T>(sums[word][0]), gelu_to<T>(sums[word][1]))
+                     : pack_pair<T>(sums[word][0], sums[word][1]);
+  }
+}
+
+template <int kPixels, int kCount>
+__device__ void fill(float (&sums)[kPixels][kCount][2], const float (&values)[kCount][2]) {
+#pragma unroll
+  for (int p = 0; p < kPixels; ++p) {
+#pragma unroll
+    for (int word = 0; word < kCount; ++word) sums[p][word][0] = values[word][0], sums[p][word][1] = values[word][1];
+  }
+}
+
+// Call function(T(), an integral_constant: the padded channels).
+template <class Function>
+void with_features(DType dtype, int64_t channels, Function function) {
+  const auto with_channels = [&](auto type) {
+    if (channels <= 40) return function(type, std::integral_constant<int, 40>());
+    if (channels <= 48) return function(type, std::integral_constant<int, 48>());
+    return function(type, std::integral_constant<int, 64>());
+  };
+  return dtype == DType::float16 ? with_channels(__half()) : with_channels(__nv_bfloat16());
+}
+
+}  // namespace seemore::gpu

@@ -1,0 +1,417 @@
+// Folding and packing of the network's weights, a launch a group. Products of weights are added up in float64.
+
+#include <vector>
+
+#include "cuda/network/weights.h"
+
+namespace seemore::gpu {
+namespace {
+
+constexpr int kThreads = 256;
+
+struct Layer {
+  const float *weight, *bias;
+};
+
+// The model's parameters, one after another in the order of its state dict.
+class ParameterReader {
+ public:
+  explicit ParameterReader(const float* begin) : begin_(begin) {}
+  Layer layer(int64_t rows, int64_t inputs) {
+    const float* const weight = vector(rows * inputs);
+    return {weight, vector(rows)};
+  }
+  const float* vector(int64_t count) {
+    const float* const part = begin_ + count_;
+    count_ += count;
+    return part;
+  }
+  int64_t count() const { return count_; }
+
+ private:
+  const float* begin_;
+  int64_t count_ = 0;
+};
+
+struct FfnLayers {
+  FfnLayers(ParameterReader& read, int64_t c)
+      : norm(read.layer(c, 1)), expand(read.layer(2 * c, c)), project(read.layer(c, c)), gate(read.layer(c, 9)) {}
+  Layer norm, expand, project, gate;
+};
+
+struct GroupLayers {
+  GroupLayers(ParameterReader& read, const NetworkConfig& config, int64_t c)
+      : norm_1(read.layer(c, 1)),
+        conv(read.layer(c, 9 * c)),
+        expand(read.layer(2 * c, c)),
+        aggregate(read.layer(c, 16)),
+        calibrate(read.layer(c, 9)),
+        pointwise(read.layer(c, c)),
+        row(read.layer(c, 3)),
+        column(read.layer(c, 3)),
+        experts(read_experts(read, config, c)),
+        router(read.vector(config.experts * c)),
+        proj(read.layer(c, c)),
+        local_ffn(read, c),
+        norm_2(read.layer(c, 1)),
+        project(read.layer(c, c)),
+        to_qv(read.layer(2 * c, c)),
+        striped_row(read.layer(c, config.taps)),
+        striped_column(read.layer(c, config.taps)),
+        global_ffn(read, c) {}
+
+  struct Experts {
+    Layer a[kMostExperts], k[kMostExperts], out[kMostExperts];
+  };
+
+  Layer norm_1, conv, expand, aggregate, calibrate, pointwise, row, column;
+  Experts experts;
+  const float* router;
+  Layer proj;
+  FfnLayers local_ffn;
+  Layer norm_2, project, to_qv, striped_row, striped_column;
+  FfnLayers global_ffn;
+
+ private:
+  static Experts read_experts(ParameterReader& read, const NetworkConfig& config, int64_t c) {
+    Experts experts;
+    for (int64_t e = 0; e < config.experts; ++e) {
+      const int64_t rank = config.ranks[e];
+      experts.a[e] = read.layer(rank, c), experts.k[e] = read.layer(rank, c), experts.out[e] = read.layer(c, rank);
+    }
+    return experts;
+  }
+};
+
+struct NetworkLayers {
+  NetworkLayers(const NetworkConfig& config, const float* begin) {
+    const int64_t c = config.channels;
+    ParameterReader read(begin);
+    first = read.layer(c, 9 * config.in_channels);
+    for (int64_t group = 0; group < config.groups; ++group) groups.emplace_back(read, config, c);
+    norm = read.layer(c, 1), conv_2 = read.layer(c, 9 * c);
+    upsampler = read.layer(config.in_channels * config.scale * config.scale, 9 * c);
+    count = read.count();
+  }
+
+  Layer first;
+  std::vector<GroupLayers> groups;
+  Layer norm, conv_2, upsampler;
+  int64_t count;
+};
+
+// The sizes that kernels need, and the experts' ranks: (expert, rank within it) of each rank, which are padded at the end.
+struct Sizes {
+  Sizes(const NetworkConfig& config)
+      : channels(static_cast<int>(config.channels)),
+        in_channels(static_cast<int>(config.in_channels)),
+        experts(static_cast<int>(config.experts)),
+        taps(static_cast<int>(config.taps)),
+        is_shuffled(config.is_shuffled) {
+    for (int64_t e = 0; e < config.experts; ++e) {
+      rank_of[e] = static_cast<int>(config.ranks[e]);
+      for (int64_t r = 0; r < config.ranks[e]; ++r, ++ranks) {
+        expert[ranks] = static_cast<int8_t>(e), within[ranks] = static_cast<int8_t>(r);
+      }
+    }
+  }
+  int channels, in_channels, experts, taps, ranks = 0;
+  bool is_shuffled;
+  int rank_of[kMostExperts];
+  int8_t expert[kMostRanks], within[kMostRanks];
+};
+
+// sum over i of left[i] * right[i * stride]
+__device__ float dot(const float* left, const float* right, int count, int stride = 1) {
+  double sum = 0;
+  for (int i = 0; i < count; ++i) sum += static_cast<double>(left[i]) * right[int64_t(i) * stride];
+  return static_cast<float>(sum);
+}
+
+// The places of numbers within a product: an eighth (outputs) or a word (inputs) of a lane of a quad.
+struct OfChannels {
+  int padded;
+  __device__ int operator()(int word, int lane) const { return channel_of(padded, word, lane); }
+};
+struct OfRanks {  // of a chunk
+  __device__ int operator()(int word, int lane) const { return 4 * lane + 2 * word; }
+};
+struct InOrder {
+  __device__ int operator()(int word, int lane) const { return 8 * word + 2 * lane; }
+};
+
+// Writes value(output, input) for `outputs` eights and `inputs` words, as `multiply` reads it.
+template <class T, class Outputs, class Inputs, class Value>
+__device__ void pack(uint4* to, int outputs, int inputs, Outputs output_of, Inputs input_of, Value value) {
+  T* const elements = reinterpret_cast<T*>(to);
+  const int count = quads_of(outputs, inputs) * kWarp * 8, paired = inputs / 2 * outputs * 2;
+  for (int e = threadIdx.x; e < count; e += kThreads) {
+    const int lane = e / 8 % kWarp, word = e / 8 / kWarp * 4 + e / 2 % 4;
+    const int output = word < paired ? word / 2 % outputs : word - paired;
+    const int input = word < paired ? word / 2 / outputs * 2 + word % 2 : inputs - 1;
+    float number = 0;
+    if (word < outputs * inputs) {
+      const int column = lane / 4;  // of the eight
+      number = value(output_of(output, column / 2) + column % 2, input_of(input, lane % 4) + e % 2);
+    }
+    elements[e] = to_storage<T>(number);
+  }
+}
+
+// Writes value(row, column) for `columns` (padded) numbers in each of `rows`.
+template <class Value>
+__device__ void fill_rows(float* to, int rows, int columns, Value value) {
+  for (int i = threadIdx.x; i < rows * columns; i += kThreads) to[i] = value(i / columns, i % columns);
+}
+
+template <class T, int kChannels>
+class Packer {
+ public:
+  __device__ explicit Packer(const Sizes& sizes) : s_(sizes), c_(sizes.channels) {}
+
+  __device__ void conv(const ConvWeights& to, const Layer& norm, const Layer& from) const {
+    vector(to.norm_weight, norm.weight);
+    vector(to.norm_bias, norm.bias);
+    for (int tap = 0; tap < 9; ++tap) {
+      square(to.taps + tap * quads_of(kWords, kWords) * kWarp,
+             [&](int o, int i) { return from.weight[(o * c_ + i) * 9 + tap]; });
+    }
+    vector(to.bias, from.bias);
+  }
+
+  // Half `part` of a pointwise convolution, with the norm before it.
+  __device__ void norm_pointwise(uint4* to, float* bias, const Layer& norm, const Layer& from, int part) const {
+    const float* const weight = from.weight + part * c_ * c_;
+    square(to, [&](int o, int i) { return weight[o * c_ + i] * norm.weight[i]; });
+    channels(bias, 1, [&](int, int o) { return from.bias[part * c_ + o] + dot(weight + o * c_, norm.bias, c_); });
+  }
+
+  __device__ void pointwise(uint4* to, float* bias, const Layer& from) const {
+    square(to, [&](int o, int i) { return from.weight[o * c_ + i]; });
+    vector(bias, from.bias);
+  }
+
+  __device__ void ffn(const FfnWeights& to, const FfnLayers& from) const {
+    norm_pointwise(to.u, to.u_bias, from.norm, from.expand, 0);
+    norm_pointwise(to.g, to.g_bias, from.norm, from.expand, 1);
+    pointwise(to.project, to.project_bias, from.project);
+    depthwise(to.gate, to.gate_bias, from.gate, 9);
+  }
+
+  __device__ void depthwise(float* to, float* bias, const Layer& from, int taps, int padded = 0) const {
+    const int before = (padded - taps) / 2;
+    channels(to, max(taps, padded), [&](int tap, int c) {
+      const int at = padded ? tap - before : tap;
+      return at >= 0 && at < taps ? from.weight[c * taps + at] : 0;
+    });
+    vector(bias, from.bias);
+  }
+
+  // a, k and the ranks of k: (weight_k @ expand_k) g + weight_k @ bias_expand_k + bias_k.
+  __device__ void expand(const GroupWeights& to, const GroupLayers& from, int rank_chunks) const {
+    const Layer& expand = from.expand;
+    const auto row = [&](int i) { return s_.is_shuffled ? i % 2 * c_ + i / 2 : i; };
+    uint4* const matrices[2] = {to.a, to.k};
+    float* const biases[2] = {to.a_bias, to.k_bias};
+    for (int part = 0; part < 2; ++part) {
+      square(matrices[part], [&](int o, int i) { return expand.weight[row(part * c_ + o) * c_ + i]; });
+      channels(biases[part], 1, [&](int, int o) { return expand.bias[row(part * c_ + o)]; });
+    }
+    const auto of_rank = [&](int rank) { return from.experts.k[s_.expert[rank]].weight + s_.within[rank] * c_; };
+    for (int chunk = 0; chunk < rank_chunks; ++chunk) {
+      pack<T>(to.ranks + chunk * quads_of(2, kWords) * kWarp, 2, kWords, OfRanks(), OfChannels{kChannels},
+              [&](int o, int i) {
+                const int rank = chunk * kChunk + o;
+                if (rank >= s_.ranks || i >= c_) return 0.f;
+                double sum = 0;
+                for (int k = 0; k < c_; ++k) {
+                  sum += static_cast<double>(of_rank(rank)[k]) * expand.weight[row(c_ + k) * c_ + i];
+                }
+                return static_cast<float>(sum);
+              });
+    }
+    fill_rows(to.ranks_bias, 1, rank_chunks * kChunk, [&](int, int rank) {
+      if (rank >= s_.ranks) return 0.f;
+      double sum = from.experts.k[s_.expert[rank]].bias[s_.within[rank]];
+      for (int k = 0; k < c_; ++k) sum += static_cast<double>(of_rank(rank)[k]) * expand.bias[row(c_ + k)];
+      return static_cast<float>(sum);
+    });
+  }
+
+  __device__ void stripes(const GroupWeights& to, const Layer& row, const Layer& column) const {
+    channels(to.stripes, 9, [&](int tap, int c) { return column.weight[3 * c + tap / 3] * row.weight[3 * c + tap % 3]; });
+    channels(to.stripes_bias, 4, [&](int i, int c) {
+      return i == 0 ? column.bias[c] : row.bias[c] * column.weight[3 * c + i - 1];
+    });
+  }
+
+  // For the small map: weight_k @ weight_pw.
+  __device__ void small_map(const GroupWeights& to, const GroupLayers& from, int rank_chunks) const {
+    depthwise(to.aggregate, to.aggregate_bias, from.aggregate, 16);
+    depthwise(to.calibrate, to.calibrate_bias, from.calibrate, 9);
+    const auto of_rank = [&](int rank) { return from.experts.k[s_.expert[rank]].weight + s_.within[rank] * c_; };
+    fill_rows(to.small, rank_chunks * kChunk, kChannels, [&](int rank, int c) {
+      return rank < s_.ranks && c < c_ ? dot(of_rank(rank), from.pointwise.weight + c, c_, c_) : 0;
+    });
+    fill_rows(to.small_bias, 1, rank_chunks * kChunk,
+              [&](int, int rank) { return rank < s_.ranks ? dot(of_rank(rank), from.pointwise.bias, c_) : 0; });
+  }
+
+  __device__ void experts(const GroupWeights& to, const GroupLayers& from, int rank_chunks) const {
+    pointwise(to.mix, to.mix_bias, from.proj);
+    for (int i = threadIdx.x; i < s_.experts * c_; i += kThreads) to.router[i] = from.router[i];
+    const auto layer = [&](const Layer(&layers)[kMostExperts], int rank) { return layers[s_.expert[rank]]; };
+    for (int chunk = 0; chunk < rank_chunks; ++chunk) {
+      pack<T>(to.experts_a + chunk * quads_of(2, kWords) * kWarp, 2, kWords, OfRanks(), OfChannels{kChannels},
+              [&](int o, int i) {
+                const int rank = chunk * kChunk + o;
+                if (rank >= s_.ranks || i >= c_) return 0.f;
+                return layer(from.experts.a, rank).weight[s_.within[rank] * c_ + i];
+              });
+      pack<T>(to.mix_ranks + chunk * quads_of(kWords, 2) * kWarp, kWords, 2, OfChannels{kChannels}, OfRanks(),
+              [&](int o, int i) {
+                const int rank = chunk * kChunk + i;
+                if (rank >= s_.ranks || o >= c_) return 0.f;
+                const float* const out = layer(from.experts.out, rank).weight + s_.within[rank];
+                return dot(from.proj.weight + o * c_, out, c_, s_.rank_of[s_.expert[rank]]);
+              });
+    }
+    fill_rows(to.experts_a_bias, 1, rank_chunks * kChunk, [&](int, int rank) {
+      return rank < s_.ranks ? layer(from.experts.a, rank).bias[s_.within[rank]] : 0;
+    });
+    channels(to.experts_bias, s_.experts,
+             [&](int e, int o) { return dot(from.proj.weight + o * c_, from.experts.out[e].bias, c_); });
+  }
+
+  // The bfloat16 of each weight, and that of what it leaves.
+  __device__ void upsampler(const EndWeights& to, const Layer& from, const Widths& widths) const {
+    const int outputs = widths.outputs, tiles = widths.output_tiles;
+    for (int chunk = 0; chunk < widths.output_chunks; ++chunk) {
+      for (int tap = 0; tap < 9; ++tap) {
+        for (int part = 0; part < 2; ++part) {
+          const int64_t at = (chunk * 9 + tap) * quads_of(tiles, kWords) * kWarp;
+          pack<__nv_bfloat16>(to.upsampler[part] + at, tiles, kWords, InOrder(), OfChannels{kChannels},
+                              [&](int o, int i) {
+                                const int output = chunk * 8 * tiles + o;
+                                if (output >= outputs || i >= c_) return 0.f;
+                                const float weight = from.weight[(output * c_ + i) * 9 + tap];
+                                const float upper = to_accum(to_storage<__nv_bfloat16>(weight));
+                                return part == 0 ? upper : weight - upper;
+                              });
+        }
+      }
+    }
+    fill_rows(to.upsampler_bias, 1, widths.output_chunks * 8 * tiles,
+              [&](int, int o) { return o < outputs ? from.bias[o] : 0; });
+  }
+
+  __device__ void first(const EndWeights& to, const Layer& from) const {
+    channels(to.first, s_.in_channels * 9, [&](int i, int c) { return from.weight[c * s_.in_channels * 9 + i]; });
+    vector(to.first_bias, from.bias);
+  }
+
+ private:
+  static constexpr int kWords = kChannels / 8;
+
+  template <class Value>
+  __device__ void square(uint4* to, Value value) const {
+    pack<T>(to, kWords, kWords, OfChannels{kChannels}, OfChannels{kChannels},
+            [&](int o, int i) { return o < c_ && i < c_ ? value(o, i) : 0.f; });
+  }
+  template <class Value>
+  __device__ void channels(float* to, int rows, Value value) const {
+    fill_rows(to, rows, kChannels, [&](int row, int c) { return c < c_ ? value(row, c) : 0.f; });
+  }
+  __device__ void vector(float* to, const float* from) const {
+    channels(to, 1, [&](int, int c) { return from[c]; });
+  }
+
+  const Sizes& s_;
+  int c_;
+};
+
+struct EndsCall {
+  Sizes sizes;
+  Widths widths;
+  Layer first, norm, conv_2, upsampler;
+  EndWeights to;
+};
+
+template <class T, int kChannels>
+__global__ void __launch_bounds__(kThreads) pack_ends_kernel(const __grid_constant__ EndsCall call) {
+  const Packer<T, kChannels> pack(call.sizes);
+  switch (blockIdx.x) {
+    case 0:
+      return pack.first(call.to, call.first);
+    case 1:
+      return pack.conv(call.to.conv, call.norm, call.conv_2);
+    default:
+      return pack.upsampler(call.to, call.upsampler, call.widths);
+  }
+}
+
+struct GroupCall {
+  Sizes sizes;
+  int rank_chunks;
+  GroupLayers from;
+  GroupWeights to;
+};
+
+constexpr int kEndsJobs = 3, kGroupJobs = 8;
+
+template <class T, int kChannels>
+__global__ void __launch_bounds__(kThreads) pack_group_kernel(const __grid_constant__ GroupCall call) {
+  const Packer<T, kChannels> pack(call.sizes);
+  const GroupLayers& from = call.from;
+  const GroupWeights& to = call.to;
+  switch (blockIdx.x) {
+    case 0:
+      return pack.conv(to.conv, from.norm_1, from.conv);
+    case 1:
+      return pack.expand(to, from, call.rank_chunks);
+    case 2:
+      pack.stripes(to, from.row, from.column);
+      return pack.small_map(to, from, call.rank_chunks);
+    case 3:
+      return pack.experts(to, from, call.rank_chunks);
+    case 4:
+      return pack.ffn(to.local_ffn, from.local_ffn);
+    case 5:
+      pack.norm_pointwise(to.q, to.q_bias, from.norm_2, from.to_qv, 0);
+      return pack.norm_pointwise(to.v, to.v_bias, from.norm_2, from.to_qv, 1);
+    case 6:
+      pack.pointwise(to.project, to.project_bias, from.project);
+      pack.depthwise(to.row, to.row_bias, from.striped_row, call.sizes.taps, kTaps);
+      return pack.depthwise(to.column, to.column_bias, from.striped_column, call.sizes.taps, kTaps);
+    default:
+      return pack.ffn(to.global_ffn, from.global_ffn);
+  }
+}
+
+}  // namespace
+}  // namespace seemore::gpu
+
+namespace seemore {
+
+NetworkSizes network_sizes(const NetworkConfig& config) {
+  return {gpu::NetworkLayers(config, nullptr).count, gpu::NetworkWeights(config, nullptr).bytes()};
+}
+
+void network_pack(const NetworkConfig& config, const float* parameters, void* weights, void* stream) {
+  const gpu::NetworkLayers layers(config, parameters);
+  const gpu::NetworkWeights packed(config, weights);
+  const gpu::Sizes sizes(config);
+  const gpu::Widths widths(config);
+  gpu::with_features(static_cast<DType>(config.dtype), config.channels, [&](auto type, auto channels) {
+    using T = decltype(type);
+    constexpr int kChannels = decltype(channels)::value;
+    const gpu::EndsCall ends{sizes, widths, layers.first, layers.norm, layers.conv_2, layers.upsampler, packed.ends()};
+    LAUNCH((gpu::pack_ends_kernel<T, kChannels>), gpu::kEndsJobs, gpu::kThreads, 0, stream, ends);
+    for (int64_t number = 0; number < config.groups; ++number) {
+      const gpu::GroupCall group{sizes, widths.rank_chunks, layers.groups[number], packed.group(number)};
+      LAUNCH((gpu::pack_group_kernel<T, kChannels>), gpu::kGroupJobs, gpu::kThreads, 0, stream, group);
+    }
+  });
+}
+
+}  // namespace seemore

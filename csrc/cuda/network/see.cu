@@ -1,0 +1,160 @@
+// SEE with its LayerNorm and residual.
+//
+// A step computes rows of q, then their convolution along the row into a ring in shared memory, of as many rows as the
+// convolution along the column takes. v is computed where it is used. Reads x and writes it: 160 bytes a pixel for 36
+// channels.
+
+#include "cuda/network/stages.h"
+#include "cuda/network/walk.h"
+
+namespace seemore::gpu {
+namespace {
+
+constexpr int kHalo = kTaps / 2;
+constexpr int kRing = kStep + 2 * kHalo;
+constexpr int kRun = 8;  // columns that a thread convolves along a row, of two channels
+
+struct Call {
+  Walk walk;
+  int channels;
+  void *x, *y;
+  int64_t pixels;
+  GroupWeights weights;
+};
+
+template <int kChannels>
+int64_t shared_bytes(int columns) {
+  return Ring<kChannels, kStep>::bytes(columns) + Ring<kChannels, kRing>::bytes(columns);
+}
+
+// The word of two channels of a pixel.
+template <int kChannels>
+__device__ uint32_t* word_of(const Features<kChannels>& features, int pixel, int word) {
+  return word < kHead / 2 ? features.head + pixel * (kHead / 2) + word
+                          : features.tail + pixel * ((kChannels - kHead) / 2) + word - kHead / 2;
+}
+
+// The convolution along the rows of q, of a step's rows from `row` on; outside the image it is 0.
+template <class T, int kChannels>
+__device__ void convolve_rows(const Ring<kChannels, kRing>& to, const Ring<kChannels, kStep>& q, const Call& call,
+                              const Part& part, int row) {
+  const int words = (call.channels + 1) / 2, runs = static_cast<int>(ceil_div(call.walk.inner, kRun));
+  for (int item = threadIdx.x; item < kStep * words * runs; item += blockDim.x) {
+    const int word = item % words, line = item / words % kStep, begin = kHalo + item / words / kStep * kRun;
+    float sums[kRun][2], weight[kTaps][2];
+    const float2 bias = *reinterpret_cast<const float2*>(call.weights.row_bias + 2 * word);
+#pragma unroll
+    for (int tap = 0; tap < kTaps; ++tap) {
+      const float2 pair = *reinterpret_cast<const float2*>(call.weights.row + tap * kChannels + 2 * word);
+      weight[tap][0] = pair.x, weight[tap][1] = pair.y;
+    }
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) sums[i][0] = bias.x, sums[i][1] = bias.y;
+#pragma unroll
+    for (int i = 0; i < kRun + kTaps - 1; ++i) {
+      const int column = min(begin + i - kHalo, call.walk.columns - 1);
+      float value[2];
+      unpack_pair<T>(value, *word_of(q.features, q(line, column), word));
+#pragma unroll
+      for (int o = 0; o < kRun; ++o) {
+        if (i < o || i - o >= kTaps) continue;
+        sums[o][0] += weight[i - o][0] * value[0];
+        sums[o][1] += weight[i - o][1] * value[1];
+      }
+    }
+    const int y = row + line;
+    const bool is_inside = y >= 0 && y < call.walk.height;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      if (begin + i >= call.walk.columns) continue;
+      *word_of(to.features, to(y - part.top, begin + i), word) = is_inside ? pack_pair<T>(sums[i][0], sums[i][1]) : 0;
+    }
+  }
+}
+
+template <class T, int kChannels>
+__global__ void __launch_bounds__(kMostThreads, blocks_of(kChannels)) see_kernel(Call call) {
+  constexpr int kCount = kWords<kChannels>;
+  DYNAMIC_SHARED(char, memory);
+  const Walk& walk = call.walk;
+  const GroupWeights& weights = call.weights;
+  const Part part(walk);
+  const Unit unit(walk);
+  const Ring<kChannels, kStep> q(memory, walk.columns);
+  const Ring<kChannels, kRing> rows(memory + Ring<kChannels, kStep>::bytes(walk.columns), walk.columns);
+  const auto x = Features<kChannels>::at(call.x, call.pixels), y = Features<kChannels>::at(call.y, call.pixels);
+
+  // Words without channels: no number, even if the weights for it are 0.
+  const int words = kChannels / 2, none = words - (call.channels + 1) / 2;
+  for (int i = threadIdx.x; i < kRing * walk.columns * none; i += blockDim.x) {
+    *word_of(rows.features, i / none + 1, words - 1 - i % none) = 0;
+  }
+
+  for (int row = part.top - 3 * kStep; row < part.bottom; row += kStep) {
+    const int first = row + kHalo, next = first + unit.row, own = row + unit.row;
+    if (next + 1 >= part.top - kHalo && next < part.bottom + kHalo) {
+      uint32_t words[kPixels][kCount];
+      float sums[kPixels][kCount][2], bias[kCount][2];
+      read_pixels(words, x, walk, part, unit, first);
+      read_channels<kChannels>(bias, weights.q_bias, unit.lane);
+      fill(sums, bias);
+#pragma unroll
+      for (int p = 0; p < kPixels; ++p) normalise<T>(words[p], call.channels, unit.lane);
+      multiply<T>(sums, words, weights.q);
+      for_pixels(walk, part, unit, first, [&](int p, int, int, int64_t pixel) {
+        narrow<T, true>(words[p], sums[p]);
+#pragma unroll
+        for (uint32_t& word : words[p]) word = pixel < 0 ? 0 : word;
+        q.features.write(q(unit.row + Unit::row_of(p), unit.column_of(p)), words[p], unit.lane);
+      });
+    }
+    __syncthreads();
+    convolve_rows<T>(rows, q, call, part, first);
+    __syncthreads();
+    if (row < part.top || own >= part.bottom) continue;
+    uint32_t v[kPixels][kCount], gated[kPixels][kCount];
+    float sums[kPixels][kCount][2], bias[kCount][2];
+    read_pixels(v, x, walk, part, unit, row);
+    read_channels<kChannels>(bias, weights.v_bias, unit.lane);
+    fill(sums, bias);
+#pragma unroll
+    for (int p = 0; p < kPixels; ++p) normalise<T>(v[p], call.channels, unit.lane);
+    multiply<T>(sums, v, weights.v);
+#pragma unroll
+    for (int p = 0; p < kPixels; ++p) narrow<T, true>(v[p], sums[p]);
+    stencil<T, kTaps, 1>(gated, rows, weights.column, weights.column_bias, part, unit, row,
+                         [&](int word, int i, int p, float sum) {
+                           float pair[2];
+                           unpack_pair<T>(pair, v[p][word]);
+                           return pair[i] * sum;
+                         });
+    read_channels<kChannels>(bias, weights.project_bias, unit.lane);
+    fill(sums, bias);
+    multiply<T>(sums, gated, weights.project);
+    read_pixels(v, x, walk, part, unit, row);
+    for_pixels(walk, part, unit, row, [&](int p, int line, int column, int64_t pixel) {
+#pragma unroll
+      for (int word = 0; word < kCount; ++word) {
+        float pair[2];
+        unpack_pair<T>(pair, v[p][word]);
+        v[p][word] = pack_pair<T>(pair[0] + sums[p][word][0], pair[1] + sums[p][word][1]);
+      }
+      if (part.owns(line, column)) y.write(pixel, v[p], unit.lane);
+    });
+  }
+}
+
+}  // namespace
+
+void launch_see(const Scene& scene, const GroupWeights& weights) {
+  with_features(static_cast<DType>(scene.config().dtype), scene.channels(), [&](auto type, auto channels) {
+    constexpr int kChannels = decltype(channels)::value;
+    const int columns = columns_of(shared_bytes<kChannels>);
+    const Walk walk = plan_walk(scene.net.size, columns, kHalo, kHalo, 2 * kHalo);
+    const Call call{walk, scene.channels(), scene.buffers.x[1], scene.buffers.x[0], scene.pixels(), weights};
+    LAUNCH_LARGE((see_kernel<decltype(type), kChannels>), grid_of(walk.blocks(), "network"), walk.threads(),
+                 shared_bytes<kChannels>(columns), scene.stream, call);
+  });
+}
+
+}  // namespace seemore::gpu

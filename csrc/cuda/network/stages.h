@@ -1,0 +1,66 @@
+// The launches of the network, in their order; all are of images (B, C, H, W) whose features lie as `Features`.
+#pragma once
+
+#include "cuda/network/weights.h"
+#include "params/network.h"
+
+namespace seemore::gpu {
+
+// Memory between launches. x: two, of which a stage reads one and writes the other.
+struct Buffers {
+  void *x[2], *a, *ranks;  // ranks: [pixel][rank], weight_k @ k
+  float* f;                // conv_1 of the image: [pixel][channel]
+  float* aggregate;        // k aggregated once, before GELU: [pixel][channel] at a quarter of the size
+  float* small;            // the small map: [pixel][rank]
+  float* partial;          // (parts, B, C): sums of a
+  int64_t* expert_index;   // (B, top_k)
+  float *expert_weight, *mean, *probability;
+};
+
+struct Scene {
+  const Network& net;
+  Widths widths;
+  Buffers buffers;
+  void* stream;
+
+  const NetworkConfig& config() const { return net.config; }
+  int channels() const { return static_cast<int>(net.config.channels); }
+  int64_t pixels() const { return net.size.batch * net.size.height * net.size.width; }
+  Size map(int64_t level) const {  // sizes after so many aggregations
+    Size size = net.size;
+    for (int64_t i = 0; i < level; ++i) size.height /= 4, size.width /= 4;
+    return size;
+  }
+};
+
+// x[0] and f of the image.
+void launch_head(const Scene& scene, const EndWeights& weights);
+// a, ranks, aggregate and partial, of x[0]: the MoE block up to its pool.
+void launch_front(const Scene& scene, const GroupWeights& weights);
+int64_t front_parts(const Scene& scene);
+// small, of aggregate.
+void launch_small_map(const Scene& scene, const GroupWeights& weights);
+// x[1]: the MoE block from its pool on, and RME's GatedFFN, of x[0], a, ranks, small and the experts chosen.
+void launch_experts(const Scene& scene, const GroupWeights& weights);
+// x[0]: SEE of x[1].
+void launch_see(const Scene& scene, const GroupWeights& weights);
+// x[1]: SME's GatedFFN of x[0].
+void launch_ffn(const Scene& scene, const GroupWeights& weights);
+// x[0] and a, as upper and lower bfloat16: conv_2 of x[1], and f.
+void launch_features(const Scene& scene, const EndWeights& weights);
+// The image, of x[0] and a.
+void launch_upsampler(const Scene& scene, const EndWeights& weights);
+
+// The columns of a strip: the most that leave a multiprocessor kLeastWarps warps. ring_bytes(columns): shared memory of a
+// block.
+template <class Bytes>
+int columns_of(Bytes ring_bytes) {
+  constexpr int kMostColumns = 64, kLeastColumns = 32, kLeastWarps = 8, kWarpColumns = 8, kReserved = 1024;
+  for (int columns = kMostColumns; columns > kLeastColumns; columns -= 16) {
+    const int64_t blocks = shared_bytes_of_multiprocessor() / (ring_bytes(columns) + kReserved);
+    if (ring_bytes(columns) <= most_shared_bytes() && blocks * columns >= kLeastWarps * kWarpColumns) return columns;
+  }
+  return kLeastColumns;
+}
+
+}  // namespace seemore::gpu

@@ -1,0 +1,256 @@
+// How blocks go through an image: each has a strip of columns and a band of rows, and walks down, kStep rows at a time.
+//
+// A step computes rows of intermediate results into a ring of rows in shared memory, with the columns that the strip's
+// own results need beside them, and then the results. A warp has 16 columns and two rows of a step: four pixels a lane.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/network/weights.h"
+
+namespace seemore::gpu {
+
+constexpr int kStep = 4;
+constexpr int kUnitColumns = 16, kUnitRows = 2, kPixels = 4;  // of a warp; of a lane
+constexpr int kMostThreads = 256;
+// Blocks of a multiprocessor: registers of more channels are for one.
+constexpr int blocks_of(int channels) { return channels <= 48 ? 2 : 1; }
+
+constexpr int kMostColumns = kMostThreads / kWarp * kUnitColumns / (kStep / kUnitRows);
+
+struct Walk {
+  int height, width;
+  int columns;  // of a strip with its halo: a multiple of kUnitColumns
+  int left;     // of them, before the first that is its own
+  int inner;    // its own
+  int rows;     // of a band, a multiple of kStep
+  int strips, bands;
+  int64_t images;
+
+  int threads() const { return columns / kUnitColumns * (kStep / kUnitRows) * kWarp; }
+  int64_t blocks() const { return images * bands * strips; }
+};
+
+constexpr int kUsualMultiprocessors = 132;  // of an H200
+constexpr int kBlocksAtOnce = 2;            // of a multiprocessor
+
+// Strips of `columns`, of which `left` and `right` are halo; bands such that all blocks take the least time, where one
+// begins with the work of `lead` rows. The order of the pool's sums depends on the bands, so these are the same on
+// every GPU.
+inline Walk plan_walk(const Size& size, int columns, int left, int right, int lead) {
+  if (std::max(size.height, size.width) > INT32_MAX / 4) {
+    throw std::runtime_error("an image of " + std::to_string(size.height) + " x " + std::to_string(size.width) +
+                             ", expected sides below 2^29");
+  }
+  const int height = static_cast<int>(size.height), inner = columns - left - right;
+  Walk best{height, static_cast<int>(size.width), columns, left, inner, 0, static_cast<int>(ceil_div(size.width, inner)),
+            0, size.batch};
+  const int64_t at_once = kUsualMultiprocessors * kBlocksAtOnce;
+  int64_t least = INT64_MAX;
+  for (int bands = 1; bands <= std::min<int64_t>(ceil_div(height, kStep), 2 * at_once); ++bands) {
+    const int rows = static_cast<int>(ceil_div(ceil_div(height, bands), kStep)) * kStep;
+    const int64_t blocks = size.batch * best.strips * ceil_div(height, rows);
+    const int64_t time = std::max(blocks, ceil_div(blocks, at_once) * at_once) * (rows + lead);
+    if (time >= least) continue;
+    least = time;
+    best.rows = rows, best.bands = static_cast<int>(ceil_div(height, rows));
+  }
+  return best;
+}
+
+// The block's part of the images.
+struct Part {
+  int image;
+  int first;        // column 0 of the strip, in the image
+  int begin, end;   // its own columns
+  int top, bottom;  // its own rows
+
+  __device__ explicit Part(const Walk& walk) {
+    const unsigned strip = blockIdx.x % walk.strips, band = blockIdx.x / walk.strips % walk.bands;
+    image = blockIdx.x / walk.strips / walk.bands;
+    begin = strip * walk.inner;
+    end = min(begin + walk.inner, walk.width);
+    first = begin - walk.left;
+    top = band * walk.rows;
+    bottom = min(top + walk.rows, walk.height);
+  }
+  __device__ bool owns(int row, int column) const {
+    return row >= top && row < bottom && column >= begin && column < end;
+  }
+};
+
+// The warp's part of a step.
+struct Unit {
+  Lane lane;
+  int column;  // of the lane's pixels 0 and 2, in the strip; 1 and 3 are 8 to the right
+  int row;     // of pixels 0 and 1, in the step; 2 and 3 are below
+
+  __device__ explicit Unit(const Walk& walk) {
+    const int warp = threadIdx.x / kWarp, tiles = walk.columns / kUnitColumns;
+    column = warp % tiles * kUnitColumns + lane.pixel;
+    row = warp / tiles * kUnitRows;
+  }
+  __device__ int column_of(int pixel) const { return column + 8 * (pixel % 2); }
+  static __device__ int row_of(int pixel) { return pixel / 2; }
+};
+
+// Rows of features in shared memory, of which the last kRows are there, with one more pixel before and after them: what
+// beside the strip is read belongs to results that nobody stores.
+template <int kChannels, int kRows>
+struct Ring {
+  Features<kChannels> features;
+  int columns;
+
+  __host__ __device__ static int64_t bytes(int columns) { return 4 * Features<kChannels>::words(kRows * columns + 2); }
+  __device__ Ring(void* memory, int columns)
+      : features(Features<kChannels>::at(memory, kRows * columns + 2)), columns(columns) {}
+  // The pixel's place; row: at least -kRows.
+  __device__ int operator()(int row, int column) const { return (row + kRows) % kRows * columns + column + 1; }
+};
+
+// The same number, of which the compiler does not know that it has computed with it before: addresses that are computed
+// twice take no registers in between.
+__device__ inline int forgotten(int number) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(number));
+#endif
+  return number;
+}
+
+// Calls body(pixel, row, column, the pixel's number in all images, or -1 if there is none) for the lane's pixels; `row`:
+// the first of the step, in the image.
+template <class Body>
+__device__ void for_pixels(const Walk& walk, const Part& part, const Unit& unit, int row, Body body) {
+  row = forgotten(row);
+#pragma unroll
+  for (int p = 0; p < kPixels; ++p) {
+    const int y = row + unit.row + Unit::row_of(p), x = part.first + unit.column_of(p);
+    const bool is_inside = y >= 0 && y < walk.height && x >= 0 && x < walk.width;
+    body(p, y, x, is_inside ? (int64_t(part.image) * walk.height + y) * walk.width + x : -1);
+  }
+}
+
+// Reads the lane's pixels of a step from memory; those outside the image are 0.
+template <int kChannels>
+__device__ void read_pixels(uint32_t (&to)[kPixels][kWords<kChannels>], const Features<kChannels>& from,
+                            const Walk& walk, const Part& part, const Unit& unit, int row) {
+  for_pixels(walk, part, unit, row, [&](int p, int, int, int64_t pixel) {
+    if (pixel >= 0) {
+      from.read(to[p], pixel, unit.lane);
+    } else {
+#pragma unroll
+      for (uint32_t& word : to[p]) word = 0;
+    }
+  });
+}
+
+// LayerNorm with its weight and bias, of a step's rows from `row` on, into a ring; outside the image it is 0.
+template <class T, int kChannels, int kRows>
+__device__ void norm_into(const Ring<kChannels, kRows>& ring, const Features<kChannels>& x, const ConvWeights& weights,
+                          int channels, const Walk& walk, const Part& part, const Unit& unit, int row) {
+  constexpr int kCount = kWords<kChannels>;
+  uint32_t words[kPixels][kCount];
+  read_pixels(words, x, walk, part, unit, row);
+  float weight[kCount][2], bias[kCount][2];
+  read_channels<kChannels>(weight, weights.norm_weight, unit.lane);
+  read_channels<kChannels>(bias, weights.norm_bias, unit.lane);
+  for_pixels(walk, part, unit, row, [&](int p, int y, int, int64_t pixel) {
+    float wide[kCount][2];
+#pragma unroll
+    for (int word = 0; word < kCount; ++word) unpack_pair<T>(wide[word], words[p][word]);
+    normalise(wide, channels, unit.lane);
+#pragma unroll
+    for (int word = 0; word < kCount; ++word) {
+      const float first = wide[word][0] * weight[word][0] + bias[word][0];
+      const float second = wide[word][1] * weight[word][1] + bias[word][1];
+      words[p][word] = pixel < 0 ? 0 : pack_pair<T>(first, second);
+    }
+    ring.features.write(ring(y - part.top, unit.column_of(p)), words[p], unit.lane);
+  });
+}
+
+// The dense 3x3 convolution of a step's rows from `row` on.
+template <class T, int kChannels, int kRows>
+__device__ void conv3x3(float (&sums)[kPixels][kWords<kChannels>][2], const Ring<kChannels, kRows>& ring,
+                        const ConvWeights& weights, const Part& part, const Unit& unit, int row) {
+  constexpr int kCount = kWords<kChannels>;
+  float bias[kCount][2];
+  read_channels<kChannels>(bias, weights.bias, unit.lane);
+  fill(sums, bias);
+#pragma unroll 1
+  for (int tap = 0; tap < 9; ++tap) {
+    uint32_t words[kPixels][kCount];
+    const int y = row + unit.row + tap / 3 - 1 - part.top, x = tap % 3 - 1;
+#pragma unroll
+    for (int p = 0; p < kPixels; ++p) {
+      ring.features.read(words[p], ring(y + Unit::row_of(p), unit.column_of(p) + x), unit.lane);
+    }
+    multiply<T>(sums, words, weights.taps + tap * quads_of(kCount, kCount) * kWarp);
+  }
+}
+
+// Adds a depthwise convolution of kTapRows x kTapColumns, around the step's rows from `row` on, for kCount words from kFirst on.
+// weights: [tap][channel].
+template <class T, int kTapRows, int kTapColumns, int kFirst, int kCount, int kChannels, int kRows>
+__device__ void add_stencil(float (&sums)[kPixels][kCount][2], const Ring<kChannels, kRows>& ring, const float* weights,
+                            const Part& part, const Unit& unit, int row) {
+  const int top = row + unit.row - kTapRows / 2 - part.top;
+#pragma unroll
+  for (int x = 0; x < kTapColumns; ++x) {
+    float weight[2][kCount][2];  // of tap rows y and y - 1
+#pragma unroll
+    for (int y = 0; y < kTapRows + 1; ++y) {
+      if (y < kTapRows) {
+        read_channels<kChannels, kFirst>(weight[y % 2], weights + (y * kTapColumns + x) * kChannels, unit.lane);
+      }
+#pragma unroll
+      for (int right = 0; right < 2; ++right) {
+        uint32_t words[kCount];
+        const int place = ring(top + y, unit.column + 8 * right + x - kTapColumns / 2);
+        if constexpr (kFirst == 0) {
+          ring.features.read_head(words, place, unit.lane);
+        } else {
+          ring.features.read_tail(words, place, unit.lane);
+        }
+#pragma unroll
+        for (int word = 0; word < kCount; ++word) {
+          float value[2];
+          unpack_pair<T>(value, words[word]);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            if (y < kTapRows) sums[right][word][i] += weight[y % 2][word][i] * value[i];
+            if (y > 0) sums[2 + right][word][i] += weight[(y + 1) % 2][word][i] * value[i];
+          }
+        }
+      }
+    }
+  }
+}
+
+// to = finish(word, i, pixel, the stencil's sum): for all words, a part of them at a time, which takes fewer registers.
+template <class T, int kTapRows, int kTapColumns, int kChannels, int kRows, class Finish>
+__device__ void stencil(uint32_t (&to)[kPixels][kWords<kChannels>], const Ring<kChannels, kRows>& ring,
+                        const float* weights, const float* bias, const Part& part, const Unit& unit, int row,
+                        Finish finish) {
+  const auto of_words = [&](auto first, auto count) {
+    constexpr int kFirst = decltype(first)::value, kCount = decltype(count)::value;
+    float sums[kPixels][kCount][2], start[kCount][2];
+    read_channels<kChannels, kFirst>(start, bias, unit.lane);
+    fill(sums, start);
+    add_stencil<T, kTapRows, kTapColumns, kFirst>(sums, ring, weights, part, unit, row);
+#pragma unroll
+    for (int p = 0; p < kPixels; ++p) {
+#pragma unroll
+      for (int word = 0; word < kCount; ++word) {
+        float pair[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) pair[i] = finish(kFirst + word, i, p, sums[p][word][i]);
+        to[p][kFirst + word] = pack_pair<T>(pair[0], pair[1]);
+      }
+    }
+  };
+  of_words(std::integral_constant<int, 0>(), std::integral_constant<int, kHead / 8>());
+  of_words(std::integral_constant<int, kHead / 8>(), std::integral_constant<int, Features<kChannels>::kTail>());
+}
+
+}  // namespace seemore::gpu
