@@ -61,6 +61,17 @@ __device__ inline float reciprocal(float x) {
 #endif
 }
 
+// 1 / sqrt(x), within 2^-22 of it, where x is not denormal.
+__device__ inline float reciprocal_root(float x) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return 1 / sqrtf(x);
+#endif
+}
+
 // 2^x, within 2^-22 of it; 0 where that is denormal.
 __device__ inline float power_of_two(float x) {
 #ifdef __CUDA_ARCH__

@@ -23,15 +23,15 @@ struct Picture {
 
 struct HeadCall {
   Picture picture;
-  int64_t images, pixels;
+  int64_t images;
   int height, width;
-  void* x;
+  FeatureMemory x;
   float* f;
   EndWeights weights;
 };
 
 template <class T, int kChannels, class Number>
-__global__ void __launch_bounds__(kHeadThreads) head_kernel(HeadCall call) {
+__global__ void __launch_bounds__(kHeadThreads) head_kernel(const __grid_constant__ HeadCall call) {
   constexpr int kCount = kWords<kChannels>;
   const Picture& picture = call.picture;
   const Lane lane;
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kHeadThreads) head_kernel(HeadCall call) {
       }
     }
   }
-  const auto features = Features<kChannels>::at(call.x, call.pixels);
+  const Features<kChannels> features{call.x};
 #pragma unroll
   for (int p = 0; p < kHeadColumns; ++p) {
     if (first + p >= call.width) continue;
@@ -92,9 +92,8 @@ __global__ void __launch_bounds__(kHeadThreads) head_kernel(HeadCall call) {
 struct FeaturesCall {
   Walk walk;
   int channels;
-  void *x, *upper, *lower;
+  FeatureMemory x, upper, lower;
   const float* f;
-  int64_t pixels;
   ConvWeights weights;
 };
 
@@ -104,21 +103,16 @@ int64_t shared_bytes(int columns) {
 }
 
 template <class T, int kChannels>
-__global__ void __launch_bounds__(kMostThreads, blocks_of(kChannels)) features_kernel(FeaturesCall call) {
+__global__ void __launch_bounds__(kMostThreads, blocks_of(kChannels)) features_kernel(const __grid_constant__ FeaturesCall call) {
   constexpr int kCount = kWords<kChannels>;
   DYNAMIC_SHARED(char, memory);
   const Walk& walk = call.walk;
   const Part part(walk);
   const Unit unit(walk);
   const Ring<kChannels, kRing> normalised(memory, walk.columns);
-  const auto x = Features<kChannels>::at(call.x, call.pixels);
-  const auto upper = Features<kChannels>::at(call.upper, call.pixels);
-  const auto lower = Features<kChannels>::at(call.lower, call.pixels);
+  const Features<kChannels> x{call.x}, upper{call.upper}, lower{call.lower};
   for (int row = part.top - kStep; row < part.bottom; row += kStep) {
-    const int next = row + 1 + unit.row;
-    if (next + 1 >= part.top - 1 && next <= part.bottom) {
-      norm_into<T>(normalised, x, call.weights, call.channels, walk, part, unit, row + 1);
-    }
+    norm_into<T, 0>(normalised, x, call.weights, call.channels, walk, part, row + 1);
     __syncthreads();
     if (row >= part.top && row + unit.row < part.bottom) {
       float sums[kPixels][kCount][2];
@@ -150,8 +144,7 @@ __global__ void __launch_bounds__(kMostThreads, blocks_of(kChannels)) features_k
 struct UpsamplerCall {
   Walk walk;
   Picture picture;
-  void *upper, *lower;
-  int64_t pixels;
+  FeatureMemory upper, lower;
   int outputs, chunks;
   EndWeights weights;
 };
@@ -168,14 +161,13 @@ __device__ Number to_number(float value, const Picture& picture) {
 }
 
 template <class Number, int kChannels, int kTiles>
-__global__ void __launch_bounds__(kMostThreads, blocks_of(kChannels)) upsampler_kernel(UpsamplerCall call) {
+__global__ void __launch_bounds__(kMostThreads, kTiles == 2 ? blocks_of(kChannels) : 1) upsampler_kernel(const __grid_constant__ UpsamplerCall call) {
   constexpr int kCount = kWords<kChannels>, kQuads = quads_of(kTiles, kCount) * kWarp;
   const Walk& walk = call.walk;
   const Picture& picture = call.picture;
   const Part part(walk);
   const Unit unit(walk);
-  const auto upper = Features<kChannels>::at(call.upper, call.pixels);
-  const auto lower = Features<kChannels>::at(call.lower, call.pixels);
+  const Features<kChannels> upper{call.upper}, lower{call.lower};
   const int scale = picture.scale;
   for (int chunk = 0; chunk < call.chunks; ++chunk) {
     float sums[kPixels][kTiles][2], bias[kTiles][2];
@@ -243,12 +235,13 @@ void with_tiles(int tiles, Function function) {
 
 void launch_head(const Scene& scene, const EndWeights& weights) {
   const Size& size = scene.net.size;
-  const HeadCall call{picture_of(scene), size.batch, scene.pixels(), static_cast<int>(size.height),
-                      static_cast<int>(size.width), scene.buffers.x[0], scene.buffers.f, weights};
   const int64_t threads = size.batch * size.height * ceil_div(size.width, kHeadColumns) * 4;
   with_features(static_cast<DType>(scene.config().dtype), scene.channels(), [&](auto type, auto channels) {
+    constexpr int kChannels = decltype(channels)::value;
+    const HeadCall call{picture_of(scene), size.batch, static_cast<int>(size.height), static_cast<int>(size.width),
+                        scene.features<kChannels>(scene.buffers.x[0]), scene.buffers.f, weights};
     with_numbers(scene, [&](auto number) {
-      LAUNCH((head_kernel<decltype(type), decltype(channels)::value, decltype(number)>),
+      LAUNCH((head_kernel<decltype(type), kChannels, decltype(number)>),
              grid_of(ceil_div(threads, kHeadThreads), "network"), kHeadThreads, 0, scene.stream, call);
     });
   });
@@ -260,7 +253,8 @@ void launch_features(const Scene& scene, const EndWeights& weights) {
     constexpr int kChannels = decltype(channels)::value;
     const int columns = columns_of(shared_bytes<kChannels>);
     const Walk walk = plan_walk(scene.net.size, columns, 1, 1, 2);
-    const FeaturesCall call{walk, scene.channels(), b.x[1], b.x[0], b.a, b.f, scene.pixels(), weights.conv};
+    const FeaturesCall call{walk, scene.channels(), scene.features<kChannels>(b.x[1]), scene.features<kChannels>(b.x[0]),
+                            scene.features<kChannels>(b.a), b.f, weights.conv};
     LAUNCH_LARGE((features_kernel<decltype(type), kChannels>), grid_of(walk.blocks(), "network"), walk.threads(),
                  shared_bytes<kChannels>(columns), scene.stream, call);
   });
@@ -269,12 +263,14 @@ void launch_features(const Scene& scene, const EndWeights& weights) {
 void launch_upsampler(const Scene& scene, const EndWeights& weights) {
   Walk walk = plan_walk(scene.net.size, kMostColumns, 0, 0, 0);
   walk.rows = kStep, walk.bands = static_cast<int>(ceil_div(walk.height, kStep));
-  const UpsamplerCall call{walk, picture_of(scene), scene.buffers.x[0], scene.buffers.a, scene.pixels(),
-                           scene.widths.outputs, scene.widths.output_chunks, weights};
   with_features(DType::bfloat16, scene.channels(), [&](auto, auto channels) {
+    constexpr int kChannels = decltype(channels)::value;
+    const UpsamplerCall call{walk, picture_of(scene), scene.features<kChannels>(scene.buffers.x[0]),
+                             scene.features<kChannels>(scene.buffers.a), scene.widths.outputs,
+                             scene.widths.output_chunks, weights};
     with_tiles(scene.widths.output_tiles, [&](auto tiles) {
       with_numbers(scene, [&](auto number) {
-        LAUNCH((upsampler_kernel<decltype(number), decltype(channels)::value, decltype(tiles)::value>),
+        LAUNCH((upsampler_kernel<decltype(number), kChannels, decltype(tiles)::value>),
                grid_of(walk.blocks(), "network"), walk.threads(), 0, scene.stream, call);
       });
     });

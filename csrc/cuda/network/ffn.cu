@@ -15,7 +15,8 @@ constexpr int kHalo = 1;
 constexpr int kRing = kStep + 2;
 
 struct ExpertsCall {
-  void *a, *ranks;
+  FeatureMemory a;
+  void* ranks;
   const float* small;
   const int64_t* index;
   const float* weight;
@@ -29,8 +30,7 @@ struct ExpertsCall {
 struct Call {
   Walk walk;
   int channels;
-  void *x, *y;
-  int64_t pixels;
+  FeatureMemory x, y;
   FfnWeights weights;
   ExpertsCall experts;
 };
@@ -92,11 +92,9 @@ __device__ void read_experts(uint32_t (&words)[kPixels][kWords<kChannels>], cons
   constexpr int kCount = kWords<kChannels>;
   const ExpertsCall& experts = call.experts;
   uint32_t a[kPixels][kCount];
-  read_pixels(a, Features<kChannels>::at(experts.a, call.pixels), call.walk, part, unit, row);
-  float sums[kPixels][kCount][2], bias[kCount][2];
-  read_channels<kChannels>(bias, choice.bias, unit.lane);
-  fill(sums, bias);
-  multiply<T>(sums, a, experts.mix);
+  read_pixels(a, Features<kChannels>{experts.a}, call.walk, part, unit, row);
+  float sums[kPixels][kCount][2];
+  pointwise<T>(sums, a, experts.mix, choice.bias, unit);
 #pragma unroll 1
   for (int chunk = 0; chunk < experts.rank_chunks; ++chunk) {
     const int rank = chunk * kChunk + 4 * unit.lane.quarter;
@@ -129,105 +127,80 @@ __device__ void read_experts(uint32_t (&words)[kPixels][kWords<kChannels>], cons
     });
     multiply<T>(sums, modulated, experts.mix_ranks + chunk * quads_of(kCount, 2) * kWarp);
   }
-  read_pixels(words, Features<kChannels>::at(call.x, call.pixels), call.walk, part, unit, row);
-#pragma unroll
-  for (int p = 0; p < kPixels; ++p) {
-#pragma unroll
-    for (int word = 0; word < kCount; ++word) {
-      float x[2];
-      unpack_pair<T>(x, words[p][word]);
-      words[p][word] = pack_pair<T>(x[0] + sums[p][word][0], x[1] + sums[p][word][1]);
-    }
+  read_pixels(words, Features<kChannels>{call.x}, call.walk, part, unit, row);
+  add_to<T, false>(words, sums);
+}
+
+// The block's rings, and what its image chose.
+template <int kChannels>
+struct Shared {
+  Ring<kChannels, kRing> g, kept;  // kept: x after the experts
+  Choice choice;
+};
+
+// g of a step's rows from `row` on.
+template <class T, bool kExperts, int kChannels>
+__device__ void compute_g(const Shared<kChannels>& shared, const Call& call, int row) {
+  const Part part(call.walk);
+  const Unit unit(call.walk);
+  if (row + unit.row + 1 < part.top - 1 || row + unit.row > part.bottom) return;
+  uint32_t words[kPixels][kWords<kChannels>];
+  if constexpr (kExperts) {
+    read_experts<T, kChannels>(words, call, shared.choice, part, unit, row);
+    write_ring(shared.kept, row - part.top, words, call.walk, part, unit, row);
+  } else {
+    read_pixels(words, Features<kChannels>{call.x}, call.walk, part, unit, row);
   }
+  norm_pointwise_gelu<T>(words, call.weights.g, call.weights.g_bias, call.channels, unit);
+  write_ring(shared.g, row - part.top, words, call.walk, part, unit, row);
+}
+
+// The result, of a step's rows from `row` on.
+template <class T, bool kExperts, int kChannels>
+__device__ void finish(const Shared<kChannels>& shared, const Call& call, int row) {
+  constexpr int kCount = kWords<kChannels>;
+  const Part part(call.walk);
+  const Unit unit(call.walk);
+  if (row < part.top || row + unit.row >= part.bottom) return;
+  const auto read_x = [&](uint32_t(&to)[kPixels][kCount]) {
+    if constexpr (kExperts) {
+      read_ring(to, shared.kept, row - part.top, 0, unit);
+    } else {
+      read_pixels(to, Features<kChannels>{call.x}, call.walk, part, unit, row);
+    }
+  };
+  uint32_t u[kPixels][kCount];
+  read_x(u);
+  norm_pointwise_gelu<T>(u, call.weights.u, call.weights.u_bias, call.channels, unit);
+  depthwise<T, 3, 3>(u, shared.g, call.weights.gate, [&](int) { return call.weights.gate_bias; }, part, unit, row,
+                   [&](int word, int i, int p, float sum) {
+                     float pair[2];
+                     unpack_pair<T>(pair, u[p][word]);
+                     return pair[i] * sum;
+                   });
+  float sums[kPixels][kCount][2];
+  pointwise<T>(sums, u, call.weights.project, call.weights.project_bias, unit);
+  read_x(u);
+  add_to<T, true>(u, sums);
+  write_own(Features<kChannels>{call.y}, u, call.walk, part, unit, row);
 }
 
 template <class T, int kChannels, bool kExperts>
-__global__ void __launch_bounds__(kMostThreads, blocks_of(kChannels)) ffn_kernel(Call call) {
-  constexpr int kCount = kWords<kChannels>;
+__global__ void __launch_bounds__(kMostThreads, blocks_of(kChannels)) ffn_kernel(const __grid_constant__ Call call) {
   DYNAMIC_SHARED(char, memory);
-  const Walk& walk = call.walk;
-  const FfnWeights& weights = call.weights;
-  const Part part(walk);
-  const Unit unit(walk);
-  const int64_t ring_bytes = Ring<kChannels, kRing>::bytes(walk.columns);
-  const Ring<kChannels, kRing> g(memory, walk.columns);
-  const Ring<kChannels, kRing> kept(memory + ring_bytes, walk.columns);  // of experts
+  const int columns = call.walk.columns;
+  const Part part(call.walk);
+  const int64_t ring_bytes = Ring<kChannels, kRing>::bytes(columns);
   float* const floats = reinterpret_cast<float*>(memory + (1 + kExperts) * ring_bytes);
-  const Choice choice{floats, floats + kMostRanks};
-  const auto x = Features<kChannels>::at(call.x, call.pixels), y = Features<kChannels>::at(call.y, call.pixels);
+  const Shared<kChannels> shared{{memory, columns}, {memory + ring_bytes, columns}, {floats, floats + kMostRanks}};
   if constexpr (kExperts) {
-    choice.read<kChannels>(call.experts, part.image);
+    shared.choice.template read<kChannels>(call.experts, part.image);
     __syncthreads();
   }
-  const auto read = [&](uint32_t(&words)[kPixels][kCount], int row) {
-    if constexpr (kExperts) {
-#pragma unroll
-      for (int p = 0; p < kPixels; ++p) {
-        kept.features.read(words[p], kept(row + unit.row + Unit::row_of(p) - part.top, unit.column_of(p)), unit.lane);
-      }
-    } else {
-      read_pixels(words, x, walk, part, unit, row);
-    }
-  };
-
   for (int row = part.top - kStep; row < part.bottom; row += kStep) {
-    const int next = row + 1 + unit.row, own = row + unit.row;
-    if (next + 1 >= part.top - 1 && next <= part.bottom) {
-      uint32_t words[kPixels][kCount];
-      if constexpr (!kExperts) {
-        read_pixels(words, x, walk, part, unit, row + 1);
-      } else {
-        read_experts<T, kChannels>(words, call, choice, part, unit, row + 1);
-#pragma unroll
-        for (int p = 0; p < kPixels; ++p) {
-          kept.features.write(kept(next + Unit::row_of(p) - part.top, unit.column_of(p)), words[p], unit.lane);
-        }
-      }
-      float sums[kPixels][kCount][2], bias[kCount][2];
-      read_channels<kChannels>(bias, weights.g_bias, unit.lane);
-      fill(sums, bias);
-#pragma unroll
-      for (int p = 0; p < kPixels; ++p) normalise<T>(words[p], call.channels, unit.lane);
-      multiply<T>(sums, words, weights.g);
-      for_pixels(walk, part, unit, row + 1, [&](int p, int line, int, int64_t pixel) {
-        narrow<T, true>(words[p], sums[p]);
-#pragma unroll
-        for (uint32_t& word : words[p]) word = pixel < 0 ? 0 : word;
-        g.features.write(g(line - part.top, unit.column_of(p)), words[p], unit.lane);
-      });
-    }
+    compute_g<T, kExperts>(shared, call, row + 1);
     __syncthreads();
-    if (row >= part.top && own < part.bottom) {
-      uint32_t u[kPixels][kCount], gated[kPixels][kCount];
-      float sums[kPixels][kCount][2], bias[kCount][2];
-      read(u, row);
-      read_channels<kChannels>(bias, weights.u_bias, unit.lane);
-      fill(sums, bias);
-#pragma unroll
-      for (int p = 0; p < kPixels; ++p) normalise<T>(u[p], call.channels, unit.lane);
-      multiply<T>(sums, u, weights.u);
-#pragma unroll
-      for (int p = 0; p < kPixels; ++p) narrow<T, true>(u[p], sums[p]);
-      stencil<T, 3, 3>(gated, g, weights.gate, weights.gate_bias, part, unit, row,
-                       [&](int word, int i, int p, float sum) {
-                         float pair[2];
-                         unpack_pair<T>(pair, u[p][word]);
-                         return pair[i] * sum;
-                       });
-      read_channels<kChannels>(bias, weights.project_bias, unit.lane);
-      fill(sums, bias);
-      multiply<T>(sums, gated, weights.project);
-      read(u, row);
-      for_pixels(walk, part, unit, row, [&](int p, int line, int column, int64_t pixel) {
-#pragma unroll
-        for (int word = 0; word < kCount; ++word) {
-          float pair[2];
-          unpack_pair<T>(pair, u[p][word]);
-          u[p][word] = pack_pair<T>(pair[0] + gelu_to<T>(sums[p][word][0]), pair[1] + gelu_to<T>(sums[p][word][1]));
-        }
-        if (part.owns(line, column)) y.write(pixel, u[p], unit.lane);
-      });
-    }
+    finish<T, kExperts>(shared, call, row);
     __syncthreads();
   }
 }
@@ -238,7 +211,8 @@ void launch(const Scene& scene, void* x, void* y, const FfnWeights& weights, con
     constexpr int kChannels = decltype(channels)::value;
     const int columns = columns_of(shared_bytes<kChannels, kExperts>);
     const Walk walk = plan_walk(scene.net.size, columns, kHalo, kHalo, 2);
-    const Call call{walk, scene.channels(), x, y, scene.pixels(), weights, experts};
+    Call call{walk, scene.channels(), scene.features<kChannels>(x), scene.features<kChannels>(y), weights, experts};
+    call.experts.a = scene.features<kChannels>(scene.buffers.a);
     LAUNCH_LARGE((ffn_kernel<decltype(type), kChannels, kExperts>), grid_of(walk.blocks(), "network"), walk.threads(),
                  (shared_bytes<kChannels, kExperts>(columns)), scene.stream, call);
   });
@@ -250,7 +224,7 @@ void launch_experts(const Scene& scene, const GroupWeights& weights) {
   const Buffers& b = scene.buffers;
   const NetworkConfig& config = scene.config();
   const Size map = scene.map(config.recursive);
-  ExpertsCall call{b.a, b.ranks, b.small, b.expert_index, b.expert_weight, static_cast<int>(config.top_k),
+  ExpertsCall call{{}, b.ranks, b.small, b.expert_index, b.expert_weight, static_cast<int>(config.top_k),
                    scene.widths.rank_chunks, {}, Axis<float>(scene.net.size.height, map.height),
                    Axis<float>(scene.net.size.width, map.width), weights.experts_a, weights.mix, weights.mix_ranks,
                    weights.experts_a_bias, weights.mix_bias, weights.experts_bias};

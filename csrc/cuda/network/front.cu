@@ -17,15 +17,15 @@ constexpr int kRing = kStep + 2;
 struct Call {
   Walk walk;
   int channels, rank_chunks;
-  void *x, *a, *ranks;
+  FeatureMemory x, a;
+  void* ranks;
   float *aggregate, *partial;
-  int64_t pixels;
   GroupWeights weights;
 };
 
 template <int kChannels>
 int64_t shared_bytes(int columns) {
-  return 2 * Ring<kChannels, kRing>::bytes(columns) + columns / 2 * kChannels * int64_t(sizeof(float));
+  return 2 * Ring<kChannels, kRing>::bytes(columns) + (columns / 2 + columns / 8) * kChannels * int64_t(sizeof(float));
 }
 
 // Sums of four rows and four columns of k, times the aggregation's weights: [upper, lower rows][column / 4][channel].
@@ -62,41 +62,32 @@ struct Aggregates {
   }
 };
 
-// Writes the unit's a (into a ring), ranks and aggregates, from the convolution's result.
+// The block's rings, and aggregates.
+template <int kChannels>
+struct Shared {
+  Ring<kChannels, kRing> normalised, expanded;
+  Aggregates<kChannels> aggregates;
+  float* sums;  // of a: [warp][channel]
+};
+
+// Writes the ranks of k, projected from the convolution's result.
 template <class T, int kChannels>
-__device__ void expand(const Call& call, const Part& part, const Unit& unit, int row,
-                       const Ring<kChannels, kRing>& ring, const Aggregates<kChannels>& aggregates,
-                       const uint32_t (&words)[kPixels][kWords<kChannels>]) {
-  constexpr int kCount = kWords<kChannels>;
-  const GroupWeights& weights = call.weights;
-  float sums[kPixels][kCount][2], bias[kCount][2];
-  read_channels<kChannels>(bias, weights.a_bias, unit.lane);
-  fill(sums, bias);
-  multiply<T>(sums, words, weights.a);
-  for_pixels(call.walk, part, unit, row, [&](int p, int y, int, int64_t pixel) {
-    uint32_t a[kCount];
-    narrow<T, false>(a, sums[p]);
-#pragma unroll
-    for (uint32_t& word : a) word = pixel < 0 ? 0 : word;
-    ring.features.write(ring(y - part.top, unit.column_of(p)), a, unit.lane);
-  });
-
-  if (row < part.top || row >= part.bottom) return;  // not the band's own
-  read_channels<kChannels>(bias, weights.k_bias, unit.lane);
-  fill(sums, bias);
-  multiply<T>(sums, words, weights.k);
-  aggregates.write(sums, weights.aggregate, unit);
-
+__device__ void write_ranks(const Call& call, const Part& part, const Unit& unit, int row,
+                            const uint32_t (&words)[kPixels][kWords<kChannels>]) {
   const int ranks = call.rank_chunks * kChunk;
+#pragma unroll 1
   for (int chunk = 0; chunk < call.rank_chunks; ++chunk) {
-    float projected[kPixels][2][2], start[2][2];
-    const float4 four = *reinterpret_cast<const float4*>(weights.ranks_bias + chunk * kChunk + 4 * unit.lane.quarter);
-    start[0][0] = four.x, start[0][1] = four.y, start[1][0] = four.z, start[1][1] = four.w;
-    fill(projected, start);
-    multiply<T>(projected, words, weights.ranks + chunk * quads_of(2, kCount) * kWarp);
+    float sums[kPixels][2][2];
+    {
+      const int rank = chunk * kChunk + 4 * unit.lane.quarter;
+      const float4 bias = *reinterpret_cast<const float4*>(call.weights.ranks_bias + rank);
+      const float four[2][2] = {{bias.x, bias.y}, {bias.z, bias.w}};
+      fill(sums, four);
+    }
+    multiply<T>(sums, words, call.weights.ranks + chunk * quads_of(2, kWords<kChannels>) * kWarp);
     for_pixels(call.walk, part, unit, row, [&](int p, int y, int x, int64_t pixel) {
       uint32_t pair[2];
-      narrow<T, false>(pair, projected[p]);
+      narrow<T, false>(pair, sums[p]);
       if (!part.owns(y, x)) return;
       uint32_t* const to = static_cast<uint32_t*>(call.ranks) + (pixel * ranks + chunk * kChunk) / 2;
       *reinterpret_cast<uint2*>(to + 2 * unit.lane.quarter) = make_uint2(pair[0], pair[1]);
@@ -104,87 +95,117 @@ __device__ void expand(const Call& call, const Part& part, const Unit& unit, int
   }
 }
 
+// The convolution of a step's rows from `row` on, and what is expanded of it: a into its ring, k's ranks and aggregates.
 template <class T, int kChannels>
-__global__ void __launch_bounds__(kMostThreads, blocks_of(kChannels)) front_kernel(Call call) {
+__device__ void expand(const Shared<kChannels>& shared, const Call& call, const Part& part, int row) {
   constexpr int kCount = kWords<kChannels>;
-  DYNAMIC_SHARED(char, memory);
-  const Walk& walk = call.walk;
   const GroupWeights& weights = call.weights;
-  const Part part(walk);
-  const Unit unit(walk);
-  const Ring<kChannels, kRing> normalised(memory, walk.columns);
-  const Ring<kChannels, kRing> expanded(memory + Ring<kChannels, kRing>::bytes(walk.columns), walk.columns);
-  const Aggregates<kChannels> aggregates{
-      reinterpret_cast<float*>(memory + 2 * Ring<kChannels, kRing>::bytes(walk.columns)), walk.columns};
-  const auto x = Features<kChannels>::at(call.x, call.pixels), a = Features<kChannels>::at(call.a, call.pixels);
-  float total[kCount][2] = {};
-
-  for (int row = part.top - kStep; row <= part.bottom; row += kStep) {
-    const int next = row + 1 + unit.row, own = row + unit.row, last = row - 1 + unit.row;
-    if (next <= part.bottom + 1) {
-      norm_into<T>(normalised, x, weights.conv, call.channels, walk, part, unit, row + 1);
-    }
-    __syncthreads();
-    if (own + 1 >= part.top - 1 && own <= part.bottom) {
-      uint32_t words[kPixels][kCount];
-      {
-        float sums[kPixels][kCount][2];
-        conv3x3<T>(sums, normalised, weights.conv, part, unit, row);
+  const Unit unit(call.walk);
+  if (row + unit.row + 1 < part.top - 1 || row + unit.row > part.bottom) return;
+  uint32_t words[kPixels][kCount];
+  float sums[kPixels][kCount][2];
+  conv3x3<T>(sums, shared.normalised, weights.conv, part, unit, row);
 #pragma unroll
-        for (int p = 0; p < kPixels; ++p) narrow<T, true>(words[p], sums[p]);
-      }
-      expand<T>(call, part, unit, row, expanded, aggregates, words);
-    }
-    __syncthreads();
-    if (last + 1 >= part.top && last < part.bottom) {
-      uint32_t words[kPixels][kCount];
-      stencil<T, 3, 3>(words, expanded, weights.stripes, weights.stripes_bias, part, unit, row - 1,
-                       [&](int word, int i, int p, float sum) {
-                         const int y = last + Unit::row_of(p), column = part.first + unit.column_of(p);
-                         const float* const bias = weights.stripes_bias + channel_of(kChannels, word, unit.lane.quarter) + i;
-                         if (y > 0) sum += bias[kChannels];
-                         sum += bias[2 * kChannels];
-                         if (y < walk.height - 1) sum += bias[3 * kChannels];
-                         const float result = gelu_to<T>(sum);
-                         if (part.owns(y, column)) total[word][i] += result;
-                         return result;
-                       });
-      for_pixels(walk, part, unit, row - 1, [&](int p, int y, int column, int64_t pixel) {
-        if (part.owns(y, column)) a.write(pixel, words[p], unit.lane);
-      });
-    }
-    const int groups = walk.columns / 4, map_width = walk.width / 4, map_height = walk.height / 4;
-    if (row < part.top || row >= part.bottom || row / 4 >= map_height) continue;
-    for (int i = threadIdx.x; i < groups * kChannels; i += blockDim.x) {
-      const int column = i / kChannels * 4, channel = i % kChannels, at = (part.first + column) / 4;
-      if (!part.owns(row, part.first + column) || at >= map_width) continue;
-      const int64_t pixel = (int64_t(part.image) * map_height + row / 4) * map_width + at;
-      call.aggregate[pixel * kChannels + channel] =
-          weights.aggregate_bias[channel] + (aggregates(0, column)[channel] + aggregates(1, column)[channel]);
-    }
-  }
+  for (int p = 0; p < kPixels; ++p) narrow<T, true>(words[p], sums[p]);
 
-  // The block's sums, in the order of its warps.
-  float* const sums = reinterpret_cast<float*>(memory);
-  __syncthreads();
+  pointwise<T>(sums, words, weights.a, weights.a_bias, unit);
+  uint32_t a[kPixels][kCount];
 #pragma unroll
-  for (int word = 0; word < kCount; ++word) {
+  for (int p = 0; p < kPixels; ++p) narrow<T, false>(a[p], sums[p]);
+  write_ring(shared.expanded, row - part.top, a, call.walk, part, unit, row);
+
+  if (row < part.top || row >= part.bottom) return;  // not the band's own
+  pointwise<T>(sums, words, weights.k, weights.k_bias, unit);
+  shared.aggregates.write(sums, weights.aggregate, unit);
+  write_ranks<T, kChannels>(call, part, unit, row, words);
+}
+
+// a of a step's rows from `row` on, which is added to the warp's sums.
+template <class T, int kChannels>
+__device__ void finish_a(const Shared<kChannels>& shared, const Call& call, const Part& part, int row) {
+  const Unit unit(call.walk);
+  const int first = row + unit.row;
+  if (first + 1 < part.top || first >= part.bottom) return;
+  uint32_t words[kPixels][kWords<kChannels>];
+  const auto bias = [&](int y) {
+    return call.weights.stripes_bias + ((y > 0) + 2 * (y < call.walk.height - 1)) * kChannels;
+  };
+  depthwise<T, 3, 3>(words, shared.expanded, call.weights.stripes, bias, part, unit, row,
+                     [](int, int, int, float sum) { return gelu_to<T>(sum); });
+  write_own(Features<kChannels>{call.a}, words, call.walk, part, unit, row);
+  part_of_work();
+  float* const sums = shared.sums + threadIdx.x / kWarp * kChannels;
+#pragma unroll
+  for (int word = 0; word < kWords<kChannels>; ++word) {
+    float total[2] = {};
+#pragma unroll
+    for (int p = 0; p < kPixels; ++p) {
+      float pair[2];
+      unpack_pair<T>(pair, words[p][word]);
+      if (!part.owns(first + Unit::row_of(p), part.first + unit.column_of(p))) continue;
+      total[0] += pair[0], total[1] += pair[1];
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float sum = total[word][i];
 #pragma unroll
-      for (int lanes = 4; lanes < kWarp; lanes *= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
-      const int channel = channel_of(kChannels, word, unit.lane.quarter) + i;
-      if (unit.lane.pixel == 0) sums[threadIdx.x / kWarp * kChannels + channel] = sum;
+      for (int lanes = 4; lanes < kWarp; lanes *= 2) total[i] += __shfl_xor_sync(kAllLanes, total[i], lanes);
+      if (unit.lane.pixel == 0) sums[channel_of(kChannels, word, unit.lane.quarter) + i] += total[i];
     }
   }
-  __syncthreads();
+}
+
+// Adds up both halves of the aggregates of the four rows from `row` on.
+template <int kChannels>
+__device__ void write_aggregates(const Aggregates<kChannels>& aggregates, const Call& call, const Part& part, int row) {
+  const Walk& walk = call.walk;
+  const int map_width = walk.width / 4, map_height = walk.height / 4;
+  if (row < part.top || row >= part.bottom || row / 4 >= map_height) return;
+  for (int i = forgotten(threadIdx.x); i < walk.columns / 4 * kChannels; i += blockDim.x) {
+    const int column = i / kChannels * 4, channel = i % kChannels, at = (part.first + column) / 4;
+    if (!part.owns(row, part.first + column) || at >= map_width) continue;
+    const int64_t pixel = (int64_t(part.image) * map_height + row / 4) * map_width + at;
+    call.aggregate[pixel * kChannels + channel] =
+        call.weights.aggregate_bias[channel] + (aggregates(0, column)[channel] + aggregates(1, column)[channel]);
+  }
+}
+
+// Writes the sums of the block's warps, in their order.
+template <int kChannels>
+__device__ void write_sums(const Shared<kChannels>& shared, const Call& call, const Part& part) {
+  const Walk& walk = call.walk;
   const int64_t block = blockIdx.x % (walk.strips * walk.bands);
   for (int channel = threadIdx.x; channel < call.channels; channel += blockDim.x) {
     float sum = 0;
-    for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) sum += sums[warp * kChannels + channel];
+    for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) {
+      sum += shared.sums[warp * kChannels + channel];
+    }
     call.partial[(block * walk.images + part.image) * call.channels + channel] = sum;
   }
+}
+
+template <class T, int kChannels>
+__global__ void __launch_bounds__(kMostThreads, blocks_of(kChannels)) front_kernel(const __grid_constant__ Call call) {
+  DYNAMIC_SHARED(char, memory);
+  const Part part(call.walk);
+  const int columns = call.walk.columns;
+  const int64_t ring_bytes = Ring<kChannels, kRing>::bytes(columns);
+  float* const floats = reinterpret_cast<float*>(memory + 2 * ring_bytes);
+  const Shared<kChannels> shared{{memory, columns},
+                                 {memory + ring_bytes, columns},
+                                 {floats, columns},
+                                 floats + columns / 2 * kChannels};
+  for (int i = threadIdx.x; i < static_cast<int>(blockDim.x) / kWarp * kChannels; i += blockDim.x) shared.sums[i] = 0;
+  for (int row = part.top - kStep; row <= part.bottom; row += kStep) {
+    norm_into<T, 1>(shared.normalised, Features<kChannels>{call.x}, call.weights.conv, call.channels, call.walk, part,
+                    row + 1);
+    __syncthreads();
+    expand<T>(shared, call, part, row);
+    __syncthreads();
+    finish_a<T>(shared, call, part, row - 1);
+    write_aggregates(shared.aggregates, call, part, row);
+  }
+  __syncthreads();
+  write_sums(shared, call, part);
 }
 
 template <int kChannels>
@@ -209,8 +230,8 @@ void launch_front(const Scene& scene, const GroupWeights& weights) {
   with_features(static_cast<DType>(scene.config().dtype), scene.channels(), [&](auto type, auto channels) {
     constexpr int kChannels = decltype(channels)::value;
     const Walk walk = walk_of<kChannels>(scene);
-    const Call call{walk, scene.channels(), scene.widths.rank_chunks, b.x[0], b.a, b.ranks, b.aggregate, b.partial,
-                    scene.pixels(), weights};
+    const Call call{walk, scene.channels(), scene.widths.rank_chunks, scene.features<kChannels>(b.x[0]),
+                    scene.features<kChannels>(b.a), b.ranks, b.aggregate, b.partial, weights};
     LAUNCH_LARGE((front_kernel<decltype(type), kChannels>), grid_of(walk.blocks(), "network"), walk.threads(),
                  shared_bytes<kChannels>(walk.columns), scene.stream, call);
   });

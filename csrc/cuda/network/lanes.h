@@ -126,23 +126,31 @@ __device__ inline float sum_of_quad(float value) {
 template <int kChannels, int kFirst = 0, int kCount = kWords<kChannels>>
 __device__ void read_channels(float (&to)[kCount][2], const float* values, const Lane& lane) {
 #pragma unroll
-  for (int word = 0; word < kCount; ++word) {
-    const float2 pair =
-        *reinterpret_cast<const float2*>(values + channel_of(kChannels, kFirst + word, lane.quarter));
-    to[word][0] = pair.x, to[word][1] = pair.y;
+  for (int word = 0; word < kCount; word += 2) {
+    const float* const from = values + channel_of(kChannels, kFirst + word, lane.quarter);
+    if (word + 1 < kCount) {
+      const float4 four = *reinterpret_cast<const float4*>(from);
+      to[word][0] = four.x, to[word][1] = four.y, to[word + 1][0] = four.z, to[word + 1][1] = four.w;
+    } else {
+      const float2 pair = *reinterpret_cast<const float2*>(from);
+      to[word][0] = pair.x, to[word][1] = pair.y;
+    }
   }
 }
 
-// Features of pixels in 16 bit, in global or shared memory: [pixel][32 channels], then [pixel][the others].
-template <int kChannels>
-struct Features {
-  static constexpr int kTail = (kChannels - kHead) / 8;  // words of a lane
+// Features of pixels in 16 bit, in global or shared memory: [pixel][32 channels], and [pixel][the others].
+struct FeatureMemory {
   uint32_t *head, *tail;
+};
+
+template <int kChannels>
+struct Features : FeatureMemory {
+  static constexpr int kTail = (kChannels - kHead) / 8;  // words of a lane
 
   __host__ __device__ static int64_t words(int64_t pixels) { return pixels * (kChannels / 2); }
   __host__ __device__ static Features at(void* memory, int64_t pixels) {
     uint32_t* const words = static_cast<uint32_t*>(memory);
-    return {words, words + pixels * (kHead / 2)};
+    return {{words, words + pixels * (kHead / 2)}};
   }
 
   template <class Index>
@@ -192,7 +200,7 @@ __device__ void normalise(float (&x)[kCount][2], int channels, const Lane& lane)
   float sum = 0, squares = 0;
 #pragma unroll
   for (int word = 0; word < kCount; ++word) sum += x[word][0] + x[word][1];
-  const float mean = sum_of_quad(sum) / channels;
+  const float share = reciprocal(static_cast<float>(channels)), mean = sum_of_quad(sum) * share;
 #pragma unroll
   for (int word = 0; word < kCount; ++word) {
 #pragma unroll
@@ -201,7 +209,7 @@ __device__ void normalise(float (&x)[kCount][2], int channels, const Lane& lane)
       squares += x[word][i] * x[word][i];
     }
   }
-  const float scale = rsqrtf(sum_of_quad(squares) / channels + 1e-6f);
+  const float scale = reciprocal_root(sum_of_quad(squares) * share + 1e-6f);
 #pragma unroll
   for (int word = 0; word < kCount; ++word) x[word][0] *= scale, x[word][1] *= scale;
 }

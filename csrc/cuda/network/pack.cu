@@ -240,8 +240,10 @@ class Packer {
 
   __device__ void stripes(const GroupWeights& to, const Layer& row, const Layer& column) const {
     channels(to.stripes, 9, [&](int tap, int c) { return column.weight[3 * c + tap / 3] * row.weight[3 * c + tap % 3]; });
-    channels(to.stripes_bias, 4, [&](int i, int c) {
-      return i == 0 ? column.bias[c] : row.bias[c] * column.weight[3 * c + i - 1];
+    channels(to.stripes_bias, 4, [&](int present, int c) {  // 1: a row above, 2: one below
+      const float* const weight = column.weight + 3 * c;
+      const float sum = weight[1] + (present & 1 ? weight[0] : 0) + (present & 2 ? weight[2] : 0);
+      return column.bias[c] + row.bias[c] * sum;
     });
   }
 

@@ -17,8 +17,7 @@ constexpr int kRun = 8;  // columns that a thread convolves along a row, of two 
 struct Call {
   Walk walk;
   int channels;
-  void *x, *y;
-  int64_t pixels;
+  FeatureMemory x, y;
   GroupWeights weights;
 };
 
@@ -39,7 +38,7 @@ template <class T, int kChannels>
 __device__ void convolve_rows(const Ring<kChannels, kRing>& to, const Ring<kChannels, kStep>& q, const Call& call,
                               const Part& part, int row) {
   const int words = (call.channels + 1) / 2, runs = static_cast<int>(ceil_div(call.walk.inner, kRun));
-  for (int item = threadIdx.x; item < kStep * words * runs; item += blockDim.x) {
+  for (int item = forgotten(threadIdx.x); item < kStep * words * runs; item += blockDim.x) {
     const int word = item % words, line = item / words % kStep, begin = kHalo + item / words / kStep * kRun;
     float sums[kRun][2], weight[kTaps][2];
     const float2 bias = *reinterpret_cast<const float2*>(call.weights.row_bias + 2 * word);
@@ -72,17 +71,49 @@ __device__ void convolve_rows(const Ring<kChannels, kRing>& to, const Ring<kChan
   }
 }
 
+// q of a step's rows from `row` on.
 template <class T, int kChannels>
-__global__ void __launch_bounds__(kMostThreads, blocks_of(kChannels)) see_kernel(Call call) {
+__device__ void compute_q(const Ring<kChannels, kStep>& q, const Call& call, int row) {
+  const Part part(call.walk);
+  const Unit unit(call.walk);
+  if (row + unit.row + 1 < part.top - kHalo || row + unit.row >= part.bottom + kHalo) return;
+  uint32_t words[kPixels][kWords<kChannels>];
+  read_pixels(words, Features<kChannels>{call.x}, call.walk, part, unit, row);
+  norm_pointwise_gelu<T>(words, call.weights.q, call.weights.q_bias, call.channels, unit);
+  write_ring(q, 0, words, call.walk, part, unit, row);
+}
+
+// The result, of a step's rows from `row` on.
+template <class T, int kChannels>
+__device__ void finish(const Ring<kChannels, kRing>& rows, const Call& call, int row) {
   constexpr int kCount = kWords<kChannels>;
+  const Part part(call.walk);
+  const Unit unit(call.walk);
+  if (row < part.top || row + unit.row >= part.bottom) return;
+  const Features<kChannels> x{call.x}, y{call.y};
+  uint32_t v[kPixels][kCount];
+  read_pixels(v, x, call.walk, part, unit, row);
+  norm_pointwise_gelu<T>(v, call.weights.v, call.weights.v_bias, call.channels, unit);
+  depthwise<T, kTaps, 1>(v, rows, call.weights.column, [&](int) { return call.weights.column_bias; }, part, unit, row,
+                       [&](int word, int i, int p, float sum) {
+                         float pair[2];
+                         unpack_pair<T>(pair, v[p][word]);
+                         return pair[i] * sum;
+                       });
+  float sums[kPixels][kCount][2];
+  pointwise<T>(sums, v, call.weights.project, call.weights.project_bias, unit);
+  read_pixels(v, x, call.walk, part, unit, row);
+  add_to<T, false>(v, sums);
+  write_own(y, v, call.walk, part, unit, row);
+}
+
+template <class T, int kChannels>
+__global__ void __launch_bounds__(kMostThreads, blocks_of(kChannels)) see_kernel(const __grid_constant__ Call call) {
   DYNAMIC_SHARED(char, memory);
   const Walk& walk = call.walk;
-  const GroupWeights& weights = call.weights;
   const Part part(walk);
-  const Unit unit(walk);
   const Ring<kChannels, kStep> q(memory, walk.columns);
   const Ring<kChannels, kRing> rows(memory + Ring<kChannels, kStep>::bytes(walk.columns), walk.columns);
-  const auto x = Features<kChannels>::at(call.x, call.pixels), y = Features<kChannels>::at(call.y, call.pixels);
 
   // Words without channels: no number, even if the weights for it are 0.
   const int words = kChannels / 2, none = words - (call.channels + 1) / 2;
@@ -91,56 +122,11 @@ __global__ void __launch_bounds__(kMostThreads, blocks_of(kChannels)) see_kernel
   }
 
   for (int row = part.top - 3 * kStep; row < part.bottom; row += kStep) {
-    const int first = row + kHalo, next = first + unit.row, own = row + unit.row;
-    if (next + 1 >= part.top - kHalo && next < part.bottom + kHalo) {
-      uint32_t words[kPixels][kCount];
-      float sums[kPixels][kCount][2], bias[kCount][2];
-      read_pixels(words, x, walk, part, unit, first);
-      read_channels<kChannels>(bias, weights.q_bias, unit.lane);
-      fill(sums, bias);
-#pragma unroll
-      for (int p = 0; p < kPixels; ++p) normalise<T>(words[p], call.channels, unit.lane);
-      multiply<T>(sums, words, weights.q);
-      for_pixels(walk, part, unit, first, [&](int p, int, int, int64_t pixel) {
-        narrow<T, true>(words[p], sums[p]);
-#pragma unroll
-        for (uint32_t& word : words[p]) word = pixel < 0 ? 0 : word;
-        q.features.write(q(unit.row + Unit::row_of(p), unit.column_of(p)), words[p], unit.lane);
-      });
-    }
+    compute_q<T>(q, call, row + kHalo);
     __syncthreads();
-    convolve_rows<T>(rows, q, call, part, first);
+    convolve_rows<T>(rows, q, call, part, row + kHalo);
     __syncthreads();
-    if (row < part.top || own >= part.bottom) continue;
-    uint32_t v[kPixels][kCount], gated[kPixels][kCount];
-    float sums[kPixels][kCount][2], bias[kCount][2];
-    read_pixels(v, x, walk, part, unit, row);
-    read_channels<kChannels>(bias, weights.v_bias, unit.lane);
-    fill(sums, bias);
-#pragma unroll
-    for (int p = 0; p < kPixels; ++p) normalise<T>(v[p], call.channels, unit.lane);
-    multiply<T>(sums, v, weights.v);
-#pragma unroll
-    for (int p = 0; p < kPixels; ++p) narrow<T, true>(v[p], sums[p]);
-    stencil<T, kTaps, 1>(gated, rows, weights.column, weights.column_bias, part, unit, row,
-                         [&](int word, int i, int p, float sum) {
-                           float pair[2];
-                           unpack_pair<T>(pair, v[p][word]);
-                           return pair[i] * sum;
-                         });
-    read_channels<kChannels>(bias, weights.project_bias, unit.lane);
-    fill(sums, bias);
-    multiply<T>(sums, gated, weights.project);
-    read_pixels(v, x, walk, part, unit, row);
-    for_pixels(walk, part, unit, row, [&](int p, int line, int column, int64_t pixel) {
-#pragma unroll
-      for (int word = 0; word < kCount; ++word) {
-        float pair[2];
-        unpack_pair<T>(pair, v[p][word]);
-        v[p][word] = pack_pair<T>(pair[0] + sums[p][word][0], pair[1] + sums[p][word][1]);
-      }
-      if (part.owns(line, column)) y.write(pixel, v[p], unit.lane);
-    });
+    finish<T>(rows, call, row);
   }
 }
 
@@ -151,7 +137,8 @@ void launch_see(const Scene& scene, const GroupWeights& weights) {
     constexpr int kChannels = decltype(channels)::value;
     const int columns = columns_of(shared_bytes<kChannels>);
     const Walk walk = plan_walk(scene.net.size, columns, kHalo, kHalo, 2 * kHalo);
-    const Call call{walk, scene.channels(), scene.buffers.x[1], scene.buffers.x[0], scene.pixels(), weights};
+    const Call call{walk, scene.channels(), scene.features<kChannels>(scene.buffers.x[1]),
+                    scene.features<kChannels>(scene.buffers.x[0]), weights};
     LAUNCH_LARGE((see_kernel<decltype(type), kChannels>), grid_of(walk.blocks(), "network"), walk.threads(),
                  shared_bytes<kChannels>(columns), scene.stream, call);
   });

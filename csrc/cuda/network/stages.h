@@ -26,6 +26,10 @@ struct Scene {
   const NetworkConfig& config() const { return net.config; }
   int channels() const { return static_cast<int>(net.config.channels); }
   int64_t pixels() const { return net.size.batch * net.size.height * net.size.width; }
+  template <int kChannels>
+  FeatureMemory features(void* memory) const {
+    return Features<kChannels>::at(memory, pixels());
+  }
   Size map(int64_t level) const {  // sizes after so many aggregations
     Size size = net.size;
     for (int64_t i = 0; i < level; ++i) size.height /= 4, size.width /= 4;

@@ -58,6 +58,15 @@ inline Walk plan_walk(const Size& size, int columns, int left, int right, int le
   return best;
 }
 
+// The same number, of which the compiler does not know that it has computed with it before: addresses that are computed
+// twice take no registers in between.
+__device__ inline int forgotten(int number) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(number));
+#endif
+  return number;
+}
+
 // The block's part of the images.
 struct Part {
   int image;
@@ -66,18 +75,22 @@ struct Part {
   int top, bottom;  // its own rows
 
   __device__ explicit Part(const Walk& walk) {
-    const unsigned strip = blockIdx.x % walk.strips, band = blockIdx.x / walk.strips % walk.bands;
-    image = blockIdx.x / walk.strips / walk.bands;
+    const unsigned block = forgotten(blockIdx.x), strip = block % walk.strips, band = block / walk.strips;
+    image = band / walk.bands;
     begin = strip * walk.inner;
     end = min(begin + walk.inner, walk.width);
     first = begin - walk.left;
-    top = band * walk.rows;
+    top = band % walk.bands * walk.rows;
     bottom = min(top + walk.rows, walk.height);
   }
   __device__ bool owns(int row, int column) const {
     return row >= top && row < bottom && column >= begin && column < end;
   }
 };
+
+// Ends what a warp does before: else the compiler reads the weights of all that follows in advance, which takes more
+// registers than there are.
+__device__ inline void part_of_work() { __syncwarp(); }
 
 // The warp's part of a step.
 struct Unit {
@@ -86,7 +99,7 @@ struct Unit {
   int row;     // of pixels 0 and 1, in the step; 2 and 3 are below
 
   __device__ explicit Unit(const Walk& walk) {
-    const int warp = threadIdx.x / kWarp, tiles = walk.columns / kUnitColumns;
+    const int warp = forgotten(threadIdx.x) / kWarp, tiles = walk.columns / kUnitColumns;
     column = warp % tiles * kUnitColumns + lane.pixel;
     row = warp / tiles * kUnitRows;
   }
@@ -107,15 +120,6 @@ struct Ring {
   // The pixel's place; row: at least -kRows.
   __device__ int operator()(int row, int column) const { return (row + kRows) % kRows * columns + column + 1; }
 };
-
-// The same number, of which the compiler does not know that it has computed with it before: addresses that are computed
-// twice take no registers in between.
-__device__ inline int forgotten(int number) {
-#ifdef __CUDA_ARCH__
-  asm volatile("" : "+r"(number));
-#endif
-  return number;
-}
 
 // Calls body(pixel, row, column, the pixel's number in all images, or -1 if there is none) for the lane's pixels; `row`:
 // the first of the step, in the image.
@@ -144,29 +148,102 @@ __device__ void read_pixels(uint32_t (&to)[kPixels][kWords<kChannels>], const Fe
   });
 }
 
-// LayerNorm with its weight and bias, of a step's rows from `row` on, into a ring; outside the image it is 0.
-template <class T, int kChannels, int kRows>
+// sums = bias + weights x.
+template <class T, int kCount>
+__device__ void pointwise(float (&sums)[kPixels][kCount][2], const uint32_t (&x)[kPixels][kCount],
+                          const uint4* weights, const float* bias, const Unit& unit) {
+  part_of_work();
+  float start[kCount][2];
+  read_channels<8 * kCount>(start, bias, unit.lane);
+  fill(sums, start);
+  multiply<T>(sums, x, weights);
+}
+
+// x = GELU(bias + weights LN(x)), where `weights` and `bias` have the norm's.
+template <class T, int kCount>
+__device__ void norm_pointwise_gelu(uint32_t (&x)[kPixels][kCount], const uint4* weights, const float* bias,
+                                    int channels, const Unit& unit) {
+  float sums[kPixels][kCount][2];
+#pragma unroll
+  for (int p = 0; p < kPixels; ++p) normalise<T>(x[p], channels, unit.lane);
+  pointwise<T>(sums, x, weights, bias, unit);
+#pragma unroll
+  for (int p = 0; p < kPixels; ++p) narrow<T, true>(x[p], sums[p]);
+}
+
+// x += sums, or GELU(sums)
+template <class T, bool kGelu, int kCount>
+__device__ void add_to(uint32_t (&x)[kPixels][kCount], const float (&sums)[kPixels][kCount][2]) {
+#pragma unroll
+  for (int p = 0; p < kPixels; ++p) {
+#pragma unroll
+    for (int word = 0; word < kCount; ++word) {
+      float pair[2];
+      unpack_pair<T>(pair, x[p][word]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) pair[i] += kGelu ? gelu_to<T>(sums[p][word][i]) : sums[p][word][i];
+      x[p][word] = pack_pair<T>(pair[0], pair[1]);
+    }
+  }
+}
+
+// Writes a step's rows from `row` on to memory: those pixels that are the block's own.
+template <int kChannels>
+__device__ void write_own(const Features<kChannels>& to, const uint32_t (&from)[kPixels][kWords<kChannels>],
+                          const Walk& walk, const Part& part, const Unit& unit, int row) {
+  for_pixels(walk, part, unit, row, [&](int p, int y, int x, int64_t pixel) {
+    if (part.owns(y, x)) to.write(pixel, from[p], unit.lane);
+  });
+}
+
+// Writes a step's rows from `row` on into a ring; `ring_row`: of the first, there. Outside the image it is 0.
+template <int kChannels, int kRows>
+__device__ void write_ring(const Ring<kChannels, kRows>& ring, int ring_row,
+                           uint32_t (&from)[kPixels][kWords<kChannels>], const Walk& walk, const Part& part,
+                           const Unit& unit, int row) {
+  for_pixels(walk, part, unit, row, [&](int p, int, int, int64_t pixel) {
+#pragma unroll
+    for (uint32_t& word : from[p]) word = pixel < 0 ? 0 : word;
+    ring.features.write(ring(ring_row + unit.row + Unit::row_of(p), unit.column_of(p)), from[p], unit.lane);
+  });
+}
+
+// Reads the pixels `shift` columns to the right of the lane's.
+template <int kChannels, int kRows>
+__device__ void read_ring(uint32_t (&to)[kPixels][kWords<kChannels>], const Ring<kChannels, kRows>& ring, int ring_row,
+                          int shift, const Unit& unit) {
+#pragma unroll
+  for (int p = 0; p < kPixels; ++p) {
+    ring.features.read(to[p], ring(ring_row + unit.row + Unit::row_of(p), unit.column_of(p) + shift), unit.lane);
+  }
+}
+
+// LayerNorm with its weight and bias, of a step's rows from `row` on, into a ring; of those up to 1 + kExtra rows above
+// and below the block's own.
+template <class T, int kExtra, int kChannels, int kRows>
 __device__ void norm_into(const Ring<kChannels, kRows>& ring, const Features<kChannels>& x, const ConvWeights& weights,
-                          int channels, const Walk& walk, const Part& part, const Unit& unit, int row) {
+                          int channels, const Walk& walk, const Part& part, int row) {
   constexpr int kCount = kWords<kChannels>;
+  const Unit unit(walk);
+  if (row + unit.row + 1 < part.top - 1 - kExtra || row + unit.row > part.bottom + kExtra) return;
   uint32_t words[kPixels][kCount];
   read_pixels(words, x, walk, part, unit, row);
   float weight[kCount][2], bias[kCount][2];
   read_channels<kChannels>(weight, weights.norm_weight, unit.lane);
   read_channels<kChannels>(bias, weights.norm_bias, unit.lane);
-  for_pixels(walk, part, unit, row, [&](int p, int y, int, int64_t pixel) {
+#pragma unroll
+  for (int p = 0; p < kPixels; ++p) {
     float wide[kCount][2];
 #pragma unroll
     for (int word = 0; word < kCount; ++word) unpack_pair<T>(wide[word], words[p][word]);
     normalise(wide, channels, unit.lane);
 #pragma unroll
     for (int word = 0; word < kCount; ++word) {
-      const float first = wide[word][0] * weight[word][0] + bias[word][0];
-      const float second = wide[word][1] * weight[word][1] + bias[word][1];
-      words[p][word] = pixel < 0 ? 0 : pack_pair<T>(first, second);
+      words[p][word] = pack_pair<T>(wide[word][0] * weight[word][0] + bias[word][0],
+                                    wide[word][1] * weight[word][1] + bias[word][1]);
     }
-    ring.features.write(ring(y - part.top, unit.column_of(p)), words[p], unit.lane);
-  });
+  }
+  write_ring(ring, row - part.top, words, walk, part, unit, row);
 }
 
 // The dense 3x3 convolution of a step's rows from `row` on.
@@ -177,75 +254,82 @@ __device__ void conv3x3(float (&sums)[kPixels][kWords<kChannels>][2], const Ring
   float bias[kCount][2];
   read_channels<kChannels>(bias, weights.bias, unit.lane);
   fill(sums, bias);
+  const uint4* taps = weights.taps;
 #pragma unroll 1
-  for (int tap = 0; tap < 9; ++tap) {
-    uint32_t words[kPixels][kCount];
-    const int y = row + unit.row + tap / 3 - 1 - part.top, x = tap % 3 - 1;
-#pragma unroll
-    for (int p = 0; p < kPixels; ++p) {
-      ring.features.read(words[p], ring(y + Unit::row_of(p), unit.column_of(p) + x), unit.lane);
+  for (int y = -1; y < 2; ++y) {
+#pragma unroll 1
+    for (int x = -1; x < 2; ++x, taps += quads_of(kCount, kCount) * kWarp) {
+      uint32_t words[kPixels][kCount];
+      read_ring(words, ring, row + y - part.top, x, unit);
+      multiply<T>(sums, words, taps);
     }
-    multiply<T>(sums, words, weights.taps + tap * quads_of(kCount, kCount) * kWarp);
   }
 }
 
-// Adds a depthwise convolution of kTapRows x kTapColumns, around the step's rows from `row` on, for kCount words from kFirst on.
-// weights: [tap][channel].
+// A depthwise convolution of kTapRows x kTapColumns around two pixels, one below the other, of which `top` and `left`
+// are the first row and column that it reads; of kCount words from kFirst on. weights: [tap][channel].
 template <class T, int kTapRows, int kTapColumns, int kFirst, int kCount, int kChannels, int kRows>
-__device__ void add_stencil(float (&sums)[kPixels][kCount][2], const Ring<kChannels, kRows>& ring, const float* weights,
-                            const Part& part, const Unit& unit, int row) {
-  const int top = row + unit.row - kTapRows / 2 - part.top;
-#pragma unroll
+__device__ void convolve(float (&sums)[kUnitRows][kCount][2], const Ring<kChannels, kRows>& ring, const float* weights,
+                         int top, int left, const Lane& lane) {
+  constexpr int kUnrolled = kTapRows > 3 ? 2 : kTapRows + 1;  // more, and their weights take all registers
+#pragma unroll 1
   for (int x = 0; x < kTapColumns; ++x) {
     float weight[2][kCount][2];  // of tap rows y and y - 1
-#pragma unroll
+#pragma unroll kUnrolled
     for (int y = 0; y < kTapRows + 1; ++y) {
       if (y < kTapRows) {
-        read_channels<kChannels, kFirst>(weight[y % 2], weights + (y * kTapColumns + x) * kChannels, unit.lane);
+        read_channels<kChannels, kFirst>(weight[y % 2], weights + (y * kTapColumns + x) * kChannels, lane);
+      }
+      uint32_t words[kCount];
+      if constexpr (kFirst == 0) {
+        ring.features.read_head(words, ring(top + y, left + x), lane);
+      } else {
+        ring.features.read_tail(words, ring(top + y, left + x), lane);
       }
 #pragma unroll
-      for (int right = 0; right < 2; ++right) {
-        uint32_t words[kCount];
-        const int place = ring(top + y, unit.column + 8 * right + x - kTapColumns / 2);
-        if constexpr (kFirst == 0) {
-          ring.features.read_head(words, place, unit.lane);
-        } else {
-          ring.features.read_tail(words, place, unit.lane);
-        }
+      for (int word = 0; word < kCount; ++word) {
+        float value[2];
+        unpack_pair<T>(value, words[word]);
 #pragma unroll
-        for (int word = 0; word < kCount; ++word) {
-          float value[2];
-          unpack_pair<T>(value, words[word]);
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            if (y < kTapRows) sums[right][word][i] += weight[y % 2][word][i] * value[i];
-            if (y > 0) sums[2 + right][word][i] += weight[(y + 1) % 2][word][i] * value[i];
-          }
+        for (int i = 0; i < 2; ++i) {
+          if (y < kTapRows) sums[0][word][i] += weight[y % 2][word][i] * value[i];
+          if (y > 0) sums[1][word][i] += weight[(y + 1) % 2][word][i] * value[i];
         }
       }
     }
   }
 }
 
-// to = finish(word, i, pixel, the stencil's sum): for all words, a part of them at a time, which takes fewer registers.
-template <class T, int kTapRows, int kTapColumns, int kChannels, int kRows, class Finish>
-__device__ void stencil(uint32_t (&to)[kPixels][kWords<kChannels>], const Ring<kChannels, kRows>& ring,
-                        const float* weights, const float* bias, const Part& part, const Unit& unit, int row,
-                        Finish finish) {
+// to = finish(word, i, pixel, the sum of a depthwise convolution), which may read what `to` has of that word; around the
+// step's rows from `row` on. bias(row of the image): of the channels. A part of the words and pixels at a time, which
+// takes fewer registers.
+template <class T, int kTapRows, int kTapColumns, int kChannels, int kRows, class Bias, class Finish>
+__device__ void depthwise(uint32_t (&to)[kPixels][kWords<kChannels>], const Ring<kChannels, kRows>& ring,
+                          const float* weights, Bias bias, const Part& part, const Unit& unit, int row,
+                          Finish finish) {
+  const int top = row + unit.row - kTapRows / 2 - part.top;
   const auto of_words = [&](auto first, auto count) {
     constexpr int kFirst = decltype(first)::value, kCount = decltype(count)::value;
-    float sums[kPixels][kCount][2], start[kCount][2];
-    read_channels<kChannels, kFirst>(start, bias, unit.lane);
-    fill(sums, start);
-    add_stencil<T, kTapRows, kTapColumns, kFirst>(sums, ring, weights, part, unit, row);
 #pragma unroll
-    for (int p = 0; p < kPixels; ++p) {
+    for (int right = 0; right < 2; ++right) {
+      part_of_work();
+      float sums[kUnitRows][kCount][2];
 #pragma unroll
-      for (int word = 0; word < kCount; ++word) {
-        float pair[2];
+      for (int below = 0; below < kUnitRows; ++below) {
+        read_channels<kChannels, kFirst>(sums[below], bias(row + unit.row + below), unit.lane);
+      }
+      convolve<T, kTapRows, kTapColumns, kFirst>(sums, ring, weights, top, unit.column_of(right) - kTapColumns / 2,
+                                                 unit.lane);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) pair[i] = finish(kFirst + word, i, p, sums[p][word][i]);
-        to[p][kFirst + word] = pack_pair<T>(pair[0], pair[1]);
+      for (int below = 0; below < kUnitRows; ++below) {
+        const int p = 2 * below + right;
+#pragma unroll
+        for (int word = 0; word < kCount; ++word) {
+          float pair[2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) pair[i] = finish(kFirst + word, i, p, sums[below][word][i]);
+          to[p][kFirst + word] = pack_pair<T>(pair[0], pair[1]);
+        }
       }
     }
   };

@@ -83,7 +83,7 @@ struct GroupWeights {
   uint4* ranks;        // [chunk]: weight_k @ k, of all experts' ranks
   float* ranks_bias;   // [rank]
   float *stripes;      // [3][3][channel]: both stripes of a in one
-  float *stripes_bias; // [channel]: that of the column; then [3][channel], what each row inside the image adds
+  float *stripes_bias; // [channel] where there is no row above and below; one above; one below; both
   float *aggregate, *aggregate_bias;  // [16][channel]
   float *calibrate, *calibrate_bias;  // [9][channel]
   float *small, *small_bias;          // [rank][channel]: weight_k @ weight_pw, for the small map

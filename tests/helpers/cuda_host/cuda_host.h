@@ -41,8 +41,6 @@
 using std::max;
 using std::min;
 
-inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
-
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 
