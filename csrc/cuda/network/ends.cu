@@ -14,11 +14,32 @@ using Upper = __nv_bfloat16;  // of a float, and of what it leaves: together 16 
 // The images, and what turns their numbers into those of the network.
 struct Picture {
   Image x, y;
-  float max_value;  // 1 for float32
+  float max_value;  // 255 of uint8, 65535 of uint16, 1 of float32
   float img_range;
   const float* mean;  // of each channel
   int* is_finite;     // null, or 1 until a result is not
   int channels, scale;
+
+  __device__ float read(int64_t offset) const {
+    if (max_value == 255) return static_cast<const uint8_t*>(x.data)[offset];
+    if (max_value == 65535) return static_cast<const uint16_t*>(x.data)[offset];
+    return static_cast<const float*>(x.data)[offset];
+  }
+
+  // Integers are rounded to the nearest, ties to even.
+  __device__ void write(int64_t offset, float value) const {
+    if (max_value == 1) {
+      static_cast<float*>(y.data)[offset] = value;
+      return;
+    }
+    if (is_finite && !(fabsf(value) < INFINITY)) *is_finite = 0;
+    const float number = rintf(fminf(fmaxf(value, 0), 1) * max_value);
+    if (max_value == 255) {
+      static_cast<uint8_t*>(y.data)[offset] = static_cast<uint8_t>(number);
+    } else {
+      static_cast<uint16_t*>(y.data)[offset] = static_cast<uint16_t>(number);
+    }
+  }
 };
 
 struct HeadCall {
@@ -30,7 +51,7 @@ struct HeadCall {
   EndWeights weights;
 };
 
-template <class T, int kChannels, class Number>
+template <class T, int kChannels>
 __global__ void __launch_bounds__(kHeadThreads) head_kernel(const __grid_constant__ HeadCall call) {
   constexpr int kCount = kWords<kChannels>;
   const Picture& picture = call.picture;
@@ -49,14 +70,14 @@ __global__ void __launch_bounds__(kHeadThreads) head_kernel(const __grid_constan
     for (int down = 0; down < 3; ++down) {
       const int at_y = y + down - 1;
       if (at_y < 0 || at_y >= call.height) continue;
-      const Number* const from = static_cast<const Number*>(picture.x.data) + image * picture.x.batch +
-                                 channel * picture.x.channel + at_y * picture.x.row;
+      const int64_t offset = image * picture.x.batch + channel * picture.x.channel + at_y * picture.x.row;
       float values[kHeadColumns + 2];
 #pragma unroll
       for (int i = 0; i < kHeadColumns + 2; ++i) {
         const int x = first + i - 1;
-        const float number = x >= 0 && x < call.width ? static_cast<float>(from[x * picture.x.column]) : 0;
-        values[i] = x >= 0 && x < call.width ? (number / picture.max_value - mean) * picture.img_range : 0;
+        values[i] = 0;
+        if (x < 0 || x >= call.width) continue;
+        values[i] = (picture.read(offset + x * picture.x.column) / picture.max_value - mean) * picture.img_range;
       }
 #pragma unroll
       for (int right = 0; right < 3; ++right) {
@@ -102,41 +123,46 @@ int64_t shared_bytes(int columns) {
   return Ring<kChannels, kRing>::bytes(columns);
 }
 
+// The sum of conv_2 and f, of a step's rows from `row` of the band on.
 template <class T, int kChannels>
-__global__ void __launch_bounds__(kMostThreads, blocks_of(kChannels)) features_kernel(const __grid_constant__ FeaturesCall call) {
+__device__ void finish(const Ring<kChannels, kRing>& normalised, const FeaturesCall& call, int row) {
   constexpr int kCount = kWords<kChannels>;
-  DYNAMIC_SHARED(char, memory);
-  const Walk& walk = call.walk;
-  const Part part(walk);
-  const Unit unit(walk);
-  const Ring<kChannels, kRing> normalised(memory, walk.columns);
-  const Features<kChannels> x{call.x}, upper{call.upper}, lower{call.lower};
-  for (int row = part.top - kStep; row < part.bottom; row += kStep) {
-    norm_into<T, 0>(normalised, x, call.weights, call.channels, walk, part, row + 1);
-    __syncthreads();
-    if (row >= part.top && row + unit.row < part.bottom) {
-      float sums[kPixels][kCount][2];
-      conv3x3<T>(sums, normalised, call.weights, part, unit, row);
-      for_pixels(walk, part, unit, row, [&](int p, int y, int column, int64_t pixel) {
-        if (!part.owns(y, column)) return;
-        float f[kCount][2];
-        read_channels<kChannels>(f, call.f + pixel * kChannels, unit.lane);
-        uint32_t words[kCount];
+  const Part part(call.walk);
+  const Unit unit(call.walk);
+  row += part.top;
+  if (row < part.top || row + unit.row >= part.bottom) return;
+  const Features<kChannels> upper{call.upper}, lower{call.lower};
+  float sums[kPixels][kCount][2];
+  conv3x3<T>(sums, normalised, call.weights, part, unit, row);
+  for_pixels(call.walk, part, unit, row, [&](int p, int y, int column, int64_t pixel) {
+    if (!part.owns(y, column)) return;
+    float f[kCount][2];
+    read_channels<kChannels>(f, call.f + pixel * kChannels, unit.lane);
+    uint32_t words[kCount];
 #pragma unroll
-        for (int word = 0; word < kCount; ++word) {
-          sums[p][word][0] += f[word][0], sums[p][word][1] += f[word][1];
-        }
-        narrow<Upper, false>(words, sums[p]);
-        upper.write(pixel, words, unit.lane);
-#pragma unroll
-        for (int word = 0; word < kCount; ++word) {
-          float wide[2];
-          unpack_pair<Upper>(wide, words[word]);
-          words[word] = pack_pair<Upper>(sums[p][word][0] - wide[0], sums[p][word][1] - wide[1]);
-        }
-        lower.write(pixel, words, unit.lane);
-      });
+    for (int word = 0; word < kCount; ++word) {
+      sums[p][word][0] += f[word][0], sums[p][word][1] += f[word][1];
     }
+    narrow<Upper, false>(words, sums[p]);
+    upper.write(pixel, words, unit.lane);
+#pragma unroll
+    for (int word = 0; word < kCount; ++word) {
+      float wide[2];
+      unpack_pair<Upper>(wide, words[word]);
+      words[word] = pack_pair<Upper>(sums[p][word][0] - wide[0], sums[p][word][1] - wide[1]);
+    }
+    lower.write(pixel, words, unit.lane);
+  });
+}
+
+template <class T, int kChannels>
+__global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of(kChannels)) features_kernel(const __grid_constant__ FeaturesCall call) {
+  DYNAMIC_SHARED(char, memory);
+  const Ring<kChannels, kRing> normalised(memory, call.walk.columns);
+  for (int row = -kStep; row < call.walk.rows; row += kStep) {
+    norm_into<T, 0>(normalised, Features<kChannels>{call.x}, call.weights, call.channels, call.walk, row + 1);
+    __syncthreads();
+    finish<T>(normalised, call, row);
     __syncthreads();
   }
 }
@@ -149,19 +175,8 @@ struct UpsamplerCall {
   EndWeights weights;
 };
 
-// A number of the result as the image has it; integers are rounded to the nearest, ties to even.
-template <class Number>
-__device__ Number to_number(float value, const Picture& picture) {
-  if constexpr (std::is_same_v<Number, float>) {
-    return value;
-  } else {
-    if (picture.is_finite && !(fabsf(value) < INFINITY)) *picture.is_finite = 0;
-    return static_cast<Number>(rintf(fminf(fmaxf(value, 0), 1) * picture.max_value));
-  }
-}
-
-template <class Number, int kChannels, int kTiles>
-__global__ void __launch_bounds__(kMostThreads, kTiles == 2 ? blocks_of(kChannels) : 1) upsampler_kernel(const __grid_constant__ UpsamplerCall call) {
+template <int kChannels, int kTiles>
+__global__ void __launch_bounds__(threads_of(most_columns(kChannels)), kTiles == 2 ? blocks_of(kChannels) : 1) upsampler_kernel(const __grid_constant__ UpsamplerCall call) {
   constexpr int kCount = kWords<kChannels>, kQuads = quads_of(kTiles, kCount) * kWarp;
   const Walk& walk = call.walk;
   const Picture& picture = call.picture;
@@ -197,13 +212,13 @@ __global__ void __launch_bounds__(kMostThreads, kTiles == 2 ? blocks_of(kChannel
         const int output = (chunk * kTiles + tile) * 8 + 2 * unit.lane.quarter + i;
         if (output >= call.outputs) continue;
         const int channel = output / (scale * scale), down = output / scale % scale, right = output % scale;
-        Number* const to = static_cast<Number*>(picture.y.data) + part.image * picture.y.batch +
-                           channel * picture.y.channel;
+        const int64_t offset = part.image * picture.y.batch + channel * picture.y.channel;
         for_pixels(walk, part, unit, part.top, [&](int p, int y, int x, int64_t) {
           if (!part.owns(y, x)) return;
           const float value = sums[p][tile][i] / picture.img_range + picture.mean[channel];
-          to[(int64_t(y) * scale + down) * picture.y.row + (int64_t(x) * scale + right) * picture.y.column] =
-              to_number<Number>(value, picture);
+          picture.write(offset + (int64_t(y) * scale + down) * picture.y.row +
+                            (int64_t(x) * scale + right) * picture.y.column,
+                        value);
         });
       }
     }
@@ -214,14 +229,6 @@ Picture picture_of(const Scene& scene) {
   const Network& net = scene.net;
   return {net.x, net.y, net.max_value ? static_cast<float>(net.max_value) : 1, net.img_range, net.mean,
           net.is_finite, static_cast<int>(net.config.in_channels), static_cast<int>(net.config.scale)};
-}
-
-// Call function(0 of the type of the images' numbers).
-template <class Function>
-void with_numbers(const Scene& scene, Function function) {
-  if (scene.net.max_value == 255) return function(uint8_t());
-  if (scene.net.max_value == 65535) return function(uint16_t());
-  function(float());
 }
 
 template <class Function>
@@ -240,10 +247,8 @@ void launch_head(const Scene& scene, const EndWeights& weights) {
     constexpr int kChannels = decltype(channels)::value;
     const HeadCall call{picture_of(scene), size.batch, static_cast<int>(size.height), static_cast<int>(size.width),
                         scene.features<kChannels>(scene.buffers.x[0]), scene.buffers.f, weights};
-    with_numbers(scene, [&](auto number) {
-      LAUNCH((head_kernel<decltype(type), kChannels, decltype(number)>),
-             grid_of(ceil_div(threads, kHeadThreads), "network"), kHeadThreads, 0, scene.stream, call);
-    });
+    LAUNCH((head_kernel<decltype(type), kChannels>), grid_of(ceil_div(threads, kHeadThreads), "network"), kHeadThreads,
+           0, scene.stream, call);
   });
 }
 
@@ -251,7 +256,7 @@ void launch_features(const Scene& scene, const EndWeights& weights) {
   const Buffers& b = scene.buffers;
   with_features(static_cast<DType>(scene.config().dtype), scene.channels(), [&](auto type, auto channels) {
     constexpr int kChannels = decltype(channels)::value;
-    const int columns = columns_of(shared_bytes<kChannels>);
+    const int columns = columns_of<kChannels>(shared_bytes<kChannels>);
     const Walk walk = plan_walk(scene.net.size, columns, 1, 1, 2);
     const FeaturesCall call{walk, scene.channels(), scene.features<kChannels>(b.x[1]), scene.features<kChannels>(b.x[0]),
                             scene.features<kChannels>(b.a), b.f, weights.conv};
@@ -261,18 +266,16 @@ void launch_features(const Scene& scene, const EndWeights& weights) {
 }
 
 void launch_upsampler(const Scene& scene, const EndWeights& weights) {
-  Walk walk = plan_walk(scene.net.size, kMostColumns, 0, 0, 0);
-  walk.rows = kStep, walk.bands = static_cast<int>(ceil_div(walk.height, kStep));
   with_features(DType::bfloat16, scene.channels(), [&](auto, auto channels) {
     constexpr int kChannels = decltype(channels)::value;
+    Walk walk = plan_walk(scene.net.size, most_columns(kChannels), 0, 0, 0);
+    walk.rows = kStep, walk.bands = static_cast<int>(ceil_div(walk.height, kStep));
     const UpsamplerCall call{walk, picture_of(scene), scene.features<kChannels>(scene.buffers.x[0]),
                              scene.features<kChannels>(scene.buffers.a), scene.widths.outputs,
                              scene.widths.output_chunks, weights};
     with_tiles(scene.widths.output_tiles, [&](auto tiles) {
-      with_numbers(scene, [&](auto number) {
-        LAUNCH((upsampler_kernel<decltype(number), kChannels, decltype(tiles)::value>),
-               grid_of(walk.blocks(), "network"), walk.threads(), 0, scene.stream, call);
-      });
+      LAUNCH((upsampler_kernel<kChannels, decltype(tiles)::value>), grid_of(walk.blocks(), "network"), walk.threads(), 0,
+             scene.stream, call);
     });
   });
 }

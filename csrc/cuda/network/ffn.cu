@@ -138,11 +138,12 @@ struct Shared {
   Choice choice;
 };
 
-// g of a step's rows from `row` on.
+// g of a step's rows from `row` of the band on.
 template <class T, bool kExperts, int kChannels>
 __device__ void compute_g(const Shared<kChannels>& shared, const Call& call, int row) {
   const Part part(call.walk);
   const Unit unit(call.walk);
+  row += part.top;
   if (row + unit.row + 1 < part.top - 1 || row + unit.row > part.bottom) return;
   uint32_t words[kPixels][kWords<kChannels>];
   if constexpr (kExperts) {
@@ -155,12 +156,13 @@ __device__ void compute_g(const Shared<kChannels>& shared, const Call& call, int
   write_ring(shared.g, row - part.top, words, call.walk, part, unit, row);
 }
 
-// The result, of a step's rows from `row` on.
+// The result, of a step's rows from `row` of the band on.
 template <class T, bool kExperts, int kChannels>
 __device__ void finish(const Shared<kChannels>& shared, const Call& call, int row) {
   constexpr int kCount = kWords<kChannels>;
   const Part part(call.walk);
   const Unit unit(call.walk);
+  row += part.top;
   if (row < part.top || row + unit.row >= part.bottom) return;
   const auto read_x = [&](uint32_t(&to)[kPixels][kCount]) {
     if constexpr (kExperts) {
@@ -186,18 +188,17 @@ __device__ void finish(const Shared<kChannels>& shared, const Call& call, int ro
 }
 
 template <class T, int kChannels, bool kExperts>
-__global__ void __launch_bounds__(kMostThreads, blocks_of(kChannels)) ffn_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of(kChannels)) ffn_kernel(const __grid_constant__ Call call) {
   DYNAMIC_SHARED(char, memory);
   const int columns = call.walk.columns;
-  const Part part(call.walk);
   const int64_t ring_bytes = Ring<kChannels, kRing>::bytes(columns);
   float* const floats = reinterpret_cast<float*>(memory + (1 + kExperts) * ring_bytes);
   const Shared<kChannels> shared{{memory, columns}, {memory + ring_bytes, columns}, {floats, floats + kMostRanks}};
   if constexpr (kExperts) {
-    shared.choice.template read<kChannels>(call.experts, part.image);
+    shared.choice.template read<kChannels>(call.experts, Part(call.walk).image);
     __syncthreads();
   }
-  for (int row = part.top - kStep; row < part.bottom; row += kStep) {
+  for (int row = -kStep; row < call.walk.rows; row += kStep) {
     compute_g<T, kExperts>(shared, call, row + 1);
     __syncthreads();
     finish<T, kExperts>(shared, call, row);
@@ -209,7 +210,7 @@ template <bool kExperts>
 void launch(const Scene& scene, void* x, void* y, const FfnWeights& weights, const ExpertsCall& experts) {
   with_features(static_cast<DType>(scene.config().dtype), scene.channels(), [&](auto type, auto channels) {
     constexpr int kChannels = decltype(channels)::value;
-    const int columns = columns_of(shared_bytes<kChannels, kExperts>);
+    const int columns = columns_of<kChannels>(shared_bytes<kChannels, kExperts>);
     const Walk walk = plan_walk(scene.net.size, columns, kHalo, kHalo, 2);
     Call call{walk, scene.channels(), scene.features<kChannels>(x), scene.features<kChannels>(y), weights, experts};
     call.experts.a = scene.features<kChannels>(scene.buffers.a);

@@ -95,12 +95,14 @@ __device__ void write_ranks(const Call& call, const Part& part, const Unit& unit
   }
 }
 
-// The convolution of a step's rows from `row` on, and what is expanded of it: a into its ring, k's ranks and aggregates.
+// The convolution of a step's rows from `row` of the band on, and what is expanded of it: a into its ring, k's ranks and aggregates.
 template <class T, int kChannels>
-__device__ void expand(const Shared<kChannels>& shared, const Call& call, const Part& part, int row) {
+__device__ void expand(const Shared<kChannels>& shared, const Call& call, int row) {
   constexpr int kCount = kWords<kChannels>;
   const GroupWeights& weights = call.weights;
+  const Part part(call.walk);
   const Unit unit(call.walk);
+  row += part.top;
   if (row + unit.row + 1 < part.top - 1 || row + unit.row > part.bottom) return;
   uint32_t words[kPixels][kCount];
   float sums[kPixels][kCount][2];
@@ -120,10 +122,12 @@ __device__ void expand(const Shared<kChannels>& shared, const Call& call, const 
   write_ranks<T, kChannels>(call, part, unit, row, words);
 }
 
-// a of a step's rows from `row` on, which is added to the warp's sums.
+// a of a step's rows from `row` of the band on, which is added to the warp's sums.
 template <class T, int kChannels>
-__device__ void finish_a(const Shared<kChannels>& shared, const Call& call, const Part& part, int row) {
+__device__ void finish_a(const Shared<kChannels>& shared, const Call& call, int row) {
+  const Part part(call.walk);
   const Unit unit(call.walk);
+  row += part.top;
   const int first = row + unit.row;
   if (first + 1 < part.top || first >= part.bottom) return;
   uint32_t words[kPixels][kWords<kChannels>];
@@ -154,9 +158,11 @@ __device__ void finish_a(const Shared<kChannels>& shared, const Call& call, cons
   }
 }
 
-// Adds up both halves of the aggregates of the four rows from `row` on.
+// Adds up both halves of the aggregates of the four rows from `row` of the band on.
 template <int kChannels>
-__device__ void write_aggregates(const Aggregates<kChannels>& aggregates, const Call& call, const Part& part, int row) {
+__device__ void write_aggregates(const Aggregates<kChannels>& aggregates, const Call& call, int row) {
+  const Part part(call.walk);
+  row += part.top;
   const Walk& walk = call.walk;
   const int map_width = walk.width / 4, map_height = walk.height / 4;
   if (row < part.top || row >= part.bottom || row / 4 >= map_height) return;
@@ -171,7 +177,8 @@ __device__ void write_aggregates(const Aggregates<kChannels>& aggregates, const 
 
 // Writes the sums of the block's warps, in their order.
 template <int kChannels>
-__device__ void write_sums(const Shared<kChannels>& shared, const Call& call, const Part& part) {
+__device__ void write_sums(const Shared<kChannels>& shared, const Call& call) {
+  const Part part(call.walk);
   const Walk& walk = call.walk;
   const int64_t block = blockIdx.x % (walk.strips * walk.bands);
   for (int channel = threadIdx.x; channel < call.channels; channel += blockDim.x) {
@@ -184,9 +191,8 @@ __device__ void write_sums(const Shared<kChannels>& shared, const Call& call, co
 }
 
 template <class T, int kChannels>
-__global__ void __launch_bounds__(kMostThreads, blocks_of(kChannels)) front_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of(kChannels)) front_kernel(const __grid_constant__ Call call) {
   DYNAMIC_SHARED(char, memory);
-  const Part part(call.walk);
   const int columns = call.walk.columns;
   const int64_t ring_bytes = Ring<kChannels, kRing>::bytes(columns);
   float* const floats = reinterpret_cast<float*>(memory + 2 * ring_bytes);
@@ -195,22 +201,21 @@ __global__ void __launch_bounds__(kMostThreads, blocks_of(kChannels)) front_kern
                                  {floats, columns},
                                  floats + columns / 2 * kChannels};
   for (int i = threadIdx.x; i < static_cast<int>(blockDim.x) / kWarp * kChannels; i += blockDim.x) shared.sums[i] = 0;
-  for (int row = part.top - kStep; row <= part.bottom; row += kStep) {
-    norm_into<T, 1>(shared.normalised, Features<kChannels>{call.x}, call.weights.conv, call.channels, call.walk, part,
-                    row + 1);
+  for (int row = -kStep; row <= call.walk.rows; row += kStep) {
+    norm_into<T, 1>(shared.normalised, Features<kChannels>{call.x}, call.weights.conv, call.channels, call.walk, row + 1);
     __syncthreads();
-    expand<T>(shared, call, part, row);
+    expand<T>(shared, call, row);
     __syncthreads();
-    finish_a<T>(shared, call, part, row - 1);
-    write_aggregates(shared.aggregates, call, part, row);
+    finish_a<T>(shared, call, row - 1);
+    write_aggregates(shared.aggregates, call, row);
   }
   __syncthreads();
-  write_sums(shared, call, part);
+  write_sums(shared, call);
 }
 
 template <int kChannels>
 Walk walk_of(const Scene& scene) {
-  const int columns = columns_of(shared_bytes<kChannels>);
+  const int columns = columns_of<kChannels>(shared_bytes<kChannels>);
   return plan_walk(scene.net.size, columns, kHalo, kHalo, 4);
 }
 

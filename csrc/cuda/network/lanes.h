@@ -94,6 +94,7 @@ __device__ void multiply(float (&sums)[kPixels][kOutputs][2], const uint32_t (&x
   int next = 0;
   const auto read = [&] {
     const int word = next++;
+    if (word > 0 && word % 16 == 0) __syncwarp();
     if (word % 4 == 0) quad = own[word / 4 * kWarp];
     return word % 4 == 0 ? quad.x : word % 4 == 1 ? quad.y : word % 4 == 2 ? quad.z : quad.w;
   };

@@ -33,10 +33,12 @@ __device__ uint32_t* word_of(const Features<kChannels>& features, int pixel, int
                           : features.tail + pixel * ((kChannels - kHead) / 2) + word - kHead / 2;
 }
 
-// The convolution along the rows of q, of a step's rows from `row` on; outside the image it is 0.
+// The convolution along the rows of q, of a step's rows from `row` of the band on; outside the image it is 0.
 template <class T, int kChannels>
 __device__ void convolve_rows(const Ring<kChannels, kRing>& to, const Ring<kChannels, kStep>& q, const Call& call,
-                              const Part& part, int row) {
+                              int row) {
+  const Part part(call.walk);
+  row += part.top;
   const int words = (call.channels + 1) / 2, runs = static_cast<int>(ceil_div(call.walk.inner, kRun));
   for (int item = forgotten(threadIdx.x); item < kStep * words * runs; item += blockDim.x) {
     const int word = item % words, line = item / words % kStep, begin = kHalo + item / words / kStep * kRun;
@@ -71,11 +73,12 @@ __device__ void convolve_rows(const Ring<kChannels, kRing>& to, const Ring<kChan
   }
 }
 
-// q of a step's rows from `row` on.
+// q of a step's rows from `row` of the band on.
 template <class T, int kChannels>
 __device__ void compute_q(const Ring<kChannels, kStep>& q, const Call& call, int row) {
   const Part part(call.walk);
   const Unit unit(call.walk);
+  row += part.top;
   if (row + unit.row + 1 < part.top - kHalo || row + unit.row >= part.bottom + kHalo) return;
   uint32_t words[kPixels][kWords<kChannels>];
   read_pixels(words, Features<kChannels>{call.x}, call.walk, part, unit, row);
@@ -83,12 +86,13 @@ __device__ void compute_q(const Ring<kChannels, kStep>& q, const Call& call, int
   write_ring(q, 0, words, call.walk, part, unit, row);
 }
 
-// The result, of a step's rows from `row` on.
+// The result, of a step's rows from `row` of the band on.
 template <class T, int kChannels>
 __device__ void finish(const Ring<kChannels, kRing>& rows, const Call& call, int row) {
   constexpr int kCount = kWords<kChannels>;
   const Part part(call.walk);
   const Unit unit(call.walk);
+  row += part.top;
   if (row < part.top || row + unit.row >= part.bottom) return;
   const Features<kChannels> x{call.x}, y{call.y};
   uint32_t v[kPixels][kCount];
@@ -108,10 +112,9 @@ __device__ void finish(const Ring<kChannels, kRing>& rows, const Call& call, int
 }
 
 template <class T, int kChannels>
-__global__ void __launch_bounds__(kMostThreads, blocks_of(kChannels)) see_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of(kChannels)) see_kernel(const __grid_constant__ Call call) {
   DYNAMIC_SHARED(char, memory);
   const Walk& walk = call.walk;
-  const Part part(walk);
   const Ring<kChannels, kStep> q(memory, walk.columns);
   const Ring<kChannels, kRing> rows(memory + Ring<kChannels, kStep>::bytes(walk.columns), walk.columns);
 
@@ -121,10 +124,10 @@ __global__ void __launch_bounds__(kMostThreads, blocks_of(kChannels)) see_kernel
     *word_of(rows.features, i / none + 1, words - 1 - i % none) = 0;
   }
 
-  for (int row = part.top - 3 * kStep; row < part.bottom; row += kStep) {
+  for (int row = -3 * kStep; row < walk.rows; row += kStep) {
     compute_q<T>(q, call, row + kHalo);
     __syncthreads();
-    convolve_rows<T>(rows, q, call, part, row + kHalo);
+    convolve_rows<T>(rows, q, call, row + kHalo);
     __syncthreads();
     finish<T>(rows, call, row);
   }
@@ -135,7 +138,7 @@ __global__ void __launch_bounds__(kMostThreads, blocks_of(kChannels)) see_kernel
 void launch_see(const Scene& scene, const GroupWeights& weights) {
   with_features(static_cast<DType>(scene.config().dtype), scene.channels(), [&](auto type, auto channels) {
     constexpr int kChannels = decltype(channels)::value;
-    const int columns = columns_of(shared_bytes<kChannels>);
+    const int columns = columns_of<kChannels>(shared_bytes<kChannels>);
     const Walk walk = plan_walk(scene.net.size, columns, kHalo, kHalo, 2 * kHalo);
     const Call call{walk, scene.channels(), scene.features<kChannels>(scene.buffers.x[1]),
                     scene.features<kChannels>(scene.buffers.x[0]), weights};

@@ -55,16 +55,4 @@ void launch_features(const Scene& scene, const EndWeights& weights);
 // The image, of x[0] and a.
 void launch_upsampler(const Scene& scene, const EndWeights& weights);
 
-// The columns of a strip: the most that leave a multiprocessor kLeastWarps warps. ring_bytes(columns): shared memory of a
-// block.
-template <class Bytes>
-int columns_of(Bytes ring_bytes) {
-  constexpr int kMostColumns = 64, kLeastColumns = 32, kLeastWarps = 8, kWarpColumns = 8, kReserved = 1024;
-  for (int columns = kMostColumns; columns > kLeastColumns; columns -= 16) {
-    const int64_t blocks = shared_bytes_of_multiprocessor() / (ring_bytes(columns) + kReserved);
-    if (ring_bytes(columns) <= most_shared_bytes() && blocks * columns >= kLeastWarps * kWarpColumns) return columns;
-  }
-  return kLeastColumns;
-}
-
 }  // namespace seemore::gpu

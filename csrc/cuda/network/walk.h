@@ -12,11 +12,11 @@ namespace seemore::gpu {
 
 constexpr int kStep = 4;
 constexpr int kUnitColumns = 16, kUnitRows = 2, kPixels = 4;  // of a warp; of a lane
-constexpr int kMostThreads = 256;
-// Blocks of a multiprocessor: registers of more channels are for one.
+// Columns of a strip at most, and blocks of a multiprocessor: what its registers are enough for.
+constexpr int most_columns(int channels) { return channels == 48 ? 48 : 64; }
 constexpr int blocks_of(int channels) { return channels <= 48 ? 2 : 1; }
+constexpr int threads_of(int columns) { return columns / kUnitColumns * (kStep / kUnitRows) * kWarp; }
 
-constexpr int kMostColumns = kMostThreads / kWarp * kUnitColumns / (kStep / kUnitRows);
 
 struct Walk {
   int height, width;
@@ -27,7 +27,7 @@ struct Walk {
   int strips, bands;
   int64_t images;
 
-  int threads() const { return columns / kUnitColumns * (kStep / kUnitRows) * kWarp; }
+  int threads() const { return threads_of(columns); }
   int64_t blocks() const { return images * bands * strips; }
 };
 
@@ -56,6 +56,18 @@ inline Walk plan_walk(const Size& size, int columns, int left, int right, int le
     best.rows = rows, best.bands = static_cast<int>(ceil_div(height, rows));
   }
   return best;
+}
+
+// The columns of a strip: the most that leave a multiprocessor eight warps. ring_bytes(columns): shared memory of a block.
+template <int kChannels, class Bytes>
+int columns_of(Bytes ring_bytes) {
+  constexpr int kLeastColumns = 32, kLeastWarps = 8, kReserved = 1024;
+  for (int columns = most_columns(kChannels); columns > kLeastColumns; columns -= kUnitColumns) {
+    const int64_t blocks = shared_bytes_of_multiprocessor() / (ring_bytes(columns) + kReserved);
+    const bool fits = ring_bytes(columns) <= most_shared_bytes();
+    if (fits && blocks * threads_of(columns) >= kLeastWarps * kWarp) return columns;
+  }
+  return kLeastColumns;
 }
 
 // The same number, of which the compiler does not know that it has computed with it before: addresses that are computed
@@ -218,12 +230,14 @@ __device__ void read_ring(uint32_t (&to)[kPixels][kWords<kChannels>], const Ring
   }
 }
 
-// LayerNorm with its weight and bias, of a step's rows from `row` on, into a ring; of those up to 1 + kExtra rows above
+// LayerNorm with its weight and bias, of a step's rows from `row` of the band on, into a ring; of those up to 1 + kExtra rows above
 // and below the block's own.
 template <class T, int kExtra, int kChannels, int kRows>
 __device__ void norm_into(const Ring<kChannels, kRows>& ring, const Features<kChannels>& x, const ConvWeights& weights,
-                          int channels, const Walk& walk, const Part& part, int row) {
+                          int channels, const Walk& walk, int row) {
   constexpr int kCount = kWords<kChannels>;
+  const Part part(walk);
+  row += part.top;
   const Unit unit(walk);
   if (row + unit.row + 1 < part.top - 1 - kExtra || row + unit.row > part.bottom + kExtra) return;
   uint32_t words[kPixels][kCount];
@@ -254,15 +268,11 @@ __device__ void conv3x3(float (&sums)[kPixels][kWords<kChannels>][2], const Ring
   float bias[kCount][2];
   read_channels<kChannels>(bias, weights.bias, unit.lane);
   fill(sums, bias);
-  const uint4* taps = weights.taps;
 #pragma unroll 1
-  for (int y = -1; y < 2; ++y) {
-#pragma unroll 1
-    for (int x = -1; x < 2; ++x, taps += quads_of(kCount, kCount) * kWarp) {
-      uint32_t words[kPixels][kCount];
-      read_ring(words, ring, row + y - part.top, x, unit);
-      multiply<T>(sums, words, taps);
-    }
+  for (int tap = 0; tap < 9; ++tap) {
+    uint32_t words[kPixels][kCount];
+    read_ring(words, ring, row + tap / 3 - 1 - part.top, tap % 3 - 1, unit);
+    multiply<T>(sums, words, weights.taps + tap * quads_of(kCount, kCount) * kWarp);
   }
 }
 
