@@ -15,7 +15,7 @@ using Upper = __nv_bfloat16;  // of a float, and of what it leaves: together 16 
 struct Picture {
   Image x, y;
   float max_value;  // 255 of uint8, 65535 of uint16, 1 of float32
-  float img_range;
+  float img_range, inverse_range;
   const float* mean;  // of each channel
   int* is_finite;     // null, or 1 until a result is not
   int channels, scale;
@@ -205,6 +205,10 @@ __global__ void __launch_bounds__(threads_of(most_columns(kChannels)), kTiles ==
       multiply<Upper>(sums, words, weights[1]);
       multiply<Upper>(sums, words, weights[0]);
     }
+    int64_t places[kPixels];
+    for_pixels(walk, part, unit, part.top, [&](int p, int y, int x, int64_t) {
+      places[p] = part.owns(y, x) ? int64_t(y) * scale * picture.y.row + int64_t(x) * scale * picture.y.column : -1;
+    });
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
@@ -212,14 +216,13 @@ __global__ void __launch_bounds__(threads_of(most_columns(kChannels)), kTiles ==
         const int output = (chunk * kTiles + tile) * 8 + 2 * unit.lane.quarter + i;
         if (output >= call.outputs) continue;
         const int channel = output / (scale * scale), down = output / scale % scale, right = output % scale;
-        const int64_t offset = part.image * picture.y.batch + channel * picture.y.channel;
-        for_pixels(walk, part, unit, part.top, [&](int p, int y, int x, int64_t) {
-          if (!part.owns(y, x)) return;
-          const float value = sums[p][tile][i] / picture.img_range + picture.mean[channel];
-          picture.write(offset + (int64_t(y) * scale + down) * picture.y.row +
-                            (int64_t(x) * scale + right) * picture.y.column,
-                        value);
-        });
+        const int64_t offset = part.image * picture.y.batch + channel * picture.y.channel + down * picture.y.row +
+                               right * picture.y.column;
+        const float mean = picture.mean[channel];
+#pragma unroll
+        for (int p = 0; p < kPixels; ++p) {
+          if (places[p] >= 0) picture.write(offset + places[p], sums[p][tile][i] * picture.inverse_range + mean);
+        }
       }
     }
   }
@@ -227,7 +230,7 @@ __global__ void __launch_bounds__(threads_of(most_columns(kChannels)), kTiles ==
 
 Picture picture_of(const Scene& scene) {
   const Network& net = scene.net;
-  return {net.x, net.y, net.max_value ? static_cast<float>(net.max_value) : 1, net.img_range, net.mean,
+  return {net.x, net.y, net.max_value ? static_cast<float>(net.max_value) : 1, net.img_range, 1 / net.img_range, net.mean,
           net.is_finite, static_cast<int>(net.config.in_channels), static_cast<int>(net.config.scale)};
 }
 
@@ -256,7 +259,7 @@ void launch_features(const Scene& scene, const EndWeights& weights) {
   const Buffers& b = scene.buffers;
   with_features(static_cast<DType>(scene.config().dtype), scene.channels(), [&](auto type, auto channels) {
     constexpr int kChannels = decltype(channels)::value;
-    const int columns = columns_of<kChannels>(shared_bytes<kChannels>);
+    const int columns = columns_of(most_columns(kChannels), shared_bytes<kChannels>);
     const Walk walk = plan_walk(scene.net.size, columns, 1, 1, 2);
     const FeaturesCall call{walk, scene.channels(), scene.features<kChannels>(b.x[1]), scene.features<kChannels>(b.x[0]),
                             scene.features<kChannels>(b.a), b.f, weights.conv};

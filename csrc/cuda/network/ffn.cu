@@ -1,7 +1,7 @@
 // GatedFFN with its LayerNorm and residual; alone, as it ends SME, or after the experts, as it ends RME.
 //
-// A step computes the rows of g, the half that is convolved, into a ring in shared memory. The other half, u, is
-// computed where it is used. After the experts, their result is kept in a second ring: it never goes to memory.
+// A step computes the rows of LN(x) and of g, the half that is convolved, into rings in shared memory. The other half, u,
+// is computed where it is used. After the experts, their result is kept in a third ring: it never goes to memory.
 // Reads x and writes it: 160 bytes a pixel for 36 channels; with experts 272.
 
 #include "cuda/common/bilinear.h"
@@ -14,9 +14,12 @@ namespace {
 constexpr int kHalo = 1;
 constexpr int kRing = kStep + 2;
 
+// Experts take more registers.
+constexpr int columns_at_most(int channels, bool experts) { return experts && channels == 40 ? 48 : most_columns(channels); }
+
 struct ExpertsCall {
   FeatureMemory a;
-  void* ranks;
+  const uint32_t* ranks;
   const float* small;
   const int64_t* index;
   const float* weight;
@@ -37,7 +40,7 @@ struct Call {
 
 template <int kChannels, bool kExperts>
 int64_t shared_bytes(int columns) {
-  return (1 + kExperts) * Ring<kChannels, kRing>::bytes(columns) +
+  return (2 + kExperts) * Ring<kChannels, kRing>::bytes(columns) +
          kExperts * (kChannels + kMostRanks) * int64_t(sizeof(float));
 }
 
@@ -63,26 +66,76 @@ struct Choice {
   }
 };
 
-// The small map at a pixel, for four ranks.
-__device__ inline void interpolate(float (&to)[4], const ExpertsCall& call, int image, int y, int x, int rank) {
-  const float down = call.down.position(y), across = call.across.position(x);
-  const int rows[2] = {call.down.before(down), call.down.after(call.down.before(down))};
-  const int columns[2] = {call.across.before(across), call.across.after(call.across.before(across))};
-  const float lower = down - rows[0], right = across - columns[0];
-  float4 corner[2][2];
+// The places of a row's two pixels on the small map, in floats: that before each and that after it.
+struct MapPlaces {
+  int rows[2], columns[2][2];
+  float down, right[2];  // shares of those after
+
+  __device__ MapPlaces(const ExpertsCall& call, int y, int x) {
+    const int ranks = call.rank_chunks * kChunk, width = call.across.small * ranks;
+    const float row = call.down.position(y);
+    const int above = call.down.before(row);
+    down = row - above;
+    rows[0] = above * width, rows[1] = call.down.after(above) * width;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64_t at = (int64_t(image) * call.down.small + rows[i / 2]) * call.across.small + columns[i % 2];
-    corner[i / 2][i % 2] = *reinterpret_cast<const float4*>(call.small + at * (call.rank_chunks * kChunk) + rank);
+    for (int i = 0; i < 2; ++i) {
+      const float column = call.across.position(x + 8 * i);
+      const int left = call.across.before(column);
+      right[i] = column - left;
+      columns[i][0] = left * ranks, columns[i][1] = call.across.after(left) * ranks;
+    }
   }
-  const auto mix = [&](float upper_left, float upper_right, float lower_left, float lower_right) {
-    const float above = upper_left + right * (upper_right - upper_left);
-    return above + lower * (lower_left + right * (lower_right - lower_left) - above);
-  };
-  to[0] = mix(corner[0][0].x, corner[0][1].x, corner[1][0].x, corner[1][1].x);
-  to[1] = mix(corner[0][0].y, corner[0][1].y, corner[1][0].y, corner[1][1].y);
-  to[2] = mix(corner[0][0].z, corner[0][1].z, corner[1][0].z, corner[1][1].z);
-  to[3] = mix(corner[0][0].w, corner[0][1].w, corner[1][0].w, corner[1][1].w);
+
+  // Four ranks from `map` on, at pixel i.
+  __device__ void interpolate(float (&to)[4], const float* map, int i) const {
+    float sides[2][4];
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const float4 left = *reinterpret_cast<const float4*>(map + rows[side] + columns[i][0]);
+      const float4 other = *reinterpret_cast<const float4*>(map + rows[side] + columns[i][1]);
+      sides[side][0] = left.x + right[i] * (other.x - left.x), sides[side][1] = left.y + right[i] * (other.y - left.y);
+      sides[side][2] = left.z + right[i] * (other.z - left.z), sides[side][3] = left.w + right[i] * (other.w - left.w);
+    }
+#pragma unroll
+    for (int n = 0; n < 4; ++n) to[n] = sides[0][n] + down * (sides[1][n] - sides[0][n]);
+  }
+};
+
+// What the experts of a chunk make of a row's two pixels of a, times their shares.
+template <class T, int kCount>
+__device__ void modulate(uint32_t (&to)[2][2], const uint32_t (&a)[2][kCount], const Call& call, const Choice& choice,
+                         const Part& part, const Unit& unit, int y, int chunk) {
+  part_of_work();
+  const ExpertsCall& experts = call.experts;
+  const int rank = chunk * kChunk + 4 * unit.lane.quarter, ranks = experts.rank_chunks * kChunk;
+  const int x = part.first + unit.column;
+  float product[2][2][2];
+  const float4 four = *reinterpret_cast<const float4*>(experts.project_a_bias + rank);
+  const float bias[2][2] = {{four.x, four.y}, {four.z, four.w}};
+  multiply<T>(product, a, experts.project_a + chunk * quads_of(2, kCount) * kWarp, bias);
+  const int64_t map_pixels = int64_t(experts.down.small) * experts.across.small;
+  const float* const map = experts.small + part.image * map_pixels * ranks + rank;
+  const MapPlaces places(experts, y, x);
+#pragma unroll
+  for (int p = 0; p < 2; ++p) {
+    to[p][0] = to[p][1] = 0;
+    if (y < 0 || y >= call.walk.height || x + 8 * p < 0 || x + 8 * p >= call.walk.width) continue;
+    const int64_t pixel = (int64_t(part.image) * call.walk.height + y) * call.walk.width + x + 8 * p;
+    const uint2 pair = *reinterpret_cast<const uint2*>(experts.ranks + (pixel * ranks + rank) / 2);
+    float k[2][2], s[4];
+    unpack_pair<T>(k[0], pair.x), unpack_pair<T>(k[1], pair.y);
+    places.interpolate(s, map, p);
+#pragma unroll
+    for (int word = 0; word < 2; ++word) {
+      float z[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float share = choice.share[rank + 2 * word + i];  // an expert not chosen may have overflown
+        z[i] = share == 0 ? 0 : share * ((k[word][i] + s[2 * word + i]) * product[p][word][i]);
+      }
+      to[p][word] = pack_pair<T>(z[0], z[1]);
+    }
+  }
 }
 
 // words = x + what the chosen experts make of a and k, projected; of a step's rows from `row` on.
@@ -97,34 +150,12 @@ __device__ void read_experts(uint32_t (&words)[kPixels][kWords<kChannels>], cons
   pointwise<T>(sums, a, experts.mix, choice.bias, unit);
 #pragma unroll 1
   for (int chunk = 0; chunk < experts.rank_chunks; ++chunk) {
-    const int rank = chunk * kChunk + 4 * unit.lane.quarter;
-    float product[kPixels][2][2];
-    {
-      const float4 start = *reinterpret_cast<const float4*>(experts.project_a_bias + rank);
-      const float four[2][2] = {{start.x, start.y}, {start.z, start.w}};
-      fill(product, four);
-    }
-    multiply<T>(product, a, experts.project_a + chunk * quads_of(2, kCount) * kWarp);
     uint32_t modulated[kPixels][2];
-    for_pixels(call.walk, part, unit, row, [&](int p, int y, int x, int64_t pixel) {
-      modulated[p][0] = modulated[p][1] = 0;
-      if (pixel < 0) return;
-      const uint2 pair = *reinterpret_cast<const uint2*>(static_cast<const uint32_t*>(experts.ranks) +
-                                                         (pixel * experts.rank_chunks * kChunk + rank) / 2);
-      float k[2][2], s[4];
-      unpack_pair<T>(k[0], pair.x), unpack_pair<T>(k[1], pair.y);
-      interpolate(s, experts, part.image, y, x, rank);
 #pragma unroll
-      for (int word = 0; word < 2; ++word) {
-        float z[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float share = choice.share[rank + 2 * word + i];  // an expert not chosen may have overflown
-          z[i] = share == 0 ? 0 : share * ((k[word][i] + s[2 * word + i]) * product[p][word][i]);
-        }
-        modulated[p][word] = pack_pair<T>(z[0], z[1]);
-      }
-    });
+    for (int below = 0; below < kUnitRows; ++below) {
+      modulate<T>(rows_of<2>(modulated, below), rows_of<2>(a, below), call, choice, part, unit, row + unit.row + below,
+                  chunk);
+    }
     multiply<T>(sums, modulated, experts.mix_ranks + chunk * quads_of(kCount, 2) * kWarp);
   }
   read_pixels(words, Features<kChannels>{call.x}, call.walk, part, unit, row);
@@ -134,7 +165,7 @@ __device__ void read_experts(uint32_t (&words)[kPixels][kWords<kChannels>], cons
 // The block's rings, and what its image chose.
 template <int kChannels>
 struct Shared {
-  Ring<kChannels, kRing> g, kept;  // kept: x after the experts
+  Ring<kChannels, kRing> normalised, g, kept;  // kept: x after the experts
   Choice choice;
 };
 
@@ -148,11 +179,13 @@ __device__ void compute_g(const Shared<kChannels>& shared, const Call& call, int
   uint32_t words[kPixels][kWords<kChannels>];
   if constexpr (kExperts) {
     read_experts<T, kChannels>(words, call, shared.choice, part, unit, row);
-    write_ring(shared.kept, row - part.top, words, call.walk, part, unit, row);
+    store_ring(shared.kept, row - part.top, words, unit);
   } else {
     read_pixels(words, Features<kChannels>{call.x}, call.walk, part, unit, row);
   }
-  norm_pointwise_gelu<T>(words, call.weights.g, call.weights.g_bias, call.channels, unit);
+  normalise_all<T>(words, call.channels);
+  store_ring(shared.normalised, row - part.top, words, unit);
+  pointwise_gelu<T>(words, call.weights.g, call.weights.g_bias, unit);
   write_ring(shared.g, row - part.top, words, call.walk, part, unit, row);
 }
 
@@ -164,16 +197,9 @@ __device__ void finish(const Shared<kChannels>& shared, const Call& call, int ro
   const Unit unit(call.walk);
   row += part.top;
   if (row < part.top || row + unit.row >= part.bottom) return;
-  const auto read_x = [&](uint32_t(&to)[kPixels][kCount]) {
-    if constexpr (kExperts) {
-      read_ring(to, shared.kept, row - part.top, 0, unit);
-    } else {
-      read_pixels(to, Features<kChannels>{call.x}, call.walk, part, unit, row);
-    }
-  };
   uint32_t u[kPixels][kCount];
-  read_x(u);
-  norm_pointwise_gelu<T>(u, call.weights.u, call.weights.u_bias, call.channels, unit);
+  read_ring(u, shared.normalised, row - part.top, 0, unit);
+  pointwise_gelu<T>(u, call.weights.u, call.weights.u_bias, unit);
   depthwise<T, 3, 3>(u, shared.g, call.weights.gate, [&](int) { return call.weights.gate_bias; }, part, unit, row,
                    [&](int word, int i, int p, float sum) {
                      float pair[2];
@@ -182,18 +208,25 @@ __device__ void finish(const Shared<kChannels>& shared, const Call& call, int ro
                    });
   float sums[kPixels][kCount][2];
   pointwise<T>(sums, u, call.weights.project, call.weights.project_bias, unit);
-  read_x(u);
+  if constexpr (kExperts) {
+    read_ring(u, shared.kept, row - part.top, 0, unit);
+  } else {
+    read_pixels(u, Features<kChannels>{call.x}, call.walk, part, unit, row);
+  }
   add_to<T, true>(u, sums);
   write_own(Features<kChannels>{call.y}, u, call.walk, part, unit, row);
 }
 
 template <class T, int kChannels, bool kExperts>
-__global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of(kChannels)) ffn_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(threads_of(columns_at_most(kChannels, kExperts)), blocks_of(kChannels)) ffn_kernel(const __grid_constant__ Call call) {
   DYNAMIC_SHARED(char, memory);
   const int columns = call.walk.columns;
   const int64_t ring_bytes = Ring<kChannels, kRing>::bytes(columns);
-  float* const floats = reinterpret_cast<float*>(memory + (1 + kExperts) * ring_bytes);
-  const Shared<kChannels> shared{{memory, columns}, {memory + ring_bytes, columns}, {floats, floats + kMostRanks}};
+  float* const floats = reinterpret_cast<float*>(memory + (2 + kExperts) * ring_bytes);
+  const Shared<kChannels> shared{{memory, columns},
+                                 {memory + ring_bytes, columns},
+                                 {memory + 2 * ring_bytes, columns},
+                                 {floats, floats + kMostRanks}};
   if constexpr (kExperts) {
     shared.choice.template read<kChannels>(call.experts, Part(call.walk).image);
     __syncthreads();
@@ -210,7 +243,7 @@ template <bool kExperts>
 void launch(const Scene& scene, void* x, void* y, const FfnWeights& weights, const ExpertsCall& experts) {
   with_features(static_cast<DType>(scene.config().dtype), scene.channels(), [&](auto type, auto channels) {
     constexpr int kChannels = decltype(channels)::value;
-    const int columns = columns_of<kChannels>(shared_bytes<kChannels, kExperts>);
+    const int columns = columns_of(columns_at_most(kChannels, kExperts), shared_bytes<kChannels, kExperts>);
     const Walk walk = plan_walk(scene.net.size, columns, kHalo, kHalo, 2);
     Call call{walk, scene.channels(), scene.features<kChannels>(x), scene.features<kChannels>(y), weights, experts};
     call.experts.a = scene.features<kChannels>(scene.buffers.a);
@@ -225,7 +258,7 @@ void launch_experts(const Scene& scene, const GroupWeights& weights) {
   const Buffers& b = scene.buffers;
   const NetworkConfig& config = scene.config();
   const Size map = scene.map(config.recursive);
-  ExpertsCall call{{}, b.ranks, b.small, b.expert_index, b.expert_weight, static_cast<int>(config.top_k),
+  ExpertsCall call{{}, static_cast<const uint32_t*>(b.ranks), b.small, b.expert_index, b.expert_weight, static_cast<int>(config.top_k),
                    scene.widths.rank_chunks, {}, Axis<float>(scene.net.size.height, map.height),
                    Axis<float>(scene.net.size.width, map.width), weights.experts_a, weights.mix, weights.mix_ranks,
                    weights.experts_a_bias, weights.mix_bias, weights.experts_bias};

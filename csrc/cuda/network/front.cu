@@ -78,13 +78,10 @@ __device__ void write_ranks(const Call& call, const Part& part, const Unit& unit
 #pragma unroll 1
   for (int chunk = 0; chunk < call.rank_chunks; ++chunk) {
     float sums[kPixels][2][2];
-    {
-      const int rank = chunk * kChunk + 4 * unit.lane.quarter;
-      const float4 bias = *reinterpret_cast<const float4*>(call.weights.ranks_bias + rank);
-      const float four[2][2] = {{bias.x, bias.y}, {bias.z, bias.w}};
-      fill(sums, four);
-    }
-    multiply<T>(sums, words, call.weights.ranks + chunk * quads_of(2, kWords<kChannels>) * kWarp);
+    const int rank = chunk * kChunk + 4 * unit.lane.quarter;
+    const float4 four = *reinterpret_cast<const float4*>(call.weights.ranks_bias + rank);
+    const float bias[2][2] = {{four.x, four.y}, {four.z, four.w}};
+    multiply<T>(sums, words, call.weights.ranks + chunk * quads_of(2, kWords<kChannels>) * kWarp, bias);
     for_pixels(call.walk, part, unit, row, [&](int p, int y, int x, int64_t pixel) {
       uint32_t pair[2];
       narrow<T, false>(pair, sums[p]);
@@ -135,7 +132,7 @@ __device__ void finish_a(const Shared<kChannels>& shared, const Call& call, int 
     return call.weights.stripes_bias + ((y > 0) + 2 * (y < call.walk.height - 1)) * kChannels;
   };
   depthwise<T, 3, 3>(words, shared.expanded, call.weights.stripes, bias, part, unit, row,
-                     [](int, int, int, float sum) { return gelu_to<T>(sum); });
+                     [](int, int, int, float sum) { return narrow_gelu<T>(sum); });
   write_own(Features<kChannels>{call.a}, words, call.walk, part, unit, row);
   part_of_work();
   float* const sums = shared.sums + threadIdx.x / kWarp * kChannels;
@@ -215,7 +212,7 @@ __global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of
 
 template <int kChannels>
 Walk walk_of(const Scene& scene) {
-  const int columns = columns_of<kChannels>(shared_bytes<kChannels>);
+  const int columns = columns_of(most_columns(kChannels), shared_bytes<kChannels>);
   return plan_walk(scene.net.size, columns, kHalo, kHalo, 4);
 }
 

@@ -26,49 +26,54 @@ int64_t shared_bytes(int columns) {
   return Ring<kChannels, kStep>::bytes(columns) + Ring<kChannels, kRing>::bytes(columns);
 }
 
-// The word of two channels of a pixel.
-template <int kChannels>
-__device__ uint32_t* word_of(const Features<kChannels>& features, int pixel, int word) {
-  return word < kHead / 2 ? features.head + pixel * (kHead / 2) + word
-                          : features.tail + pixel * ((kChannels - kHead) / 2) + word - kHead / 2;
+// Convolves kRun pixels along a row, of two channels, whose words lie kStride words apart: from the first that is read,
+// to the first result. Where there is no row, the result is 0.
+template <class T, int kStride>
+__device__ void convolve_run(uint32_t* to, const uint32_t* from, const float* weights, const float* bias, int channels,
+                             bool is_row) {
+  float sums[kRun][2], weight[kTaps][2];
+#pragma unroll
+  for (int tap = 0; tap < kTaps; ++tap) {
+    const float2 pair = *reinterpret_cast<const float2*>(weights + tap * channels);
+    weight[tap][0] = pair.x, weight[tap][1] = pair.y;
+  }
+  const float2 start = *reinterpret_cast<const float2*>(bias);
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) sums[i][0] = start.x, sums[i][1] = start.y;
+#pragma unroll
+  for (int i = 0; i < kRun + kTaps - 1; ++i) {
+    float value[2];
+    unpack_pair<T>(value, from[i * kStride]);
+#pragma unroll
+    for (int o = 0; o < kRun; ++o) {
+      if (i < o || i - o >= kTaps) continue;
+      sums[o][0] += weight[i - o][0] * value[0];
+      sums[o][1] += weight[i - o][1] * value[1];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) to[i * kStride] = is_row ? pack_pair<T>(sums[i][0], sums[i][1]) : 0;
 }
 
 // The convolution along the rows of q, of a step's rows from `row` of the band on; outside the image it is 0.
 template <class T, int kChannels>
 __device__ void convolve_rows(const Ring<kChannels, kRing>& to, const Ring<kChannels, kStep>& q, const Call& call,
                               int row) {
-  const Part part(call.walk);
-  row += part.top;
+  constexpr int kHeadWords = kHead / 2, kTailWords = (kChannels - kHead) / 2;
   const int words = (call.channels + 1) / 2, runs = static_cast<int>(ceil_div(call.walk.inner, kRun));
+  const int top = Part(call.walk).top;
   for (int item = forgotten(threadIdx.x); item < kStep * words * runs; item += blockDim.x) {
     const int word = item % words, line = item / words % kStep, begin = kHalo + item / words / kStep * kRun;
-    float sums[kRun][2], weight[kTaps][2];
-    const float2 bias = *reinterpret_cast<const float2*>(call.weights.row_bias + 2 * word);
-#pragma unroll
-    for (int tap = 0; tap < kTaps; ++tap) {
-      const float2 pair = *reinterpret_cast<const float2*>(call.weights.row + tap * kChannels + 2 * word);
-      weight[tap][0] = pair.x, weight[tap][1] = pair.y;
-    }
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) sums[i][0] = bias.x, sums[i][1] = bias.y;
-#pragma unroll
-    for (int i = 0; i < kRun + kTaps - 1; ++i) {
-      const int column = min(begin + i - kHalo, call.walk.columns - 1);
-      float value[2];
-      unpack_pair<T>(value, *word_of(q.features, q(line, column), word));
-#pragma unroll
-      for (int o = 0; o < kRun; ++o) {
-        if (i < o || i - o >= kTaps) continue;
-        sums[o][0] += weight[i - o][0] * value[0];
-        sums[o][1] += weight[i - o][1] * value[1];
-      }
-    }
-    const int y = row + line;
-    const bool is_inside = y >= 0 && y < call.walk.height;
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      if (begin + i >= call.walk.columns) continue;
-      *word_of(to.features, to(y - part.top, begin + i), word) = is_inside ? pack_pair<T>(sums[i][0], sums[i][1]) : 0;
+    const int from = q(line, begin - kHalo), target = to(row + line, begin), y = top + row + line;
+    const float *const weights = call.weights.row + 2 * word, *const bias = call.weights.row_bias + 2 * word;
+    const bool is_row = y >= 0 && y < call.walk.height;
+    if (word < kHeadWords) {
+      convolve_run<T, kHeadWords>(to.features.head + target * kHeadWords + word,
+                                  q.features.head + from * kHeadWords + word, weights, bias, kChannels, is_row);
+    } else {
+      const int at = word - kHeadWords;
+      convolve_run<T, kTailWords>(to.features.tail + target * kTailWords + at,
+                                  q.features.tail + from * kTailWords + at, weights, bias, kChannels, is_row);
     }
   }
 }
@@ -82,7 +87,8 @@ __device__ void compute_q(const Ring<kChannels, kStep>& q, const Call& call, int
   if (row + unit.row + 1 < part.top - kHalo || row + unit.row >= part.bottom + kHalo) return;
   uint32_t words[kPixels][kWords<kChannels>];
   read_pixels(words, Features<kChannels>{call.x}, call.walk, part, unit, row);
-  norm_pointwise_gelu<T>(words, call.weights.q, call.weights.q_bias, call.channels, unit);
+  normalise_all<T>(words, call.channels);
+  pointwise_gelu<T>(words, call.weights.q, call.weights.q_bias, unit);
   write_ring(q, 0, words, call.walk, part, unit, row);
 }
 
@@ -97,7 +103,8 @@ __device__ void finish(const Ring<kChannels, kRing>& rows, const Call& call, int
   const Features<kChannels> x{call.x}, y{call.y};
   uint32_t v[kPixels][kCount];
   read_pixels(v, x, call.walk, part, unit, row);
-  norm_pointwise_gelu<T>(v, call.weights.v, call.weights.v_bias, call.channels, unit);
+  normalise_all<T>(v, call.channels);
+  pointwise_gelu<T>(v, call.weights.v, call.weights.v_bias, unit);
   depthwise<T, kTaps, 1>(v, rows, call.weights.column, [&](int) { return call.weights.column_bias; }, part, unit, row,
                        [&](int word, int i, int p, float sum) {
                          float pair[2];
@@ -118,11 +125,9 @@ __global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of
   const Ring<kChannels, kStep> q(memory, walk.columns);
   const Ring<kChannels, kRing> rows(memory + Ring<kChannels, kStep>::bytes(walk.columns), walk.columns);
 
-  // Words without channels: no number, even if the weights for it are 0.
-  const int words = kChannels / 2, none = words - (call.channels + 1) / 2;
-  for (int i = threadIdx.x; i < kRing * walk.columns * none; i += blockDim.x) {
-    *word_of(rows.features, i / none + 1, words - 1 - i % none) = 0;
-  }
+  // Words without channels, which convolve_rows leaves out: no number is a number, even if its weights are 0.
+  uint32_t* const words = static_cast<uint32_t*>(rows.features.head);
+  for (int i = threadIdx.x; i < Ring<kChannels, kRing>::bytes(walk.columns) / 4; i += blockDim.x) words[i] = 0;
 
   for (int row = -3 * kStep; row < walk.rows; row += kStep) {
     compute_q<T>(q, call, row + kHalo);
@@ -138,7 +143,7 @@ __global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of
 void launch_see(const Scene& scene, const GroupWeights& weights) {
   with_features(static_cast<DType>(scene.config().dtype), scene.channels(), [&](auto type, auto channels) {
     constexpr int kChannels = decltype(channels)::value;
-    const int columns = columns_of<kChannels>(shared_bytes<kChannels>);
+    const int columns = columns_of(most_columns(kChannels), shared_bytes<kChannels>);
     const Walk walk = plan_walk(scene.net.size, columns, kHalo, kHalo, 2 * kHalo);
     const Call call{walk, scene.channels(), scene.features<kChannels>(scene.buffers.x[1]),
                     scene.features<kChannels>(scene.buffers.x[0]), weights};

@@ -58,11 +58,12 @@ inline Walk plan_walk(const Size& size, int columns, int left, int right, int le
   return best;
 }
 
-// The columns of a strip: the most that leave a multiprocessor eight warps. ring_bytes(columns): shared memory of a block.
-template <int kChannels, class Bytes>
-int columns_of(Bytes ring_bytes) {
+// The columns of a strip: at most `columns`, such that a multiprocessor has eight warps. ring_bytes(columns): shared memory
+// of a block.
+template <class Bytes>
+int columns_of(int columns, Bytes ring_bytes) {
   constexpr int kLeastColumns = 32, kLeastWarps = 8, kReserved = 1024;
-  for (int columns = most_columns(kChannels); columns > kLeastColumns; columns -= kUnitColumns) {
+  for (; columns > kLeastColumns; columns -= kUnitColumns) {
     const int64_t blocks = shared_bytes_of_multiprocessor() / (ring_bytes(columns) + kReserved);
     const bool fits = ring_bytes(columns) <= most_shared_bytes();
     if (fits && blocks * threads_of(columns) >= kLeastWarps * kWarp) return columns;
@@ -119,16 +120,19 @@ struct Unit {
   static __device__ int row_of(int pixel) { return pixel / 2; }
 };
 
-// Rows of features in shared memory, of which the last kRows are there, with one more pixel before and after them: what
+// Rows of features in shared memory, of which the last kRows are there, with a few more pixels before and after them: what
 // beside the strip is read belongs to results that nobody stores.
 template <int kChannels, int kRows>
 struct Ring {
+  static constexpr int kMore = 4;
   Features<kChannels> features;
   int columns;
 
-  __host__ __device__ static int64_t bytes(int columns) { return 4 * Features<kChannels>::words(kRows * columns + 2); }
+  __host__ __device__ static int64_t bytes(int columns) {
+    return 4 * Features<kChannels>::words(kRows * columns + kMore);
+  }
   __device__ Ring(void* memory, int columns)
-      : features(Features<kChannels>::at(memory, kRows * columns + 2)), columns(columns) {}
+      : features(Features<kChannels>::at(memory, kRows * columns + kMore)), columns(columns) {}
   // The pixel's place; row: at least -kRows.
   __device__ int operator()(int row, int column) const { return (row + kRows) % kRows * columns + column + 1; }
 };
@@ -137,13 +141,21 @@ struct Ring {
 // the first of the step, in the image.
 template <class Body>
 __device__ void for_pixels(const Walk& walk, const Part& part, const Unit& unit, int row, Body body) {
-  row = forgotten(row);
+  const int first_y = forgotten(row) + unit.row, first_x = part.first + unit.column;
+  const int64_t first = (int64_t(part.image) * walk.height + first_y) * walk.width + first_x;
 #pragma unroll
   for (int p = 0; p < kPixels; ++p) {
-    const int y = row + unit.row + Unit::row_of(p), x = part.first + unit.column_of(p);
-    const bool is_inside = y >= 0 && y < walk.height && x >= 0 && x < walk.width;
-    body(p, y, x, is_inside ? (int64_t(part.image) * walk.height + y) * walk.width + x : -1);
+    const int y = first_y + Unit::row_of(p), x = first_x + 8 * (p % 2);
+    const bool is_inside = static_cast<unsigned>(y) < static_cast<unsigned>(walk.height) &&
+                           static_cast<unsigned>(x) < static_cast<unsigned>(walk.width);
+    body(p, y, x, is_inside ? first + Unit::row_of(p) * walk.width + 8 * (p % 2) : -1);
   }
+}
+
+// Pixels kCount * number and so on of an array.
+template <int kCount, class Pixel, int kAll>
+__device__ Pixel (&rows_of(Pixel (&pixels)[kAll], int number))[kCount] {
+  return reinterpret_cast<Pixel(&)[kCount]>(pixels[kCount * number]);
 }
 
 // Reads the lane's pixels of a step from memory; those outside the image are 0.
@@ -167,17 +179,20 @@ __device__ void pointwise(float (&sums)[kPixels][kCount][2], const uint32_t (&x)
   part_of_work();
   float start[kCount][2];
   read_channels<8 * kCount>(start, bias, unit.lane);
-  fill(sums, start);
-  multiply<T>(sums, x, weights);
+  multiply<T>(sums, x, weights, start);
 }
 
-// x = GELU(bias + weights LN(x)), where `weights` and `bias` have the norm's.
 template <class T, int kCount>
-__device__ void norm_pointwise_gelu(uint32_t (&x)[kPixels][kCount], const uint4* weights, const float* bias,
-                                    int channels, const Unit& unit) {
-  float sums[kPixels][kCount][2];
+__device__ void normalise_all(uint32_t (&x)[kPixels][kCount], int channels) {
 #pragma unroll
-  for (int p = 0; p < kPixels; ++p) normalise<T>(x[p], channels, unit.lane);
+  for (int p = 0; p < kPixels; ++p) normalise<T>(x[p], channels);
+}
+
+// x = GELU(bias + weights x)
+template <class T, int kCount>
+__device__ void pointwise_gelu(uint32_t (&x)[kPixels][kCount], const uint4* weights, const float* bias,
+                               const Unit& unit) {
+  float sums[kPixels][kCount][2];
   pointwise<T>(sums, x, weights, bias, unit);
 #pragma unroll
   for (int p = 0; p < kPixels; ++p) narrow<T, true>(x[p], sums[p]);
@@ -193,7 +208,7 @@ __device__ void add_to(uint32_t (&x)[kPixels][kCount], const float (&sums)[kPixe
       float pair[2];
       unpack_pair<T>(pair, x[p][word]);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) pair[i] += kGelu ? gelu_to<T>(sums[p][word][i]) : sums[p][word][i];
+      for (int i = 0; i < 2; ++i) pair[i] += kGelu ? narrow_gelu<T>(sums[p][word][i]) : sums[p][word][i];
       x[p][word] = pack_pair<T>(pair[0], pair[1]);
     }
   }
@@ -208,16 +223,27 @@ __device__ void write_own(const Features<kChannels>& to, const uint32_t (&from)[
   });
 }
 
-// Writes a step's rows from `row` on into a ring; `ring_row`: of the first, there. Outside the image it is 0.
+// Writes a step's rows into a ring, from its row `ring_row` on.
+template <int kChannels, int kRows>
+__device__ void store_ring(const Ring<kChannels, kRows>& ring, int ring_row,
+                           const uint32_t (&from)[kPixels][kWords<kChannels>], const Unit& unit) {
+#pragma unroll
+  for (int p = 0; p < kPixels; ++p) {
+    ring.features.write(ring(ring_row + unit.row + Unit::row_of(p), unit.column_of(p)), from[p], unit.lane);
+  }
+}
+
+// The same; outside the image, of which they are the rows from `row` on, it is 0.
 template <int kChannels, int kRows>
 __device__ void write_ring(const Ring<kChannels, kRows>& ring, int ring_row,
                            uint32_t (&from)[kPixels][kWords<kChannels>], const Walk& walk, const Part& part,
                            const Unit& unit, int row) {
   for_pixels(walk, part, unit, row, [&](int p, int, int, int64_t pixel) {
+    if (pixel >= 0) return;
 #pragma unroll
-    for (uint32_t& word : from[p]) word = pixel < 0 ? 0 : word;
-    ring.features.write(ring(ring_row + unit.row + Unit::row_of(p), unit.column_of(p)), from[p], unit.lane);
+    for (uint32_t& word : from[p]) word = 0;
   });
+  store_ring(ring, ring_row, from, unit);
 }
 
 // Reads the pixels `shift` columns to the right of the lane's.
@@ -250,7 +276,7 @@ __device__ void norm_into(const Ring<kChannels, kRows>& ring, const Features<kCh
     float wide[kCount][2];
 #pragma unroll
     for (int word = 0; word < kCount; ++word) unpack_pair<T>(wide[word], words[p][word]);
-    normalise(wide, channels, unit.lane);
+    normalise(wide, channels);
 #pragma unroll
     for (int word = 0; word < kCount; ++word) {
       words[p][word] = pack_pair<T>(wide[word][0] * weight[word][0] + bias[word][0],

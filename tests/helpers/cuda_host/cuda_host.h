@@ -293,7 +293,8 @@ float from_bits(uint16_t bits) {
 // mma.sync m16n8k16 and m16n8k8 with float32 sums: products are exact, and rounded once they are added up.
 template <typename T, int kInputs>
 void multiply_add(float (&first)[2], float (&second)[2], const uint32_t (&a)[kInputs / 4],
-                  const uint32_t (&b)[kInputs / 8], int line = __builtin_LINE()) {
+                  const uint32_t (&b)[kInputs / 8], const float (&first_start)[2], const float (&second_start)[2],
+                  int line = __builtin_LINE()) {
   struct Operands {
     const uint32_t *a, *b;
   };
@@ -304,7 +305,7 @@ void multiply_add(float (&first)[2], float (&second)[2], const uint32_t (&a)[kIn
         for (int row = 0; row < 2; ++row) {
           for (int column = 0; column < 2; ++column) {
             float& to = row ? second[column] : first[column];
-            double sum = to;
+            double sum = row ? second_start[column] : first_start[column];
             for (int k = 0; k < kInputs; ++k) {
               const int word = k / 8, quarter = k % 8 / 2, half = 16 * (k % 2);
               const uint32_t left = lanes[4 * group + quarter]->a[2 * word + row];
