@@ -48,7 +48,7 @@ rule cxx
   depfile = $out.d
   deps = gcc
 rule nvcc
-  command = $nvcc $nvccflags -MD -MF $out.d -c $in -o $out 2> $out.ptxas || (cat $out.ptxas; false)
+  command = $nvcc $nvccflags $flags -MD -MF $out.d -c $in -o $out 2> $out.ptxas || (cat $out.ptxas; false)
   depfile = $out.d
   deps = gcc
 rule link
@@ -289,6 +289,11 @@ def escaped(path) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
+def nvcc_flags(source: Path) -> list[str]:
+    """Return nvcc's flags for one source. The network's kernels need all registers that two blocks leave them."""
+    return ["-Xptxas", "--register-usage-level=0"] if source.parent.name == "network" else []
+
+
 def nvcc_threads(files: int) -> int:
     """Return how many architectures nvcc compiles at a time: NVCC_THREADS, else what ninja's jobs leave over."""
     jobs = int(os.environ.get("MAX_JOBS") or (os.cpu_count() or 1) + 2)  # ninja's own default
@@ -334,7 +339,8 @@ def build(folder: Path, toolchain: dict, cuda: dict | None, names: list[str] | N
 
     if cuda:
         objects = [*compile_with_torch("cuda"), *kernels, "libtorch_cuda.so"]
-        lines += [f"build {name} | {name}.ptxas: nvcc {escaped(source)}" for name, source in kernels.items()]
+        for name, source in kernels.items():
+            lines.append(f"build {name} | {name}.ptxas: nvcc {escaped(source)}\n  flags = {quoted(*nvcc_flags(source))}")
         lines.append(f"build libtorch_cuda.so: stub {escaped(CSRC / 'cuda/common/libtorch_cuda_stub.c')}")
         system = ["-lcudart_static", "-lrt", "-lpthread", "-ldl", "-Wl,--exclude-libs,ALL"]
         link(CUDA_LIBRARY, objects, f"-L{torch}/lib", "-ltorch_cpu", *cuda["libraries"], *system)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from . import CSRC, ROOT
+from .native_build import native
 
 BUILD = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
 KERNEL = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
@@ -58,7 +59,8 @@ def compile_with_nvcc(source: Path, architecture: int, cubin: str | Path, *flags
     if nvcc is None:
         pytest.skip("no nvcc on PATH or in CUDA_HOME")
     command = [nvcc, "-cubin", f"-arch=sm_{architecture}", "-std=c++17", "-O3", f"-I{CSRC}"]
-    command += ["-Xptxas", "-v", "-Werror", "all-warnings", *flags, "-o", str(cubin), str(source)]
+    command += ["-Xptxas", "-v", "-Werror", "all-warnings", *native.nvcc_flags(source), *flags]
+    command += ["-o", str(cubin), str(source)]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     return finished.stderr

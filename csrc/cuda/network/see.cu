@@ -55,26 +55,20 @@ __device__ void convolve_run(uint32_t* to, const uint32_t* from, const float* we
   for (int i = 0; i < kRun; ++i) to[i * kStride] = is_row ? pack_pair<T>(sums[i][0], sums[i][1]) : 0;
 }
 
-// The convolution along the rows of q, of a step's rows from `row` of the band on; outside the image it is 0.
-template <class T, int kChannels>
-__device__ void convolve_rows(const Ring<kChannels, kRing>& to, const Ring<kChannels, kStep>& q, const Call& call,
+// The convolution along the rows of q, of a step's rows from `row` of the band on and of kWords words of a pixel, of which
+// `words` have channels; the first one's channel is `channel`. Outside the image it is 0.
+template <class T, int kWords>
+__device__ void convolve_rows(uint32_t* to, const uint32_t* q, int words, int channel, int channels, const Call& call,
                               int row) {
-  constexpr int kHeadWords = kHead / 2, kTailWords = (kChannels - kHead) / 2;
-  const int words = (call.channels + 1) / 2, runs = static_cast<int>(ceil_div(call.walk.inner, kRun));
+  const int columns = call.walk.columns, runs = static_cast<int>(ceil_div(call.walk.inner, kRun));
   const int top = Part(call.walk).top;
   for (int item = forgotten(threadIdx.x); item < kStep * words * runs; item += blockDim.x) {
     const int word = item % words, line = item / words % kStep, begin = kHalo + item / words / kStep * kRun;
-    const int from = q(line, begin - kHalo), target = to(row + line, begin), y = top + row + line;
-    const float *const weights = call.weights.row + 2 * word, *const bias = call.weights.row_bias + 2 * word;
-    const bool is_row = y >= 0 && y < call.walk.height;
-    if (word < kHeadWords) {
-      convolve_run<T, kHeadWords>(to.features.head + target * kHeadWords + word,
-                                  q.features.head + from * kHeadWords + word, weights, bias, kChannels, is_row);
-    } else {
-      const int at = word - kHeadWords;
-      convolve_run<T, kTailWords>(to.features.tail + target * kTailWords + at,
-                                  q.features.tail + from * kTailWords + at, weights, bias, kChannels, is_row);
-    }
+    const int from = Ring<kHead + 8, kStep>::place(line, begin - kHalo, columns);
+    const int target = Ring<kHead + 8, kRing>::place(row + line, begin, columns), y = top + row + line;
+    convolve_run<T, kWords>(to + target * kWords + word, q + from * kWords + word,
+                            call.weights.row + channel + 2 * word, call.weights.row_bias + channel + 2 * word, channels,
+                            y >= 0 && y < call.walk.height);
   }
 }
 
@@ -126,13 +120,18 @@ __global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of
   const Ring<kChannels, kRing> rows(memory + Ring<kChannels, kStep>::bytes(walk.columns), walk.columns);
 
   // Words without channels, which convolve_rows leaves out: no number is a number, even if its weights are 0.
-  uint32_t* const words = static_cast<uint32_t*>(rows.features.head);
-  for (int i = threadIdx.x; i < Ring<kChannels, kRing>::bytes(walk.columns) / 4; i += blockDim.x) words[i] = 0;
+  for (int i = threadIdx.x; i < Ring<kChannels, kRing>::bytes(walk.columns) / 4; i += blockDim.x) {
+    rows.features.head[i] = 0;  // the tail follows it
+  }
 
   for (int row = -3 * kStep; row < walk.rows; row += kStep) {
     compute_q<T>(q, call, row + kHalo);
     __syncthreads();
-    convolve_rows<T>(rows, q, call, row + kHalo);
+    constexpr int kHeadWords = kHead / 2;
+    const int words = (call.channels + 1) / 2, head = min(words, kHeadWords);
+    convolve_rows<T, kHeadWords>(rows.features.head, q.features.head, head, 0, kChannels, call, row + kHalo);
+    convolve_rows<T, kChannels / 2 - kHeadWords>(rows.features.tail, q.features.tail, words - head, kHead, kChannels,
+                                                 call, row + kHalo);
     __syncthreads();
     finish<T>(rows, call, row);
   }

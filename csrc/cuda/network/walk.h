@@ -134,7 +134,10 @@ struct Ring {
   __device__ Ring(void* memory, int columns)
       : features(Features<kChannels>::at(memory, kRows * columns + kMore)), columns(columns) {}
   // The pixel's place; row: at least -kRows.
-  __device__ int operator()(int row, int column) const { return (row + kRows) % kRows * columns + column + 1; }
+  __device__ static int place(int row, int column, int columns) {
+    return (row + kRows) % kRows * columns + column + 1;
+  }
+  __device__ int operator()(int row, int column) const { return place(row, column, columns); }
 };
 
 // Calls body(pixel, row, column, the pixel's number in all images, or -1 if there is none) for the lane's pixels; `row`:
@@ -307,20 +310,23 @@ __device__ void conv3x3(float (&sums)[kPixels][kWords<kChannels>][2], const Ring
 template <class T, int kTapRows, int kTapColumns, int kFirst, int kCount, int kChannels, int kRows>
 __device__ void convolve(float (&sums)[kUnitRows][kCount][2], const Ring<kChannels, kRows>& ring, const float* weights,
                          int top, int left, const Lane& lane) {
-  constexpr int kUnrolled = kTapRows > 3 ? 2 : kTapRows + 1;  // more, and their weights take all registers
+  constexpr int kUnrolled = kTapRows > 3 ? 6 : kTapRows + 1;  // more, and their weights take all registers
 #pragma unroll 1
   for (int x = 0; x < kTapColumns; ++x) {
     float weight[2][kCount][2];  // of tap rows y and y - 1
+    int slot = (top + kRows) % kRows;
 #pragma unroll kUnrolled
     for (int y = 0; y < kTapRows + 1; ++y) {
       if (y < kTapRows) {
         read_channels<kChannels, kFirst>(weight[y % 2], weights + (y * kTapColumns + x) * kChannels, lane);
       }
       uint32_t words[kCount];
+      const int place = slot * ring.columns + left + x + 1;
+      slot = slot + 1 == kRows ? 0 : slot + 1;
       if constexpr (kFirst == 0) {
-        ring.features.read_head(words, ring(top + y, left + x), lane);
+        ring.features.read_head(words, place, lane);
       } else {
-        ring.features.read_tail(words, ring(top + y, left + x), lane);
+        ring.features.read_tail(words, place, lane);
       }
 #pragma unroll
       for (int word = 0; word < kCount; ++word) {
