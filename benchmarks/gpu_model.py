@@ -52,7 +52,7 @@ class Walk(NamedTuple):
 
     @property
     def threads(self) -> int:
-        return self.columns * STEP // 2
+        return self.columns // UNIT_COLUMNS * STEP // 2 * 32
 
 
 class Launch(NamedTuple):
@@ -127,15 +127,15 @@ def launches(config: dict, height: int, width: int) -> Iterator[Launch]:
     """Yield the launches of the head, of one group, and of the end, for one image in bfloat16."""
     c, pixels = config["embedding_dim"], height * width
     padded = next(channels for channels in (40, 48, 64) if c <= channels)
-    columns = 48 if padded == 48 else 64
+    columns = 48 if padded <= 48 else 64
     of_type, feature = f"I13__nv_bfloat16Li{padded}E", 2 * padded
     ranks = sum(expert_ranks(config["lr_space"], config["num_experts"]))
     chunks = math.ceil(ranks / 16)
     outputs = config["in_chans"] * config["scale"] ** 2
     tiles = 2 if outputs <= 16 else 4 if outputs <= 32 else 6
 
-    def walking(name: str, halo: int, lead: int, trips: Callable[[Walk], list[float]], moved: float, most: int = columns):
-        walk = plan_walk(1, height, width, most, halo, halo, lead)
+    def walking(name: str, halo: int, lead: int, trips: Callable[[Walk], list[float]], moved: float):
+        walk = plan_walk(1, height, width, columns, halo, halo, lead)
         kernel = name if "I" in name else name + of_type
         steps = (walk.rows + lead) / STEP
         return Launch(kernel.split("_kernel")[0], kernel, walk.blocks, walk.threads // 32, steps, trips(walk), moved)
@@ -145,21 +145,39 @@ def launches(config: dict, height: int, width: int) -> Iterator[Launch]:
         words = math.ceil(c / 2)
         return [STEP * n * runs / walk.threads for n in (min(words, 16), max(words - 16, 0))]
 
-    stencil = [3.0] * 4
     head = math.ceil(width / 4) * height * 4 / 256
-    yield Launch("head", "head_kernel" + of_type, math.ceil(head), 8, 1, [3.0, 3.0], pixels * (12 + feature + 4 * padded))
+    yield Launch(
+        "head", "head_kernel" + of_type, math.ceil(head), 8, 1, [3.0, 3.0], pixels * (12 + feature + 4 * padded)
+    )
     small = pixels / 16 * 4 * padded
-    yield walking("front_kernel", 4, 4, lambda w: [9, chunks, *stencil, w.columns / 4 * padded / w.threads],
-                  pixels * (2 * feature + 32 * chunks) + small)
-    yield walking(f"ffn_kernelI13__nv_bfloat16Li{padded}ELb1E", 1, 2, lambda w: [chunks, *stencil],
-                  pixels * (3 * feature + 32 * chunks), 48 if padded == 40 else columns)
+    yield walking(
+        "front_kernel",
+        4,
+        4,
+        lambda w: [3, chunks, w.columns / 4 * padded / w.threads],
+        pixels * (2 * feature + 32 * chunks) + small,
+    )
+    yield walking(
+        f"ffn_kernelI13__nv_bfloat16Li{padded}ELb1E",
+        1,
+        2,
+        lambda _: [chunks],
+        pixels * (3 * feature + 32 * chunks),
+    )
     yield walking("see_kernel", 5, 6, lambda w: [*row_trips(w), 2, 2, 2, 2], pixels * 2 * feature)
-    yield walking(f"ffn_kernelI13__nv_bfloat16Li{padded}ELb0E", 1, 2, lambda w: stencil, pixels * 2 * feature)
-    yield walking("features_kernel", 1, 2, lambda w: [9], pixels * (3 * feature + 4 * padded))
+    yield walking(f"ffn_kernelI13__nv_bfloat16Li{padded}ELb0E", 1, 2, lambda _: [], pixels * 2 * feature)
+    yield walking("features_kernel", 1, 2, lambda _: [3], pixels * (3 * feature + 4 * padded))
     blocks = math.ceil(width / columns) * math.ceil(height / STEP)
     output_chunks = math.ceil(outputs / (8 * tiles))
-    yield Launch("upsampler", f"upsampler_kernelILi{padded}ELi{tiles}E", blocks, columns // 8, 1, [output_chunks, 9],
-                 pixels * (2 * feature + 4 * outputs))
+    yield Launch(
+        "upsampler",
+        f"upsampler_kernelIfLi{padded}ELi{tiles}E",
+        blocks,
+        columns // 8,
+        1,
+        [output_chunks, 9],
+        pixels * (2 * feature + 4 * outputs),
+    )
 
 
 def predict(code: dict[str, Code], preset: str, height: int, width: int) -> tuple[list[dict], dict]:
@@ -198,7 +216,7 @@ def main():
             if options.json:
                 continue
             print(f"{preset} x4 {height}x{width} bf16")
-            print(f"  {'launch':10} {'count':>5} {'blocks':>6} {'instructions':>12} {'issue us':>9} {'bytes us':>9} {'us':>6}")
+            print("  launch     count blocks instructions  issue us  bytes us     us")
             for row in rows:
                 print(
                     f"  {row['launch']:10} {row['count']:5} {row['blocks']:6} {row['instructions']:12} "

@@ -340,7 +340,9 @@ def build(folder: Path, toolchain: dict, cuda: dict | None, names: list[str] | N
     if cuda:
         objects = [*compile_with_torch("cuda"), *kernels, "libtorch_cuda.so"]
         for name, source in kernels.items():
-            lines.append(f"build {name} | {name}.ptxas: nvcc {escaped(source)}\n  flags = {quoted(*nvcc_flags(source))}")
+            lines.append(
+                f"build {name} | {name}.ptxas: nvcc {escaped(source)}\n  flags = {quoted(*nvcc_flags(source))}"
+            )
         lines.append(f"build libtorch_cuda.so: stub {escaped(CSRC / 'cuda/common/libtorch_cuda_stub.c')}")
         system = ["-lcudart_static", "-lrt", "-lpthread", "-ldl", "-Wl,--exclude-libs,ALL"]
         link(CUDA_LIBRARY, objects, f"-L{torch}/lib", "-ltorch_cpu", *cuda["libraries"], *system)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers.backends import at_large_offsets, each_kernel, running_on, uninitialised_is_nan
+from helpers.backends import at_large_offsets, kernels_of, running_on, uninitialised_is_nan
 from helpers.networks import CASES, network, route_apart
 from helpers.ops import LAYOUTS, largest_difference
 from PIL import Image
@@ -22,7 +22,7 @@ from seemore_fast.evaluation import psnr_y
 from seemore_fast.io.resize import bicubic_resize
 from seemore_fast.network import engine
 
-each_cpu = each_kernel("network")
+each_cpu = pytest.mark.parametrize("backend", [b for b in kernels_of("network") if b.family == "cpu"])
 each_precision = pytest.mark.parametrize("in_bfloat16", [False, True], ids=["float32", "bfloat16"])
 each_integer = pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16], ids=str)
 

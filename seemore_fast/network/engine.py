@@ -114,7 +114,9 @@ def _gpu_reason(model: Network) -> str | None:
     ranks = model.body[0].local_block.block.moe_layer.ranks
     c = model.config
     sizes = {"taps": c["global_kernel_size"], "recursive": c["recursive"], "experts": len(ranks), "ranks": sum(ranks)}
-    too_large = [f"{name} are {size}, at most {GPU_MOST[name]}" for name, size in sizes.items() if size > GPU_MOST[name]]
+    too_large = [
+        f"{name} are {size}, at most {GPU_MOST[name]}" for name, size in sizes.items() if size > GPU_MOST[name]
+    ]
     return ", ".join(too_large) or None
 
 
@@ -198,7 +200,8 @@ def _run(
     if shape == x.shape:
         return _call(y, x, packed, mean, img_range, config, folder, progress)
     height, width = x.shape[2:]
-    rows, columns = (torch.arange(n, device=x.device).clamp(max=m - 1) for n, m in zip(shape[2:], (height, width)))
+    rows = torch.arange(shape[2], device=x.device).clamp(max=height - 1)
+    columns = torch.arange(shape[3], device=x.device).clamp(max=width - 1)
     x = _as_known(x)[:, :, rows[:, None], columns].view(x.dtype)
     y_extended = y.new_empty(*shape[:2], shape[2] * config.scale, shape[3] * config.scale)
     is_finite = _call(y_extended, x, packed, mean, img_range, config, folder, progress)
@@ -227,9 +230,7 @@ def _call(
         state = torch.empty(needed, dtype=torch.uint8, device=x.device)
         is_finite = None if y.dtype == torch.float32 else torch.ones(1, dtype=torch.int32, device=x.device)
     function = lookup_kernel("network", mean)
-    result = function(
-        y, x, packed, mean, img_range, config.numbers(), state, rows, resident, progress, is_finite
-    )
+    result = function(y, x, packed, mean, img_range, config.numbers(), state, rows, resident, progress, is_finite)
     return result if is_finite is None else bool(is_finite)
 
 

@@ -51,8 +51,9 @@ class SeemoRe(Fused, reference.SeemoRe):
 
     Arguments, state dict, outputs and gradients are the published ones: see `reference.SeemoRe`.
 
-    In eval mode and without gradients the whole network is one operator, on a CPU, and on a GPU in 16 bit; otherwise each
-    block is a few fused ones. Weights are packed at every call; `prepare` freezes them. `recompute` trades time for memory in training.
+    In eval mode and without gradients the whole network is one operator, on a CPU, and in 16 bits on a GPU; otherwise
+    each block is a few fused ones. Weights are packed at every call; `prepare` freezes them. `recompute` trades time
+    for memory in training.
     """
 
     group = ResGroup

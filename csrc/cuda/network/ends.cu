@@ -20,24 +20,22 @@ struct Picture {
   int* is_finite;     // null, or 1 until a result is not
   int channels, scale;
 
+  // The number at an offset of x, from 0 to 1.
   __device__ float read(int64_t offset) const {
-    if (max_value == 255) return static_cast<const uint8_t*>(x.data)[offset];
-    if (max_value == 65535) return static_cast<const uint16_t*>(x.data)[offset];
-    return static_cast<const float*>(x.data)[offset];
+    if (max_value == 1) return static_cast<const float*>(x.data)[offset];
+    const bool is_byte = max_value == 255;
+    return (is_byte ? static_cast<const uint8_t*>(x.data)[offset] : static_cast<const uint16_t*>(x.data)[offset]) /
+           max_value;
   }
 
   // Integers are rounded to the nearest, ties to even.
-  __device__ void write(int64_t offset, float value) const {
-    if (max_value == 1) {
-      static_cast<float*>(y.data)[offset] = value;
-      return;
-    }
-    if (is_finite && !(fabsf(value) < INFINITY)) *is_finite = 0;
-    const float number = rintf(fminf(fmaxf(value, 0), 1) * max_value);
-    if (max_value == 255) {
-      static_cast<uint8_t*>(y.data)[offset] = static_cast<uint8_t>(number);
+  template <class Number>
+  __device__ Number number_of(float value) const {
+    if constexpr (std::is_same_v<Number, float>) {
+      return value;
     } else {
-      static_cast<uint16_t*>(y.data)[offset] = static_cast<uint16_t>(number);
+      if (is_finite && !(fabsf(value) < INFINITY)) *is_finite = 0;
+      return static_cast<Number>(rintf(fminf(fmaxf(value, 0), 1) * max_value));
     }
   }
 };
@@ -77,7 +75,7 @@ __global__ void __launch_bounds__(kHeadThreads) head_kernel(const __grid_constan
         const int x = first + i - 1;
         values[i] = 0;
         if (x < 0 || x >= call.width) continue;
-        values[i] = (picture.read(offset + x * picture.x.column) / picture.max_value - mean) * picture.img_range;
+        values[i] = (picture.read(offset + x * picture.x.column) - mean) * picture.img_range;
       }
 #pragma unroll
       for (int right = 0; right < 3; ++right) {
@@ -175,8 +173,8 @@ struct UpsamplerCall {
   EndWeights weights;
 };
 
-template <int kChannels, int kTiles>
-__global__ void __launch_bounds__(threads_of(most_columns(kChannels)), kTiles == 2 ? blocks_of(kChannels) : 1) upsampler_kernel(const __grid_constant__ UpsamplerCall call) {
+template <class Number, int kChannels, int kTiles>
+__global__ void __launch_bounds__(threads_of(most_columns(kChannels)), 1) upsampler_kernel(const __grid_constant__ UpsamplerCall call) {
   constexpr int kCount = kWords<kChannels>, kQuads = quads_of(kTiles, kCount) * kWarp;
   const Walk& walk = call.walk;
   const Picture& picture = call.picture;
@@ -216,12 +214,13 @@ __global__ void __launch_bounds__(threads_of(most_columns(kChannels)), kTiles ==
         const int output = (chunk * kTiles + tile) * 8 + 2 * unit.lane.quarter + i;
         if (output >= call.outputs) continue;
         const int channel = output / (scale * scale), down = output / scale % scale, right = output % scale;
-        const int64_t offset = part.image * picture.y.batch + channel * picture.y.channel + down * picture.y.row +
-                               right * picture.y.column;
+        Number* const to = static_cast<Number*>(picture.y.data) + part.image * picture.y.batch +
+                           channel * picture.y.channel + down * picture.y.row + right * picture.y.column;
         const float mean = picture.mean[channel];
 #pragma unroll
         for (int p = 0; p < kPixels; ++p) {
-          if (places[p] >= 0) picture.write(offset + places[p], sums[p][tile][i] * picture.inverse_range + mean);
+          const float value = sums[p][tile][i] * picture.inverse_range + mean;
+          if (places[p] >= 0) to[places[p]] = picture.number_of<Number>(value);
         }
       }
     }
@@ -232,6 +231,14 @@ Picture picture_of(const Scene& scene) {
   const Network& net = scene.net;
   return {net.x, net.y, net.max_value ? static_cast<float>(net.max_value) : 1, net.img_range, 1 / net.img_range, net.mean,
           net.is_finite, static_cast<int>(net.config.in_channels), static_cast<int>(net.config.scale)};
+}
+
+// Call function(0 of the type of the images' numbers).
+template <class Function>
+void with_numbers(int64_t max_value, Function function) {
+  if (max_value == 255) return function(uint8_t());
+  if (max_value == 65535) return function(uint16_t());
+  function(float());
 }
 
 template <class Function>
@@ -277,8 +284,10 @@ void launch_upsampler(const Scene& scene, const EndWeights& weights) {
                              scene.features<kChannels>(scene.buffers.a), scene.widths.outputs,
                              scene.widths.output_chunks, weights};
     with_tiles(scene.widths.output_tiles, [&](auto tiles) {
-      LAUNCH((upsampler_kernel<kChannels, decltype(tiles)::value>), grid_of(walk.blocks(), "network"), walk.threads(), 0,
-             scene.stream, call);
+      with_numbers(scene.net.max_value, [&](auto number) {
+        LAUNCH((upsampler_kernel<decltype(number), kChannels, decltype(tiles)::value>),
+               grid_of(walk.blocks(), "network"), walk.threads(), 0, scene.stream, call);
+      });
     });
   });
 }

@@ -14,9 +14,6 @@ namespace {
 constexpr int kHalo = 1;
 constexpr int kRing = kStep + 2;
 
-// Experts take more registers.
-constexpr int columns_at_most(int channels, bool experts) { return experts && channels == 40 ? 48 : most_columns(channels); }
-
 struct ExpertsCall {
   FeatureMemory a;
   const uint32_t* ranks;
@@ -218,7 +215,7 @@ __device__ void finish(const Shared<kChannels>& shared, const Call& call, int ro
 }
 
 template <class T, int kChannels, bool kExperts>
-__global__ void __launch_bounds__(threads_of(columns_at_most(kChannels, kExperts)), blocks_of(kChannels)) ffn_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of(kChannels)) ffn_kernel(const __grid_constant__ Call call) {
   DYNAMIC_SHARED(char, memory);
   const int columns = call.walk.columns;
   const int64_t ring_bytes = Ring<kChannels, kRing>::bytes(columns);
@@ -243,7 +240,7 @@ template <bool kExperts>
 void launch(const Scene& scene, void* x, void* y, const FfnWeights& weights, const ExpertsCall& experts) {
   with_features(static_cast<DType>(scene.config().dtype), scene.channels(), [&](auto type, auto channels) {
     constexpr int kChannels = decltype(channels)::value;
-    const int columns = columns_of(columns_at_most(kChannels, kExperts), shared_bytes<kChannels, kExperts>);
+    const int columns = columns_of(most_columns(kChannels), shared_bytes<kChannels, kExperts>);
     const Walk walk = plan_walk(scene.net.size, columns, kHalo, kHalo, 2);
     Call call{walk, scene.channels(), scene.features<kChannels>(x), scene.features<kChannels>(y), weights, experts};
     call.experts.a = scene.features<kChannels>(scene.buffers.a);

@@ -132,7 +132,7 @@ __device__ void finish_a(const Shared<kChannels>& shared, const Call& call, int 
     return call.weights.stripes_bias + ((y > 0) + 2 * (y < call.walk.height - 1)) * kChannels;
   };
   depthwise<T, 3, 3>(words, shared.expanded, call.weights.stripes, bias, part, unit, row,
-                     [](int, int, int, float sum) { return narrow_gelu<T>(sum); });
+                     [](int, int, int, float sum) { return gelu_of_double<T>(sum); });
   write_own(Features<kChannels>{call.a}, words, call.walk, part, unit, row);
   part_of_work();
   float* const sums = shared.sums + threadIdx.x / kWarp * kChannels;

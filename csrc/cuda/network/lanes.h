@@ -245,24 +245,26 @@ __device__ void normalise(uint32_t (&x)[kCount], int channels) {
   for (int word = 0; word < kCount; ++word) x[word] = pack_pair<T>(wide[word][0], wide[word][1]);
 }
 
-// GELU for an operand of type T. For bfloat16 by s (1 + tanh(s (a + b s^2))) / 2, within 2.8e-4, in six instructions; of
-// tanh.approx, which errs by 2^-11, three bits are left after rounding.
+// GELU of 2 h, for an operand of type T: weights before a GELU are packed as half of what they are, which is exact and
+// saves a multiplication. For bfloat16 by s (1 + tanh(s (a + b s^2))) / 2, within 2.8e-4, in five instructions; of
+// tanh.approx, which errs by 2^-11, three bits are left after rounding. For float16 as `short_gelu`.
 template <class T>
-__device__ float narrow_gelu(float s) {
+__device__ float gelu_of_double(float h) {
   if constexpr (std::is_same_v<T, __half>) {
-    return short_gelu(s);
+    const float square = fminf(h * h, 16);
+    const float p = (square * (32 * 0.000995201504f) - 8 * 0.10662615f) * square - 2 * 2.30134832f;
+    return h * reciprocal(power_of_two(h * p - 1) + 0.5f);
   } else {
-    const float inner = s * (0.0347012f * (s * s) + 0.8001572f), half = 0.5f * s;
-    return half * hyperbolic_tangent(inner) + half;
+    return h * hyperbolic_tangent(h * (8 * 0.0347012f * (h * h) + 2 * 0.8001572f)) + h;
   }
 }
 
-// Sums as an operand, after GELU if it is wanted.
+// Sums as an operand, or GELU of their doubles.
 template <class T, bool kGelu, int kCount>
 __device__ void narrow(uint32_t (&to)[kCount], const float (&sums)[kCount][2]) {
 #pragma unroll
   for (int word = 0; word < kCount; ++word) {
-    to[word] = kGelu ? pack_pair<T>(narrow_gelu<T>(sums[word][0]), narrow_gelu<T>(sums[word][1]))
+    to[word] = kGelu ? pack_pair<T>(gelu_of_double<T>(sums[word][0]), gelu_of_double<T>(sums[word][1]))
                      : pack_pair<T>(sums[word][0], sums[word][1]);
   }
 }

@@ -8,6 +8,7 @@ namespace seemore::gpu {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr float kHalf = 0.5f;  // of weights before GELU; see gelu_of_double
 
 struct Layer {
   const float *weight, *bias;
@@ -169,32 +170,32 @@ class Packer {
  public:
   __device__ explicit Packer(const Sizes& sizes) : s_(sizes), c_(sizes.channels) {}
 
-  __device__ void conv(const ConvWeights& to, const Layer& norm, const Layer& from) const {
+  __device__ void conv(const ConvWeights& to, const Layer& norm, const Layer& from, float scale) const {
     vector(to.norm_weight, norm.weight);
     vector(to.norm_bias, norm.bias);
     for (int tap = 0; tap < 9; ++tap) {
       square(to.taps + tap * quads_of(kWords, kWords) * kWarp,
-             [&](int o, int i) { return from.weight[(o * c_ + i) * 9 + tap]; });
+             [&](int o, int i) { return scale * from.weight[(o * c_ + i) * 9 + tap]; });
     }
-    vector(to.bias, from.bias);
+    vector(to.bias, from.bias, scale);
   }
 
-  // Half `part` of a pointwise convolution, with the norm before it.
+  // Part 0 or 1 of a pointwise convolution, with the norm before it and GELU after it.
   __device__ void norm_pointwise(uint4* to, float* bias, const Layer& norm, const Layer& from, int part) const {
     const float* const weight = from.weight + part * c_ * c_;
-    square(to, [&](int o, int i) { return weight[o * c_ + i] * norm.weight[i]; });
-    channels(bias, 1, [&](int, int o) { return from.bias[part * c_ + o] + dot(weight + o * c_, norm.bias, c_); });
+    square(to, [&](int o, int i) { return kHalf * weight[o * c_ + i] * norm.weight[i]; });
+    channels(bias, 1, [&](int, int o) { return kHalf * (from.bias[part * c_ + o] + dot(weight + o * c_, norm.bias, c_)); });
   }
 
-  __device__ void pointwise(uint4* to, float* bias, const Layer& from) const {
-    square(to, [&](int o, int i) { return from.weight[o * c_ + i]; });
-    vector(bias, from.bias);
+  __device__ void pointwise(uint4* to, float* bias, const Layer& from, float scale = 1) const {
+    square(to, [&](int o, int i) { return scale * from.weight[o * c_ + i]; });
+    vector(bias, from.bias, scale);
   }
 
   __device__ void ffn(const FfnWeights& to, const FfnLayers& from) const {
     norm_pointwise(to.u, to.u_bias, from.norm, from.expand, 0);
     norm_pointwise(to.g, to.g_bias, from.norm, from.expand, 1);
-    pointwise(to.project, to.project_bias, from.project);
+    pointwise(to.project, to.project_bias, from.project, kHalf);
     depthwise(to.gate, to.gate_bias, from.gate, 9);
   }
 
@@ -239,11 +240,11 @@ class Packer {
   }
 
   __device__ void stripes(const GroupWeights& to, const Layer& row, const Layer& column) const {
-    channels(to.stripes, 9, [&](int tap, int c) { return column.weight[3 * c + tap / 3] * row.weight[3 * c + tap % 3]; });
+    channels(to.stripes, 9, [&](int tap, int c) { return kHalf * column.weight[3 * c + tap / 3] * row.weight[3 * c + tap % 3]; });
     channels(to.stripes_bias, 4, [&](int present, int c) {  // 1: a row above, 2: one below
       const float* const weight = column.weight + 3 * c;
       const float sum = weight[1] + (present & 1 ? weight[0] : 0) + (present & 2 ? weight[2] : 0);
-      return column.bias[c] + row.bias[c] * sum;
+      return kHalf * (column.bias[c] + row.bias[c] * sum);
     });
   }
 
@@ -324,8 +325,8 @@ class Packer {
   __device__ void channels(float* to, int rows, Value value) const {
     fill_rows(to, rows, kChannels, [&](int row, int c) { return c < c_ ? value(row, c) : 0.f; });
   }
-  __device__ void vector(float* to, const float* from) const {
-    channels(to, 1, [&](int, int c) { return from[c]; });
+  __device__ void vector(float* to, const float* from, float scale = 1) const {
+    channels(to, 1, [&](int, int c) { return scale * from[c]; });
   }
 
   const Sizes& s_;
@@ -346,7 +347,7 @@ __global__ void __launch_bounds__(kThreads) pack_ends_kernel(const __grid_consta
     case 0:
       return pack.first(call.to, call.first);
     case 1:
-      return pack.conv(call.to.conv, call.norm, call.conv_2);
+      return pack.conv(call.to.conv, call.norm, call.conv_2, 1);
     default:
       return pack.upsampler(call.to, call.upsampler, call.widths);
   }
@@ -368,7 +369,7 @@ __global__ void __launch_bounds__(kThreads) pack_group_kernel(const __grid_const
   const GroupWeights& to = call.to;
   switch (blockIdx.x) {
     case 0:
-      return pack.conv(to.conv, from.norm_1, from.conv);
+      return pack.conv(to.conv, from.norm_1, from.conv, kHalf);
     case 1:
       return pack.expand(to, from, call.rank_chunks);
     case 2:

@@ -13,7 +13,7 @@ namespace seemore::gpu {
 constexpr int kStep = 4;
 constexpr int kUnitColumns = 16, kUnitRows = 2, kPixels = 4;  // of a warp; of a lane
 // Columns of a strip at most, and blocks of a multiprocessor: what its registers are enough for.
-constexpr int most_columns(int channels) { return channels == 48 ? 48 : 64; }
+constexpr int most_columns(int channels) { return channels <= 48 ? 48 : 64; }
 constexpr int blocks_of(int channels) { return channels <= 48 ? 2 : 1; }
 constexpr int threads_of(int columns) { return columns / kUnitColumns * (kStep / kUnitRows) * kWarp; }
 
@@ -191,7 +191,7 @@ __device__ void normalise_all(uint32_t (&x)[kPixels][kCount], int channels) {
   for (int p = 0; p < kPixels; ++p) normalise<T>(x[p], channels);
 }
 
-// x = GELU(bias + weights x)
+// x = GELU of the double of bias + weights x
 template <class T, int kCount>
 __device__ void pointwise_gelu(uint32_t (&x)[kPixels][kCount], const uint4* weights, const float* bias,
                                const Unit& unit) {
@@ -201,7 +201,7 @@ __device__ void pointwise_gelu(uint32_t (&x)[kPixels][kCount], const uint4* weig
   for (int p = 0; p < kPixels; ++p) narrow<T, true>(x[p], sums[p]);
 }
 
-// x += sums, or GELU(sums)
+// x += sums, or GELU of their doubles
 template <class T, bool kGelu, int kCount>
 __device__ void add_to(uint32_t (&x)[kPixels][kCount], const float (&sums)[kPixels][kCount][2]) {
 #pragma unroll
@@ -211,7 +211,7 @@ __device__ void add_to(uint32_t (&x)[kPixels][kCount], const float (&sums)[kPixe
       float pair[2];
       unpack_pair<T>(pair, x[p][word]);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) pair[i] += kGelu ? narrow_gelu<T>(sums[p][word][i]) : sums[p][word][i];
+      for (int i = 0; i < 2; ++i) pair[i] += kGelu ? gelu_of_double<T>(sums[p][word][i]) : sums[p][word][i];
       x[p][word] = pack_pair<T>(pair[0], pair[1]);
     }
   }
@@ -298,10 +298,18 @@ __device__ void conv3x3(float (&sums)[kPixels][kWords<kChannels>][2], const Ring
   read_channels<kChannels>(bias, weights.bias, unit.lane);
   fill(sums, bias);
 #pragma unroll 1
-  for (int tap = 0; tap < 9; ++tap) {
-    uint32_t words[kPixels][kCount];
-    read_ring(words, ring, row + tap / 3 - 1 - part.top, tap % 3 - 1, unit);
-    multiply<T>(sums, words, weights.taps + tap * quads_of(kCount, kCount) * kWarp);
+  for (int y = 0; y < 3; ++y) {
+    const int first = row + unit.row + y - 1 - part.top;
+    const int places[2] = {ring(first, unit.column - 1), ring(first + 1, unit.column - 1)};
+#pragma unroll
+    for (int x = 0; x < 3; ++x) {
+      uint32_t words[kPixels][kCount];
+#pragma unroll
+      for (int p = 0; p < kPixels; ++p) {
+        ring.features.read(words[p], places[Unit::row_of(p)] + 8 * (p % 2) + x, unit.lane);
+      }
+      multiply<T>(sums, words, weights.taps + (3 * y + x) * quads_of(kCount, kCount) * kWarp);
+    }
   }
 }
 
@@ -311,10 +319,12 @@ template <class T, int kTapRows, int kTapColumns, int kFirst, int kCount, int kC
 __device__ void convolve(float (&sums)[kUnitRows][kCount][2], const Ring<kChannels, kRows>& ring, const float* weights,
                          int top, int left, const Lane& lane) {
   constexpr int kUnrolled = kTapRows > 3 ? 6 : kTapRows + 1;  // more, and their weights take all registers
-#pragma unroll 1
+  const int first = (top + kRows) % kRows;
+#pragma unroll
   for (int x = 0; x < kTapColumns; ++x) {
+    if (x > 0) part_of_work();
     float weight[2][kCount][2];  // of tap rows y and y - 1
-    int slot = (top + kRows) % kRows;
+    int slot = first;
 #pragma unroll kUnrolled
     for (int y = 0; y < kTapRows + 1; ++y) {
       if (y < kTapRows) {

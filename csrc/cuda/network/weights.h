@@ -57,7 +57,7 @@ struct FfnWeights {
     gate = parts.next<float>(9 * w.channels), gate_bias = parts.next<float>(w.channels);
     project_bias = parts.next<float>(w.channels);
   }
-  uint4 *u, *g, *project;  // u, g: with the norm's weight and bias
+  uint4 *u, *g, *project;  // half of them; u, g: with the norm's weight and bias
   float *u_bias, *g_bias, *gate, *gate_bias, *project_bias;  // gate: [tap][channel]
 };
 
@@ -69,7 +69,7 @@ struct ConvWeights {
     bias = parts.next<float>(w.channels);
   }
   float *norm_weight, *norm_bias;
-  uint4* taps;  // [tap], a matrix each
+  uint4* taps;  // [tap], a matrix each; before GELU half of it, and of the bias
   float* bias;
 };
 
@@ -82,7 +82,7 @@ struct GroupWeights {
   float *a_bias, *k_bias;
   uint4* ranks;        // [chunk]: weight_k @ k, of all experts' ranks
   float* ranks_bias;   // [rank]
-  float *stripes;      // [3][3][channel]: both stripes of a in one
+  float *stripes;      // [3][3][channel]: both stripes of a in one, half of them
   float *stripes_bias; // [channel] where there is no row above and below; one above; one below; both
   float *aggregate, *aggregate_bias;  // [16][channel]
   float *calibrate, *calibrate_bias;  // [9][channel]
@@ -93,7 +93,7 @@ struct GroupWeights {
   uint4 *mix, *mix_ranks;             // weight_proj; [chunk]: weight_proj @ weight_out
   float *mix_bias, *experts_bias;     // [channel]: bias_proj; [expert][channel]: weight_proj @ bias_out
   FfnWeights local_ffn;
-  uint4 *q, *v, *project;  // q, v: with the norm's weight and bias
+  uint4 *q, *v, *project;  // q, v: half of them, with the norm's weight and bias
   float *q_bias, *v_bias, *project_bias;
   float *row, *row_bias, *column, *column_bias;  // [kTaps][channel]
   FfnWeights global_ffn;

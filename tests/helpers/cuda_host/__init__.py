@@ -40,7 +40,7 @@ def library(sanitize: bool = False) -> Path:
     """
     kernels = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
     bindings = [ROOT / "csrc" / "bindings" / f"{source.stem}.cpp" for source in kernels]
-    sources = [*filter(Path.exists, bindings), *kernels]
+    sources = [*filter(Path.exists, bindings), *kernels, HERE / "record.cu"]
     torch_flags = [
         TARGET,
         "-DSEEMORE_DEVICE=<host_device.h>",

@@ -83,6 +83,7 @@ struct Block {
 };
 inline Block block;
 inline std::mutex one_launch_at_a_time;
+inline std::unique_ptr<std::string> record;  // while there is one, launches are written to it instead of run
 
 __attribute__((noinline)) inline void jump(Fiber& from, Fiber& to) {
 #ifdef __SANITIZE_ADDRESS__
@@ -226,6 +227,10 @@ void launch(const std::string& name, dim3 grid, dim3 threads, size_t shared_byte
   if (count == 0 || count > 1024 || threads.z > 64 || shared_bytes > most_shared || blocks == 0 ||
       grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) {
     throw std::runtime_error(name + ": invalid configuration argument");
+  }
+  if (record) {
+    *record += name + " " + std::to_string(blocks) + " " + std::to_string(count) + " " + std::to_string(shared_bytes) + "\n";
+    return;
   }
   gridDim = grid;
   blockDim = threads;

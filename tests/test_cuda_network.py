@@ -1,0 +1,339 @@
+"""The CUDA library's network operator, on the host, or on a GPU with --device cuda."""
+
+import contextlib
+import ctypes
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import cuda_host
+from helpers.backends import kernels_of, running_on, uninitialised_is_nan
+from helpers.cuda_host import ORDERS, available
+from helpers.networks import CASES, network, route_apart
+from helpers.ops import LAYOUTS
+from PIL import Image
+
+from seemore_fast import SeemoRe, load_model, reference
+from seemore_fast.benchmarks import gpu_model
+from seemore_fast.demo.__main__ import PHOTO
+from seemore_fast.evaluation import psnr_y
+from seemore_fast.io.resize import bicubic_resize
+from seemore_fast.network import engine
+from seemore_fast.network.config import PRESETS
+
+each_gpu = pytest.mark.parametrize("backend", [b for b in kernels_of("network") if b.family == "cuda"])
+each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+each_integer = pytest.mark.parametrize("integer", [torch.uint8, torch.uint16], ids=str)
+
+OTHERS = {  # CASES have at most 40 features
+    "one pixel": (dict(), (16, 3, 1, 1)),  # of one image, errors are too few to be compared
+    "B": (dict(embedding_dim=48, scale=4), (1, 3, 41, 66)),
+    "L": (dict(embedding_dim=48, use_shuffle=False, recursive=1), (2, 3, 24, 70)),
+    "50 features": (dict(embedding_dim=50, num_layers=1), (1, 3, 18, 33)),
+    "64 features": (dict(embedding_dim=64, num_experts=6, lr_space="linear", topk=2), (1, 3, 33, 65)),
+    "several bands": (dict(num_layers=1), (1, 3, 301, 21)),
+    "more outputs than are computed at once": (dict(scale=4, in_chans=5, num_layers=1), (1, 5, 17, 18)),
+}
+SHAPES = {**CASES, **OTHERS}
+QUICK = ["T, narrow", "one pixel", "batch of 5", "5 features", "kernel 7", "recursive 1", "2 of 4 experts", "L"]
+SERVED = [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in SHAPES if case != "kernel 31"]
+
+
+def plain(model: SeemoRe, dtype: torch.dtype) -> reference.SeemoRe:
+    other = reference.SeemoRe(**model.config).eval().requires_grad_(False)
+    other.load_state_dict(model.state_dict())
+    return other.to(model.mean.device, dtype)
+
+
+def serve(model: SeemoRe, x: torch.Tensor) -> torch.Tensor:
+    """Return model(x), by the engine for certain."""
+    assert engine.unsupported_reason(model, x) is None
+    return model(x)
+
+
+@pytest.fixture
+def small(device):
+    return network().to(device, torch.bfloat16)
+
+
+@each_gpu
+@each_dtype
+@pytest.mark.parametrize("case", SERVED)
+def test_values(backend, device, dtype, case):
+    """The error is at most twice that of the plain network in the same type."""
+    config, shape = SHAPES[case]
+    model, x = network(**config).to(device), torch.rand(shape, device=device)
+    exact = plain(model, torch.float64)(x.double())
+    eager = plain(model, torch.float32).to(dtype)(x)
+    with running_on(backend, device):
+        found = serve(model.to(dtype), x)
+    assert found.dtype == torch.float32 and found.shape == exact.shape
+    for norm in (torch.Tensor.std, lambda error: error.abs().max()):
+        allowed = 2 * norm(eager.double() - exact) + 1e-5 * exact.abs().max()
+        assert norm(found.double() - exact) <= allowed
+
+
+@each_gpu
+def test_autocast_gives_what_narrow_weights_give_but_for_their_rounding(backend, device):
+    model, x = network().to(device), torch.rand(1, 3, 20, 33, device=device)
+    exact = plain(model, torch.float64)(x.double())
+    with torch.autocast(device.type, torch.bfloat16), running_on(backend, device):
+        found = serve(model, x)
+    eager = plain(model, torch.bfloat16)(x)
+    assert (found - exact).abs().max() <= 2 * (eager - exact).abs().max()
+
+
+@each_gpu
+@pytest.mark.parametrize("order", [*ORDERS[1:]])
+def test_results_do_not_depend_on_the_order_of_threads(backend, device, small, monkeypatch, order):
+    if backend != "cuda_host":
+        pytest.skip("a GPU has an order of its own")
+    x = torch.rand(2, 3, 21, 37)
+    with running_on(backend, device):
+        first = serve(small, x)
+        monkeypatch.setenv("CUDA_HOST_ORDER", order)
+        assert torch.equal(serve(small, x), first)
+
+
+@each_gpu
+@pytest.mark.parametrize("kilobytes", [100, 164], ids=["sm_86", "sm_80"])
+def test_results_do_not_depend_on_the_columns_of_strips(backend, device, monkeypatch, kilobytes):
+    """Little shared memory makes strips narrow. The pool's sums are then in another order, and nothing else."""
+    if backend != "cuda_host":
+        pytest.skip("a GPU's shared memory is what it is")
+    model, x = network(embedding_dim=64, num_layers=1).bfloat16(), torch.rand(1, 3, 19, 75)
+    with running_on(backend, device):
+        wide = serve(model, x)
+        monkeypatch.setenv("CUDA_HOST_SHARED", str(kilobytes))
+        torch.testing.assert_close(serve(model, x), wide, rtol=0, atol=2e-3)
+
+
+@each_gpu
+def test_memory_that_nobody_filled_is_not_used(backend, device, small):
+    x = torch.rand(1, 3, 18, 45, device=device)
+    with running_on(backend, device):
+        expected = serve(small, x)
+        with uninitialised_is_nan():
+            assert torch.equal(serve(small, x), expected)
+
+
+@each_gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(backend, device, small, layout):
+    x = torch.rand(2, 3, 18, 21, device=device)
+    with running_on(backend, device):
+        assert torch.equal(serve(small, LAYOUTS[layout](x)), serve(small, x))
+
+
+@each_gpu
+def test_images_of_a_batch_are_routed_each_by_itself(backend, device):
+    model, x = network(num_layers=1).to(device), torch.rand(3, 3, 17, 19, device=device)
+    x *= torch.tensor([0.3, 0.6, 1.0], device=device)[:, None, None, None]
+    assert len(route_apart(model, x).unique()) > 1
+    model.bfloat16()
+    with running_on(backend, device):
+        together = serve(model, x)
+        for i in range(3):
+            assert torch.equal(serve(model, x[i : i + 1]), together[i : i + 1])
+
+
+@each_gpu
+def test_prepared_weights_give_the_same_and_others_are_never_stale(backend, device, small):
+    x = torch.rand(1, 3, 18, 20, device=device)
+    with running_on(backend, device):
+        before = serve(small, x)
+        small.conv_1.weight.data.mul_(0.5)
+        changed = serve(small, x)
+        assert not torch.equal(changed, before)
+        small.prepare()
+        assert torch.equal(serve(small, x), changed)
+        small.conv_1.weight.data.mul_(2)
+        assert torch.equal(serve(small, x), changed)
+
+
+@each_gpu
+@each_integer
+def test_integers_are_the_rounded_floats(backend, device, small, integer):
+    largest = torch.iinfo(integer).max
+    x = torch.from_numpy(np.random.default_rng(0).integers(0, largest + 1, (1, 3, 17, 22))).to(device)
+    y = torch.empty(1, 3, 34, 44, dtype=integer, device=device)
+    with running_on(backend, device):
+        assert engine.run_out(small, x.to(integer), y)
+        floats = serve(small, x.float() / largest)
+    assert torch.equal(y.int(), (floats.clamp(0, 1) * largest).round().int())
+
+
+@each_gpu
+@each_integer
+def test_weights_that_are_no_numbers_are_reported(backend, device, small, integer):
+    small.conv_2.bias.data[0] = torch.nan
+    x = torch.zeros(1, 3, 17, 22, dtype=integer, device=device)
+    with running_on(backend, device):
+        assert not engine.run_out(small, x, torch.empty(1, 3, 34, 44, dtype=integer, device=device))
+        assert serve(small, torch.zeros(1, 3, 17, 22, device=device)).isnan().any()
+
+
+@each_gpu
+def test_an_expert_that_nobody_chose_may_hold_anything(backend, device, small):
+    x = torch.rand(1, 3, 18, 20, device=device)
+    moe = small.body[1].local_block.block.moe_layer
+    with running_on(backend, device):
+        expected = serve(small, x)
+        for expert in moe.experts:
+            kept = {name: value.clone() for name, value in expert.state_dict().items()}
+            for parameter in expert.parameters():
+                parameter.fill_(torch.inf)
+            same = torch.equal(serve(small, x), expected)
+            expert.load_state_dict(kept)
+            if same:
+                return
+    pytest.fail("every expert changes the result")
+
+
+@each_gpu
+@pytest.mark.slow
+@each_dtype
+def test_costs_less_than_a_hundredth_of_a_decibel(backend, device, dtype):
+    with Image.open(PHOTO) as photo:
+        target = np.asarray(photo.convert("RGB"))[64:320, 64:320]
+    low = bicubic_resize(target, 1 / 2)
+    x = torch.from_numpy(low).permute(2, 0, 1)[None].to(device)
+
+    def quality(model: SeemoRe) -> float:
+        y = torch.empty(1, 3, 256, 256, dtype=torch.uint8, device=device)
+        assert engine.run_out(model, x, y)
+        return psnr_y(y[0].permute(1, 2, 0).cpu().numpy(), target, crop=2)
+
+    model = load_model("seemore_t_x2").eval().requires_grad_(False)
+    expected = quality(model)
+    with running_on(backend, device):
+        assert abs(quality(model.to(device, dtype)) - expected) < 0.01
+
+
+# When it does not serve
+
+
+@pytest.mark.parametrize("name", [str(backend) for backend in kernels_of("network") if backend.family == "cuda"])
+@pytest.mark.parametrize(
+    "config, dtype, reason",
+    [
+        (dict(global_kernel_size=13), torch.bfloat16, "taps are 13, at most 11"),
+        (
+            dict(num_experts=17, lr_space="linear"),
+            torch.bfloat16,
+            "experts are 17, at most 16, ranks are 170, at most 64",
+        ),
+        (dict(recursive=4), torch.bfloat16, "recursive are 4, at most 3"),
+        (dict(embedding_dim=65), torch.bfloat16, "no library has the network for x's device and dtype and this many"),
+        (dict(), torch.float32, "features are float32: on a GPU the operators compute those"),
+    ],
+    ids=["taps", "experts", "recursive", "channels", "float32"],
+)
+def test_what_it_has_no_kernels_for_is_left_to_the_operators(name, device, config, dtype, reason):
+    model = network(num_layers=1, **config).to(device, dtype)
+    with running_on(name, device):
+        assert engine.unsupported_reason(model, torch.rand(1, 3, 16, 16, device=device)).startswith(reason)
+
+
+# What the host does
+
+
+@pytest.fixture(scope="module")
+def library():
+    found = ctypes.CDLL(str(available(cuda_host.library)))
+    found.recorded.restype = ctypes.c_char_p
+    return found
+
+
+@contextlib.contextmanager
+def launches(library):
+    """Record launches, of which none is run: (kernel, blocks, threads, shared bytes)."""
+    recorded = []
+    library.record(1)
+    try:
+        yield recorded
+        for line in library.recorded().decode().splitlines():
+            name, *numbers = line.rsplit(maxsplit=3)
+            recorded.append((name, *map(int, numbers)))
+    finally:
+        library.record(0)
+
+
+@pytest.mark.parametrize("preset", ["t", "b", "l"])
+def test_a_call_makes_six_launches_a_group_and_three(library, preset):
+    model = SeemoRe(scale=4, **PRESETS[preset]).bfloat16().eval().requires_grad_(False)
+    with running_on("cuda_host", "cpu"), launches(library) as made:
+        model(torch.rand(1, 3, 48, 64))
+    packing = [launch for launch in made if "pack" in launch[0]]
+    groups = model.config["num_layers"]
+    assert len(packing) == groups + 1
+    assert len(made) - len(packing) == 6 * groups + 3
+    model.prepare()
+    with running_on("cuda_host", "cpu"):
+        model(torch.rand(1, 3, 48, 64))
+        with launches(library) as made:
+            model(torch.rand(1, 3, 48, 64))
+    assert len(made) == 6 * groups + 3
+
+
+@pytest.mark.parametrize("height, width", [(480, 640), (720, 1280), (17, 33)])
+@pytest.mark.parametrize("preset", ["t", "b"])
+def test_the_model_of_the_time_has_these_launches(library, preset, height, width):
+    model = SeemoRe(scale=4, **PRESETS[preset]).bfloat16().eval().requires_grad_(False)
+    with running_on("cuda_host", "cpu"), launches(library) as made:
+        model(torch.rand(1, 3, height, width))
+    by_name = {}
+    for name, blocks, threads, _ in made:
+        by_name.setdefault(re.search(r"\w+_kernel", name)[0], []).append((blocks, threads // 32))
+    expected = {}
+    for launch in gpu_model.launches({**PRESETS[preset], "scale": 4}, height, width):
+        expected.setdefault(f"{launch.name}_kernel", []).append((launch.blocks, launch.warps))
+    for name, sizes in expected.items():
+        assert set(by_name[name]) == set(sizes), name
+
+
+@pytest.mark.parametrize("kilobytes, warps", [(100, 8), (164, 8), (228, 12)], ids=["sm_86", "sm_80", "sm_90"])
+@pytest.mark.parametrize("preset", ["t", "b"])
+def test_shared_memory_leaves_a_multiprocessor_enough_warps(library, monkeypatch, preset, kilobytes, warps):
+    monkeypatch.setenv("CUDA_HOST_SHARED", str(kilobytes))
+    model = SeemoRe(scale=4, **PRESETS[preset]).bfloat16().eval().requires_grad_(False)
+    with running_on("cuda_host", "cpu"), launches(library) as made:
+        model(torch.rand(1, 3, 480, 640))
+    for name, _, threads, shared in made:
+        assert shared <= (kilobytes - 1) * 1024, name
+        if shared:
+            assert kilobytes * 1024 // (shared + 1024) * threads // 32 >= warps, name
+
+
+def test_an_instruction_of_a_warp_multiplies_as_documented():
+    """mma.sync m16n8k16 of known numbers, by the layout of fragments in the PTX manual."""
+    left, right = torch.randint(-8, 9, (16, 16)).double(), torch.randint(-8, 9, (16, 8)).double()
+    lanes = range(32)
+    a = [[left[lane // 4 + 8 * (i % 4 // 2), lane % 4 * 2 + i % 2 + 8 * (i // 4)] for i in range(8)] for lane in lanes]
+    b = [[right[lane % 4 * 2 + i % 2 + 8 * (i // 2), lane // 4] for i in range(4)] for lane in lanes]
+    source = cuda_host.HERE / "products.cu"
+    built = ctypes.CDLL(str(available(cuda_host.compile_library, "products", [source], cuda_host.CACHE)))
+    for inputs, wanted in ((16, left @ right), (8, left[:, :8] @ right[:8])):
+        operands = [torch.tensor(rows).bfloat16()[:, : n * inputs // 16].contiguous() for rows, n in ((a, 8), (b, 4))]
+        found = torch.empty(32, 4)
+        built.product(inputs, *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (*operands, found)))
+        for lane in lanes:
+            for i in range(4):
+                assert found[lane, i] == wanted[lane // 4 + 8 * (i // 2), lane % 4 * 2 + i % 2]
+
+
+def test_the_host_s_time_of_a_prepared_call(library):
+    """Of what the processor does beside the launches: some 2 us each in the driver."""
+    model = SeemoRe(scale=4, **PRESETS["t"]).bfloat16().eval().requires_grad_(False).prepare()
+    x = torch.rand(1, 3, 48, 64)
+    with running_on("cuda_host", "cpu"), launches(library):
+        for _ in range(3):
+            model(x)
+        times = []
+        for _ in range(20):
+            start = time.thread_time()
+            model(x)
+            times.append(time.thread_time() - start)
+    assert min(times) < 3e-3
