@@ -28,7 +28,7 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], i
 each_integer = pytest.mark.parametrize("integer", [torch.uint8, torch.uint16], ids=str)
 
 OTHERS = {  # CASES have at most 40 features
-    "one pixel": (dict(), (16, 3, 1, 1)),  # of one image, errors are too few to be compared
+    "one pixel": (dict(), (8, 3, 1, 1)),  # of one image, errors are too few to be compared
     "B": (dict(embedding_dim=48, scale=4), (1, 3, 41, 66)),
     "L": (dict(embedding_dim=48, use_shuffle=False, recursive=1), (2, 3, 24, 70)),
     "50 features": (dict(embedding_dim=50, num_layers=1), (1, 3, 18, 33)),
@@ -79,7 +79,7 @@ def test_values(backend, device, dtype, case):
 def test_autocast_gives_what_narrow_weights_give_but_for_their_rounding(backend, device):
     model, x = network().to(device), torch.rand(1, 3, 20, 33, device=device)
     exact = plain(model, torch.float64)(x.double())
-    with torch.autocast(device.type, torch.bfloat16), running_on(backend, device):
+    with torch.autocast(torch.device(device).type, torch.bfloat16), running_on(backend, device):
         found = serve(model, x)
     eager = plain(model, torch.bfloat16)(x)
     assert (found - exact).abs().max() <= 2 * (eager - exact).abs().max()
@@ -271,10 +271,10 @@ def test_a_call_makes_six_launches_a_group_and_three(library, preset):
     assert len(packing) == groups + 1
     assert len(made) - len(packing) == 6 * groups + 3
     model.prepare()
-    with running_on("cuda_host", "cpu"):
+    with running_on("cuda_host", "cpu"), launches(library):
         model(torch.rand(1, 3, 48, 64))
-        with launches(library) as made:
-            model(torch.rand(1, 3, 48, 64))
+    with running_on("cuda_host", "cpu"), launches(library) as made:
+        model(torch.rand(1, 3, 48, 64))
     assert len(made) == 6 * groups + 3
 
 
@@ -294,17 +294,19 @@ def test_the_model_of_the_time_has_these_launches(library, preset, height, width
         assert set(by_name[name]) == set(sizes), name
 
 
-@pytest.mark.parametrize("kilobytes, warps", [(100, 8), (164, 8), (228, 12)], ids=["sm_86", "sm_80", "sm_90"])
+@pytest.mark.parametrize("kilobytes, least", [(100, 6), (164, 8), (228, 12)], ids=["sm_86", "sm_80", "sm_90"])
 @pytest.mark.parametrize("preset", ["t", "b"])
-def test_shared_memory_leaves_a_multiprocessor_enough_warps(library, monkeypatch, preset, kilobytes, warps):
+def test_shared_memory_leaves_a_multiprocessor_enough_warps(library, monkeypatch, preset, kilobytes, least):
     monkeypatch.setenv("CUDA_HOST_SHARED", str(kilobytes))
     model = SeemoRe(scale=4, **PRESETS[preset]).bfloat16().eval().requires_grad_(False)
     with running_on("cuda_host", "cpu"), launches(library) as made:
         model(torch.rand(1, 3, 480, 640))
+    warps = {}
     for name, _, threads, shared in made:
         assert shared <= (kilobytes - 1) * 1024, name
         if shared:
-            assert kilobytes * 1024 // (shared + 1024) * threads // 32 >= warps, name
+            warps[name] = kilobytes * 1024 // (shared + 1024) * threads // 32
+    assert min(warps.values()) >= least, warps
 
 
 def test_an_instruction_of_a_warp_multiplies_as_documented():

@@ -35,18 +35,35 @@ struct Call {
   ExpertsCall experts;
 };
 
+// Quads of a chunk's part of the projection.
+constexpr __host__ __device__ int mix_quads(int channels) { return quads_of(channels / 8, 2) * kWarp; }
+
 template <int kChannels, bool kExperts>
 int64_t shared_bytes(int columns) {
   return (2 + kExperts) * Ring<kChannels, kRing>::bytes(columns) +
-         kExperts * (kChannels + kMostRanks) * int64_t(sizeof(float));
+         kExperts * (kChannels + kMostRanks + kMostRanks / kChunk * mix_quads(kChannels) * 4) * int64_t(sizeof(float));
 }
 
 // The experts that the block's image chose.
 struct Choice {
   float *share, *bias;  // of each rank: its expert's probability, or 0; of each channel
+  uint32_t* mix;        // mix_ranks, with 0 for those of other experts, which may hold anything
 
   template <int kChannels>
   __device__ void read(const ExpertsCall& call, int image) const {
+    read_shares<kChannels>(call, image);
+    __syncthreads();
+    const uint32_t* const from = reinterpret_cast<const uint32_t*>(call.mix_ranks);
+    for (int i = threadIdx.x; i < call.rank_chunks * mix_quads(kChannels) * 4; i += blockDim.x) {
+      const int chunk = i / (4 * mix_quads(kChannels)), lane = i / 4 % kWarp;
+      const int rank = chunk * kChunk + 4 * (lane % 4) + 2 * (i % 2);  // and the next one
+      mix[i] = from[i] & ((share[rank] == 0 ? 0 : 0xffff) | (share[rank + 1] == 0 ? 0 : 0xffff0000));
+    }
+    __syncthreads();
+  }
+
+  template <int kChannels>
+  __device__ void read_shares(const ExpertsCall& call, int image) const {
     const int64_t* const index = call.index + image * call.top_k;
     const float* const weight = call.weight + image * call.top_k;
     for (int i = threadIdx.x; i < kMostRanks + kChannels; i += blockDim.x) {
@@ -153,7 +170,7 @@ __device__ void read_experts(uint32_t (&words)[kPixels][kWords<kChannels>], cons
       modulate<T>(rows_of<2>(modulated, below), rows_of<2>(a, below), call, choice, part, unit, row + unit.row + below,
                   chunk);
     }
-    multiply<T>(sums, modulated, experts.mix_ranks + chunk * quads_of(kCount, 2) * kWarp);
+    multiply<T>(sums, modulated, reinterpret_cast<const uint4*>(choice.mix) + chunk * mix_quads(kChannels));
   }
   read_pixels(words, Features<kChannels>{call.x}, call.walk, part, unit, row);
   add_to<T, false>(words, sums);
@@ -223,10 +240,9 @@ __global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of
   const Shared<kChannels> shared{{memory, columns},
                                  {memory + ring_bytes, columns},
                                  {memory + 2 * ring_bytes, columns},
-                                 {floats, floats + kMostRanks}};
+                                 {floats, floats + kMostRanks, reinterpret_cast<uint32_t*>(floats + kMostRanks + kChannels)}};
   if constexpr (kExperts) {
     shared.choice.template read<kChannels>(call.experts, Part(call.walk).image);
-    __syncthreads();
   }
   for (int row = -kStep; row < call.walk.rows; row += kStep) {
     compute_g<T, kExperts>(shared, call, row + 1);

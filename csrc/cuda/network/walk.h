@@ -58,17 +58,20 @@ inline Walk plan_walk(const Size& size, int columns, int left, int right, int le
   return best;
 }
 
-// The columns of a strip: at most `columns`, such that a multiprocessor has eight warps. ring_bytes(columns): shared memory
-// of a block.
+// The columns of a strip: at most `columns`, such that a multiprocessor has the most warps, up to eight. ring_bytes(columns):
+// shared memory of a block.
 template <class Bytes>
 int columns_of(int columns, Bytes ring_bytes) {
-  constexpr int kLeastColumns = 32, kLeastWarps = 8, kReserved = 1024;
-  for (; columns > kLeastColumns; columns -= kUnitColumns) {
+  constexpr int kLeastColumns = 32, kEnough = 8 * kWarp, kReserved = 1024;
+  int64_t best = 0, most = 0;
+  for (; columns >= kLeastColumns; columns -= kUnitColumns) {
+    if (ring_bytes(columns) > most_shared_bytes()) continue;
     const int64_t blocks = shared_bytes_of_multiprocessor() / (ring_bytes(columns) + kReserved);
-    const bool fits = ring_bytes(columns) <= most_shared_bytes();
-    if (fits && blocks * threads_of(columns) >= kLeastWarps * kWarp) return columns;
+    const int64_t threads = std::min<int64_t>(blocks * threads_of(columns), kEnough);
+    if (threads > most) best = columns, most = threads;
   }
-  return kLeastColumns;
+  if (most == 0) throw std::runtime_error("network: the GPU's blocks have too little shared memory");
+  return static_cast<int>(best);
 }
 
 // The same number, of which the compiler does not know that it has computed with it before: addresses that are computed
