@@ -6,8 +6,8 @@
 namespace seemore {
 
 // The fields of a configuration in their order, which is that of EngineConfig in seemore_fast/network/engine.py.
-// dtype: a DType, of the operands of the dense and pointwise convolutions, and on a GPU of features between launches; all
-// else is float32.
+// dtype: a DType, of the operands of the dense and pointwise convolutions, and on a GPU of features between launches;
+// all else is float32.
 #define SEEMORE_NETWORK_FIELDS(FIELD) \
   FIELD(scale)                        \
   FIELD(in_channels)                  \
@@ -45,9 +45,9 @@ struct Network {
   Image x, y;         // y: (B, in_channels, scale * H, scale * W)
   const float* mean;  // in_channels
   float img_range;
-  const void* weights;    // from network_pack
+  const void* weights;  // from network_pack
   void* stream;
-  int* is_finite;         // of the CUDA library: null, or set to 0 where a pixel was not before it became an integer
+  int* is_finite;  // of the CUDA library: null, or set to 0 where a pixel was not before it became an integer
   // Of the CPU library.
   int64_t threads;        // the least number of bands of the images; results do not depend on it
   int64_t resident_rows;  // 0, or the state is a mapped file, new and zero, of which at most so many rows are in memory

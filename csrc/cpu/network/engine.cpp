@@ -307,7 +307,7 @@ class Engine {
 
 NetworkMemory network_memory(const Network& net) {
   return is_bfloat16(net.config) ? Engine<Pair>(net, nullptr, nullptr).memory()
-                                : Engine<float>(net, nullptr, nullptr).memory();
+                                 : Engine<float>(net, nullptr, nullptr).memory();
 }
 
 bool network(const Network& net, void* state, void* workspace) {

@@ -67,10 +67,10 @@ void allow_shared(Kernel* kernel, int64_t bytes, const char* name) {
 #endif
 
 // A launch with more than the 48 KB of shared memory that every block can have.
-#define LAUNCH_LARGE(kernel, grid, block, shared_bytes, stream, ...)            \
-  do {                                                                          \
-    allow_shared(kernel, shared_bytes, #kernel);                                \
-    LAUNCH(kernel, grid, block, shared_bytes, stream, __VA_ARGS__);             \
+#define LAUNCH_LARGE(kernel, grid, block, shared_bytes, stream, ...) \
+  do {                                                               \
+    allow_shared(kernel, shared_bytes, #kernel);                     \
+    LAUNCH(kernel, grid, block, shared_bytes, stream, __VA_ARGS__);  \
   } while (0)
 
 // A one-dimensional grid, the only dimension in which millions of blocks fit.

@@ -7,7 +7,8 @@
 namespace seemore::gpu {
 namespace {
 
-constexpr int kHeadThreads = 256, kHeadColumns = 4;  // of a thread, with a quarter of the channels
+constexpr int kHeadThreads = 256;
+constexpr int kHeadColumns = 4;  // of a thread, with a quarter of the channels
 constexpr int kRing = kStep + 2;
 using Upper = __nv_bfloat16;  // of a float, and of what it leaves: together 16 bits of it
 
@@ -50,7 +51,8 @@ struct HeadCall {
 };
 
 template <class T, int kChannels>
-__global__ void __launch_bounds__(kHeadThreads) head_kernel(const __grid_constant__ HeadCall call) {
+__global__ void __launch_bounds__(kHeadThreads, blocks_of(kChannels))
+    head_kernel(const __grid_constant__ HeadCall call) {
   constexpr int kCount = kWords<kChannels>;
   const Picture& picture = call.picture;
   const Lane lane;
@@ -154,7 +156,8 @@ __device__ void finish(const Ring<kChannels, kRing>& normalised, const FeaturesC
 }
 
 template <class T, int kChannels>
-__global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of(kChannels)) features_kernel(const __grid_constant__ FeaturesCall call) {
+__global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of(kChannels))
+    features_kernel(const __grid_constant__ FeaturesCall call) {
   DYNAMIC_SHARED(char, memory);
   const Ring<kChannels, kRing> normalised(memory, call.walk.columns);
   for (int row = -kStep; row < call.walk.rows; row += kStep) {
@@ -174,7 +177,8 @@ struct UpsamplerCall {
 };
 
 template <class Number, int kChannels, int kTiles>
-__global__ void __launch_bounds__(threads_of(most_columns(kChannels)), 1) upsampler_kernel(const __grid_constant__ UpsamplerCall call) {
+__global__ void __launch_bounds__(threads_of(most_columns(kChannels)), 1)
+    upsampler_kernel(const __grid_constant__ UpsamplerCall call) {
   constexpr int kCount = kWords<kChannels>, kQuads = quads_of(kTiles, kCount) * kWarp;
   const Walk& walk = call.walk;
   const Picture& picture = call.picture;
@@ -229,8 +233,15 @@ __global__ void __launch_bounds__(threads_of(most_columns(kChannels)), 1) upsamp
 
 Picture picture_of(const Scene& scene) {
   const Network& net = scene.net;
-  return {net.x, net.y, net.max_value ? static_cast<float>(net.max_value) : 1, net.img_range, 1 / net.img_range, net.mean,
-          net.is_finite, static_cast<int>(net.config.in_channels), static_cast<int>(net.config.scale)};
+  return {net.x,
+          net.y,
+          net.max_value ? static_cast<float>(net.max_value) : 1,
+          net.img_range,
+          1 / net.img_range,
+          net.mean,
+          net.is_finite,
+          static_cast<int>(net.config.in_channels),
+          static_cast<int>(net.config.scale)};
 }
 
 // Call function(0 of the type of the images' numbers).
@@ -255,8 +266,13 @@ void launch_head(const Scene& scene, const EndWeights& weights) {
   const int64_t threads = size.batch * size.height * ceil_div(size.width, kHeadColumns) * 4;
   with_features(static_cast<DType>(scene.config().dtype), scene.channels(), [&](auto type, auto channels) {
     constexpr int kChannels = decltype(channels)::value;
-    const HeadCall call{picture_of(scene), size.batch, static_cast<int>(size.height), static_cast<int>(size.width),
-                        scene.features<kChannels>(scene.buffers.x[0]), scene.buffers.f, weights};
+    const HeadCall call{picture_of(scene),
+                        size.batch,
+                        static_cast<int>(size.height),
+                        static_cast<int>(size.width),
+                        scene.features<kChannels>(scene.buffers.x[0]),
+                        scene.buffers.f,
+                        weights};
     LAUNCH((head_kernel<decltype(type), kChannels>), grid_of(ceil_div(threads, kHeadThreads), "network"), kHeadThreads,
            0, scene.stream, call);
   });
@@ -268,8 +284,13 @@ void launch_features(const Scene& scene, const EndWeights& weights) {
     constexpr int kChannels = decltype(channels)::value;
     const int columns = columns_of(most_columns(kChannels), shared_bytes<kChannels>);
     const Walk walk = plan_walk(scene.net.size, columns, 1, 1, 2);
-    const FeaturesCall call{walk, scene.channels(), scene.features<kChannels>(b.x[1]), scene.features<kChannels>(b.x[0]),
-                            scene.features<kChannels>(b.a), b.f, weights.conv};
+    const FeaturesCall call{walk,
+                            scene.channels(),
+                            scene.features<kChannels>(b.x[1]),
+                            scene.features<kChannels>(b.x[0]),
+                            scene.features<kChannels>(b.a),
+                            b.f,
+                            weights.conv};
     LAUNCH_LARGE((features_kernel<decltype(type), kChannels>), grid_of(walk.blocks(), "network"), walk.threads(),
                  shared_bytes<kChannels>(columns), scene.stream, call);
   });
@@ -280,9 +301,13 @@ void launch_upsampler(const Scene& scene, const EndWeights& weights) {
     constexpr int kChannels = decltype(channels)::value;
     Walk walk = plan_walk(scene.net.size, most_columns(kChannels), 0, 0, 0);
     walk.rows = kStep, walk.bands = static_cast<int>(ceil_div(walk.height, kStep));
-    const UpsamplerCall call{walk, picture_of(scene), scene.features<kChannels>(scene.buffers.x[0]),
-                             scene.features<kChannels>(scene.buffers.a), scene.widths.outputs,
-                             scene.widths.output_chunks, weights};
+    const UpsamplerCall call{walk,
+                             picture_of(scene),
+                             scene.features<kChannels>(scene.buffers.x[0]),
+                             scene.features<kChannels>(scene.buffers.a),
+                             scene.widths.outputs,
+                             scene.widths.output_chunks,
+                             weights};
     with_tiles(scene.widths.output_tiles, [&](auto tiles) {
       with_numbers(scene.net.max_value, [&](auto number) {
         LAUNCH((upsampler_kernel<decltype(number), kChannels, decltype(tiles)::value>),

@@ -1,7 +1,7 @@
 // GatedFFN with its LayerNorm and residual; alone, as it ends SME, or after the experts, as it ends RME.
 //
-// A step computes the rows of LN(x) and of g, the half that is convolved, into rings in shared memory. The other half, u,
-// is computed where it is used. After the experts, their result is kept in a third ring: it never goes to memory.
+// A step computes the rows of LN(x) and of g, the half that is convolved, into rings in shared memory. The other half,
+// u, is computed where it is used. After the experts, their result is kept in a third ring: it never goes to memory.
 // Reads x and writes it: 160 bytes a pixel for 36 channels; with experts 272.
 
 #include "cuda/common/bilinear.h"
@@ -155,7 +155,7 @@ __device__ void modulate(uint32_t (&to)[2][2], const uint32_t (&a)[2][kCount], c
 // words = x + what the chosen experts make of a and k, projected; of a step's rows from `row` on.
 template <class T, int kChannels>
 __device__ void read_experts(uint32_t (&words)[kPixels][kWords<kChannels>], const Call& call, const Choice& choice,
-                            const Part& part, const Unit& unit, int row) {
+                             const Part& part, const Unit& unit, int row) {
   constexpr int kCount = kWords<kChannels>;
   const ExpertsCall& experts = call.experts;
   uint32_t a[kPixels][kCount];
@@ -214,12 +214,13 @@ __device__ void finish(const Shared<kChannels>& shared, const Call& call, int ro
   uint32_t u[kPixels][kCount];
   read_ring(u, shared.normalised, row - part.top, 0, unit);
   pointwise_gelu<T>(u, call.weights.u, call.weights.u_bias, unit);
-  depthwise<T, 3, 3>(u, shared.g, call.weights.gate, [&](int) { return call.weights.gate_bias; }, part, unit, row,
-                   [&](int word, int i, int p, float sum) {
-                     float pair[2];
-                     unpack_pair<T>(pair, u[p][word]);
-                     return pair[i] * sum;
-                   });
+  depthwise<T, 3, 3>(
+      u, shared.g, call.weights.gate, [&](int) { return call.weights.gate_bias; }, part, unit, row,
+      [&](int word, int i, int p, float sum) {
+        float pair[2];
+        unpack_pair<T>(pair, u[p][word]);
+        return pair[i] * sum;
+      });
   float sums[kPixels][kCount][2];
   pointwise<T>(sums, u, call.weights.project, call.weights.project_bias, unit);
   if constexpr (kExperts) {
@@ -232,15 +233,17 @@ __device__ void finish(const Shared<kChannels>& shared, const Call& call, int ro
 }
 
 template <class T, int kChannels, bool kExperts>
-__global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of(kChannels)) ffn_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of(kChannels))
+    ffn_kernel(const __grid_constant__ Call call) {
   DYNAMIC_SHARED(char, memory);
   const int columns = call.walk.columns;
   const int64_t ring_bytes = Ring<kChannels, kRing>::bytes(columns);
   float* const floats = reinterpret_cast<float*>(memory + (2 + kExperts) * ring_bytes);
-  const Shared<kChannels> shared{{memory, columns},
-                                 {memory + ring_bytes, columns},
-                                 {memory + 2 * ring_bytes, columns},
-                                 {floats, floats + kMostRanks, reinterpret_cast<uint32_t*>(floats + kMostRanks + kChannels)}};
+  const Shared<kChannels> shared{
+      {memory, columns},
+      {memory + ring_bytes, columns},
+      {memory + 2 * ring_bytes, columns},
+      {floats, floats + kMostRanks, reinterpret_cast<uint32_t*>(floats + kMostRanks + kChannels)}};
   if constexpr (kExperts) {
     shared.choice.template read<kChannels>(call.experts, Part(call.walk).image);
   }
@@ -271,10 +274,22 @@ void launch_experts(const Scene& scene, const GroupWeights& weights) {
   const Buffers& b = scene.buffers;
   const NetworkConfig& config = scene.config();
   const Size map = scene.map(config.recursive);
-  ExpertsCall call{{}, static_cast<const uint32_t*>(b.ranks), b.small, b.expert_index, b.expert_weight, static_cast<int>(config.top_k),
-                   scene.widths.rank_chunks, {}, Axis<float>(scene.net.size.height, map.height),
-                   Axis<float>(scene.net.size.width, map.width), weights.experts_a, weights.mix, weights.mix_ranks,
-                   weights.experts_a_bias, weights.mix_bias, weights.experts_bias};
+  ExpertsCall call{{},
+                   static_cast<const uint32_t*>(b.ranks),
+                   b.small,
+                   b.expert_index,
+                   b.expert_weight,
+                   static_cast<int>(config.top_k),
+                   scene.widths.rank_chunks,
+                   {},
+                   Axis<float>(scene.net.size.height, map.height),
+                   Axis<float>(scene.net.size.width, map.width),
+                   weights.experts_a,
+                   weights.mix,
+                   weights.mix_ranks,
+                   weights.experts_a_bias,
+                   weights.mix_bias,
+                   weights.experts_bias};
   int rank = 0;
   for (int64_t e = 0; e < config.experts; ++e) {
     for (int64_t i = 0; i < config.ranks[e]; ++i) call.expert[rank++] = static_cast<int8_t>(e);

@@ -92,7 +92,8 @@ __device__ void write_ranks(const Call& call, const Part& part, const Unit& unit
   }
 }
 
-// The convolution of a step's rows from `row` of the band on, and what is expanded of it: a into its ring, k's ranks and aggregates.
+// The convolution of a step's rows from `row` of the band on, and what is expanded of it: a into its ring, k's ranks
+// and aggregates.
 template <class T, int kChannels>
 __device__ void expand(const Shared<kChannels>& shared, const Call& call, int row) {
   constexpr int kCount = kWords<kChannels>;
@@ -188,18 +189,18 @@ __device__ void write_sums(const Shared<kChannels>& shared, const Call& call) {
 }
 
 template <class T, int kChannels>
-__global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of(kChannels)) front_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of(kChannels))
+    front_kernel(const __grid_constant__ Call call) {
   DYNAMIC_SHARED(char, memory);
   const int columns = call.walk.columns;
   const int64_t ring_bytes = Ring<kChannels, kRing>::bytes(columns);
   float* const floats = reinterpret_cast<float*>(memory + 2 * ring_bytes);
-  const Shared<kChannels> shared{{memory, columns},
-                                 {memory + ring_bytes, columns},
-                                 {floats, columns},
-                                 floats + columns / 2 * kChannels};
+  const Shared<kChannels> shared{
+      {memory, columns}, {memory + ring_bytes, columns}, {floats, columns}, floats + columns / 2 * kChannels};
   for (int i = threadIdx.x; i < static_cast<int>(blockDim.x) / kWarp * kChannels; i += blockDim.x) shared.sums[i] = 0;
   for (int row = -kStep; row <= call.walk.rows; row += kStep) {
-    norm_into<T, 1>(shared.normalised, Features<kChannels>{call.x}, call.weights.conv, call.channels, call.walk, row + 1);
+    norm_into<T, 1>(shared.normalised, Features<kChannels>{call.x}, call.weights.conv, call.channels, call.walk,
+                    row + 1);
     __syncthreads();
     expand<T>(shared, call, row);
     __syncthreads();
@@ -232,8 +233,15 @@ void launch_front(const Scene& scene, const GroupWeights& weights) {
   with_features(static_cast<DType>(scene.config().dtype), scene.channels(), [&](auto type, auto channels) {
     constexpr int kChannels = decltype(channels)::value;
     const Walk walk = walk_of<kChannels>(scene);
-    const Call call{walk, scene.channels(), scene.widths.rank_chunks, scene.features<kChannels>(b.x[0]),
-                    scene.features<kChannels>(b.a), b.ranks, b.aggregate, b.partial, weights};
+    const Call call{walk,
+                    scene.channels(),
+                    scene.widths.rank_chunks,
+                    scene.features<kChannels>(b.x[0]),
+                    scene.features<kChannels>(b.a),
+                    b.ranks,
+                    b.aggregate,
+                    b.partial,
+                    weights};
     LAUNCH_LARGE((front_kernel<decltype(type), kChannels>), grid_of(walk.blocks(), "network"), walk.threads(),
                  shared_bytes<kChannels>(walk.columns), scene.stream, call);
   });

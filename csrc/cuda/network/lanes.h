@@ -52,8 +52,8 @@ __device__ void unpack_pair(float (&pair)[2], uint32_t word) {
   }
 }
 
-// sums = start + a b: 16 pixels, 16 inputs (8 where kInputs is 8), 8 outputs. first, second: of the lane's pixels; a: words
-// of the first, of the second, and so on.
+// sums = start + a b: 16 pixels, 16 inputs (8 where kInputs is 8), 8 outputs. first, second: of the lane's pixels; a:
+// words of the first, of the second, and so on.
 template <class T, int kInputs>
 __device__ void multiply_add(float (&first)[2], float (&second)[2], const uint32_t (&a)[kInputs / 4],
                              const uint32_t (&b)[kInputs / 8], const float (&first_start)[2],
@@ -61,14 +61,13 @@ __device__ void multiply_add(float (&first)[2], float (&second)[2], const uint32
 #if !defined(__CUDACC__)
   cuda_host::multiply_add<T, kInputs>(first, second, a, b, first_start, second_start);
 #elif __CUDA_ARCH__ >= 800
-#define SEEMORE_MMA(shape, type, operands, ...)                                                                  \
-  asm("mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, " operands                  \
-      ", {%4, %5, %6, %7};"                                                                                       \
-      : "=f"(first[0]), "=f"(first[1]), "=f"(second[0]), "=f"(second[1])                                          \
+#define SEEMORE_MMA(shape, type, operands, ...)                                                                        \
+  asm("mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, " operands ", {%4, %5, %6, %7};" \
+      : "=f"(first[0]), "=f"(first[1]), "=f"(second[0]), "=f"(second[1])                                               \
       : "f"(first_start[0]), "f"(first_start[1]), "f"(second_start[0]), "f"(second_start[1]), __VA_ARGS__)
   if constexpr (kInputs == 16 && std::is_same_v<T, __half>) {
-    SEEMORE_MMA("m16n8k16", "f16", "{%8, %9, %10, %11}, {%12, %13}", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]),
-                "r"(b[1]));
+    SEEMORE_MMA("m16n8k16", "f16", "{%8, %9, %10, %11}, {%12, %13}", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
+                "r"(b[0]), "r"(b[1]));
   } else if constexpr (kInputs == 16) {
     SEEMORE_MMA("m16n8k16", "bf16", "{%8, %9, %10, %11}, {%12, %13}", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
                 "r"(b[0]), "r"(b[1]));
@@ -86,9 +85,9 @@ __device__ void multiply_add(float (&first)[2], float (&second)[2], const uint32
 // Quads of words that hold a matrix of so many outputs (in eights) and inputs (in words of a lane).
 constexpr __host__ __device__ int quads_of(int outputs, int inputs) { return (outputs * inputs + 3) / 4; }
 
-// sums[pixel][output] = start + weights x, for kPixels / 2 times 16 pixels. start(pixel, output): two floats, which may be
-// the sums'. weights: [quad][lane of the warp], as `pack` wrote them, which all warps of a multiprocessor find in its
-// first-level cache.
+// sums[pixel][output] = start + weights x, for kPixels / 2 times 16 pixels. start(pixel, output): two floats, which may
+// be the sums'. weights: [quad][lane of the warp], as `pack` wrote them, which all warps of a multiprocessor find in
+// its first-level cache.
 template <class T, int kOutputs, int kPixels, int kInputs, class Start>
 __device__ void multiply(float (&sums)[kPixels][kOutputs][2], const uint32_t (&x)[kPixels][kInputs],
                          const uint4* weights, Start start) {
@@ -109,12 +108,13 @@ __device__ void multiply(float (&sums)[kPixels][kOutputs][2], const uint32_t (&x
       const uint32_t b[2] = {read(), is_pair ? read() : 0};
 #pragma unroll
       for (int p = 0; p < kPixels; p += 2) {
-        using Pair = const float(&)[2];
+        using Pair = const float (&)[2];
         Pair first = i == 0 ? start(p, o) : static_cast<Pair>(sums[p][o]);
         Pair second = i == 0 ? start(p + 1, o) : static_cast<Pair>(sums[p + 1][o]);
         if (is_pair) {
           const int j = i + 1 < kInputs ? i + 1 : i;
-          multiply_add<T, 16>(sums[p][o], sums[p + 1][o], {x[p][i], x[p + 1][i], x[p][j], x[p + 1][j]}, b, first, second);
+          multiply_add<T, 16>(sums[p][o], sums[p + 1][o], {x[p][i], x[p + 1][i], x[p][j], x[p + 1][j]}, b, first,
+                              second);
         } else {
           multiply_add<T, 8>(sums[p][o], sums[p + 1][o], {x[p][i], x[p + 1][i]}, {b[0]}, first, second);
         }
@@ -127,14 +127,14 @@ __device__ void multiply(float (&sums)[kPixels][kOutputs][2], const uint32_t (&x
 template <class T, int kOutputs, int kPixels, int kInputs>
 __device__ void multiply(float (&sums)[kPixels][kOutputs][2], const uint32_t (&x)[kPixels][kInputs],
                          const uint4* weights) {
-  multiply<T>(sums, x, weights, [&](int p, int o) -> const float(&)[2] { return sums[p][o]; });
+  multiply<T>(sums, x, weights, [&](int p, int o) -> const float (&)[2] { return sums[p][o]; });
 }
 
 // sums = bias + weights x
 template <class T, int kOutputs, int kPixels, int kInputs>
 __device__ void multiply(float (&sums)[kPixels][kOutputs][2], const uint32_t (&x)[kPixels][kInputs],
                          const uint4* weights, const float (&bias)[kOutputs][2]) {
-  multiply<T>(sums, x, weights, [&](int, int o) -> const float(&)[2] { return bias[o]; });
+  multiply<T>(sums, x, weights, [&](int, int o) -> const float (&)[2] { return bias[o]; });
 }
 
 // The sum of a quad's lanes, in each of them.
@@ -198,7 +198,8 @@ struct Features : FeatureMemory {
     read_head(first, pixel, lane);
     read_tail(others, pixel, lane);
 #pragma unroll
-    for (int word = 0; word < kWords<kChannels>; ++word) to[word] = word < 4 ? first[word % 4] : others[(word - 4) % kTail];
+    for (int word = 0; word < kWords<kChannels>; ++word)
+      to[word] = word < 4 ? first[word % 4] : others[(word - 4) % kTail];
   }
   template <class Index>
   __device__ void write(Index pixel, const uint32_t (&from)[kWords<kChannels>], const Lane& lane) const {
@@ -215,8 +216,8 @@ struct Features : FeatureMemory {
   }
 };
 
-// x - mean over the channels, divided by the square root of the variance. Those beyond `channels` are 0 in x; what becomes
-// of them belongs to weights that are 0.
+// x - mean over the channels, divided by the square root of the variance. Those beyond `channels` are 0 in x; what
+// becomes of them belongs to weights that are 0.
 template <int kCount>
 __device__ void normalise(float (&x)[kCount][2], int channels) {
   float sum = 0, squares = 0;

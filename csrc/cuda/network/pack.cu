@@ -101,7 +101,8 @@ struct NetworkLayers {
   int64_t count;
 };
 
-// The sizes that kernels need, and the experts' ranks: (expert, rank within it) of each rank, which are padded at the end.
+// The sizes that kernels need, and the experts' ranks: (expert, rank within it) of each rank, which are padded at the
+// end.
 struct Sizes {
   Sizes(const NetworkConfig& config)
       : channels(static_cast<int>(config.channels)),
@@ -184,7 +185,8 @@ class Packer {
   __device__ void norm_pointwise(uint4* to, float* bias, const Layer& norm, const Layer& from, int part) const {
     const float* const weight = from.weight + part * c_ * c_;
     square(to, [&](int o, int i) { return kHalf * weight[o * c_ + i] * norm.weight[i]; });
-    channels(bias, 1, [&](int, int o) { return kHalf * (from.bias[part * c_ + o] + dot(weight + o * c_, norm.bias, c_)); });
+    channels(bias, 1,
+             [&](int, int o) { return kHalf * (from.bias[part * c_ + o] + dot(weight + o * c_, norm.bias, c_)); });
   }
 
   __device__ void pointwise(uint4* to, float* bias, const Layer& from, float scale = 1) const {
@@ -240,7 +242,8 @@ class Packer {
   }
 
   __device__ void stripes(const GroupWeights& to, const Layer& row, const Layer& column) const {
-    channels(to.stripes, 9, [&](int tap, int c) { return kHalf * column.weight[3 * c + tap / 3] * row.weight[3 * c + tap % 3]; });
+    channels(to.stripes, 9,
+             [&](int tap, int c) { return kHalf * column.weight[3 * c + tap / 3] * row.weight[3 * c + tap % 3]; });
     channels(to.stripes_bias, 4, [&](int present, int c) {  // 1: a row above, 2: one below
       const float* const weight = column.weight + 3 * c;
       const float sum = weight[1] + (present & 1 ? weight[0] : 0) + (present & 2 ? weight[2] : 0);
@@ -279,9 +282,8 @@ class Packer {
                 return dot(from.proj.weight + o * c_, out, c_, s_.rank_of[s_.expert[rank]]);
               });
     }
-    fill_rows(to.experts_a_bias, 1, rank_chunks * kChunk, [&](int, int rank) {
-      return rank < s_.ranks ? layer(from.experts.a, rank).bias[s_.within[rank]] : 0;
-    });
+    fill_rows(to.experts_a_bias, 1, rank_chunks * kChunk,
+              [&](int, int rank) { return rank < s_.ranks ? layer(from.experts.a, rank).bias[s_.within[rank]] : 0; });
     channels(to.experts_bias, s_.experts,
              [&](int e, int o) { return dot(from.proj.weight + o * c_, from.experts.out[e].bias, c_); });
   }

@@ -55,8 +55,8 @@ __device__ void convolve_run(uint32_t* to, const uint32_t* from, const float* we
   for (int i = 0; i < kRun; ++i) to[i * kStride] = is_row ? pack_pair<T>(sums[i][0], sums[i][1]) : 0;
 }
 
-// The convolution along the rows of q, of a step's rows from `row` of the band on and of kWords words of a pixel, of which
-// `words` have channels; the first one's channel is `channel`. Outside the image it is 0.
+// The convolution along the rows of q, of a step's rows from `row` of the band on and of kWords words of a pixel, of
+// which `words` have channels; the first one's channel is `channel`. Outside the image it is 0.
 template <class T, int kWords>
 __device__ void convolve_rows(uint32_t* to, const uint32_t* q, int words, int channel, int channels, const Call& call,
                               int row) {
@@ -99,12 +99,13 @@ __device__ void finish(const Ring<kChannels, kRing>& rows, const Call& call, int
   read_pixels(v, x, call.walk, part, unit, row);
   normalise_all<T>(v, call.channels);
   pointwise_gelu<T>(v, call.weights.v, call.weights.v_bias, unit);
-  depthwise<T, kTaps, 1>(v, rows, call.weights.column, [&](int) { return call.weights.column_bias; }, part, unit, row,
-                       [&](int word, int i, int p, float sum) {
-                         float pair[2];
-                         unpack_pair<T>(pair, v[p][word]);
-                         return pair[i] * sum;
-                       });
+  depthwise<T, kTaps, 1>(
+      v, rows, call.weights.column, [&](int) { return call.weights.column_bias; }, part, unit, row,
+      [&](int word, int i, int p, float sum) {
+        float pair[2];
+        unpack_pair<T>(pair, v[p][word]);
+        return pair[i] * sum;
+      });
   float sums[kPixels][kCount][2];
   pointwise<T>(sums, v, call.weights.project, call.weights.project_bias, unit);
   read_pixels(v, x, call.walk, part, unit, row);
@@ -113,7 +114,8 @@ __device__ void finish(const Ring<kChannels, kRing>& rows, const Call& call, int
 }
 
 template <class T, int kChannels>
-__global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of(kChannels)) see_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of(kChannels))
+    see_kernel(const __grid_constant__ Call call) {
   DYNAMIC_SHARED(char, memory);
   const Walk& walk = call.walk;
   const Ring<kChannels, kStep> q(memory, walk.columns);

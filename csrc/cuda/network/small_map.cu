@@ -22,7 +22,8 @@ struct Call {
 template <int kLevel, int kChannels>
 __device__ float aggregated(const Call& call, int image, int y, int x, int channel) {
   if constexpr (kLevel == 1) {
-    return gelu(call.aggregate[((int64_t(image) * call.first_height + y) * call.first_width + x) * kChannels + channel]);
+    return gelu(
+        call.aggregate[((int64_t(image) * call.first_height + y) * call.first_width + x) * kChannels + channel]);
   } else {
     float sum = call.weights.aggregate_bias[channel];
     for (int tap = 0; tap < 16; ++tap) {
@@ -72,8 +73,8 @@ void launch_small_map(const Scene& scene, const GroupWeights& weights) {
   const Size map = scene.map(levels), first = scene.map(1);
   const int height = static_cast<int>(map.height), width = static_cast<int>(map.width);
   const int tiles = static_cast<int>(ceil_div(width, kColumns));
-  const Call call{scene.buffers.aggregate, scene.buffers.small, height, width, static_cast<int>(first.height),
-                  static_cast<int>(first.width), scene.widths.ranks(), tiles, weights};
+  const Call call{scene.buffers.aggregate,       scene.buffers.small,  height, width,  static_cast<int>(first.height),
+                  static_cast<int>(first.width), scene.widths.ranks(), tiles,  weights};
   const auto launch = [&](auto level) {
     with_features(DType::bfloat16, scene.channels(), [&](auto, auto channels) {
       LAUNCH((small_map_kernel<decltype(level)::value, decltype(channels)::value>),

@@ -17,7 +17,6 @@ constexpr int most_columns(int channels) { return channels <= 48 ? 48 : 64; }
 constexpr int blocks_of(int channels) { return channels <= 48 ? 2 : 1; }
 constexpr int threads_of(int columns) { return columns / kUnitColumns * (kStep / kUnitRows) * kWarp; }
 
-
 struct Walk {
   int height, width;
   int columns;  // of a strip with its halo: a multiple of kUnitColumns
@@ -43,8 +42,15 @@ inline Walk plan_walk(const Size& size, int columns, int left, int right, int le
                              ", expected sides below 2^29");
   }
   const int height = static_cast<int>(size.height), inner = columns - left - right;
-  Walk best{height, static_cast<int>(size.width), columns, left, inner, 0, static_cast<int>(ceil_div(size.width, inner)),
-            0, size.batch};
+  Walk best{height,
+            static_cast<int>(size.width),
+            columns,
+            left,
+            inner,
+            0,
+            static_cast<int>(ceil_div(size.width, inner)),
+            0,
+            size.batch};
   const int64_t at_once = kUsualMultiprocessors * kBlocksAtOnce;
   int64_t least = INT64_MAX;
   for (int bands = 1; bands <= std::min<int64_t>(ceil_div(height, kStep), 2 * at_once); ++bands) {
@@ -58,8 +64,8 @@ inline Walk plan_walk(const Size& size, int columns, int left, int right, int le
   return best;
 }
 
-// The columns of a strip: at most `columns`, such that a multiprocessor has the most warps, up to eight. ring_bytes(columns):
-// shared memory of a block.
+// The columns of a strip: at most `columns`, such that a multiprocessor has the most warps, up to eight.
+// ring_bytes(columns): shared memory of a block.
 template <class Bytes>
 int columns_of(int columns, Bytes ring_bytes) {
   constexpr int kLeastColumns = 32, kEnough = 8 * kWarp, kReserved = 1024;
@@ -123,8 +129,8 @@ struct Unit {
   static __device__ int row_of(int pixel) { return pixel / 2; }
 };
 
-// Rows of features in shared memory, of which the last kRows are there, with a few more pixels before and after them: what
-// beside the strip is read belongs to results that nobody stores.
+// Rows of features in shared memory, of which the last kRows are there, with a few more pixels before and after them:
+// what beside the strip is read belongs to results that nobody stores.
 template <int kChannels, int kRows>
 struct Ring {
   static constexpr int kMore = 4;
@@ -137,14 +143,12 @@ struct Ring {
   __device__ Ring(void* memory, int columns)
       : features(Features<kChannels>::at(memory, kRows * columns + kMore)), columns(columns) {}
   // The pixel's place; row: at least -kRows.
-  __device__ static int place(int row, int column, int columns) {
-    return (row + kRows) % kRows * columns + column + 1;
-  }
+  __device__ static int place(int row, int column, int columns) { return (row + kRows) % kRows * columns + column + 1; }
   __device__ int operator()(int row, int column) const { return place(row, column, columns); }
 };
 
-// Calls body(pixel, row, column, the pixel's number in all images, or -1 if there is none) for the lane's pixels; `row`:
-// the first of the step, in the image.
+// Calls body(pixel, row, column, the pixel's number in all images, or -1 if there is none) for the lane's pixels;
+// `row`: the first of the step, in the image.
 template <class Body>
 __device__ void for_pixels(const Walk& walk, const Part& part, const Unit& unit, int row, Body body) {
   const int first_y = forgotten(row) + unit.row, first_x = part.first + unit.column;
@@ -160,9 +164,8 @@ __device__ void for_pixels(const Walk& walk, const Part& part, const Unit& unit,
 
 // Pixels kCount * number and so on of an array.
 template <int kCount, class Pixel, int kAll>
-__device__ Pixel (&rows_of(Pixel (&pixels)[kAll], int number))[kCount] {
-  return reinterpret_cast<Pixel(&)[kCount]>(pixels[kCount * number]);
-}
+__device__ Pixel (&rows_of(Pixel (&pixels)[kAll], int number))
+    [kCount] { return reinterpret_cast<Pixel(&)[kCount]>(pixels[kCount * number]); }
 
 // Reads the lane's pixels of a step from memory; those outside the image are 0.
 template <int kChannels>
@@ -180,8 +183,8 @@ __device__ void read_pixels(uint32_t (&to)[kPixels][kWords<kChannels>], const Fe
 
 // sums = bias + weights x.
 template <class T, int kCount>
-__device__ void pointwise(float (&sums)[kPixels][kCount][2], const uint32_t (&x)[kPixels][kCount],
-                          const uint4* weights, const float* bias, const Unit& unit) {
+__device__ void pointwise(float (&sums)[kPixels][kCount][2], const uint32_t (&x)[kPixels][kCount], const uint4* weights,
+                          const float* bias, const Unit& unit) {
   part_of_work();
   float start[kCount][2];
   read_channels<8 * kCount>(start, bias, unit.lane);
@@ -262,8 +265,8 @@ __device__ void read_ring(uint32_t (&to)[kPixels][kWords<kChannels>], const Ring
   }
 }
 
-// LayerNorm with its weight and bias, of a step's rows from `row` of the band on, into a ring; of those up to 1 + kExtra rows above
-// and below the block's own.
+// LayerNorm with its weight and bias, of a step's rows from `row` of the band on, into a ring; of those up to 1 +
+// kExtra rows above and below the block's own.
 template <class T, int kExtra, int kChannels, int kRows>
 __device__ void norm_into(const Ring<kChannels, kRows>& ring, const Features<kChannels>& x, const ConvWeights& weights,
                           int channels, const Walk& walk, int row) {
@@ -323,7 +326,7 @@ __device__ void convolve(float (&sums)[kUnitRows][kCount][2], const Ring<kChanne
                          int top, int left, const Lane& lane) {
   constexpr int kUnrolled = kTapRows > 3 ? 6 : kTapRows + 1;  // more, and their weights take all registers
   const int first = (top + kRows) % kRows;
-#pragma unroll
+#pragma unroll 1
   for (int x = 0; x < kTapColumns; ++x) {
     if (x > 0) part_of_work();
     float weight[2][kCount][2];  // of tap rows y and y - 1
@@ -355,13 +358,12 @@ __device__ void convolve(float (&sums)[kUnitRows][kCount][2], const Ring<kChanne
   }
 }
 
-// to = finish(word, i, pixel, the sum of a depthwise convolution), which may read what `to` has of that word; around the
-// step's rows from `row` on. bias(row of the image): of the channels. A part of the words and pixels at a time, which
-// takes fewer registers.
+// to = finish(word, i, pixel, the sum of a depthwise convolution), which may read what `to` has of that word; around
+// the step's rows from `row` on. bias(row of the image): of the channels. A part of the words and pixels at a time,
+// which takes fewer registers.
 template <class T, int kTapRows, int kTapColumns, int kChannels, int kRows, class Bias, class Finish>
 __device__ void depthwise(uint32_t (&to)[kPixels][kWords<kChannels>], const Ring<kChannels, kRows>& ring,
-                          const float* weights, Bias bias, const Part& part, const Unit& unit, int row,
-                          Finish finish) {
+                          const float* weights, Bias bias, const Part& part, const Unit& unit, int row, Finish finish) {
   const int top = row + unit.row - kTapRows / 2 - part.top;
   const auto of_words = [&](auto first, auto count) {
     constexpr int kFirst = decltype(first)::value, kCount = decltype(count)::value;

@@ -9,7 +9,7 @@ namespace seemore::gpu {
 constexpr int kChunk = 16;        // ranks of experts that are computed at once
 constexpr int kMostExperts = 16;  // and kMostRanks, of all: else the operators serve
 constexpr int kMostRanks = 64;
-constexpr int kTaps = 11;      // of the striped convolution: fewer are padded with zeros
+constexpr int kTaps = 11;        // of the striped convolution: fewer are padded with zeros
 constexpr int kOutputTiles = 6;  // the most eights of the upsampler's outputs that are computed at once
 constexpr int kMostLevels = 3;   // aggregations
 
@@ -33,10 +33,14 @@ class Parts {
 // Sizes of a configuration.
 struct Widths {
   explicit Widths(const NetworkConfig& config)
-      : channels(config.channels <= 40 ? 40 : config.channels <= 48 ? 48 : 64),
+      : channels(config.channels <= 40   ? 40
+                 : config.channels <= 48 ? 48
+                                         : 64),
         words(channels / 8),
         outputs(static_cast<int>(config.in_channels * config.scale * config.scale)),
-        output_tiles(outputs <= 16 ? 2 : outputs <= 32 ? 4 : kOutputTiles),
+        output_tiles(outputs <= 16   ? 2
+                     : outputs <= 32 ? 4
+                                     : kOutputTiles),
         output_chunks(static_cast<int>(ceil_div(outputs, 8 * output_tiles))) {
     int64_t sum = 0;
     for (int64_t e = 0; e < config.experts; ++e) sum += config.ranks[e];
@@ -57,7 +61,7 @@ struct FfnWeights {
     gate = parts.next<float>(9 * w.channels), gate_bias = parts.next<float>(w.channels);
     project_bias = parts.next<float>(w.channels);
   }
-  uint4 *u, *g, *project;  // half of them; u, g: with the norm's weight and bias
+  uint4 *u, *g, *project;                                    // half of them; u, g: with the norm's weight and bias
   float *u_bias, *g_bias, *gate, *gate_bias, *project_bias;  // gate: [tap][channel]
 };
 
@@ -74,16 +78,15 @@ struct ConvWeights {
 };
 
 struct GroupWeights {
-  GroupWeights(Parts& parts, const NetworkConfig& config)
-      : GroupWeights(parts, config, Widths(config)) {}
+  GroupWeights(Parts& parts, const NetworkConfig& config) : GroupWeights(parts, config, Widths(config)) {}
 
   ConvWeights conv;
-  uint4 *a, *k;        // of the pointwise convolution after it
+  uint4 *a, *k;  // of the pointwise convolution after it
   float *a_bias, *k_bias;
-  uint4* ranks;        // [chunk]: weight_k @ k, of all experts' ranks
-  float* ranks_bias;   // [rank]
-  float *stripes;      // [3][3][channel]: both stripes of a in one, half of them
-  float *stripes_bias; // [channel] where there is no row above and below; one above; one below; both
+  uint4* ranks;                       // [chunk]: weight_k @ k, of all experts' ranks
+  float* ranks_bias;                  // [rank]
+  float* stripes;                     // [3][3][channel]: both stripes of a in one, half of them
+  float* stripes_bias;                // [channel] where there is no row above and below; one above; one below; both
   float *aggregate, *aggregate_bias;  // [16][channel]
   float *calibrate, *calibrate_bias;  // [9][channel]
   float *small, *small_bias;          // [rank][channel]: weight_k @ weight_pw, for the small map
@@ -126,10 +129,10 @@ struct GroupWeights {
 struct EndWeights {
   EndWeights(Parts& parts, const NetworkConfig& config) : EndWeights(parts, config, Widths(config)) {}
 
-  float *first, *first_bias;      // conv_1: [in_channels * 9][channel]
-  ConvWeights conv;               // norm and conv_2
-  uint4 *upsampler[2];            // [chunk of outputs][tap]: its bfloat16, and the bfloat16 of what that leaves
-  float* upsampler_bias;          // [output]
+  float *first, *first_bias;  // conv_1: [in_channels * 9][channel]
+  ConvWeights conv;           // norm and conv_2
+  uint4* upsampler[2];        // [chunk of outputs][tap]: its bfloat16, and the bfloat16 of what that leaves
+  float* upsampler_bias;      // [output]
 
  private:
   EndWeights(Parts& parts, const NetworkConfig& config, const Widths& w) : conv(parts, w) {

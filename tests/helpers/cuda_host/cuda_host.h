@@ -224,12 +224,13 @@ void launch(const std::string& name, dim3 grid, dim3 threads, size_t shared_byte
             Arguments... arguments) {
   const std::lock_guard lock(one_launch_at_a_time);
   const size_t count = size_t(threads.x) * threads.y * threads.z, blocks = size_t(grid.x) * grid.y * grid.z;
-  if (count == 0 || count > 1024 || threads.z > 64 || shared_bytes > most_shared || blocks == 0 ||
-      grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) {
+  if (count == 0 || count > 1024 || threads.z > 64 || shared_bytes > most_shared || blocks == 0 || grid.x > INT32_MAX ||
+      grid.y > 65535 || grid.z > 65535) {
     throw std::runtime_error(name + ": invalid configuration argument");
   }
   if (record) {
-    *record += name + " " + std::to_string(blocks) + " " + std::to_string(count) + " " + std::to_string(shared_bytes) + "\n";
+    *record +=
+        name + " " + std::to_string(blocks) + " " + std::to_string(count) + " " + std::to_string(shared_bytes) + "\n";
     return;
   }
   gridDim = grid;
