@@ -4,7 +4,7 @@
 // u, is computed where it is used. After the experts, their result is kept in a third ring: it never goes to memory.
 // Reads x and writes it: 160 bytes a pixel for 36 channels; with experts 272.
 
-#include "cuda/common/bilinear.h"
+#include "cuda/common/axis.h"
 #include "cuda/network/stages.h"
 #include "cuda/network/walk.h"
 

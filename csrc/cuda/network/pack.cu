@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "cuda/network/weights.h"
+#include "cuda/network/packed_weights.h"
 
 namespace seemore::gpu {
 namespace {

@@ -1,7 +1,7 @@
 // The launches of the network, in their order; all are of images (B, C, H, W) whose features lie as `Features`.
 #pragma once
 
-#include "cuda/network/weights.h"
+#include "cuda/network/packed_weights.h"
 #include "params/network.h"
 
 namespace seemore::gpu {

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "cuda/network/weights.h"
+#include "cuda/network/packed_weights.h"
 
 namespace seemore::gpu {
 

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "cuda/common/access.h"
-#include "cuda/common/bilinear.h"
+#include "cuda/common/axis.h"
 #include "params/calibrate.h"
 
 namespace calibrating {
