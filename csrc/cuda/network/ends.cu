@@ -1,7 +1,7 @@
 // What stands before the groups and after them: the first convolution, conv_2 with the features of the first added, and
 // the upsampler with its shuffle. The picture itself travels through them: they are as accurate as float32.
 
-#include "cuda/network/stages.h"
+#include "cuda/network/launches.h"
 #include "cuda/network/walk.h"
 
 namespace seemore::gpu {

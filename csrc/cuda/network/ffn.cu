@@ -5,7 +5,7 @@
 // Reads x and writes it: 160 bytes a pixel for 36 channels; with experts 272.
 
 #include "cuda/common/axis.h"
-#include "cuda/network/stages.h"
+#include "cuda/network/launches.h"
 #include "cuda/network/walk.h"
 
 namespace seemore::gpu {

@@ -5,7 +5,7 @@
 // Reads x, writes a and the ranks: 192 bytes a pixel for 36 channels. The stripes of three, with nothing between them,
 // are one 3x3 stencil, whose bias depends on which rows are there.
 
-#include "cuda/network/stages.h"
+#include "cuda/network/launches.h"
 #include "cuda/network/walk.h"
 
 namespace seemore::gpu {

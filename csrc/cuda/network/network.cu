@@ -15,7 +15,7 @@
 
 #include <utility>
 
-#include "cuda/network/stages.h"
+#include "cuda/network/launches.h"
 #include "params/router.h"
 
 namespace seemore {

@@ -4,7 +4,7 @@
 // convolution along the column takes. v is computed where it is used. Reads x and writes it: 160 bytes a pixel for 36
 // channels.
 
-#include "cuda/network/stages.h"
+#include "cuda/network/launches.h"
 #include "cuda/network/walk.h"
 
 namespace seemore::gpu {

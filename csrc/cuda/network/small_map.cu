@@ -2,7 +2,7 @@
 //
 // A block has kColumns pixels of a row; its three rows are aggregated three times, which costs less than a launch.
 
-#include "cuda/network/stages.h"
+#include "cuda/network/launches.h"
 
 namespace seemore::gpu {
 namespace {
