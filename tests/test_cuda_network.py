@@ -5,12 +5,13 @@ import ctypes
 import re
 import time
 
+import helpers.backends
 import numpy as np
 import pytest
 import torch
 from helpers import cuda_host
 from helpers.backends import kernels_of, running_on, uninitialised_is_nan
-from helpers.cuda_host import ORDERS, available
+from helpers.cuda_host import ORDERS, available, run_python
 from helpers.networks import CASES, network, route_apart
 from helpers.ops import LAYOUTS
 from PIL import Image
@@ -307,6 +308,22 @@ def test_shared_memory_leaves_a_multiprocessor_enough_warps(library, monkeypatch
         if shared:
             warps[name] = kilobytes * 1024 // (shared + 1024) * threads // 32
     assert min(warps.values()) >= least, warps
+
+
+def run_sanitized(path: str):
+    """In a process of its own, with that library."""
+    helpers.backends._load_host_library = lambda: torch.ops.load_library(path)
+    for config, shape in [(dict(num_layers=1), (1, 3, 18, 47)), (dict(num_layers=1, embedding_dim=50), (2, 3, 16, 17))]:
+        with torch.no_grad(), running_on("cuda_host", "cpu"):
+            assert serve(network(**config).bfloat16(), torch.rand(shape)).isfinite().all()
+    print("clean")
+
+
+def test_under_address_sanitizer():
+    path = available(cuda_host.library, sanitize=True)
+    code = "import sys, test_cuda_network; test_cuda_network.run_sanitized(*sys.argv[1:])"
+    finished = run_python(code, path, environment=available(cuda_host.asan_environment))
+    assert (finished.stdout, finished.returncode) == ("clean\n", 0), finished.stderr
 
 
 def test_an_instruction_of_a_warp_multiplies_as_documented():

@@ -1,5 +1,6 @@
 """Memory that the network takes on a GPU."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,9 +12,10 @@ from .engine import Network
 def gpu_memory_needed(model: Network, shape: Sequence[int], training: bool = False) -> int:
     """Return about how many bytes a call of SeemoRe takes on a GPU for images of `shape` (B, C, H, W).
 
-    Of inference, the most is four images of features in a block, one in float32 between its stripes and the small maps
-    of `calibrate`, float32 for 35 of 256 pixels, or f in float32 and the picture at the end. Training keeps 11 images
-    of features of each group besides, 8 without SEE's inside, 2 for blocks alone.
+    Of inference by operators, the most is four images of features in a block, one in float32 between its stripes and
+    the small maps of `calibrate`, float32 for 35 of 256 pixels, or f in float32 and the picture at the end. By the
+    engine, in 16 bits, it is three images of padded features, f, the experts' ranks, a map, and the picture. Training
+    keeps 11 images of features of each group besides, 8 without SEE's inside, 2 for blocks alone.
     """
     batch, colours, height, width = shape
     channels = model.config["embedding_dim"]
@@ -21,7 +23,11 @@ def gpu_memory_needed(model: Network, shape: Sequence[int], training: bool = Fal
     if torch.is_autocast_enabled("cuda"):
         itemsize = min(itemsize, torch.get_autocast_dtype("cuda").itemsize)
     kept = {"none": 11, "auto": 8, "block": 2}[model.recompute] * model.config["num_layers"] if training else 0
-    inside, end = channels * (4 * itemsize + 4 + 4 * 35 / 256), 4 * channels + 4 * colours * model.scale**2
+    picture = 4 * colours * model.scale**2
+    inside, end = channels * (4 * itemsize + 4 + 4 * 35 / 256), 4 * channels + picture
+    if itemsize == 2 and not training:
+        ranks = 16 * math.ceil(sum(model.body[0].local_block.block.moe_layer.ranks) / 16)
+        end = max(channels, 40) * (3 * itemsize + 4 + 4 / 16) + ranks * itemsize + picture
     return round(batch * height * width * (max(inside, end) + kept * channels * itemsize + 4 * colours))
 
 

@@ -69,7 +69,7 @@ def must_stream(
     suffice, before anything is allocated.
     """
     task, device = f"{model.scale}x upscaling of {shape[3]}x{shape[2]} pixels", model.mean.device
-    if engine.unsupported_reason(model, model.mean) is not None:
+    if not _by_cpu_engine(model):
         check_memory(extra_bytes + itemsize * math.prod(shape) * model.scale**2, task)
         return options.stream or not _fits(gpu_memory_needed(model, shape), device)
     extra_bytes += 4 * math.prod(shape) if itemsize == 4 else 0  # floats are copied, integers are not
@@ -95,7 +95,7 @@ def run(model: SeemoRe, x: Tensor, y: Tensor, options: ExecutionOptions, streame
     Raises RuntimeError for NaN or infinite results, torch.OutOfMemoryError if nothing fits on a GPU, OSError if the
     disk is full.
     """
-    if engine.unsupported_reason(model, model.mean) is None:
+    if _by_cpu_engine(model):
         with _polled(options.progress) as counts:
             folder = options.scratch_folder if streamed else None
             is_finite = engine.run_out(model, x, y, folder, progress=counts)
@@ -105,6 +105,10 @@ def run(model: SeemoRe, x: Tensor, y: Tensor, options: ExecutionOptions, streame
         is_finite = all([_run_image(model, *image, streamed) for image in images])
     if not is_finite:
         raise RuntimeError(NOT_FINITE)
+
+
+def _by_cpu_engine(model: SeemoRe) -> bool:
+    return model.mean.device.type == "cpu" and engine.unsupported_reason(model, model.mean) is None
 
 
 @contextmanager
@@ -139,19 +143,30 @@ def _run_image(model: SeemoRe, x: Tensor, y: Tensor, options: ExecutionOptions, 
     """Compute one image with the model's own backends and device; return whether the result is finite."""
     can_stream = min(x.shape[2:]) >= model.min_size and model.is_unmodified()  # streaming would bypass hooks
     if not (streamed and can_stream):
-        writer = _ResultWriter(y)
         try:
-            writer(0, model(_to_unit(x, model.mean.device)))
+            is_finite = _run_whole(model, x, y)
         except torch.OutOfMemoryError as error:
             if not can_stream:
                 raise
             reason = first_line(error)
         else:
             options.report(1)
-            return writer.is_finite
+            return is_finite
         torch.cuda.empty_cache()  # outside the handler: the error keeps its memory alive
         warnings.warn(f"{reason}: streaming the image in bands of rows", stacklevel=2)
     return _run_streamed(model, x, y, options)
+
+
+def _run_whole(model: SeemoRe, x: Tensor, y: Tensor) -> bool:
+    device = model.mean.device
+    if engine.unsupported_reason(model, model.mean) is not None:
+        writer = _ResultWriter(y)
+        writer(0, model(_to_unit(x, device)))
+        return writer.is_finite
+    result = torch.empty_like(y, device=device)  # integers travel to the GPU and back as they are
+    is_finite = engine.run_out(model, x.to(device), result)
+    y.copy_(result)
+    return is_finite and (y.dtype != torch.float32 or bool(y.isfinite().all()))
 
 
 def _run_streamed(model: SeemoRe, x: Tensor, y: Tensor, options: ExecutionOptions) -> bool:
