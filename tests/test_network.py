@@ -196,8 +196,8 @@ for config, shape in ({}, (1, 3, 20, 130)), (dict(embedding_dim=5, global_kernel
     model, x = network(**config), torch.rand(shape)
     for name in native.instruction_sets():
         native.use_instruction_set(name)
-        for in_bfloat16 in (0, 1):
-            options = engine.config_of(model)._replace(is_bfloat16=in_bfloat16).numbers()
+        for dtype in (torch.float32, torch.bfloat16):
+            options = engine.config_of(model)._replace(dtype=engine.NUMBERS[dtype]).numbers()
             y = torch.ops.seemore_fast.network(x, model.ordered_parameters(), False, model.mean, 1.0, options).double()
             print(y.sum().item(), y.square().sum().item())
 """
