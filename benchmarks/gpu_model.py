@@ -24,10 +24,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from seemore_fast.backends import native
 from seemore_fast.network.config import PRESETS
 from seemore_fast.reference.config import expert_ranks
 
-LIBRARY = Path(__file__).parent.parent / "seemore_fast" / "libseemore_cuda.so"
+LIBRARY = native.FOLDER / "libseemore_cuda.so"
 MULTIPROCESSORS, SCHEDULERS, CLOCK, COPY = 132, 4, 1.9e9, 4.3e12  # of an H200; clock: of 1.98 GHz at most
 EFFICIENCIES = (0.8, 0.6)
 SIZES = {"T": [(480, 640), (720, 1280)], "B": [(480, 640), (720, 1280)], "L": [(480, 640), (720, 1280)]}
