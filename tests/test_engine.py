@@ -151,9 +151,9 @@ def test_a_hook_on_the_model_itself_runs_around_it(calls):
         (lambda model, x: (model.requires_grad_(True), x), "gradients are wanted"),
         (lambda model, x: (model, x.requires_grad_()), "gradients are wanted"),
         (lambda model, x: (model.double(), x), "the parameters are not all of one dtype"),
-        (lambda model, x: (model.double(), x.double()), "x is not on the CPU or not float32"),
-        (lambda model, x: (model, x.double()), "x is not on the CPU or not float32"),
-        (lambda model, x: (model, x.to("meta")), "x is not on the CPU"),
+        (lambda model, x: (model.double(), x.double()), "x is not float32"),
+        (lambda model, x: (model, x.double()), "x is not float32"),
+        (lambda model, x: (model, x.to("meta")), "the library for x's device is not there"),
     ],
 )
 def test_reasons_not_to_serve(situation, reason):

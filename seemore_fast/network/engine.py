@@ -91,7 +91,10 @@ def unsupported_reason(model: Network, x: Tensor) -> str | None:
     """Return None if `run` can compute model(x) now, otherwise the reason why not."""
     backend = select_backend("network", x, model.config["embedding_dim"])
     if backend == "reference":
-        return "no library has the network for x's device and dtype and this many channels, or none was chosen"
+        return (
+            "the library for x's device is not there or not chosen, or has no kernels for it: x is not float32, "
+            "bfloat16 or float16, or there are more than 64 channels on a GPU"
+        )
     if model.training:
         return "the model is in training mode"
     weights = model.ordered_parameters()
