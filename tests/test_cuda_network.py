@@ -242,6 +242,13 @@ def test_what_it_has_no_kernels_for_is_left_to_the_operators(name, device, confi
         assert engine.unsupported_reason(model, torch.rand(1, 3, 16, 16, device=device)).startswith(reason)
 
 
+@pytest.mark.parametrize("name", [str(backend) for backend in kernels_of("network") if backend.family == "cuda"])
+def test_the_library_refuses_float32(name, device):
+    model, x = network(num_layers=1).to(device), torch.rand(1, 3, 16, 16, device=device)
+    with running_on(name, device), pytest.raises(RuntimeError, match="dtype is neither float16 nor bfloat16"):
+        engine.run_out(model, x, torch.empty(1, 3, 32, 32, device=device))
+
+
 # What the host does
 
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers.backends import each_kernel, running_on
+from helpers.backends import kernels_of, running_on
 from helpers.images import noise
 from helpers.networks import CASES, network
 
@@ -16,7 +16,7 @@ from seemore_fast.network import engine
 from seemore_fast.upscale import runner
 
 pytestmark = pytest.mark.skipif(backends.unsupported_reason("cpu") is not None, reason="no CPU library")
-each_cpu = each_kernel("network")
+each_cpu = pytest.mark.parametrize("backend", [b for b in kernels_of("network") if b.family == "cpu"])
 
 
 @pytest.fixture

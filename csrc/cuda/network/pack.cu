@@ -399,6 +399,10 @@ __global__ void __launch_bounds__(kThreads) pack_group_kernel(const __grid_const
 namespace seemore {
 
 NetworkSizes network_sizes(const NetworkConfig& config) {
+  const auto dtype = static_cast<DType>(config.dtype);
+  if (dtype != DType::float16 && dtype != DType::bfloat16) {
+    throw std::runtime_error("network: dtype is neither float16 nor bfloat16, for which there are kernels");
+  }
   return {gpu::NetworkLayers(config, nullptr).count, gpu::NetworkWeights(config, nullptr).bytes()};
 }
 
