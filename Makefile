@@ -9,20 +9,20 @@ INTEGRATIONS := .venv-integrations
 NEWEST := .venv-newest
 HEADERS := build/torch-headers
 
-.PHONY: demo test test-triton test-others test-all lint format gpu-check clean
+.PHONY: demo test test-triton test-all lint format gpu-check clean
 
 demo: $(VENV)/.runs
 	$(BIN)/python -m seemore_fast.demo -o demo_output
 
-# Triton's kernels, which are interpreted, and all the rest run side by side, a core each; output comes when each has ended.
+# Triton's kernels, which are interpreted, and two halves of all the rest, two at a time; output comes when each has ended.
 test: $(VENV)/.tests
-	$(MAKE) --no-print-directory --jobs 2 --output-sync test-triton test-others
+	$(MAKE) --no-print-directory --jobs 2 --output-sync test-triton test-others-1 test-others-2
 
 test-triton: $(VENV)/.tests
 	$(BIN)/python -m pytest -q -m "triton and not slow"
 
-test-others: $(VENV)/.tests
-	$(BIN)/python -m pytest -q -m "not triton and not slow"
+test-others-%: $(VENV)/.tests
+	$(BIN)/python -m pytest -q -m "not triton and not slow" --part $*/2
 
 test-all: $(VENV)/.tests $(INTEGRATIONS)/.tests $(NEWEST)/.tests $(HEADERS)/.complete
 	$(BIN)/python -m pytest -q -m "slow or not slow"
