@@ -198,7 +198,7 @@ def test_an_expert_that_nobody_chose_may_hold_anything(backend, device, small):
 @each_dtype
 def test_costs_less_than_a_hundredth_of_a_decibel(backend, device, dtype):
     with Image.open(PHOTO) as photo:
-        target = np.asarray(photo.convert("RGB"))[64:320, 64:320]
+        target = np.asarray(photo.convert("RGB"))[:256, 64:320]
     low = bicubic_resize(target, 1 / 2)
     x = torch.from_numpy(low).permute(2, 0, 1)[None].to(device)
 
