@@ -34,8 +34,8 @@ constexpr int kUsualMultiprocessors = 132;  // of an H200
 constexpr int kBlocksAtOnce = 2;            // of a multiprocessor
 
 // Strips of `columns`, of which `left` and `right` are halo; bands such that all blocks take the least time, where one
-// begins with the work of `lead` rows. The order of the pool's sums depends on the bands, so these are the same on
-// every GPU.
+// begins with the work of `lead` rows. The order of the pool's sums depends on strips and bands: these are the same on
+// all GPUs whose shared memory takes strips of the same columns, for the same batch.
 inline Walk plan_walk(const Size& size, int columns, int left, int right, int lead) {
   if (std::max(size.height, size.width) > INT32_MAX / 4) {
     throw std::runtime_error("an image of " + std::to_string(size.height) + " x " + std::to_string(size.width) +
