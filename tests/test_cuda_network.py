@@ -212,6 +212,17 @@ def test_costs_less_than_a_hundredth_of_a_decibel(backend, device, dtype):
         assert abs(quality(model.to(device, dtype)) - expected) < 0.01
 
 
+@each_gpu
+@each_dtype
+def test_large_features_that_are_all_equal_give_numbers(backend, device, dtype):
+    """What LayerNorm makes of padded channels overflows in float16, and has weights of 0."""
+    model, x = network(num_layers=1).to(device), torch.rand(1, 3, 16, 16, device=device)
+    model.conv_1.weight.zero_()
+    model.conv_1.bias.fill_(2000)
+    with running_on(backend, device):
+        assert serve(model.to(dtype), x).isfinite().all()
+
+
 # When it does not serve
 
 

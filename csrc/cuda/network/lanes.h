@@ -243,7 +243,13 @@ __device__ void normalise(uint32_t (&x)[kCount], int channels) {
   for (int word = 0; word < kCount; ++word) unpack_pair<T>(wide[word], x[word]);
   normalise(wide, channels);
 #pragma unroll
-  for (int word = 0; word < kCount; ++word) x[word] = pack_pair<T>(wide[word][0], wide[word][1]);
+  for (int word = 0; word < kCount; ++word) {
+    if constexpr (std::is_same_v<T, __half>) {  // what padding becomes must not overflow; numbers are below 8
+#pragma unroll
+      for (float& number : wide[word]) number = fminf(fmaxf(number, -16), 16);
+    }
+    x[word] = pack_pair<T>(wide[word][0], wide[word][1]);
+  }
 }
 
 // GELU of 2 h, for an operand of type T: weights before a GELU are packed as half of what they are, which is exact and
