@@ -64,6 +64,7 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int = 4
     more_options: dict[str, Any] = field(default_factory=dict)  # of the compiler, such as maxnreg
+    join: Callable[[list["Launch"]], list["Launch"]] | None = None  # makes few launches of many (`joining`)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -77,8 +78,13 @@ class Launch:
         return self.options | dict(debug=debug, instrumentation_mode=triton.knobs.compilation.instrumentation_mode)
 
     def run(self):
-        observer = getattr(_observers, "of_thread", None)
-        self.start() if observer is None else observer(self)
+        pending, observer = getattr(_thread, "pending", None), getattr(_thread, "observer", None)
+        if self.join is not None and pending is not None:
+            pending.append(self)
+        elif observer is None:
+            self.start()
+        else:
+            observer(self)
 
     def start(self):
         """Run it and return the compiled kernel; None in the interpreter."""
@@ -107,17 +113,46 @@ class Launch:
         return Compiled(compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared)
 
 
-_observers = threading.local()
+_thread = threading.local()
 
 
 @contextlib.contextmanager
 def observed(observer: Callable[[Launch], None]):
     """Let `observer` start the launches of this thread within."""
-    _observers.of_thread = observer
+    _thread.observer = observer
     try:
         yield
     finally:
-        _observers.of_thread = None
+        _thread.observer = None
+
+
+@contextlib.contextmanager
+def joining(device: torch.device) -> Iterator[None]:
+    """Put off this thread's launches that sum up parameters' gradients to few at the end.
+
+    What they read must stay as it is until then: results of the operators within are not to be changed in place.
+    """
+    if getattr(_thread, "pending", None) is not None:  # the outermost one joins
+        yield
+        return
+    _thread.pending = pending = []
+    try:
+        yield
+    finally:
+        _thread.pending = None
+    kinds = dict.fromkeys(launch.join for launch in pending)
+    for join in sorted(kinds, key=lambda join: join.stage):
+        run(join([launch for launch in pending if launch.join is join]), device)
+
+
+def joined(stage: int):
+    """Mark a function that joins launches: those of a stage read what launches of earlier ones write."""
+
+    def mark(join):
+        join.stage = stage
+        return join
+
+    return mark
 
 
 class Start:
@@ -126,24 +161,45 @@ class Start:
     def __init__(self, launch: Launch, compiled, place_of: Callable):
         """`place_of` returns where an argument lies: a memory and an offset in it, or what is constant."""
         self._compiled, self._grid = compiled, (launch.programs, 1, 1)
-        self._arguments = [place_of(launch.arguments[parameter.name]) for parameter in launch.kernel.params]
-        if any(isinstance(item, Tensor) for value in self._arguments if isinstance(value, tuple) for item in value):
-            raise RuntimeError(f"{launch.kernel.__name__} has a tuple of tensors, whose places are not known")
-        self._places, self._constants = [], []
-        for position, value in enumerate(self._arguments):
-            if isinstance(value, Tensor):
-                self._constants.append(value)  # whose address stays as long as it does
-                self._arguments[position] = value.data_ptr()
-            elif hasattr(value, "memory"):
-                self._places.append((position, value.memory, value.offset))
+        self._constants = []  # tensors whose addresses stay as long as they do
+        found = [self._find(launch.arguments[parameter.name], place_of) for parameter in launch.kernel.params]
+        self._arguments = found
+        self._places = [(i, value) for i, value in enumerate(found) if hasattr(value, "memory")]
+        self._tuples = [(i, value) for i, value in enumerate(found) if is_tuple(value) and has_place(value)]
+
+    def _find(self, value: Any, place_of: Callable) -> Any:
+        if is_tuple(value):
+            return tuple(self._find(item, place_of) for item in value)
+        value = place_of(value)
+        if isinstance(value, Tensor):
+            self._constants.append(value)
+            return value.data_ptr()
+        return value
 
     def run(self, bases, now: "Now"):
         arguments, addresses = self._arguments.copy(), bases.addresses
-        for position, memory, offset in self._places:
-            arguments[position] = addresses[memory] + offset
+        for position, place in self._places:
+            arguments[position] = addresses[place.memory] + place.offset
+        for position, value in self._tuples:
+            arguments[position] = resolved(value, addresses)
         compiled, hooks = self._compiled, now.hooks
         metadata = compiled.launch_metadata(self._grid, now.stream, *arguments) if any(hooks) else None
         compiled.run(*self._grid, now.stream, compiled.function, compiled.packed_metadata, metadata, *hooks, *arguments)
+
+
+def is_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and not hasattr(value, "memory")
+
+
+def has_place(value: Any) -> bool:
+    return any(map(has_place, value)) if is_tuple(value) else hasattr(value, "memory")
+
+
+def resolved(value: Any, addresses: list[int]) -> Any:
+    """Return a tuple, in which tuples may be, with addresses in place of places."""
+    if is_tuple(value):
+        return tuple(resolved(item, addresses) for item in value)
+    return addresses[value.memory] + value.offset if hasattr(value, "memory") else value
 
 
 class Now(NamedTuple):
@@ -175,7 +231,12 @@ def launched(describe: Callable[..., Iterable[Launch]]) -> Callable[..., None]:
 
     Results come first. The caller has checked all arguments and allocated the results; parameters are contiguous.
     """
-    return lambda *arguments: run(describe(*arguments), arguments[0].device)
+
+    def launch(*arguments: Any, **options: Any):
+        device = next(argument.device for argument in arguments if argument is not None)
+        run(describe(*arguments, **options), device)
+
+    return launch
 
 
 def named(name: str, launches: Iterable[Launch], options: str = "") -> Iterator[tuple[str, Launch]]:

@@ -6,7 +6,7 @@
                s again;  ds = (transposed weight_pw @ dy) * activation'(s);  activation(s)            one launch
                dn = conv of ds with the weight transposed and turned round;  dx, dgain and dshift     one launch
                sums over the pixels of ds times windows of n, and of dy times activation(s)           two launches
-               the second stage of all these sums                                                     three launches
+               the second stage of all these sums                                       three launches, or a shared one
 
 What neighbours must see goes through memory: n and ds. Of 3 x 108 products for 36 outputs the matrix units make 3 x 112
 for 48: 1.38 times what is needed for 36 channels, and nothing is wasted for 48 and 64. The weight's gradient takes 1.58
@@ -74,8 +74,12 @@ def forward_into(y, x, norm_weight, norm_bias, weight, bias, eps, add) -> Iterat
 
 def backward(
     dx, dnorm_weight, dnorm_bias, dweight, dbias, dweight_pw, dbias_pw, dy,
-    x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, gelu, eps,
+    x, norm_weight, norm_bias, weight, bias, weight_pw, bias_pw, gelu, eps, residual=None, turned=None,
 ) -> Iterator[Launch]:  # fmt: skip
+    """Yield what writes the gradients; `residual` is added to dx, which may be None.
+
+    `turned` are the columns of the transposed weight turned round, if they are there already (`turned_columns`).
+    """
     if x.numel() == 0:
         for gradient in (dnorm_weight, dnorm_bias, dweight, dbias, dweight_pw, dbias_pw):
             if gradient is not None:
@@ -90,12 +94,12 @@ def backward(
         arguments = w.convolution(n, w.columns_of(weight)) | end(bias, weight_pw, dy, gelu)
         arguments |= strided(ds=ds, acted=acted, dy=dy)
         yield t.over_tiles(norm_conv3x3_backward_middle, "norm_conv3x3 backward", [dy, n], arguments)
-    yield from backward_input(dx, [dnorm_weight, dnorm_bias], ds, x, norm_weight, weight, eps)
-    dcolumns = weight.new_empty(len(weight), 3, 3, weight.shape[1])  # as the windows are
-    partial = new_partial(w.window_parts(n), [dcolumns, dbias])
+    if dx is not None or norm_weight is not None:
+        turned = turned_columns(weight) if turned is None else turned
+        yield from backward_input(dx, [dnorm_weight, dnorm_bias], ds, x, norm_weight, turned, eps, residual)
+    partial = new_partial(w.window_parts(n), [dweight, dbias])
     yield w.window_products(partial, ds, n)
-    yield add_parts([dcolumns, dbias], partial)
-    dweight.copy_(dcolumns.permute(0, 3, 1, 2))
+    yield add_parts([dweight, dbias], partial)
     if weight_pw is not None:
         partial = new_partial(parts_of(acted, "products"), [dweight_pw, dbias_pw])
         yield products(partial, dy, acted)
@@ -121,13 +125,19 @@ def end(bias, weight_pw, y, gelu) -> dict:
     return dict(bias=bias, weight_pw=weight_pw, ACTIVATION=activation_of(gelu), RESULTS=out, BLOCK=block)
 
 
-def backward_input(dx, dnorm, ds, x, norm_weight, weight, eps) -> Iterator[Launch]:
+def turned_columns(weight: Tensor) -> Tensor:
+    """Return the columns (3, 3D, C) of the weight with which the gradient's windows are multiplied."""
+    return w.columns_of(weight.flip(2, 3).transpose(0, 1))
+
+
+def backward_input(dx, dnorm, ds, x, norm_weight, turned, eps, residual) -> Iterator[Launch]:
     name = "norm_conv3x3 backward input"
     partial = None if norm_weight is None else new_partial(parts_of(ds, name), dnorm)
     pixels, *how = configuration(name, ds)
-    turned = w.columns_of(weight.flip(2, 3).transpose(0, 1))
-    arguments = w.convolution(ds, turned) | strided(dx=dx, x=x) | dict(partial=partial, gain=norm_weight, eps=eps)
-    places = t.pixels_of(dx, x) | dict(steps=steps_of(ds, name))
+    arguments = w.convolution(ds, turned) | strided(dx=dx, x=x, residual=residual)
+    arguments |= dict(partial=partial, gain=norm_weight, eps=eps)
+    images = [image for image in (dx, x, residual) if image is not None]
+    places = t.pixels_of(*images) | dict(steps=steps_of(ds, name))
     tile = dict(PIXELS=pixels, INDEX=index_type(places["pixels"] + 2**16))
     yield t.launch(norm_conv3x3_backward_input, parts_of(ds, name), arguments | places | tile, *how)
     if norm_weight is not None:
@@ -201,11 +211,12 @@ def norm_conv3x3_backward_middle(
 
 @triton.jit(do_not_specialize=["lines", "line", "width", "steps"])
 def norm_conv3x3_backward_input(
-    partial, dx, dx_strides, n, n_stride, columns, x, x_strides, gain, eps, lines, line, pixels, width, steps,
+    partial, dx, dx_strides, n, n_stride, columns, x, x_strides, residual, residual_strides, gain, eps, lines, line,
+    pixels, width, steps,
     CHANNELS: tl.constexpr, WINDOW: tl.constexpr, TURNS: tl.constexpr, OUT_CHANNELS: tl.constexpr, MADE: tl.constexpr,
     PIXELS: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx from n, which is ds here; and partial[program] = sums over its pixels of dgain and dshift, with a norm."""
+    """dx from n, which is ds here, and `residual`; partial[program] = sums over pixels of dgain and dshift, if any."""
     dgain, dshift = (), ()
     for i in tl.static_range(len(MADE)):
         dgain += (t.zero_row(MADE[i]),)
@@ -225,7 +236,11 @@ def norm_conv3x3_backward_input(
                 dgain += (dgain_before[i] + tl.sum(dn[i] * seen[i], axis=0),)
                 dshift += (dshift_before[i] + tl.sum(dn[i], axis=0),)
             dn = t.normalise_backward(t.times_row(dn, gain, OUT_CHANNELS, MADE), seen, scale, OUT_CHANNELS)
-        t.store_pixels(t.address(dx, dx_strides, image, pixel, width), dx_strides, inside, dn, OUT_CHANNELS, MADE)
+        if residual is not None:
+            residual_at = t.address(residual, residual_strides, image, pixel, width)
+            dn = t.add(dn, t.load_pixels(residual_at, residual_strides, inside, OUT_CHANNELS, MADE))
+        if dx is not None:
+            t.store_pixels(t.address(dx, dx_strides, image, pixel, width), dx_strides, inside, dn, OUT_CHANNELS, MADE)
     if gain is not None:
         partial += tl.program_id(0).to(tl.int64) * (2 * OUT_CHANNELS)
         for i in tl.static_range(len(MADE)):

@@ -56,8 +56,9 @@ def forward(y, x, weight_row, bias_row, weight_col, bias_col, gelu, gate) -> Ite
 
 def backward(
     dx, dgate, dweight_row, dbias_row, dweight_col, dbias_col, dy,
-    x, weight_row, bias_row, weight_col, bias_col, gelu, gate,
+    x, weight_row, bias_row, weight_col, bias_col, gelu, gate, dmean=None,
 ) -> Iterator[Launch]:  # fmt: skip
+    """Yield what writes the gradients; `dmean` (B, C) is that of y's mean over the pixels, besides dy."""
     gradients = dweight_row, dbias_row, dweight_col, dbias_col
     partial = new_partial(parts_of(x), gradients)
     if x.numel() == 0:
@@ -65,11 +66,11 @@ def backward(
         return
     r, ds = new_workspace(x), dy
     yield convolution(r, x, weight_row, bias_row, vertical=False)
-    if gelu or gate is not None:
+    if gelu or gate is not None or dmean is not None:
         s = new_workspace(x)
         yield convolution(s, r, weight_col, bias_col, vertical=True)
         ds = s  # overwritten by its gradient
-        images = strided(s=s, dgate=dgate, dy=dy, gate=gate)
+        images = strided(s=s, dgate=dgate, dy=dy, gate=gate) | dict(dmean=dmean)
         yield over_tiles(activation_backward, x, images | dict(ACTIVATION=activation_of(gelu)))
     yield tap_gradient(partial, ds, r, vertical=True)
     dr = new_workspace(x)
@@ -157,14 +158,20 @@ def convolve(
 
 @triton.jit(do_not_specialize=["lines", "channels", "height"])
 def activation_backward(
-    s, s_strides, dgate, dgate_strides, dy, dy_strides, gate, gate_strides, lines, channels, height, width,
+    s, s_strides, dgate, dgate_strides, dy, dy_strides, gate, gate_strides, dmean, lines, channels, height, width,
     ACTIVATION: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """dgate = dy * activation(s), and s becomes its gradient dy * gate * activation'(s)."""
+    """dgate = dy * activation(s), and s becomes its gradient dy * gate * activation'(s).
+
+    To dy is added the share of a pixel in dmean.
+    """
     batch, channel, row, column, inside = locate(lines, channels, height, width, LINES, COLUMNS, INDEX)
     s_pointer = pixels_of(s, s_strides, batch, channel, row, column)
     value = tl.load(s_pointer, mask=inside, other=0)
     gradient = tl.load(pixels_of(dy, dy_strides, batch, channel, row, column), mask=inside, other=0).to(value.dtype)
+    if dmean is not None:
+        pixels = tl.full((), 1, value.dtype) * height * width
+        gradient += tl.load(dmean + batch * channels + channel, mask=inside, other=0).to(value.dtype) / pixels
     activated, slope = activate_with_slope(value, ACTIVATION, s.dtype.element_ty)
     if gate is not None:
         store(pixels_of(dgate, dgate_strides, batch, channel, row, column), gradient * activated, inside)

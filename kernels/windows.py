@@ -114,6 +114,8 @@ def add_window_products(
 ):  # fmt: skip
     """partial[part] = sums over pixels of transposed ds @ windows, a chunk of all three lines, and of ds.
 
+    They are written as dweight (D, C, 3, 3) and dbias (D,) lie in memory.
+
     One wide tile of windows: Triton shares out columns among the warps then; of several, each warp gets all columns.
     """
     WIDTH: tl.constexpr = 9 * CHANNELS
@@ -148,7 +150,7 @@ def add_window_products(
     for i in tl.static_range(len(MADE)):
         made = t.channels_of(MADE, i)
         there = (made < OUT_CHANNELS)[:, None] & (k < WIDTH)[None, :]
-        tl.store(partial + made[:, None] * WIDTH + k[None, :], sums[i], mask=there)
+        tl.store(partial + made[:, None] * WIDTH + (k % CHANNELS * 9 + k // CHANNELS)[None, :], sums[i], mask=there)
         if chunk == 0:
             tl.store(partial + OUT_CHANNELS * WIDTH + made, dbias[i], mask=made < OUT_CHANNELS)
 
