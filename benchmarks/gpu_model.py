@@ -3,6 +3,8 @@
     python benchmarks/gpu_model.py          each launch of T, B and L
     python benchmarks/gpu_model.py --json   {"T x4 480x640 bf16": {"ms", "launches", "mb_per_group", ...}, ...}
 
+A training step, of which Triton computes the operators, is in there, too: `gpu_model_training`.
+
 The code for sm_90 is read off the CUDA library by cuobjdump. A warp's instructions are those of the kernel, its loops
 times their trips, which follow from the image's cut into blocks. Of each launch:
 
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from seemore_fast.backends import native
+from seemore_fast.benchmarks import gpu_model_training
 from seemore_fast.network.config import PRESETS
 from seemore_fast.reference.config import expert_ranks
 
@@ -226,6 +229,7 @@ def main():
                     f"  {row['launch']:10} {row['count']:5} {row['blocks']:6} {row['instructions']:12} "
                     f"{row['issue_us']:9.1f} {row['bytes_us']:9.1f} {row['us']:6.1f}"
                 )
+    networks |= gpu_model_training.predictions(to_print=not options.json)
     if options.json:
         print(json.dumps(networks, indent=2))
     else:

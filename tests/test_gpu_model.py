@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from seemore_fast.benchmarks import gpu_model
+from seemore_fast.benchmarks import gpu_model, gpu_model_training
 
 # Of a walk with two loops inside of it, of which the second is in the first; at the end, code that is jumped to.
 SASS = """
@@ -40,8 +40,11 @@ def test_loops_that_are_not_as_expected_are_refused():
 def test_every_launch_of_the_presets_is_predicted(monkeypatch, capsys):
     pytest.importorskip("triton", reason="it brings cuobjdump")
     monkeypatch.setattr(sys, "argv", ["gpu_model.py", "--json"])
+    step = {gpu_model_training.CASE: {"ms": 1.0}}  # predicted in tests/test_gpu_model_training.py
+    monkeypatch.setattr(gpu_model_training, "predictions", lambda to_print: step)
     gpu_model.main()
     found = json.loads(capsys.readouterr().out)
+    assert found.pop(gpu_model_training.CASE) == {"ms": 1.0}
     assert len(found) == sum(map(len, gpu_model.SIZES.values()))
     for figures in found.values():
         assert figures.keys() == {"ms", "ms_at_0.6", "launches", "mb_per_group"}
