@@ -9,6 +9,7 @@ from .network.accelerate import accelerate
 from .network.checkpoint import load_model
 from .network.model import SeemoRe
 from .network.presets import seemore_b, seemore_l, seemore_t
+from .training.graphed_step import graphed_step
 
 if TYPE_CHECKING:
     from .upscale import Upscaler
@@ -19,6 +20,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "backend_info",
+    "graphed_step",
     "load_model",
     "ops",
     "reference",

@@ -38,7 +38,7 @@ def test_python_examples(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photo(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names = {}
     for block in blocks:
         exec(block, names)
