@@ -8,10 +8,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers.networks import SMALL
+from helpers.tables import read_csv
+from helpers.training import arguments
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from seemore_fast import SeemoRe, graphed_step
+from seemore_fast.cli import main
 from seemore_fast.errors import TrainingError
 
 pytestmark = pytest.mark.gpu
@@ -146,3 +149,25 @@ def test_ddp(device):
         assert len(step._step) == 1
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_run_in_graphs_is_near_the_eager_one(work, device, precision, capsys):
+    """Also resumed, with images on the GPU and from workers."""
+    line = ["--device", device, "--resume", "auto"]
+    for out, options in (
+        ("graphs", ["graph=true"]),
+        ("eager", ["graph=false"]),
+        ("workers", ["data.on_device=false", "data.workers=1"]),
+    ):
+        overrides = [f"precision={precision}", "log.every=1", "optimizer.clip=1", *options]
+        for end in ("7", "12"):
+            assert main(["train", *arguments(work, *overrides, out=out), *line, "--until", end]) == 0
+    assert "no CUDA graph" not in capsys.readouterr().out
+    losses = [
+        torch.tensor([float(row["loss"]) for row in read_csv(work / out / "steps.csv")])
+        for out in ("graphs", "eager", "workers")
+    ]
+    tolerance = 1e-3 if precision == "fp32" else 5e-2
+    for other in losses[1:]:
+        torch.testing.assert_close(losses[0], other, rtol=tolerance, atol=0)

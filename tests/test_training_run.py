@@ -197,7 +197,7 @@ def test_accumulated_gradients_are_those_of_the_batch(work):
     gradients = []
     for i, accumulate in enumerate((1, 2, 4)):
         run = trainer(work, f"accumulate={accumulate}", "precision=fp64", "loss.fft=0.1", out=str(i))
-        loss = run.forward_backward(*run.batches[0])
+        loss = run.take_step.forward_backward(*run.batches[0])
         gradients.append(torch.cat([loss[None], *(p.grad.flatten() for p in run.model.parameters())]))
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], rtol=1e-9, atol=1e-12)
@@ -205,7 +205,7 @@ def test_accumulated_gradients_are_those_of_the_batch(work):
 
 def loss_of(run):
     """Return the loss of the first four batches together."""
-    losses = [run.forward_backward(*run.batches[i]).item() for i in range(4)]
+    losses = [run.take_step.forward_backward(*run.batches[i]).item() for i in range(4)]
     run.model.zero_grad()
     return sum(losses)
 

@@ -16,7 +16,7 @@ from ..network.model import SeemoRe
 
 VERSION = 1
 _NO_EFFECT_ON_WEIGHTS = {
-    "out", "init_from", "recompute", "model", "validation", "checkpoint", "log",
+    "out", "init_from", "graph", "recompute", "model", "validation", "checkpoint", "log",
     "data.cache", "data.workers", "data.on_device",
 }  # fmt: skip
 

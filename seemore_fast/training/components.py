@@ -1,15 +1,21 @@
-"""Network and optimizer of a run."""
+"""Network, optimizer and step of a run."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ConfigError
 from ..network.model import SeemoRe
 from .config import Config, Optimizer
 from .distributed import World
+from .graphed_step import TrainingStep, graphs_for, on_side_stream
 from .logging import has_tensorboard
+from .losses import pixel_loss
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_environment(config: Config, world: World):
@@ -46,3 +52,39 @@ def build_model(config: Config, device: torch.device) -> SeemoRe:
 def build_optimizer(config: Optimizer, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
     return kind(parameters, config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+
+
+def build_step(
+    config: Config,
+    world: World,
+    model: SeemoRe,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    report: Callable[[str], None],
+) -> TrainingStep:
+    """Return the step on a batch, uint8: on a GPU in CUDA graphs, unless `graph` is false."""
+    device, network = world.device, model
+    graphs = graphs_for(device) if config.graph else None
+    if world.size > 1:
+        with contextlib.nullcontext() if graphs is None else on_side_stream(device):
+            network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    dtype, cast = next(model.parameters()).dtype, AUTOCAST.get(config.precision)
+    weights = config.loss.model_dump()
+
+    def gradients(network: nn.Module, lr: Tensor, hr: Tensor) -> Tensor:
+        """Compute the gradients in `accumulate` parts; return the loss."""
+        total = torch.zeros((), dtype=dtype, device=device)
+        parts = list(zip(lr.chunk(config.accumulate), hr.chunk(config.accumulate), strict=True))
+        for i, (x, target) in enumerate(parts):
+            x, target = (images.to(device, non_blocking=True).to(dtype) / 255 for images in (x, target))
+            is_last = i == len(parts) - 1
+            is_ddp = isinstance(network, DistributedDataParallel)
+            with network.no_sync() if is_ddp and not is_last else contextlib.nullcontext():
+                with torch.autocast(device.type, cast, enabled=cast is not None):
+                    y = network(x)
+                loss = pixel_loss(y, target, **weights) / len(parts)
+                scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    return TrainingStep(network, gradients, optimizer, scaler, config.optimizer.clip, graphs, report)

@@ -129,6 +129,7 @@ class Config(Section):
     steps: Whole = Field(default=500_000, ge=1)
     seed: Whole = Field(default=0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(default="fp32", description="bf16 and fp16 by autocast")
+    graph: StrictBool = Field(default=True, description="on a GPU, replay steps as CUDA graphs")
     accumulate: Whole = Field(default=1, ge=1, description="parts in which a process computes its share of a batch")
     ema: Share = Field(default=0.999, description="decay of the averaged weights")
     init_from: str | None = Field(

@@ -84,13 +84,14 @@ class TrainingStep:
         return sum(isinstance(known, Graph) for known in self._known.values())
 
     def _eager(self, *batch: Tensor) -> Tensor:
-        loss = self._forward_backward(*batch)
+        loss = self.forward_backward(*batch)
         if self._mean is not None:
             self._mean.reduce()
         self._update()
         return loss
 
-    def _forward_backward(self, *batch: Tensor) -> Tensor:
+    def forward_backward(self, *batch: Tensor) -> Tensor:
+        """Compute the gradients of a batch; return its loss."""
         self.optimizer.zero_grad()
         loss = self._gradients(self.network, *batch)
         if self._mean is not None:
@@ -126,7 +127,7 @@ class TrainingStep:
             first = self._graphs.capture(lambda: self._eager(*inputs))
             phases = [first.replay]
         else:
-            first = self._graphs.capture(lambda: self._forward_backward(*inputs))
+            first = self._graphs.capture(lambda: self.forward_backward(*inputs))
             phases = [first.replay, self._mean.reduce, self._graphs.capture(self._update).replay]
         return Graph(inputs, first, phases, parameters)
 

@@ -6,11 +6,10 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -19,20 +18,19 @@ from ..network.checkpoint import save_model
 from ..network.inspection import expert_usage
 from ..network.model import SeemoRe
 from .checkpoints import Checkpoints, check_same_network, config_changes, read_state
-from .components import build_model, build_optimizer, check_environment
+from .components import build_model, build_optimizer, build_step, check_environment
 from .config import Config
 from .dataset import PairDataset, free_bytes, open_dataset
 from .distributed import World
 from .init import init_weights
 from .logging import RunLog
-from .losses import pixel_loss
 from .patches import Batches, Patches, load_batches
+from .readback import Readback
 from .schedule import rate_factor
 from .throughput import Throughput
 from .validation import Validation
 
 MAX_WAITING = 0.05  # share of the time spent waiting for data, above which workers are recommended
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
@@ -63,10 +61,9 @@ class Trainer:
         if state is not None:
             self._restore(state)
         self._check_same_step()
-        self._parallel: Any = self.model
-        if self.world.size > 1:
-            ids = [self.world.device] if self.world.device.type == "cuda" else None
-            self._parallel = DistributedDataParallel(self.model, device_ids=ids)
+        self.take_step = build_step(config, self.world, self.model, self.optimizer, self.scaler, tqdm.write)
+        self._weights: list[Tensor] = list(self.model.parameters())
+        self._averages: list[Tensor] = list(self.average_model.parameters())
         self._stop_requested = False
 
     # Setup
@@ -214,37 +211,12 @@ class Trainer:
 
     # Steps
 
-    def forward_backward(self, lr: Tensor, hr: Tensor) -> Tensor:
-        """Compute the gradients of a batch, uint8, in `accumulate` parts; return its loss."""
-        config, device = self.config, self.world.device
-        dtype, cast = next(self.model.parameters()).dtype, AUTOCAST.get(config.precision)
-        weights = config.loss.model_dump()
-        total = torch.zeros((), dtype=dtype, device=device)
-        parts = list(zip(lr.chunk(config.accumulate), hr.chunk(config.accumulate), strict=True))
-        for i, (x, target) in enumerate(parts):
-            x, target = (images.to(device, non_blocking=True).to(dtype) / 255 for images in (x, target))
-            is_last = i == len(parts) - 1
-            no_sync = contextlib.nullcontext() if is_last or self.world.size == 1 else self._parallel.no_sync()
-            with no_sync:
-                with torch.autocast(device.type, cast, enabled=cast is not None):
-                    y = self._parallel(x)
-                loss = pixel_loss(y, target, **weights) / len(parts)
-                self.scaler.scale(loss).backward()
-            total += loss.detach()
-        return total
-
     def train_step(self, lr: Tensor, hr: Tensor) -> Tensor:
         """Take one step; return its loss."""
         rate = self.config.optimizer.lr * rate_factor(self.config.schedule, self.step, self.config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad()
-        loss = self.forward_backward(lr, hr)
-        if self.config.optimizer.clip:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        loss = self.take_step(lr, hr)
         self._update_average()
         self.step += 1
         return loss
@@ -252,12 +224,10 @@ class Trainer:
     @torch.no_grad()
     def _update_average(self):
         """Do what `AveragedModel.update_parameters` does, without its wait for the GPU."""
-        average: list[Tensor] = list(self.average.module.parameters())
-        weights: list[Tensor] = list(self.model.parameters())
         if self.average.n_averaged:
-            torch._foreach_lerp_(average, weights, 1 - self.config.ema)
+            torch._foreach_lerp_(self._averages, self._weights, 1 - self.config.ema)
         else:
-            torch._foreach_copy_(average, weights)
+            torch._foreach_copy_(self._averages, self._weights)
         self.average.n_averaged += 1  # on the host
 
     def run(self, until: int | None = None) -> bool:
@@ -290,7 +260,7 @@ class Trainer:
         config, throughput, stop, has_warned = self.config, Throughput(), False, False
         # On a GPU the loss of a step is read while the next one runs, so that the device never waits.
         lag = 1 if self.world.device.type == "cuda" else 0
-        pending: list[tuple[int, Tensor]] = []
+        pending = Readback()
         if self.validation_pending:
             self.validation_pending = not self._validate(self.batches[self.step - 1][0], log, progress)
             if self.validation_pending:
@@ -301,7 +271,7 @@ class Trainer:
             lr, hr = throughput.wait(lambda: next(source))
             loss = self.train_step(lr, hr)
             requested = torch.full_like(loss, float(self._stop_requested), dtype=torch.float64)  # made on the device
-            pending.append((self.step, self.world.sum(torch.stack([loss.double() / self.world.size, requested]))))
+            pending.put(self.step, self.world.sum(torch.stack([loss.double() / self.world.size, requested])))
             is_due = {
                 "log": self.step % config.log.every == 0,
                 "validation": self.step % config.validation.every == 0 or self.step == config.steps,
@@ -309,7 +279,7 @@ class Trainer:
             }
             keep = 0 if any(is_due.values()) else lag
             while len(pending) > keep:
-                step, values = pending.pop(0)
+                step, values = pending.pop()
                 loss, requests = values.tolist()
                 self._check_loss(step, loss)
                 throughput.add(loss)
