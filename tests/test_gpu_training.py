@@ -9,13 +9,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from helpers.networks import SMALL
 from helpers.tables import read_csv
-from helpers.training import arguments
+from helpers.training import arguments, trainer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from seemore_fast import SeemoRe, graphed_step
 from seemore_fast.cli import main
 from seemore_fast.errors import TrainingError
+from seemore_fast.training.patches import Patches
 
 pytestmark = pytest.mark.gpu
 
@@ -171,3 +172,9 @@ def test_a_run_in_graphs_is_near_the_eager_one(work, device, precision, capsys):
     tolerance = 1e-3 if precision == "fp32" else 5e-2
     for other in losses[1:]:
         torch.testing.assert_close(losses[0], other, rtol=tolerance, atol=0)
+
+
+def test_patches_cut_on_a_gpu_are_those_of_the_host(work, device):
+    pairs = trainer(work).dataset
+    for host, found in zip(*(Patches(pairs, 16, 3, device=one).batch(5, 64) for one in ("cpu", device)), strict=True):
+        assert found.is_cuda and torch.equal(host, found.cpu())

@@ -24,6 +24,8 @@ class Patches:
         places = (pairs.sizes - patch + 1).prod(axis=1)
         self._ends = np.cumsum(places)  # every place of every image is equally likely
         self.device = torch.device(device)
+        self._side = torch.arange(pairs.scale * patch, device=self.device)
+        self._colour = torch.arange(3, device=self.device)[:, None, None]
 
     @functools.cached_property
     def pixels(self) -> Tensor:
@@ -53,10 +55,17 @@ class Patches:
     def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Return patches as uint8: LR (count, 3, patch, patch) and HR, `scale` times as large."""
         drawn = self.draw(first, count)
-        return self._cut(drawn, 0, 1), self._cut(drawn, 1, self.pairs.scale)
+        walks = torch.from_numpy(np.stack([self._walks(drawn, 0, 1), self._walks(drawn, 1, self.pairs.scale)]))
+        if self.device.type == "cuda":  # of pageable memory, the host would wait for a copy
+            walks = walks.pin_memory().to(self.device, non_blocking=True)
+        lr, hr = walks
+        return self._cut(lr, self.patch), self._cut(hr, self.pairs.scale * self.patch)
 
-    def _cut(self, drawn: np.ndarray, resolution: int, scale: int) -> Tensor:
-        """Return patches of LR (0) or HR (1). A pixel's address is linear in its row and column, however turned."""
+    def _walks(self, drawn: np.ndarray, resolution: int, scale: int) -> np.ndarray:
+        """Return (3, count): first address of each patch of LR (0) or HR (1), and distances of its rows and columns.
+
+        A pixel's address is linear in its row and column, however turned.
+        """
         image, top, left, orientation = drawn.T
         row_stride, last = 3 * scale * self.pairs.sizes[image, 1], scale * self.patch - 1
         begin = self.pairs.offsets[image, resolution] + top * scale * row_stride + left * scale * 3
@@ -67,11 +76,14 @@ class Patches:
             along[flipped] *= -1
         turned = orientation & 4 != 0
         along_rows[turned], along_columns[turned] = along_columns[turned], along_rows[turned]
-        steps = torch.from_numpy(np.stack([begin, along_rows, along_columns])).to(self.device, non_blocking=True)
-        begin, along_rows, along_columns = steps[:, :, None, None, None]
-        side = torch.arange(last + 1, device=self.device)
-        colour = torch.arange(3, device=self.device)[:, None, None]
-        return self.pixels[begin + colour + along_rows * side[:, None] + along_columns * side]
+        return np.stack([begin, along_rows, along_columns])
+
+    def _cut(self, walks: Tensor, size: int) -> Tensor:
+        """Return patches (count, 3, size, size), with few launches."""
+        begin, along_rows, along_columns = walks[:, :, None, None, None]
+        side = self._side[:size]
+        rows = torch.addcmul(self._colour, along_rows, side[:, None])
+        return self.pixels[rows + torch.addcmul(begin, along_columns, side)]
 
 
 class Batches(torch.utils.data.Dataset):
