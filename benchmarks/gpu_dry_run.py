@@ -1,6 +1,6 @@
 """Count the launches and compiled kernels of a call on a GPU, and time its host code, without a GPU.
 
-    python benchmarks/gpu_dry_run.py              two cases: inference and a training step of T
+    python benchmarks/gpu_dry_run.py              inference, by operators and by the engine, and a training step of T
     python benchmarks/gpu_dry_run.py --json       the same as JSON
     python benchmarks/gpu_dry_run.py --launches   all launches by kernel and grid, too
 
@@ -15,7 +15,8 @@ sm_90; nothing is compiled and nothing is launched, so results are uninitialised
 | variants_40_sizes | kernels compiled for that size and 40 random ones together                                  |
 | host_ms           | processor time of the calling thread for tiny images, the minimum of many calls             |
 
-`host_ms` does not contain the launches themselves: about 3 us a kernel in the driver.
+`host_ms` does not contain the launches themselves: about 3 us a kernel in the driver. The engine's case needs a
+checkout, whose tests compile the CUDA library's sources for the host; they note launches instead of running them.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ import time
 from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -216,6 +218,36 @@ def host_ms(case: Case) -> float:
     return round(1e3 * min(times[WARM_UPS:]), 2)
 
 
+ENGINE = "inference by the engine T x4 480x640 bf16"
+
+
+def measure_engine() -> dict[str, Any]:
+    """Return the figures of a prepared call of the CUDA library's engine."""
+    import ctypes
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    from helpers import backends, cuda_host
+
+    from seemore_fast import seemore_t
+
+    library = ctypes.CDLL(str(cuda_host.library()))
+    library.recorded.restype = ctypes.c_char_p
+
+    def infer(x):
+        library.record(1)  # afresh
+        with torch.inference_mode():
+            return model(x)
+
+    case = Case(infer, (1, 480, 640), (60, 800, 1), 1)
+    with backends.running_on("cuda_host", "cpu"):
+        model = seemore_t(scale=4).to(torch.bfloat16).eval().prepare()
+        infer(case.image(*case.size))
+        launches = library.recorded().decode().count("\n")
+        figures = dict(launches=launches, host_ms=host_ms(case))
+        library.record(0)
+    return figures
+
+
 def main():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -224,6 +256,8 @@ def main():
     torch.set_num_threads(1)  # the host code is one thread
     with dry_run() as compiled:
         measured = {title: measure(case, compiled) for title, case in cases().items()}
+    with contextlib.suppress(ImportError):  # outside of a checkout
+        measured[ENGINE] = measure_engine(), Counter()
     if options.json:
         print(json.dumps({title: figures for title, (figures, _) in measured.items()}, indent=1))
     else:

@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 import threading
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -70,6 +71,15 @@ def add_a_hook(model):
     model.body[1].global_block.block.attn.conv[0].register_forward_hook(lambda module, inputs, y: 2 * y)
 
 
+def replace_the_hooks(model):
+    model.body[1].global_block.block.proj._forward_hooks = OrderedDict({0: lambda module, inputs, y: 2 * y})
+
+
+def reorder_layers(model):
+    layers = model.body[0].local_block.block.conv_2  # stripes and GELU
+    layers._modules["0"] = layers._modules.pop("0")
+
+
 def parametrise(model):
     class Negate(nn.Module):
         def forward(self, weight):
@@ -106,20 +116,22 @@ def subclass(model):
     model.conv_1.__class__ = Doubled
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        replace_a_layer,
-        add_a_hook,
-        parametrise,
-        override_forward,
-        choose_more_experts,
-        recurse_less,
-        widen_eps,
-        add_a_parameter,
-        subclass,
-    ],
-)
+CHANGES = [
+    replace_a_layer,
+    reorder_layers,
+    add_a_hook,
+    replace_the_hooks,
+    parametrise,
+    override_forward,
+    choose_more_experts,
+    recurse_less,
+    widen_eps,
+    add_a_parameter,
+    subclass,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
 def test_changed_models_are_computed_as_they_are(calls, change):
     model, x = network(), torch.rand(2, 3, 20, 20)
@@ -135,6 +147,30 @@ def test_changed_models_are_computed_as_they_are(calls, change):
             torch.testing.assert_close(y, model(x), rtol=0, atol=1e-5)
         assert (change is add_a_parameter) == torch.allclose(y, before, rtol=0, atol=1e-4)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "duplicate", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_changes_after_preparation_and_of_copies_are_seen(change, duplicate):
+    model, x = duplicate(network().prepare()), torch.rand(1, 3, 20, 20)
+    assert engine.unsupported_reason(model, x) is None
+    change(model)
+    assert "not one that the model was built with" in engine.unsupported_reason(model, x)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_other_parameters_are_seen(prepared):
+    model, x = network(), torch.rand(1, 3, 20, 20)
+    if prepared:
+        model.prepare()
+    for weight, reason in (
+        (torch.ones(7), "not one that the model was built with"),
+        (torch.ones(12).half(), "one dtype"),
+    ):
+        model.norm.weight = nn.Parameter(weight, requires_grad=False)
+        assert reason in engine.unsupported_reason(model, x)
 
 
 def test_a_hook_on_the_model_itself_runs_around_it(calls):

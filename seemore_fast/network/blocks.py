@@ -1,6 +1,6 @@
 """Blocks of the network: fused, or plain modules where they were modified."""
 
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 import torch.nn as nn
@@ -14,6 +14,7 @@ from ..reference.model import SEE, LayerNorm, ResidualPair, StripedConv2d, body_
 from . import fused as f
 from .checkpointing import checkpointed
 from .modules import MoEBlock, has_additions, shuffle_channels
+from .structure import Structure
 
 FusedModule = TypeVar("FusedModule", bound="Fused")
 
@@ -39,22 +40,15 @@ class Fused(nn.Module):
     What was frozen of its parameters thaws in train(), load_state_dict() and to() (any conversion), and is not copied.
     """
 
+    options: ClassVar[dict[type, tuple[str, ...]]] = {LayerNorm: ("eps",)}  # of modules: fused operators ignore them
+
     def _snapshot_structure(self):
         self._frozen: dict[object, Any] = {}
-        # A tuple is no submodule to torch; copying or pickling a module copies it with the modules it names.
-        self._built_with = tuple((m, type(m), tuple(m._modules.values())) for m in self.modules())
-        self._built_shapes = [weight.shape for weight in self.ordered_parameters()]
+        self.structure = Structure(self, self.options)
 
     def is_unmodified(self) -> bool:
         """Return whether all modules and parameters inside are those it was built with, as they were built."""
-        for module, built_as, children in self._built_with:  # at every call: a plain loop is the quickest
-            if type(module) is not built_as or (built_as is LayerNorm and module.eps != f.EPS):
-                return False
-            if (children or module._modules) and tuple(module._modules.values()) != children:
-                return False
-            if module is not self and has_additions(module):
-                return False
-        return self._built_shapes == [weight.shape for weight in self.ordered_parameters()]
+        return self.structure.has_modules() and self.structure.has_shapes(self.ordered_parameters())
 
     def train(self: FusedModule, mode: bool = True) -> FusedModule:
         if mode:
@@ -74,8 +68,7 @@ class Fused(nn.Module):
 
     def ordered_parameters(self) -> list[Tensor]:
         """Return the parameters in the state dict's order; one that two modules share comes twice."""
-        weights = (weight for module, _, _ in self._built_with for weight in module._parameters.values())
-        return [weight for weight in weights if weight is not None]
+        return self.structure.parameters()
 
 
 class Block(Fused, ResidualPair, Generic[f.AnyParams]):

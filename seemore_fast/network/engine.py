@@ -19,8 +19,9 @@ from .._torch_compat import has_forward_gradients, is_transformed
 from ..backends import lookup_kernel, native, select_backend
 from ..memory import check_memory, mapped_buffer
 from ..ops.operator import define
-from .blocks import ResGroup, body_dtype
-from .modules import ModuleList
+from ..reference.config import expert_ranks
+from .blocks import body_dtype
+from .structure import Structure
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUMBERS = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}  # of dtypes, as csrc/params/views.h has them
@@ -54,6 +55,22 @@ class EngineConfig(NamedTuple):
     ranks: tuple[int, ...]  # of the experts
 
     @classmethod
+    def of(cls, c: dict[str, Any]) -> "EngineConfig":
+        """Return the configuration of a model with the arguments `c`, whose features are float32."""
+        return cls(
+            scale=c["scale"],
+            in_channels=c["in_chans"],
+            channels=c["embedding_dim"],
+            groups=c["num_layers"],
+            taps=c["global_kernel_size"],
+            recursive=c["recursive"],
+            top_k=c["topk"],
+            is_shuffled=c["use_shuffle"],
+            dtype=NUMBERS[torch.float32],
+            ranks=tuple(expert_ranks(c["lr_space"], c["num_experts"])),
+        )
+
+    @classmethod
     def from_numbers(cls, numbers: list[int]) -> "EngineConfig":
         """Return the configuration that an operator was called with."""
         ranks = len(cls._fields) - 1
@@ -73,16 +90,17 @@ class Network(Protocol):
     img_range: float
     mean: Tensor
     conv_1: nn.Conv2d
-    body: "ModuleList[ResGroup]"
+    structure: Structure
+    engine_config: "EngineConfig"
 
     @property
     def recompute(self) -> str: ...
 
-    def is_unmodified(self) -> bool: ...
-
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def ordered_parameters(self) -> list[Tensor]: ...
+
+    def are_frozen(self, weights: list[Tensor]) -> bool: ...
 
     def engine_weights(self, config: EngineConfig) -> tuple[list[Tensor], bool]: ...
 
@@ -102,49 +120,43 @@ def unsupported_reason(model: Network, x: Tensor) -> str | None:
         return "gradients are wanted"
     if is_transformed() or has_forward_gradients():
         return "a transform of torch.func or forward-mode differentiation is at work"
-    dtype = weights[0].dtype
-    if dtype not in DTYPES or any(w.dtype != dtype or w.device != x.device for w in weights):
-        return "the parameters are not all of one dtype (float32, bfloat16 or float16) and on the device of x"
-    if not model.is_unmodified():
+    is_modified = False
+    if not model.are_frozen(weights) or weights[0].device != x.device:
+        dtype = weights[0].dtype
+        if dtype not in DTYPES or any(w.dtype != dtype or w.device != x.device for w in weights):
+            return "the parameters are not all of one dtype (float32, bfloat16 or float16) and on the device of x"
+        is_modified = not model.structure.has_shapes(weights)
+    if is_modified or not model.structure.has_modules():
         return "a module has a hook, or is not one that the model was built with"
-    return None if backend == "cpu" else _gpu_reason(model)
+    return None if backend == "cpu" else _gpu_reason(config_of(model, backend))
 
 
-def _gpu_reason(model: Network) -> str | None:
-    """Return None if the CUDA library has kernels for the model's configuration, otherwise the reason why not."""
-    if body_dtype(model.conv_1.weight) == torch.float32:
+def _gpu_reason(config: EngineConfig) -> str | None:
+    """Return None if the CUDA library has kernels for a configuration, otherwise the reason why not."""
+    if config.dtype == NUMBERS[torch.float32]:
         return "features are float32: on a GPU the operators compute those"
-    ranks = model.body[0].local_block.block.moe_layer.ranks
-    c = model.config
-    sizes = {"taps": c["global_kernel_size"], "recursive": c["recursive"], "experts": len(ranks), "ranks": sum(ranks)}
+    sizes = {
+        "taps": config.taps,
+        "recursive": config.recursive,
+        "experts": len(config.ranks),
+        "ranks": sum(config.ranks),
+    }
     too_large = [
         f"{name} are {size}, at most {GPU_MOST[name]}" for name, size in sizes.items() if size > GPU_MOST[name]
     ]
     return ", ".join(too_large) or None
 
 
-def config_of(model: Network) -> EngineConfig:
-    """Return the model's configuration for the library's operators, as it would be called now.
+def config_of(model: Network, backend: str | None = None) -> EngineConfig:
+    """Return the model's configuration for the operators of a backend's library, by default of that called now.
 
     On a CPU bfloat16 where the processor multiplies it; elsewhere it would be no faster than float32, which is exact.
     """
-    c = model.config
     dtype = body_dtype(model.conv_1.weight)
-    if select_backend("network", model.mean) == "cpu":
+    if dtype != torch.float32 and (backend or select_backend("network", model.mean)) == "cpu":
         multiplies = dtype == torch.bfloat16 and native.instruction_set() == "avx512_bf16"
         dtype = torch.bfloat16 if multiplies else torch.float32
-    return EngineConfig(
-        scale=c["scale"],
-        in_channels=c["in_chans"],
-        channels=c["embedding_dim"],
-        groups=c["num_layers"],
-        taps=c["global_kernel_size"],
-        recursive=c["recursive"],
-        top_k=c["topk"],
-        is_shuffled=c["use_shuffle"],
-        dtype=NUMBERS[dtype],
-        ranks=tuple(model.body[0].local_block.block.moe_layer.ranks),
-    )
+    return model.engine_config._replace(dtype=NUMBERS[dtype])
 
 
 def plan_memory(
@@ -228,10 +240,8 @@ def _call(
         if folder is not None:
             _, disk, resident, rows = _plan(config, x.shape, None, y.element_size(), streamed=True)
             state = mapped_buffer(resident + disk, folder, resident)[0] if disk else None
-    else:
-        needed = lookup_kernel("network", mean, part="_memory")(config.numbers(), *_without_channels(x.shape), 1, 0)[0]
-        state = torch.empty(needed, dtype=torch.uint8, device=x.device)
-        is_finite = None if y.dtype == torch.float32 else torch.ones(1, dtype=torch.int32, device=x.device)
+    elif y.dtype != torch.float32:
+        is_finite = torch.ones(1, dtype=torch.int32, device=x.device)
     function = lookup_kernel("network", mean)
     result = function(y, x, packed, mean, img_range, config.numbers(), state, rows, resident, progress, is_finite)
     return result if is_finite is None else bool(is_finite)
@@ -240,10 +250,6 @@ def _call(
 def _is_cpu(like: Tensor) -> bool:
     """Return whether the CPU library computes the network for images on the device of `like`, in float32."""
     return select_backend("network", like) == "cpu"
-
-
-def _without_channels(shape: Sequence[int]) -> tuple[int, int, int]:
-    return shape[0], shape[2], shape[3]
 
 
 def _as_known(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def gpu_memory_needed(model: Network, shape: Sequence[int], training: bool = Fal
     picture = 4 * colours * model.scale**2
     inside, end = channels * (4 * itemsize + 4 + 4 * 35 / 256), 4 * channels + picture
     if itemsize == 2 and not training and engine.unsupported_reason(model, model.mean) is None:
-        ranks = 16 * math.ceil(sum(model.body[0].local_block.block.moe_layer.ranks) / 16)
+        ranks = 16 * math.ceil(sum(model.engine_config.ranks) / 16)
         end = max(channels, 40) * (3 * itemsize + 4 + 4 / 16) + ranks * itemsize + picture
     return round(batch * height * width * (max(inside, end) + kept * channels * itemsize + 4 * colours))
 

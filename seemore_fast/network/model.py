@@ -1,6 +1,7 @@
 """SeemoRe, the drop-in network: tree, keys and arguments are the published ones, the operators are fused."""
 
 from functools import partial, wraps
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from .blocks import Block, Fused, ResGroup, body_dtype, frozen, parameters_of
 from .checkpointing import CHOICES
 from .gpu_memory import with_oom_hint
 from .graphs import Graphs
-from .modules import ModuleList
+from .modules import ModuleList, MoEBlock, Router
 from .replay import Recorded
 
 
@@ -58,11 +59,13 @@ class SeemoRe(Fused, reference.SeemoRe):
 
     group = ResGroup
     body: "ModuleList[ResGroup]"
+    options = Fused.options | {MoEBlock: ("recursive", "use_shuffle"), Router: ("top_k",)}
 
     @wraps(reference.SeemoRe.__init__)
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._recompute = "auto"
+        self.engine_config = engine.EngineConfig.of(self.config)
         self._snapshot_structure()
 
     @property
@@ -106,6 +109,7 @@ class SeemoRe(Fused, reference.SeemoRe):
                     if isinstance(block, Block) and block.is_unmodified():
                         block.freeze()
             if engine.unsupported_reason(self, self.mean) is None:
+                self._frozen["served"] = self.ordered_parameters()
                 self.engine_weights(engine.config_of(self))
         ends = self._frozen["ends"]
         self._frozen["replays"] = Graphs(lambda x: self._launch(x, ends), MOST_REPLAYS, Recorded, "recording")
@@ -124,14 +128,10 @@ class SeemoRe(Fused, reference.SeemoRe):
             self._frozen[key] = engine.pack(self._frozen["parameters"], config)
         return [self._frozen[key]], True
 
-    def is_unmodified(self) -> bool:
-        """Return whether all modules, parameters and routing options inside are those it was built with."""
-        c = self.config
-        return super().is_unmodified() and all(
-            (block.recursive, block.use_shuffle, block.moe_layer.gate.top_k)
-            == (c["recursive"], c["use_shuffle"], c["topk"])
-            for block in (group.local_block.block for group in self.body)
-        )
+    def are_frozen(self, weights: list[Tensor]) -> bool:
+        """Return whether `weights` are the parameters that `prepare` found served by the engine, and copied."""
+        served = self._frozen.get("served", [])
+        return len(served) == len(weights) and all(map(is_, served, weights))
 
     def wants_gradients(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in self.ordered_parameters()))
