@@ -1,6 +1,7 @@
 """Training steps in graphs, replayed on the host operator by operator: results, sizes, settings, errors. On a GPU:
 test_gpu_training.py."""
 
+import contextlib
 import copy
 import warnings
 
@@ -55,7 +56,7 @@ def eager_step(network, optimizer, clip=None, autocast=None, scaler=None):
 
     def step(x, target):
         optimizer.zero_grad()
-        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
             loss = F.l1_loss(network(x), target)
         scaler.scale(loss).backward()
         if clip:
@@ -198,6 +199,15 @@ def test_steps_are_seen_as_changes_of_parameters(graphs):
         before = [p._version for p in network.parameters()]
         step(*batch(i))
         assert all(p._version > old for p, old in zip(network.parameters(), before, strict=True))
+
+
+def test_autocast_around_a_step_has_graphs_of_its_own(graphs):
+    networks, _, steps = pair()
+    for i in range(10):
+        with torch.autocast("cpu", torch.bfloat16, enabled=i % 2 == 1):
+            assert torch.equal(*[step(*batch(i)) for step in steps])
+    assert_same(*networks)
+    assert len(graphs.captures) == 2
 
 
 def test_losses_keep_their_values(graphs):

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from helpers import processes
 from helpers.host_graphs import HostGraphs
-from helpers.training import checkpoint, newest, stopped, tensors, trainer
+from helpers.tables import read_csv
+from helpers.training import arguments, checkpoint, newest, stopped, tensors, trainer
 
+from seemore_fast.cli import main
 from seemore_fast.errors import TrainingError
 from seemore_fast.training import components
 
@@ -46,6 +49,24 @@ def test_a_resumed_run_in_graphs_is_bit_equal(work, graphs):
     assert trainer(work, *EXACT, "data.workers=1", resume="auto").run()
     assert len(graphs.captures) == 2
     assert_is_eager(work)
+
+
+def run_in_graphs(line):
+    """What each of two processes does."""
+    components.graphs_for = lambda device: HostGraphs()
+    return main(line)
+
+
+def test_two_processes_in_graphs_give_the_weights_of_one(work):
+    overrides = [*EXACT, "precision=fp64", "accumulate=2", "optimizer.clip=0.1", "log.every=1"]
+    assert trainer(work, *overrides, out="one").run()
+    line = ["train", *arguments(work, *overrides, out="two"), "--device", "cpu"]
+    done = processes.run_two(run_in_graphs, line, output=work / "printed")
+    assert [status for status, _ in done] == [0, 0], done
+    for one, two in zip(*(tensors(newest(work, out)) for out in ("one", "two")), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+    losses = [[float(row["loss"]) for row in read_csv(work / out / "steps.csv")] for out in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
 def test_a_capture_that_fails_is_reported_and_the_run_goes_on(work, graphs, capsys):

@@ -82,7 +82,7 @@ class CapturableOptimizer:
     def write_rates(self):
         for i, group in enumerate(self._optimizer.param_groups):
             if i == len(self._rates):
-                self._rates.append(torch.zeros((), device=group["params"][0].device))
+                self._rates.append(torch.zeros((), dtype=torch.float32, device=group["params"][0].device))
                 self._written.append(None)
             rate = group["lr"]
             if isinstance(rate, Tensor):

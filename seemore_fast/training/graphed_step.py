@@ -188,7 +188,7 @@ def graphed_step(
     loss        function of the network's output and HR
     optimizer   of torch.optim with fused=True (Adam, AdamW, SGD) or with the option capturable, which is set
     clip        largest norm of all gradients together
-    autocast    dtype of autocast in forward
+    autocast    dtype of autocast in forward and loss
     scaler      for float16; with an optimizer of fused=True
 
     The first steps are eager and load kernels; then a step is captured for each size of batch, and replayed. What
@@ -215,7 +215,7 @@ def graphed_step(
 
     def gradients(network: nn.Module, lr: Tensor, hr: Tensor) -> Tensor:
         lr, hr = (images.to(device, non_blocking=True) for images in (lr, hr))
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+        with torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext():
             value = loss(network(lr), hr)
         scaler.scale(value).backward()
         return value.detach()
