@@ -135,6 +135,7 @@ def network_tests() -> list[Step]:
     return [
         pytest(f"{TRITON}, network", ["triton_network", "recompute"], "-k", "not compiled"),
         pytest("tests of the network", ["gpu_network"], "-k", f"not ({LIMITED})", after="build"),
+        pytest("tests of training steps", ["gpu_training"], after="build"),
     ]
 
 

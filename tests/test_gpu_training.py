@@ -8,15 +8,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers.networks import SMALL
-from helpers.tables import read_csv
-from helpers.training import arguments, trainer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from seemore_fast import SeemoRe, graphed_step
-from seemore_fast.cli import main
 from seemore_fast.errors import TrainingError
-from seemore_fast.training.patches import Patches
 
 pytestmark = pytest.mark.gpu
 
@@ -155,6 +151,11 @@ def test_ddp(device):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_run_in_graphs_is_near_the_eager_one(work, device, precision, capsys):
     """Also resumed, with images on the GPU and from workers."""
+    from helpers.tables import read_csv
+    from helpers.training import arguments  # skips without the train extra
+
+    from seemore_fast.cli import main
+
     line = ["--device", device, "--resume", "auto"]
     for out, options in (
         ("graphs", ["graph=true"]),
@@ -175,6 +176,10 @@ def test_a_run_in_graphs_is_near_the_eager_one(work, device, precision, capsys):
 
 
 def test_patches_cut_on_a_gpu_are_those_of_the_host(work, device):
+    from helpers.training import trainer
+
+    from seemore_fast.training.patches import Patches
+
     pairs = trainer(work).dataset
     for host, found in zip(*(Patches(pairs, 16, 3, device=one).batch(5, 64) for one in ("cpu", device)), strict=True):
         assert found.is_cuda and torch.equal(host, found.cpu())
