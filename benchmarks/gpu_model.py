@@ -34,7 +34,11 @@ from seemore_fast.reference.config import expert_ranks
 LIBRARY = native.FOLDER / "libseemore_cuda.so"
 MULTIPROCESSORS, SCHEDULERS, CLOCK, COPY = 132, 4, 1.9e9, 4.3e12  # of an H200; clock: of 1.98 GHz at most
 EFFICIENCIES = (0.8, 0.6)
-SIZES = {"T": [(128, 128), (256, 256), (480, 640), (720, 1280)], "B": [(480, 640), (720, 1280)], "L": [(480, 640), (720, 1280)]}
+SIZES = {
+    "T": [(128, 128), (256, 256), (480, 640), (720, 1280)],
+    "B": [(480, 640), (720, 1280)],
+    "L": [(480, 640), (720, 1280)],
+}
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([\w.]+)(.*?);")
 STEP, UNIT_COLUMNS, AT_ONCE = 4, 16, 2 * MULTIPROCESSORS  # csrc/cuda/network/walk.h
 STENCIL = [3.0] * 4  # trips of a 3x3 stencil's loops, which are of a row of taps, for a half of the pixels and words

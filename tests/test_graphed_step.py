@@ -3,7 +3,9 @@ test_gpu_training.py."""
 
 import contextlib
 import copy
+import gc
 import warnings
+from unittest.mock import MagicMock, call
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from seemore_fast import SeemoRe, graphed_step
 from seemore_fast.errors import TrainingError
 from seemore_fast.training import graphed_step as module
+from seemore_fast.training.capture import CudaGraphs
 from seemore_fast.training.graphed_step import MOST, WARM_UPS
 
 RATES = [2**-8, 2**-8, 2**-9]  # exact in float32, as a graph holds them
@@ -244,6 +247,36 @@ def test_two_processes_take_the_steps_of_ddp(tmp_path, fails):
     assert [status for status, _ in done] == [0, 0], done
     assert done[0][1] == "4 captures\n"  # two of each size
     assert ("no CUDA graph for batches" in done[1][1]) == fails
+
+
+# Captures
+
+
+def test_captures_are_on_one_stream_and_share_memory(monkeypatch):
+    cuda = MagicMock()
+    cuda.CUDAGraph.side_effect = lambda: MagicMock()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    graphs, stream = CudaGraphs("cuda:1"), cuda.Stream.return_value
+    assert graphs.warm_up(lambda: 7) == 7
+    assert cuda.mock_calls.index(call.Stream().wait_stream(cuda.current_stream())) < cuda.mock_calls.index(
+        call.current_stream().wait_stream(stream)
+    )
+
+    def pool(result):
+        nonlocal captures
+        captures.append(graphs.capture(lambda: result))
+        options = cuda.graph.call_args.kwargs
+        assert captures[-1].result == result and options["stream"] is stream
+        assert options["capture_error_mode"] == "thread_local"
+        return options["pool"]
+
+    captures = []
+    assert pool("first") is None and pool("second") is captures[0].pool
+    captures[1].replay()
+    captures[1]._graph.replay.assert_called_once_with()
+    captures, cuda.graph.call_args = [], None  # memory without graphs is not used again
+    gc.collect()
+    assert pool("third") is None
 
 
 # Errors

@@ -1,6 +1,7 @@
 """Parts of a captured training step: CUDA graphs, an optimizer that can be captured, means of gradients."""
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,8 +20,12 @@ class Capture:
         graph = torch.cuda.graph(  # other threads may allocate meanwhile: one of a DataLoader pins batches
             self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
         )
-        with torch.cuda.stream(stream), graph:  # a capture that fails does not leave its stream
+        with torch.cuda.stream(stream), graph:  # torch does not leave the stream of a capture that fails
             self.result = function()
+
+    @property
+    def pool(self) -> Any:
+        return self._graph.pool()
 
     def replay(self):
         with torch.cuda.device(self._device):
@@ -28,10 +33,11 @@ class Capture:
 
 
 class CudaGraphs:
-    """Warm-ups and captures on one side stream, in memory that all graphs share: one of them runs at a time."""
+    """Warm-ups and captures on one side stream. All graphs share their memory: one of them runs at a time."""
 
     def __init__(self, device: torch.device):
-        self._stream, self._pool = torch.cuda.Stream(device), None
+        self._stream = torch.cuda.Stream(device)
+        self._captures: weakref.WeakSet[Capture] = weakref.WeakSet()
 
     def warm_up(self, function: Callable[[], Any]) -> Any:
         """Return function(), run on the stream of captures, which loads kernels and allocates an optimizer's state."""
@@ -43,9 +49,11 @@ class CudaGraphs:
         return result
 
     def capture(self, function: Callable[[], Any]) -> Capture:
+        pool = next((capture.pool for capture in self._captures), None)  # one without graphs cannot be used again
         with torch.cuda.device(self._stream.device):
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            return Capture(function, self._stream, self._pool)
+            capture = Capture(function, self._stream, pool)
+        self._captures.add(capture)
+        return capture
 
 
 class CapturableOptimizer:
