@@ -32,6 +32,21 @@ class Capture:
             self._graph.replay()
 
 
+@contextlib.contextmanager
+def waiting(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Run a block on a stream, which waits for the current one, as that does for the block."""
+    with torch.cuda.device(stream.device):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+def on_side_stream(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context for the construction of DDP, whose backward can be captured only if made on a side stream."""
+    return waiting(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
+
+
 class CudaGraphs:
     """Warm-ups and captures on one side stream. All graphs share their memory: one of them runs at a time."""
 
@@ -41,12 +56,8 @@ class CudaGraphs:
 
     def warm_up(self, function: Callable[[], Any]) -> Any:
         """Return function(), run on the stream of captures, which loads kernels and allocates an optimizer's state."""
-        with torch.cuda.device(self._stream.device):
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                result = function()
-            torch.cuda.current_stream().wait_stream(self._stream)
-        return result
+        with waiting(self._stream):
+            return function()
 
     def capture(self, function: Callable[[], Any]) -> Capture:
         pool = next((capture.pool for capture in self._captures), None)  # one without graphs cannot be used again

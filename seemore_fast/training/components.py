@@ -9,9 +9,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ConfigError
 from ..network.model import SeemoRe
+from .capture import on_side_stream
 from .config import Config, Optimizer
 from .distributed import World
-from .graphed_step import TrainingStep, graphs_for, on_side_stream
+from .graphed_step import TrainingStep, graphs_for
 from .logging import has_tensorboard
 from .losses import pixel_loss
 

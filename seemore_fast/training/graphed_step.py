@@ -192,9 +192,9 @@ def graphed_step(
     scaler      for float16; with an optimizer of fused=True
 
     The first steps are eager and load kernels; then a step is captured for each size of batch, and replayed. What
-    cannot be captured runs eagerly, and a warning says why. Learning rates may change at every step. A replay calls no
-    Python: hooks and print() run at the capture only, modules must stay the same, and other settings of the
-    optimizer make a new graph. On a CPU each step is eager.
+    cannot be captured runs eagerly, and a warning says why. Learning rates may change at every step, and other
+    settings of the optimizer make a new graph. A replay calls no Python: hooks and print() run at the capture only, and
+    modules must stay the same. Gradients remain in the parameters until the next step. On a CPU each step is eager.
 
     DDP is used as it is, without find_unused_parameters and communication hooks; on a GPU construct it on a side
     stream: `with torch.cuda.stream(torch.cuda.Stream()): model = DistributedDataParallel(model)`.
@@ -225,8 +225,3 @@ def graphed_step(
 
 def graphs_for(device: torch.device) -> CudaGraphs | None:
     return CudaGraphs(device) if device.type == "cuda" else None
-
-
-def on_side_stream(device: torch.device) -> contextlib.AbstractContextManager:
-    """Return a context for the construction of DDP, whose gradients are captured only if made on a side stream."""
-    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
