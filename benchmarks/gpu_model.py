@@ -41,7 +41,7 @@ SIZES = {
 }
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([\w.]+)(.*?);")
 STEP, UNIT_COLUMNS, AT_ONCE = 4, 16, 2 * MULTIPROCESSORS  # csrc/cuda/network/walk.h
-STENCIL = [3.0] * 4  # trips of a 3x3 stencil's loops, which are of a row of taps, for a half of the pixels and words
+STENCIL = 3.0  # trips of a 3x3 stencil's loop over columns of taps
 MOST_LEAD = 6  # rows' work before a band's first row: SEE computes ten, but half of what it does
 
 
@@ -165,18 +165,18 @@ def launches(config: dict, height: int, width: int) -> Iterator[Launch]:
         "front_kernel",
         4,
         4,
-        lambda w: [3, chunks, *STENCIL, w.columns / 4 * padded / w.threads],
+        lambda w: [3, chunks, STENCIL, w.columns / 4 * padded / w.threads],
         pixels * (2 * feature + 32 * chunks) + small,
     )
     yield walking(
         f"ffn_kernelI13__nv_bfloat16Li{padded}ELb1E",
         1,
         2,
-        lambda _: [chunks, *STENCIL],
+        lambda _: [chunks, STENCIL],
         pixels * (3 * feature + 32 * chunks),
     )
-    yield walking("see_kernel", 5, 10, lambda w: [*row_trips(w), 2, 2, 2, 2], pixels * 2 * feature)
-    yield walking(f"ffn_kernelI13__nv_bfloat16Li{padded}ELb0E", 1, 2, lambda _: STENCIL, pixels * 2 * feature)
+    yield walking("see_kernel", 5, 10, lambda w: [*row_trips(w), 5], pixels * 2 * feature)
+    yield walking(f"ffn_kernelI13__nv_bfloat16Li{padded}ELb0E", 1, 2, lambda _: [STENCIL], pixels * 2 * feature)
     yield walking("features_kernel", 1, 2, lambda _: [3], pixels * (3 * feature + 4 * padded))
     blocks = math.ceil(width / columns) * math.ceil(height / STEP)
     output_chunks = math.ceil(outputs / (8 * tiles))

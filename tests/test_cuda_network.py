@@ -347,18 +347,48 @@ def test_under_address_sanitizer():
     assert (finished.stdout, finished.returncode) == ("clean\n", 0), finished.stderr
 
 
-def test_an_instruction_of_a_warp_multiplies_as_documented():
+@pytest.fixture(scope="module")
+def instructions():
+    """The library of helpers.cuda_host.products; tensors go by their address."""
+    source = cuda_host.HERE / "products.cu"
+    built = ctypes.CDLL(str(available(cuda_host.compile_library, "products", [source], cuda_host.CACHE)))
+
+    def call(name: str, *arguments):
+        as_c = [ctypes.c_void_p(each.data_ptr()) if torch.is_tensor(each) else each for each in arguments]
+        getattr(built, name)(*as_c)
+
+    return call
+
+
+def test_an_instruction_of_a_warp_multiplies_as_documented(instructions):
     """mma.sync m16n8k16 of known numbers, by the layout of fragments in the PTX manual."""
     left, right = torch.randint(-8, 9, (16, 16)).double(), torch.randint(-8, 9, (16, 8)).double()
     lanes = range(32)
     a = [[left[lane // 4 + 8 * (i % 4 // 2), lane % 4 * 2 + i % 2 + 8 * (i // 4)] for i in range(8)] for lane in lanes]
     b = [[right[lane % 4 * 2 + i % 2 + 8 * (i // 2), lane // 4] for i in range(4)] for lane in lanes]
-    source = cuda_host.HERE / "products.cu"
-    built = ctypes.CDLL(str(available(cuda_host.compile_library, "products", [source], cuda_host.CACHE)))
     for inputs, wanted in ((16, left @ right), (8, left[:, :8] @ right[:8])):
         operands = [torch.tensor(rows).bfloat16()[:, : n * inputs // 16].contiguous() for rows, n in ((a, 8), (b, 4))]
         found = torch.empty(32, 4)
-        built.product(inputs, *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (*operands, found)))
+        instructions("product", inputs, *operands, found)
         for lane in lanes:
             for i in range(4):
                 assert found[lane, i] == wanted[lane // 4 + 8 * (i // 2), lane % 4 * 2 + i % 2]
+
+
+def test_an_instruction_of_a_warp_reads_matrices_as_documented(instructions):
+    """ldmatrix.x4: lane l gets elements 2 (l % 4) and the next one of row l / 4, of each matrix."""
+    rows = torch.arange(4 * 8 * 8, dtype=torch.int16)  # [matrix][row][element]
+    found = torch.empty(32, 4, 2, dtype=torch.int16)
+    instructions("matrices", rows, found)
+    for lane in range(32):
+        expected = rows.view(4, 8, 4, 2)[:, lane // 4, lane % 4]
+        assert torch.equal(found[lane], expected)
+
+
+def test_pairs_are_rounded_once(instructions):
+    a, b, c = (torch.randn(32, 2).half() for _ in range(3))
+    found = torch.empty(32, 3, 2, dtype=torch.float16)
+    instructions("pairs", a, b, c, found)
+    exact = a.double() * b.double()
+    for i, expected in enumerate((exact + c.double(), exact, a.double().tanh())):
+        assert torch.equal(found[:, i], expected.half())

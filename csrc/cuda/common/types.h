@@ -83,17 +83,6 @@ __device__ inline float power_of_two(float x) {
 #endif
 }
 
-// tanh(x), within 2^-11 of it.
-__device__ inline float hyperbolic_tangent(float x) {
-#if defined(__CUDA_ARCH__)
-  float result;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-#else
-  return tanhf(x);
-#endif
-}
-
 __device__ inline double normal_cdf(double s) { return 0.5 * (1 + erf(s * 0.70710678118654752440)); }
 
 // By erf(s / sqrt(2)) / s as a rational function of s^2, as in csrc/cpu/simd/math.h: 17 instructions, where erff and

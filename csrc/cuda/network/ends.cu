@@ -2,7 +2,7 @@
 // the upsampler with its shuffle. The picture itself travels through them: they are as accurate as float32.
 
 #include "cuda/network/launches.h"
-#include "cuda/network/walk.h"
+#include "cuda/network/rings.h"
 
 namespace seemore::gpu {
 namespace {
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kHeadThreads, blocks_of(kChannels))
     if (first + p >= call.width) continue;
     const int64_t pixel = row * call.width + first + p;
     uint32_t words[kCount];
-    narrow<T, false>(words, sums[p]);
+    narrow<T>(words, sums[p]);
     features.write(pixel, words, lane);
 #pragma unroll
     for (int word = 0; word < kCount; ++word) {
@@ -124,8 +124,8 @@ int64_t shared_bytes(int columns) {
 }
 
 // The sum of conv_2 and f, of a step's rows from `row` of the band on.
-template <class T, int kChannels>
-__device__ void finish(const Ring<kChannels, kRing>& normalised, const FeaturesCall& call, int row) {
+template <int kChannels>
+__device__ void finish(const MatrixRing<kChannels, kRing>& normalised, const FeaturesCall& call, int row) {
   constexpr int kCount = kWords<kChannels>;
   const Part part(call.walk);
   const Unit unit(call.walk);
@@ -133,7 +133,7 @@ __device__ void finish(const Ring<kChannels, kRing>& normalised, const FeaturesC
   if (row < part.top || row + unit.row >= part.bottom) return;
   const Features<kChannels> upper{call.upper}, lower{call.lower};
   float sums[kPixels][kCount][2];
-  conv3x3<T>(sums, normalised, call.weights, part, unit, row);
+  conv3x3(sums, normalised, call.weights, part, unit, row);
   for_pixels(call.walk, part, unit, row, [&](int p, int y, int column, int64_t pixel) {
     if (!part.owns(y, column)) return;
     float f[kCount][2];
@@ -143,7 +143,7 @@ __device__ void finish(const Ring<kChannels, kRing>& normalised, const FeaturesC
     for (int word = 0; word < kCount; ++word) {
       sums[p][word][0] += f[word][0], sums[p][word][1] += f[word][1];
     }
-    narrow<Upper, false>(words, sums[p]);
+    narrow<Upper>(words, sums[p]);
     upper.write(pixel, words, unit.lane);
 #pragma unroll
     for (int word = 0; word < kCount; ++word) {
@@ -159,11 +159,11 @@ template <class T, int kChannels>
 __global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of(kChannels))
     features_kernel(const __grid_constant__ FeaturesCall call) {
   DYNAMIC_SHARED(char, memory);
-  const Ring<kChannels, kRing> normalised(memory, call.walk.columns);
+  const MatrixRing<kChannels, kRing> normalised(memory, call.walk.columns);
   for (int row = -kStep; row < call.walk.rows; row += kStep) {
     norm_into<T, 0>(normalised, Features<kChannels>{call.x}, call.weights, call.channels, call.walk, row + 1);
     __syncthreads();
-    finish<T>(normalised, call, row);
+    finish(normalised, call, row);
     __syncthreads();
   }
 }

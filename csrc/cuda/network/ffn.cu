@@ -6,7 +6,7 @@
 
 #include "cuda/common/axis.h"
 #include "cuda/network/launches.h"
-#include "cuda/network/walk.h"
+#include "cuda/network/rings.h"
 
 namespace seemore::gpu {
 namespace {
@@ -116,7 +116,7 @@ struct MapPlaces {
 };
 
 // What the experts of a chunk make of a row's two pixels of a, times their shares.
-template <class T, int kCount>
+template <int kCount>
 __device__ void modulate(uint32_t (&to)[2][2], const uint32_t (&a)[2][kCount], const Call& call, const Choice& choice,
                          const Part& part, const Unit& unit, int y, int chunk) {
   part_of_work();
@@ -126,7 +126,7 @@ __device__ void modulate(uint32_t (&to)[2][2], const uint32_t (&a)[2][kCount], c
   float product[2][2][2];
   const float4 four = *reinterpret_cast<const float4*>(experts.project_a_bias + rank);
   const float bias[2][2] = {{four.x, four.y}, {four.z, four.w}};
-  multiply<T>(product, a, experts.project_a + chunk * quads_of(2, kCount) * kWarp, bias);
+  multiply<Operand>(product, a, experts.project_a + chunk * quads_of(2, kCount) * kWarp, bias);
   const int64_t map_pixels = int64_t(experts.down.small) * experts.across.small;
   const float* const map = experts.small + part.image * map_pixels * ranks + rank;
   const MapPlaces places(experts, y, x);
@@ -137,7 +137,7 @@ __device__ void modulate(uint32_t (&to)[2][2], const uint32_t (&a)[2][kCount], c
     const int64_t pixel = (int64_t(part.image) * call.walk.height + y) * call.walk.width + x + 8 * p;
     const uint2 pair = *reinterpret_cast<const uint2*>(experts.ranks + (pixel * ranks + rank) / 2);
     float k[2][2], s[4];
-    unpack_pair<T>(k[0], pair.x), unpack_pair<T>(k[1], pair.y);
+    unpack_pair<Operand>(k[0], pair.x), unpack_pair<Operand>(k[1], pair.y);
     places.interpolate(s, map, p);
 #pragma unroll
     for (int word = 0; word < 2; ++word) {
@@ -147,7 +147,7 @@ __device__ void modulate(uint32_t (&to)[2][2], const uint32_t (&a)[2][kCount], c
         const float share = choice.share[rank + 2 * word + i];  // an expert not chosen may have overflown
         z[i] = share == 0 ? 0 : share * ((k[word][i] + s[2 * word + i]) * product[p][word][i]);
       }
-      to[p][word] = pack_pair<T>(z[0], z[1]);
+      to[p][word] = pack_pair<Operand>(z[0], z[1]);
     }
   }
 }
@@ -161,16 +161,16 @@ __device__ void read_experts(uint32_t (&words)[kPixels][kWords<kChannels>], cons
   uint32_t a[kPixels][kCount];
   read_pixels(a, Features<kChannels>{experts.a}, call.walk, part, unit, row);
   float sums[kPixels][kCount][2];
-  pointwise<T>(sums, a, experts.mix, choice.bias, unit);
+  pointwise(sums, a, experts.mix, choice.bias, unit);
 #pragma unroll 1
   for (int chunk = 0; chunk < experts.rank_chunks; ++chunk) {
     uint32_t modulated[kPixels][2];
 #pragma unroll
     for (int below = 0; below < kUnitRows; ++below) {
-      modulate<T>(rows_of<2>(modulated, below), rows_of<2>(a, below), call, choice, part, unit, row + unit.row + below,
-                  chunk);
+      modulate(rows_of<2>(modulated, below), rows_of<2>(a, below), call, choice, part, unit, row + unit.row + below,
+               chunk);
     }
-    multiply<T>(sums, modulated, reinterpret_cast<const uint4*>(choice.mix) + chunk * mix_quads(kChannels));
+    multiply<Operand>(sums, modulated, reinterpret_cast<const uint4*>(choice.mix) + chunk * mix_quads(kChannels));
   }
   read_pixels(words, Features<kChannels>{call.x}, call.walk, part, unit, row);
   add_to<T, false>(words, sums);
@@ -214,15 +214,11 @@ __device__ void finish(const Shared<kChannels>& shared, const Call& call, int ro
   uint32_t u[kPixels][kCount];
   read_ring(u, shared.normalised, row - part.top, 0, unit);
   pointwise_gelu<T>(u, call.weights.u, call.weights.u_bias, unit);
-  depthwise<T, 3, 3>(
-      u, shared.g, call.weights.gate, [&](int) { return call.weights.gate_bias; }, part, unit, row,
-      [&](int word, int i, int p, float sum) {
-        float pair[2];
-        unpack_pair<T>(pair, u[p][word]);
-        return pair[i] * sum;
-      });
+  uint32_t convolved[kPixels][kCount];
+  depthwise_with_bias<3, 3>(convolved, shared.g, call.weights.gate, part, unit, row);
+  multiply_all(u, convolved);
   float sums[kPixels][kCount][2];
-  pointwise<T>(sums, u, call.weights.project, call.weights.project_bias, unit);
+  pointwise(sums, u, call.weights.project, call.weights.project_bias, unit);
   if constexpr (kExperts) {
     read_ring(u, shared.kept, row - part.top, 0, unit);
   } else {

@@ -6,7 +6,7 @@
 // are one 3x3 stencil, whose bias depends on which rows are there.
 
 #include "cuda/network/launches.h"
-#include "cuda/network/walk.h"
+#include "cuda/network/rings.h"
 
 namespace seemore::gpu {
 namespace {
@@ -65,13 +65,14 @@ struct Aggregates {
 // The block's rings, and aggregates.
 template <int kChannels>
 struct Shared {
-  Ring<kChannels, kRing> normalised, expanded;
+  MatrixRing<kChannels, kRing> normalised;
+  Ring<kChannels, kRing> expanded;
   Aggregates<kChannels> aggregates;
   float* sums;  // of a: [warp][channel]
 };
 
 // Writes the ranks of k, projected from the convolution's result.
-template <class T, int kChannels>
+template <int kChannels>
 __device__ void write_ranks(const Call& call, const Part& part, const Unit& unit, int row,
                             const uint32_t (&words)[kPixels][kWords<kChannels>]) {
   const int ranks = call.rank_chunks * kChunk;
@@ -81,10 +82,10 @@ __device__ void write_ranks(const Call& call, const Part& part, const Unit& unit
     const int rank = chunk * kChunk + 4 * unit.lane.quarter;
     const float4 four = *reinterpret_cast<const float4*>(call.weights.ranks_bias + rank);
     const float bias[2][2] = {{four.x, four.y}, {four.z, four.w}};
-    multiply<T>(sums, words, call.weights.ranks + chunk * quads_of(2, kWords<kChannels>) * kWarp, bias);
+    multiply<Operand>(sums, words, call.weights.ranks + chunk * quads_of(2, kWords<kChannels>) * kWarp, bias);
     for_pixels(call.walk, part, unit, row, [&](int p, int y, int x, int64_t pixel) {
       uint32_t pair[2];
-      narrow<T, false>(pair, sums[p]);
+      narrow<Operand>(pair, sums[p]);
       if (!part.owns(y, x)) return;
       uint32_t* const to = static_cast<uint32_t*>(call.ranks) + (pixel * ranks + chunk * kChunk) / 2;
       *reinterpret_cast<uint2*>(to + 2 * unit.lane.quarter) = make_uint2(pair[0], pair[1]);
@@ -104,20 +105,19 @@ __device__ void expand(const Shared<kChannels>& shared, const Call& call, int ro
   if (row + unit.row + 1 < part.top - 1 || row + unit.row > part.bottom) return;
   uint32_t words[kPixels][kCount];
   float sums[kPixels][kCount][2];
-  conv3x3<T>(sums, shared.normalised, weights.conv, part, unit, row);
-#pragma unroll
-  for (int p = 0; p < kPixels; ++p) narrow<T, true>(words[p], sums[p]);
+  conv3x3(sums, shared.normalised, weights.conv, part, unit, row);
+  gelu_all<T>(words, sums);
 
-  pointwise<T>(sums, words, weights.a, weights.a_bias, unit);
+  pointwise(sums, words, weights.a, weights.a_bias, unit);
   uint32_t a[kPixels][kCount];
 #pragma unroll
-  for (int p = 0; p < kPixels; ++p) narrow<T, false>(a[p], sums[p]);
+  for (int p = 0; p < kPixels; ++p) narrow<Operand>(a[p], sums[p]);
   write_ring(shared.expanded, row - part.top, a, call.walk, part, unit, row);
 
   if (row < part.top || row >= part.bottom) return;  // not the band's own
-  pointwise<T>(sums, words, weights.k, weights.k_bias, unit);
+  pointwise(sums, words, weights.k, weights.k_bias, unit);
   shared.aggregates.write(sums, weights.aggregate, unit);
-  write_ranks<T, kChannels>(call, part, unit, row, words);
+  write_ranks<kChannels>(call, part, unit, row, words);
 }
 
 // a of a step's rows from `row` of the band on, which is added to the warp's sums.
@@ -129,11 +129,18 @@ __device__ void finish_a(const Shared<kChannels>& shared, const Call& call, int 
   const int first = row + unit.row;
   if (first + 1 < part.top || first >= part.bottom) return;
   uint32_t words[kPixels][kWords<kChannels>];
-  const auto bias = [&](int y) {
-    return call.weights.stripes_bias + ((y > 0) + 2 * (y < call.walk.height - 1)) * kChannels;
-  };
-  depthwise<T, 3, 3>(words, shared.expanded, call.weights.stripes, bias, part, unit, row,
-                     [](int, int, int, float sum) { return gelu_of_double<T>(sum); });
+  const auto taps = Features<kChannels>::at(call.weights.stripes, kStripes);
+#pragma unroll
+  for (int p = 0; p < kPixels; ++p) {
+    const int y = first + Unit::row_of(p);
+    taps.read(words[p], 9 + (y > 0) + 2 * (y < call.walk.height - 1), unit.lane);
+  }
+  depthwise<3, 3>(words, shared.expanded, taps, part, unit, row);
+#pragma unroll
+  for (int p = 0; p < kPixels; ++p) {
+#pragma unroll
+    for (uint32_t& word : words[p]) word = gelu_of_doubles<T>(word);
+  }
   write_own(Features<kChannels>{call.a}, words, call.walk, part, unit, row);
   part_of_work();
   float* const sums = shared.sums + threadIdx.x / kWarp * kChannels;
@@ -143,7 +150,7 @@ __device__ void finish_a(const Shared<kChannels>& shared, const Call& call, int 
 #pragma unroll
     for (int p = 0; p < kPixels; ++p) {
       float pair[2];
-      unpack_pair<T>(pair, words[p][word]);
+      unpack_pair<Operand>(pair, words[p][word]);
       if (!part.owns(first + Unit::row_of(p), part.first + unit.column_of(p))) continue;
       total[0] += pair[0], total[1] += pair[1];
     }

@@ -6,7 +6,7 @@ namespace seemore::gpu {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr float kHalf = 0.5f;  // of weights before GELU; see gelu_of_double
+constexpr float kHalf = 0.5f;  // of weights before GELU; see gelu_of_doubles
 
 // The sizes that kernels need, and the experts' ranks: (expert, rank within it) of each rank, which are padded at the
 // end.
@@ -73,7 +73,7 @@ __device__ void fill_rows(float* to, int rows, int columns, Value value) {
   for (int i = threadIdx.x; i < rows * columns; i += kThreads) to[i] = value(i / columns, i % columns);
 }
 
-template <class T, int kChannels>
+template <int kChannels>
 class Packer {
  public:
   __device__ explicit Packer(const Sizes& sizes) : s_(sizes), c_(sizes.channels) {}
@@ -82,8 +82,9 @@ class Packer {
     vector(to.norm_weight, norm.weight);
     vector(to.norm_bias, norm.bias);
     for (int tap = 0; tap < 9; ++tap) {
-      square(to.taps + tap * quads_of(kWords, kWords) * kWarp,
-             [&](int o, int i) { return scale * from.weight[(o * c_ + i) * 9 + tap]; });
+      square(
+          to.taps + tap * quads_of(kWords, kWords) * kWarp,
+          [&](int o, int i) { return scale * from.weight[(o * c_ + i) * 9 + tap]; }, InOrder());
     }
     vector(to.bias, from.bias, scale);
   }
@@ -105,16 +106,17 @@ class Packer {
     norm_pointwise(to.u, to.u_bias, from.norm, from.expand, 0);
     norm_pointwise(to.g, to.g_bias, from.norm, from.expand, 1);
     pointwise(to.project, to.project_bias, from.project, kHalf);
-    depthwise(to.gate, to.gate_bias, from.gate, 9);
+    depthwise(to.gate, from.gate, 9, 9);
   }
 
-  __device__ void depthwise(float* to, float* bias, const Layer& from, int taps, int padded = 0) const {
+  // Taps, as many as `padded`, and the bias.
+  __device__ void depthwise(uint32_t* to, const Layer& from, int taps, int padded) const {
     const int before = (padded - taps) / 2;
-    channels(to, max(taps, padded), [&](int tap, int c) {
-      const int at = padded ? tap - before : tap;
+    features(to, padded + 1, [&](int tap, int c) {
+      if (tap == padded) return from.bias[c];
+      const int at = tap - before;
       return at >= 0 && at < taps ? from.weight[c * taps + at] : 0;
     });
-    vector(bias, from.bias);
   }
 
   // a, k and the ranks of k: (weight_k @ expand_k) g + weight_k @ bias_expand_k + bias_k.
@@ -129,16 +131,16 @@ class Packer {
     }
     const auto of_rank = [&](int rank) { return from.experts.k[s_.expert[rank]].weight + s_.within[rank] * c_; };
     for (int chunk = 0; chunk < rank_chunks; ++chunk) {
-      pack<T>(to.ranks + chunk * quads_of(2, kWords) * kWarp, 2, kWords, OfRanks(), OfChannels{kChannels},
-              [&](int o, int i) {
-                const int rank = chunk * kChunk + o;
-                if (rank >= s_.ranks || i >= c_) return 0.f;
-                double sum = 0;
-                for (int k = 0; k < c_; ++k) {
-                  sum += static_cast<double>(of_rank(rank)[k]) * expand.weight[row(c_ + k) * c_ + i];
-                }
-                return static_cast<float>(sum);
-              });
+      pack<Operand>(to.ranks + chunk * quads_of(2, kWords) * kWarp, 2, kWords, OfRanks(), OfChannels{kChannels},
+                    [&](int o, int i) {
+                      const int rank = chunk * kChunk + o;
+                      if (rank >= s_.ranks || i >= c_) return 0.f;
+                      double sum = 0;
+                      for (int k = 0; k < c_; ++k) {
+                        sum += static_cast<double>(of_rank(rank)[k]) * expand.weight[row(c_ + k) * c_ + i];
+                      }
+                      return static_cast<float>(sum);
+                    });
     }
     fill_rows(to.ranks_bias, 1, rank_chunks * kChunk, [&](int, int rank) {
       if (rank >= s_.ranks) return 0.f;
@@ -149,10 +151,10 @@ class Packer {
   }
 
   __device__ void stripes(const GroupWeights& to, const Layer& row, const Layer& column) const {
-    channels(to.stripes, 9,
-             [&](int tap, int c) { return kHalf * column.weight[3 * c + tap / 3] * row.weight[3 * c + tap % 3]; });
-    channels(to.stripes_bias, 4, [&](int present, int c) {  // 1: a row above, 2: one below
+    features(to.stripes, kStripes, [&](int tap, int c) {
       const float* const weight = column.weight + 3 * c;
+      if (tap < 9) return kHalf * weight[tap / 3] * row.weight[3 * c + tap % 3];
+      const int present = tap - 9;  // 1: a row above, 2: one below
       const float sum = weight[1] + (present & 1 ? weight[0] : 0) + (present & 2 ? weight[2] : 0);
       return kHalf * (column.bias[c] + row.bias[c] * sum);
     });
@@ -160,8 +162,10 @@ class Packer {
 
   // For the small map: weight_k @ weight_pw.
   __device__ void small_map(const GroupWeights& to, const GroupLayers& from, int rank_chunks) const {
-    depthwise(to.aggregate, to.aggregate_bias, from.aggregate, 16);
-    depthwise(to.calibrate, to.calibrate_bias, from.calibrate, 9);
+    channels(to.aggregate, 16, [&](int tap, int c) { return from.aggregate.weight[c * 16 + tap]; });
+    vector(to.aggregate_bias, from.aggregate.bias);
+    channels(to.calibrate, 9, [&](int tap, int c) { return from.calibrate.weight[c * 9 + tap]; });
+    vector(to.calibrate_bias, from.calibrate.bias);
     const auto of_rank = [&](int rank) { return from.experts.k[s_.expert[rank]].weight + s_.within[rank] * c_; };
     fill_rows(to.small, rank_chunks * kChunk, kChannels, [&](int rank, int c) {
       return rank < s_.ranks && c < c_ ? dot(of_rank(rank), from.pointwise.weight + c, c_, c_) : 0;
@@ -175,19 +179,19 @@ class Packer {
     for (int i = threadIdx.x; i < s_.experts * c_; i += kThreads) to.router[i] = from.router[i];
     const auto layer = [&](const Layer(&layers)[kMostExperts], int rank) { return layers[s_.expert[rank]]; };
     for (int chunk = 0; chunk < rank_chunks; ++chunk) {
-      pack<T>(to.experts_a + chunk * quads_of(2, kWords) * kWarp, 2, kWords, OfRanks(), OfChannels{kChannels},
-              [&](int o, int i) {
-                const int rank = chunk * kChunk + o;
-                if (rank >= s_.ranks || i >= c_) return 0.f;
-                return layer(from.experts.a, rank).weight[s_.within[rank] * c_ + i];
-              });
-      pack<T>(to.mix_ranks + chunk * quads_of(kWords, 2) * kWarp, kWords, 2, OfChannels{kChannels}, OfRanks(),
-              [&](int o, int i) {
-                const int rank = chunk * kChunk + i;
-                if (rank >= s_.ranks || o >= c_) return 0.f;
-                const float* const out = layer(from.experts.out, rank).weight + s_.within[rank];
-                return dot(from.proj.weight + o * c_, out, c_, s_.rank_of[s_.expert[rank]]);
-              });
+      pack<Operand>(to.experts_a + chunk * quads_of(2, kWords) * kWarp, 2, kWords, OfRanks(), OfChannels{kChannels},
+                    [&](int o, int i) {
+                      const int rank = chunk * kChunk + o;
+                      if (rank >= s_.ranks || i >= c_) return 0.f;
+                      return layer(from.experts.a, rank).weight[s_.within[rank] * c_ + i];
+                    });
+      pack<Operand>(to.mix_ranks + chunk * quads_of(kWords, 2) * kWarp, kWords, 2, OfChannels{kChannels}, OfRanks(),
+                    [&](int o, int i) {
+                      const int rank = chunk * kChunk + i;
+                      if (rank >= s_.ranks || o >= c_) return 0.f;
+                      const float* const out = layer(from.experts.out, rank).weight + s_.within[rank];
+                      return dot(from.proj.weight + o * c_, out, c_, s_.rank_of[s_.expert[rank]]);
+                    });
     }
     fill_rows(to.experts_a_bias, 1, rank_chunks * kChunk,
               [&](int, int rank) { return rank < s_.ranks ? layer(from.experts.a, rank).bias[s_.within[rank]] : 0; });
@@ -227,12 +231,26 @@ class Packer {
 
   template <class Value>
   __device__ void square(uint4* to, Value value) const {
-    pack<T>(to, kWords, kWords, OfChannels{kChannels}, OfChannels{kChannels},
-            [&](int o, int i) { return o < c_ && i < c_ ? value(o, i) : 0.f; });
+    square(to, value, OfChannels{kChannels});
+  }
+  template <class Value, class Inputs>
+  __device__ void square(uint4* to, Value value, Inputs input_of) const {
+    pack<Operand>(to, kWords, kWords, OfChannels{kChannels}, input_of,
+                  [&](int o, int i) { return o < c_ && i < c_ ? value(o, i) : 0.f; });
   }
   template <class Value>
   __device__ void channels(float* to, int rows, Value value) const {
     fill_rows(to, rows, kChannels, [&](int row, int c) { return c < c_ ? value(row, c) : 0.f; });
+  }
+  template <class Value>
+  __device__ void features(uint32_t* to, int taps, Value value) const {
+    constexpr int kTail = kChannels - kHead;
+    Operand* const elements = reinterpret_cast<Operand*>(to);
+    for (int i = threadIdx.x; i < taps * kChannels; i += kThreads) {
+      const int tap = i / kChannels, c = i % kChannels;
+      const int at = c < kHead ? tap * kHead + c : (taps * kHead) + tap * kTail + c - kHead;
+      elements[at] = to_storage<Operand>(c < c_ ? value(tap, c) : 0.f);
+    }
   }
   __device__ void vector(float* to, const float* from, float scale = 1) const {
     channels(to, 1, [&](int, int c) { return scale * from[c]; });
@@ -249,9 +267,9 @@ struct EndsCall {
   EndWeights to;
 };
 
-template <class T, int kChannels>
+template <int kChannels>
 __global__ void __launch_bounds__(kThreads) pack_ends_kernel(const __grid_constant__ EndsCall call) {
-  const Packer<T, kChannels> pack(call.sizes);
+  const Packer<kChannels> pack(call.sizes);
   switch (blockIdx.x) {
     case 0:
       return pack.first(call.to, call.first);
@@ -271,9 +289,9 @@ struct GroupCall {
 
 constexpr int kEndsJobs = 3, kGroupJobs = 8;
 
-template <class T, int kChannels>
+template <int kChannels>
 __global__ void __launch_bounds__(kThreads) pack_group_kernel(const __grid_constant__ GroupCall call) {
-  const Packer<T, kChannels> pack(call.sizes);
+  const Packer<kChannels> pack(call.sizes);
   const GroupLayers& from = call.from;
   const GroupWeights& to = call.to;
   switch (blockIdx.x) {
@@ -293,8 +311,8 @@ __global__ void __launch_bounds__(kThreads) pack_group_kernel(const __grid_const
       return pack.norm_pointwise(to.v, to.v_bias, from.norm_2, from.to_qv, 1);
     case 6:
       pack.pointwise(to.project, to.project_bias, from.project);
-      pack.depthwise(to.row, to.row_bias, from.striped_row, call.sizes.taps, kTaps);
-      return pack.depthwise(to.column, to.column_bias, from.striped_column, call.sizes.taps, kTaps);
+      pack.depthwise(to.row, from.striped_row, call.sizes.taps, kTaps);
+      return pack.depthwise(to.column, from.striped_column, call.sizes.taps, kTaps);
     default:
       return pack.ffn(to.global_ffn, from.global_ffn);
   }
@@ -318,14 +336,13 @@ void network_pack(const NetworkConfig& config, const float* parameters, void* we
   const gpu::NetworkWeights packed(config, weights);
   const gpu::Sizes sizes(config);
   const gpu::Widths widths(config);
-  gpu::with_features(static_cast<DType>(config.dtype), config.channels, [&](auto type, auto channels) {
-    using T = decltype(type);
+  gpu::with_features(DType::bfloat16, config.channels, [&](auto, auto channels) {
     constexpr int kChannels = decltype(channels)::value;
     const gpu::EndsCall ends{sizes, widths, layers.first, layers.norm, layers.conv_2, layers.upsampler, packed.ends()};
-    LAUNCH((gpu::pack_ends_kernel<T, kChannels>), gpu::kEndsJobs, gpu::kThreads, 0, stream, ends);
+    LAUNCH((gpu::pack_ends_kernel<kChannels>), gpu::kEndsJobs, gpu::kThreads, 0, stream, ends);
     for (int64_t number = 0; number < config.groups; ++number) {
       const gpu::GroupCall group{sizes, widths.rank_chunks, layers.groups[number], packed.group(number)};
-      LAUNCH((gpu::pack_group_kernel<T, kChannels>), gpu::kGroupJobs, gpu::kThreads, 0, stream, group);
+      LAUNCH((gpu::pack_group_kernel<kChannels>), gpu::kGroupJobs, gpu::kThreads, 0, stream, group);
     }
   });
 }

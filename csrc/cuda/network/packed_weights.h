@@ -1,4 +1,5 @@
-// The network's weights on the GPU: matrices in the order in which `multiply` reads them, all else as float32.
+// The network's weights on the GPU: matrices in the order in which `multiply` reads them, taps of stencils in float16,
+// all else in float32.
 #pragma once
 
 #include "cuda/network/lanes.h"
@@ -10,6 +11,7 @@ constexpr int kChunk = 16;        // ranks of experts that are computed at once
 constexpr int kMostExperts = 16;  // and kMostRanks, of all: else the operators serve
 constexpr int kMostRanks = 64;
 constexpr int kTaps = 11;        // of the striped convolution: fewer are padded with zeros
+constexpr int kStripes = 9 + 4;  // taps of both stripes of three, and their biases
 constexpr int kOutputTiles = 6;  // the most eights of the upsampler's outputs that are computed at once
 constexpr int kMostLevels = 3;   // aggregations
 
@@ -47,6 +49,8 @@ struct Widths {
     rank_chunks = static_cast<int>(ceil_div(sum, kChunk));
   }
   int ranks() const { return rank_chunks * kChunk; }
+  // Words of so many taps of a stencil, which lie as the pixels of `Features` do, in float16.
+  int64_t taps(int count) const { return int64_t(count) * channels / 2; }
 
   int channels, words;  // padded, and as words of a lane
   int rank_chunks;
@@ -58,11 +62,12 @@ struct FfnWeights {
     const int64_t quads = quads_of(w.words, w.words) * kWarp;
     u = parts.next<uint4>(quads), g = parts.next<uint4>(quads), project = parts.next<uint4>(quads);
     u_bias = parts.next<float>(w.channels), g_bias = parts.next<float>(w.channels);
-    gate = parts.next<float>(9 * w.channels), gate_bias = parts.next<float>(w.channels);
+    gate = parts.next<uint32_t>(w.taps(9 + 1));
     project_bias = parts.next<float>(w.channels);
   }
-  uint4 *u, *g, *project;                                    // half of them; u, g: with the norm's weight and bias
-  float *u_bias, *g_bias, *gate, *gate_bias, *project_bias;  // gate: [tap][channel]
+  uint4 *u, *g, *project;  // half of them; u, g: with the norm's weight and bias
+  float *u_bias, *g_bias, *project_bias;
+  uint32_t* gate;  // 9 taps, bias
 };
 
 // A dense 3x3 convolution and the LayerNorm before it.
@@ -83,10 +88,10 @@ struct GroupWeights {
   ConvWeights conv;
   uint4 *a, *k;  // of the pointwise convolution after it
   float *a_bias, *k_bias;
-  uint4* ranks;                       // [chunk]: weight_k @ k, of all experts' ranks
-  float* ranks_bias;                  // [rank]
-  float* stripes;                     // [3][3][channel]: both stripes of a in one, half of them
-  float* stripes_bias;                // [channel] where there is no row above and below; one above; one below; both
+  uint4* ranks;       // [chunk]: weight_k @ k, of all experts' ranks
+  float* ranks_bias;  // [rank]
+  uint32_t* stripes;  // both stripes of a in one, half of it: 3 x 3 taps; the bias where there is no row above and
+                      // below; one above; one below; both
   float *aggregate, *aggregate_bias;  // [16][channel]
   float *calibrate, *calibrate_bias;  // [9][channel]
   float *small, *small_bias;          // [rank][channel]: weight_k @ weight_pw, for the small map
@@ -98,7 +103,7 @@ struct GroupWeights {
   FfnWeights local_ffn;
   uint4 *q, *v, *project;  // q, v: half of them, with the norm's weight and bias
   float *q_bias, *v_bias, *project_bias;
-  float *row, *row_bias, *column, *column_bias;  // [kTaps][channel]
+  uint32_t *row, *column;  // kTaps taps, bias
   FfnWeights global_ffn;
 
  private:
@@ -109,7 +114,7 @@ struct GroupWeights {
     a = parts.next<uint4>(square), k = parts.next<uint4>(square);
     a_bias = parts.next<float>(w.channels), k_bias = parts.next<float>(w.channels);
     ranks = parts.next<uint4>(thin * quads_of(2, w.words)), ranks_bias = parts.next<float>(w.ranks());
-    stripes = parts.next<float>(9 * w.channels), stripes_bias = parts.next<float>(4 * w.channels);
+    stripes = parts.next<uint32_t>(w.taps(kStripes));
     aggregate = parts.next<float>(16 * w.channels), aggregate_bias = parts.next<float>(w.channels);
     calibrate = parts.next<float>(9 * w.channels), calibrate_bias = parts.next<float>(w.channels);
     small = parts.next<float>(w.ranks() * w.channels), small_bias = parts.next<float>(w.ranks());
@@ -120,8 +125,7 @@ struct GroupWeights {
     q = parts.next<uint4>(square), v = parts.next<uint4>(square), project = parts.next<uint4>(square);
     q_bias = parts.next<float>(w.channels), v_bias = parts.next<float>(w.channels);
     project_bias = parts.next<float>(w.channels);
-    row = parts.next<float>(kTaps * w.channels), row_bias = parts.next<float>(w.channels);
-    column = parts.next<float>(kTaps * w.channels), column_bias = parts.next<float>(w.channels);
+    row = parts.next<uint32_t>(w.taps(kTaps + 1)), column = parts.next<uint32_t>(w.taps(kTaps + 1));
   }
 };
 

@@ -5,7 +5,7 @@
 // channels.
 
 #include "cuda/network/launches.h"
-#include "cuda/network/walk.h"
+#include "cuda/network/rings.h"
 
 namespace seemore::gpu {
 namespace {
@@ -26,39 +26,31 @@ int64_t shared_bytes(int columns) {
   return Ring<kChannels, kStep>::bytes(columns) + Ring<kChannels, kRing>::bytes(columns);
 }
 
-// Convolves kRun pixels along a row, of two channels, whose words lie kStride words apart: from the first that is read,
-// to the first result. Where there is no row, the result is 0.
-template <class T, int kStride>
-__device__ void convolve_run(uint32_t* to, const uint32_t* from, const float* weights, const float* bias, int channels,
-                             bool is_row) {
-  float sums[kRun][2], weight[kTaps][2];
+// Convolves kRun pixels along a row, of two channels, whose words lie kStride words apart, as do the taps, and the bias
+// after them: from the first that is read, to the first result. Where there is no row, the result is 0.
+template <int kStride>
+__device__ void convolve_run(uint32_t* to, const uint32_t* from, const uint32_t* taps, bool is_row) {
+  uint32_t sums[kRun], tap[kTaps];
 #pragma unroll
-  for (int tap = 0; tap < kTaps; ++tap) {
-    const float2 pair = *reinterpret_cast<const float2*>(weights + tap * channels);
-    weight[tap][0] = pair.x, weight[tap][1] = pair.y;
-  }
-  const float2 start = *reinterpret_cast<const float2*>(bias);
+  for (int i = 0; i < kTaps; ++i) tap[i] = taps[i * kStride];
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) sums[i][0] = start.x, sums[i][1] = start.y;
+  for (uint32_t& sum : sums) sum = taps[kTaps * kStride];
 #pragma unroll
   for (int i = 0; i < kRun + kTaps - 1; ++i) {
-    float value[2];
-    unpack_pair<T>(value, from[i * kStride]);
+    const uint32_t value = from[i * kStride];
 #pragma unroll
     for (int o = 0; o < kRun; ++o) {
-      if (i < o || i - o >= kTaps) continue;
-      sums[o][0] += weight[i - o][0] * value[0];
-      sums[o][1] += weight[i - o][1] * value[1];
+      if (i >= o && i - o < kTaps) sums[o] = multiply_add_pairs(tap[i - o], value, sums[o]);
     }
   }
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) to[i * kStride] = is_row ? pack_pair<T>(sums[i][0], sums[i][1]) : 0;
+  for (int i = 0; i < kRun; ++i) to[i * kStride] = is_row ? sums[i] : 0;
 }
 
 // The convolution along the rows of q, of a step's rows from `row` of the band on and of kWords words of a pixel, of
-// which `words` have channels; the first one's channel is `channel`. Outside the image it is 0.
-template <class T, int kWords>
-__device__ void convolve_rows(uint32_t* to, const uint32_t* q, int words, int channel, int channels, const Call& call,
+// which `words` have channels. Outside the image it is 0.
+template <int kWords>
+__device__ void convolve_rows(uint32_t* to, const uint32_t* q, const uint32_t* taps, int words, const Call& call,
                               int row) {
   const int columns = call.walk.columns, runs = static_cast<int>(ceil_div(call.walk.inner, kRun));
   const int top = Part(call.walk).top;
@@ -66,9 +58,8 @@ __device__ void convolve_rows(uint32_t* to, const uint32_t* q, int words, int ch
     const int word = item % words, line = item / words % kStep, begin = kHalo + item / words / kStep * kRun;
     const int from = Ring<kHead + 8, kStep>::place(line, begin - kHalo, columns);
     const int target = Ring<kHead + 8, kRing>::place(row + line, begin, columns), y = top + row + line;
-    convolve_run<T, kWords>(to + target * kWords + word, q + from * kWords + word,
-                            call.weights.row + channel + 2 * word, call.weights.row_bias + channel + 2 * word, channels,
-                            y >= 0 && y < call.walk.height);
+    convolve_run<kWords>(to + target * kWords + word, q + from * kWords + word, taps + word,
+                         y >= 0 && y < call.walk.height);
   }
 }
 
@@ -99,15 +90,11 @@ __device__ void finish(const Ring<kChannels, kRing>& rows, const Call& call, int
   read_pixels(v, x, call.walk, part, unit, row);
   normalise_all<T>(v, call.channels);
   pointwise_gelu<T>(v, call.weights.v, call.weights.v_bias, unit);
-  depthwise<T, kTaps, 1>(
-      v, rows, call.weights.column, [&](int) { return call.weights.column_bias; }, part, unit, row,
-      [&](int word, int i, int p, float sum) {
-        float pair[2];
-        unpack_pair<T>(pair, v[p][word]);
-        return pair[i] * sum;
-      });
+  uint32_t convolved[kPixels][kCount];
+  depthwise_with_bias<kTaps, 1>(convolved, rows, call.weights.column, part, unit, row);
+  multiply_all(v, convolved);
   float sums[kPixels][kCount][2];
-  pointwise<T>(sums, v, call.weights.project, call.weights.project_bias, unit);
+  pointwise(sums, v, call.weights.project, call.weights.project_bias, unit);
   read_pixels(v, x, call.walk, part, unit, row);
   add_to<T, false>(v, sums);
   write_own(y, v, call.walk, part, unit, row);
@@ -131,9 +118,10 @@ __global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of
     __syncthreads();
     constexpr int kHeadWords = kHead / 2;
     const int words = (call.channels + 1) / 2, head = min(words, kHeadWords);
-    convolve_rows<T, kHeadWords>(rows.features.head, q.features.head, head, 0, kChannels, call, row + kHalo);
-    convolve_rows<T, kChannels / 2 - kHeadWords>(rows.features.tail, q.features.tail, words - head, kHead, kChannels,
-                                                 call, row + kHalo);
+    const auto taps = Features<kChannels>::at(call.weights.row, kTaps + 1);
+    convolve_rows<kHeadWords>(rows.features.head, q.features.head, taps.head, head, call, row + kHalo);
+    convolve_rows<kChannels / 2 - kHeadWords>(rows.features.tail, q.features.tail, taps.tail, words - head, call,
+                                              row + kHalo);
     __syncthreads();
     finish<T>(rows, call, row);
   }

@@ -129,24 +129,6 @@ struct Unit {
   static __device__ int row_of(int pixel) { return pixel / 2; }
 };
 
-// Rows of features in shared memory, of which the last kRows are there, with a few more pixels before and after them:
-// what beside the strip is read belongs to results that nobody stores.
-template <int kChannels, int kRows>
-struct Ring {
-  static constexpr int kMore = 4;
-  Features<kChannels> features;
-  int columns;
-
-  __host__ __device__ static int64_t bytes(int columns) {
-    return 4 * Features<kChannels>::words(kRows * columns + kMore);
-  }
-  __device__ Ring(void* memory, int columns)
-      : features(Features<kChannels>::at(memory, kRows * columns + kMore)), columns(columns) {}
-  // The pixel's place; row: at least -kRows.
-  __device__ static int place(int row, int column, int columns) { return (row + kRows) % kRows * columns + column + 1; }
-  __device__ int operator()(int row, int column) const { return place(row, column, columns); }
-};
-
 // Calls body(pixel, row, column, the pixel's number in all images, or -1 if there is none) for the lane's pixels;
 // `row`: the first of the step, in the image.
 template <class Body>
@@ -182,13 +164,13 @@ __device__ void read_pixels(uint32_t (&to)[kPixels][kWords<kChannels>], const Fe
 }
 
 // sums = bias + weights x.
-template <class T, int kCount>
+template <int kCount>
 __device__ void pointwise(float (&sums)[kPixels][kCount][2], const uint32_t (&x)[kPixels][kCount], const uint4* weights,
                           const float* bias, const Unit& unit) {
   part_of_work();
   float start[kCount][2];
   read_channels<8 * kCount>(start, bias, unit.lane);
-  multiply<T>(sums, x, weights, start);
+  multiply<Operand>(sums, x, weights, start);
 }
 
 template <class T, int kCount>
@@ -197,14 +179,23 @@ __device__ void normalise_all(uint32_t (&x)[kPixels][kCount], int channels) {
   for (int p = 0; p < kPixels; ++p) normalise<T>(x[p], channels);
 }
 
+// x = GELU of the sums' doubles
+template <class T, int kCount>
+__device__ void gelu_all(uint32_t (&x)[kPixels][kCount], const float (&sums)[kPixels][kCount][2]) {
+#pragma unroll
+  for (int p = 0; p < kPixels; ++p) {
+#pragma unroll
+    for (int word = 0; word < kCount; ++word) x[p][word] = gelu_of_doubles<T>(sums[p][word]);
+  }
+}
+
 // x = GELU of the double of bias + weights x
 template <class T, int kCount>
 __device__ void pointwise_gelu(uint32_t (&x)[kPixels][kCount], const uint4* weights, const float* bias,
                                const Unit& unit) {
   float sums[kPixels][kCount][2];
-  pointwise<T>(sums, x, weights, bias, unit);
-#pragma unroll
-  for (int p = 0; p < kPixels; ++p) narrow<T, true>(x[p], sums[p]);
+  pointwise(sums, x, weights, bias, unit);
+  gelu_all<T>(x, sums);
 }
 
 // x += sums, or GELU of their doubles
@@ -214,11 +205,14 @@ __device__ void add_to(uint32_t (&x)[kPixels][kCount], const float (&sums)[kPixe
   for (int p = 0; p < kPixels; ++p) {
 #pragma unroll
     for (int word = 0; word < kCount; ++word) {
-      float pair[2];
+      float pair[2], more[2];
       unpack_pair<T>(pair, x[p][word]);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) pair[i] += kGelu ? gelu_of_double<T>(sums[p][word][i]) : sums[p][word][i];
-      x[p][word] = pack_pair<T>(pair[0], pair[1]);
+      if constexpr (kGelu) {
+        unpack_pair<Operand>(more, gelu_of_doubles<T>(sums[p][word]));
+      } else {
+        more[0] = sums[p][word][0], more[1] = sums[p][word][1];
+      }
+      x[p][word] = pack_pair<T>(pair[0] + more[0], pair[1] + more[1]);
     }
   }
 }
@@ -230,168 +224,6 @@ __device__ void write_own(const Features<kChannels>& to, const uint32_t (&from)[
   for_pixels(walk, part, unit, row, [&](int p, int y, int x, int64_t pixel) {
     if (part.owns(y, x)) to.write(pixel, from[p], unit.lane);
   });
-}
-
-// Writes a step's rows into a ring, from its row `ring_row` on.
-template <int kChannels, int kRows>
-__device__ void store_ring(const Ring<kChannels, kRows>& ring, int ring_row,
-                           const uint32_t (&from)[kPixels][kWords<kChannels>], const Unit& unit) {
-#pragma unroll
-  for (int p = 0; p < kPixels; ++p) {
-    ring.features.write(ring(ring_row + unit.row + Unit::row_of(p), unit.column_of(p)), from[p], unit.lane);
-  }
-}
-
-// The same; outside the image, of which they are the rows from `row` on, it is 0.
-template <int kChannels, int kRows>
-__device__ void write_ring(const Ring<kChannels, kRows>& ring, int ring_row,
-                           uint32_t (&from)[kPixels][kWords<kChannels>], const Walk& walk, const Part& part,
-                           const Unit& unit, int row) {
-  for_pixels(walk, part, unit, row, [&](int p, int, int, int64_t pixel) {
-    if (pixel >= 0) return;
-#pragma unroll
-    for (uint32_t& word : from[p]) word = 0;
-  });
-  store_ring(ring, ring_row, from, unit);
-}
-
-// Reads the pixels `shift` columns to the right of the lane's.
-template <int kChannels, int kRows>
-__device__ void read_ring(uint32_t (&to)[kPixels][kWords<kChannels>], const Ring<kChannels, kRows>& ring, int ring_row,
-                          int shift, const Unit& unit) {
-#pragma unroll
-  for (int p = 0; p < kPixels; ++p) {
-    ring.features.read(to[p], ring(ring_row + unit.row + Unit::row_of(p), unit.column_of(p) + shift), unit.lane);
-  }
-}
-
-// LayerNorm with its weight and bias, of a step's rows from `row` of the band on, into a ring; of those up to 1 +
-// kExtra rows above and below the block's own.
-template <class T, int kExtra, int kChannels, int kRows>
-__device__ void norm_into(const Ring<kChannels, kRows>& ring, const Features<kChannels>& x, const ConvWeights& weights,
-                          int channels, const Walk& walk, int row) {
-  constexpr int kCount = kWords<kChannels>;
-  const Part part(walk);
-  row += part.top;
-  const Unit unit(walk);
-  if (row + unit.row + 1 < part.top - 1 - kExtra || row + unit.row > part.bottom + kExtra) return;
-  uint32_t words[kPixels][kCount];
-  read_pixels(words, x, walk, part, unit, row);
-  float weight[kCount][2], bias[kCount][2];
-  read_channels<kChannels>(weight, weights.norm_weight, unit.lane);
-  read_channels<kChannels>(bias, weights.norm_bias, unit.lane);
-#pragma unroll
-  for (int p = 0; p < kPixels; ++p) {
-    float wide[kCount][2];
-#pragma unroll
-    for (int word = 0; word < kCount; ++word) unpack_pair<T>(wide[word], words[p][word]);
-    normalise(wide, channels);
-#pragma unroll
-    for (int word = 0; word < kCount; ++word) {
-      words[p][word] = pack_pair<T>(wide[word][0] * weight[word][0] + bias[word][0],
-                                    wide[word][1] * weight[word][1] + bias[word][1]);
-    }
-  }
-  write_ring(ring, row - part.top, words, walk, part, unit, row);
-}
-
-// The dense 3x3 convolution of a step's rows from `row` on.
-template <class T, int kChannels, int kRows>
-__device__ void conv3x3(float (&sums)[kPixels][kWords<kChannels>][2], const Ring<kChannels, kRows>& ring,
-                        const ConvWeights& weights, const Part& part, const Unit& unit, int row) {
-  constexpr int kCount = kWords<kChannels>;
-  float bias[kCount][2];
-  read_channels<kChannels>(bias, weights.bias, unit.lane);
-  fill(sums, bias);
-#pragma unroll 1
-  for (int y = 0; y < 3; ++y) {
-    const int first = row + unit.row + y - 1 - part.top;
-    const int places[2] = {ring(first, unit.column - 1), ring(first + 1, unit.column - 1)};
-#pragma unroll
-    for (int x = 0; x < 3; ++x) {
-      uint32_t words[kPixels][kCount];
-#pragma unroll
-      for (int p = 0; p < kPixels; ++p) {
-        ring.features.read(words[p], places[Unit::row_of(p)] + 8 * (p % 2) + x, unit.lane);
-      }
-      multiply<T>(sums, words, weights.taps + (3 * y + x) * quads_of(kCount, kCount) * kWarp);
-    }
-  }
-}
-
-// A depthwise convolution of kTapRows x kTapColumns around two pixels, one below the other, of which `top` and `left`
-// are the first row and column that it reads; of kCount words from kFirst on. weights: [tap][channel].
-template <class T, int kTapRows, int kTapColumns, int kFirst, int kCount, int kChannels, int kRows>
-__device__ void convolve(float (&sums)[kUnitRows][kCount][2], const Ring<kChannels, kRows>& ring, const float* weights,
-                         int top, int left, const Lane& lane) {
-  constexpr int kUnrolled = kTapRows > 3 ? 6 : kTapRows + 1;  // more, and their weights take all registers
-  const int first = (top + kRows) % kRows;
-#pragma unroll 1
-  for (int x = 0; x < kTapColumns; ++x) {
-    if (x > 0) part_of_work();
-    float weight[2][kCount][2];  // of tap rows y and y - 1
-    int slot = first;
-#pragma unroll kUnrolled
-    for (int y = 0; y < kTapRows + 1; ++y) {
-      if (y < kTapRows) {
-        read_channels<kChannels, kFirst>(weight[y % 2], weights + (y * kTapColumns + x) * kChannels, lane);
-      }
-      uint32_t words[kCount];
-      const int place = slot * ring.columns + left + x + 1;
-      slot = slot + 1 == kRows ? 0 : slot + 1;
-      if constexpr (kFirst == 0) {
-        ring.features.read_head(words, place, lane);
-      } else {
-        ring.features.read_tail(words, place, lane);
-      }
-#pragma unroll
-      for (int word = 0; word < kCount; ++word) {
-        float value[2];
-        unpack_pair<T>(value, words[word]);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (y < kTapRows) sums[0][word][i] += weight[y % 2][word][i] * value[i];
-          if (y > 0) sums[1][word][i] += weight[(y + 1) % 2][word][i] * value[i];
-        }
-      }
-    }
-  }
-}
-
-// to = finish(word, i, pixel, the sum of a depthwise convolution), which may read what `to` has of that word; around
-// the step's rows from `row` on. bias(row of the image): of the channels. A part of the words and pixels at a time,
-// which takes fewer registers.
-template <class T, int kTapRows, int kTapColumns, int kChannels, int kRows, class Bias, class Finish>
-__device__ void depthwise(uint32_t (&to)[kPixels][kWords<kChannels>], const Ring<kChannels, kRows>& ring,
-                          const float* weights, Bias bias, const Part& part, const Unit& unit, int row, Finish finish) {
-  const int top = row + unit.row - kTapRows / 2 - part.top;
-  const auto of_words = [&](auto first, auto count) {
-    constexpr int kFirst = decltype(first)::value, kCount = decltype(count)::value;
-#pragma unroll
-    for (int right = 0; right < 2; ++right) {
-      part_of_work();
-      float sums[kUnitRows][kCount][2];
-#pragma unroll
-      for (int below = 0; below < kUnitRows; ++below) {
-        read_channels<kChannels, kFirst>(sums[below], bias(row + unit.row + below), unit.lane);
-      }
-      convolve<T, kTapRows, kTapColumns, kFirst>(sums, ring, weights, top, unit.column_of(right) - kTapColumns / 2,
-                                                 unit.lane);
-#pragma unroll
-      for (int below = 0; below < kUnitRows; ++below) {
-        const int p = 2 * below + right;
-#pragma unroll
-        for (int word = 0; word < kCount; ++word) {
-          float pair[2];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) pair[i] = finish(kFirst + word, i, p, sums[below][word][i]);
-          to[p][kFirst + word] = pack_pair<T>(pair[0], pair[1]);
-        }
-      }
-    }
-  };
-  of_words(std::integral_constant<int, 0>(), std::integral_constant<int, kHead / 8>());
-  of_words(std::integral_constant<int, kHead / 8>(), std::integral_constant<int, Features<kChannels>::kTail>());
 }
 
 }  // namespace seemore::gpu

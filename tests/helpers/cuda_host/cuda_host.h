@@ -13,6 +13,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -296,6 +297,20 @@ float from_bits(uint16_t bits) {
   return static_cast<float>(value);
 }
 
+// fma.rn.f16x2
+inline uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result = 0;
+  for (int half = 0; half < 32; half += 16) {
+    const double sum =
+        double(from_bits<__half>(a >> half)) * from_bits<__half>(b >> half) + from_bits<__half>(c >> half);
+    const __half rounded = __double2half(sum);
+    uint16_t bits;
+    std::memcpy(&bits, &rounded, sizeof(bits));
+    result |= uint32_t(bits) << half;
+  }
+  return result;
+}
+
 // mma.sync m16n8k16 and m16n8k8 with float32 sums: products are exact, and rounded once they are added up.
 template <typename T, int kInputs>
 void multiply_add(float (&first)[2], float (&second)[2], const uint32_t (&a)[kInputs / 4],
@@ -321,6 +336,17 @@ void multiply_add(float (&first)[2], float (&second)[2], const uint32_t (&a)[kIn
             to = static_cast<float>(sum);
           }
         }
+      },
+      line);
+}
+
+// ldmatrix.x4: lanes 8 i to 8 i + 7 have the addresses of the rows of matrix i.
+inline void read_matrices(const std::array<uint32_t*, 4>& to, const uint32_t* row, int line = __builtin_LINE()) {
+  with_warp(
+      row,
+      [&](const uint32_t* const* const* lanes) {
+        const size_t lane = (block.current - block.threads.data()) % kWarp;
+        for (size_t i = 0; i < to.size(); ++i) *to[i] = (*lanes[8 * i + lane / 4])[lane % 4];
       },
       line);
 }

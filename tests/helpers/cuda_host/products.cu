@@ -1,4 +1,4 @@
-// The product of one instruction of a warp, of operands and with results as its lanes have them.
+// Instructions of a warp, of operands and with results as its lanes have them.
 
 #include "cuda/network/lanes.h"
 
@@ -15,7 +15,29 @@ __global__ void product_kernel(const uint32_t* a, const uint32_t* b, float* sums
   for (int i = 0; i < 2; ++i) sums[4 * threadIdx.x + i] = first[i], sums[4 * threadIdx.x + 2 + i] = second[i];
 }
 
+__global__ void matrices_kernel(const uint32_t* rows, uint32_t* words) {
+  uint32_t* const to = words + 4 * threadIdx.x;
+  seemore::gpu::read_matrices(to[0], to[1], to[2], to[3], rows + 4 * threadIdx.x);
+}
+
+// fma, product and tanh of pairs of float16.
+__global__ void pairs_kernel(const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t* results) {
+  const int i = threadIdx.x;
+  results[3 * i] = seemore::gpu::multiply_add_pairs(a[i], b[i], c[i]);
+  results[3 * i + 1] = seemore::gpu::multiply_pairs(a[i], b[i]);
+  results[3 * i + 2] = seemore::gpu::hyperbolic_tangents(a[i]);
+}
+
 }  // namespace
+
+extern "C" __attribute__((visibility("default"))) void matrices(const uint32_t* rows, uint32_t* words) {
+  LAUNCH(matrices_kernel, 1, 32, 0, nullptr, rows, words);
+}
+
+extern "C" __attribute__((visibility("default"))) void pairs(const uint32_t* a, const uint32_t* b, const uint32_t* c,
+                                                             uint32_t* results) {
+  LAUNCH(pairs_kernel, 1, 32, 0, nullptr, a, b, c, results);
+}
 
 extern "C" __attribute__((visibility("default"))) void product(int inputs, const uint32_t* a, const uint32_t* b,
                                                                float* sums) {
