@@ -143,6 +143,7 @@ def launches(config: dict, height: int, width: int) -> Iterator[Launch]:
     ranks = sum(expert_ranks(config["lr_space"], config["num_experts"]))
     chunks = math.ceil(ranks / 16)
     outputs = config["in_chans"] * config["scale"] ** 2
+    conv = [3.0] if padded == 40 else [3.0, 3.0]  # trips of conv3x3's loops
     tiles = 2 if outputs <= 16 else 4 if outputs <= 32 else 6
 
     def walking(name: str, halo: int, lead: int, trips: Callable[[Walk], list[float]], moved: float):
@@ -152,9 +153,8 @@ def launches(config: dict, height: int, width: int) -> Iterator[Launch]:
         return Launch(kernel.split("_kernel")[0], kernel, walk.blocks, walk.threads // 32, steps, trips(walk), moved)
 
     def row_trips(walk: Walk) -> list[float]:
-        runs = math.ceil(walk.inner / 8)
-        words = math.ceil(c / 2)
-        return [STEP * n * runs / walk.threads for n in (min(words, 16), max(words - 16, 0))]
+        warps, runs = walk.threads // 32, math.ceil(walk.inner / 8)
+        return [math.ceil(STEP * words * runs / 32) / warps for words in (16, padded // 2 - 16)]
 
     head = math.ceil(width / 4) * height * 4 / 256
     yield Launch(
@@ -165,7 +165,7 @@ def launches(config: dict, height: int, width: int) -> Iterator[Launch]:
         "front_kernel",
         4,
         4,
-        lambda w: [3, chunks, STENCIL, w.columns / 4 * padded / w.threads],
+        lambda w: [*conv, chunks, STENCIL, w.columns / 4 * padded / w.threads],
         pixels * (2 * feature + 32 * chunks) + small,
     )
     yield walking(
@@ -177,7 +177,7 @@ def launches(config: dict, height: int, width: int) -> Iterator[Launch]:
     )
     yield walking("see_kernel", 5, 10, lambda w: [*row_trips(w), 5], pixels * 2 * feature)
     yield walking(f"ffn_kernelI13__nv_bfloat16Li{padded}ELb0E", 1, 2, lambda _: [STENCIL], pixels * 2 * feature)
-    yield walking("features_kernel", 1, 2, lambda _: [3], pixels * (3 * feature + 4 * padded))
+    yield walking("features_kernel", 1, 2, lambda _: conv, pixels * (3 * feature + 4 * padded))
     blocks = math.ceil(width / columns) * math.ceil(height / STEP)
     output_chunks = math.ceil(outputs / (8 * tiles))
     yield Launch(

@@ -125,9 +125,9 @@ int64_t shared_bytes(int columns) {
 
 // The sum of conv_2 and f, of a step's rows from `row` of the band on.
 template <int kChannels>
-__device__ void finish(const MatrixRing<kChannels, kRing>& normalised, const FeaturesCall& call, int row) {
+__device__ void finish(const MatrixRing<kChannels, kRing>& normalised, const FeaturesCall& call, const Part& part,
+                       int row) {
   constexpr int kCount = kWords<kChannels>;
-  const Part part(call.walk);
   const Unit unit(call.walk);
   row += part.top;
   if (row < part.top || row + unit.row >= part.bottom) return;
@@ -159,11 +159,13 @@ template <class T, int kChannels>
 __global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of(kChannels))
     features_kernel(const __grid_constant__ FeaturesCall call) {
   DYNAMIC_SHARED(char, memory);
+  __shared__ Part part;
+  part.find(call.walk);
   const MatrixRing<kChannels, kRing> normalised(memory, call.walk.columns);
   for (int row = -kStep; row < call.walk.rows; row += kStep) {
-    norm_into<T, 0>(normalised, Features<kChannels>{call.x}, call.weights, call.channels, call.walk, row + 1);
+    norm_into<T, 0>(normalised, Features<kChannels>{call.x}, call.weights, call.channels, call.walk, part, row + 1);
     __syncthreads();
-    finish(normalised, call, row);
+    finish(normalised, call, part, row);
     __syncthreads();
   }
 }
@@ -182,7 +184,8 @@ __global__ void __launch_bounds__(threads_of(most_columns(kChannels)), 1)
   constexpr int kCount = kWords<kChannels>, kQuads = quads_of(kTiles, kCount) * kWarp;
   const Walk& walk = call.walk;
   const Picture& picture = call.picture;
-  const Part part(walk);
+  __shared__ Part part;
+  part.find(walk);
   const Unit unit(walk);
   const Features<kChannels> upper{call.upper}, lower{call.lower};
   const int scale = picture.scale;

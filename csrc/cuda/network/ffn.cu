@@ -185,8 +185,7 @@ struct Shared {
 
 // g of a step's rows from `row` of the band on.
 template <class T, bool kExperts, int kChannels>
-__device__ void compute_g(const Shared<kChannels>& shared, const Call& call, int row) {
-  const Part part(call.walk);
+__device__ void compute_g(const Shared<kChannels>& shared, const Call& call, const Part& part, int row) {
   const Unit unit(call.walk);
   row += part.top;
   if (row + unit.row + 1 < part.top - 1 || row + unit.row > part.bottom) return;
@@ -205,9 +204,8 @@ __device__ void compute_g(const Shared<kChannels>& shared, const Call& call, int
 
 // The result, of a step's rows from `row` of the band on.
 template <class T, bool kExperts, int kChannels>
-__device__ void finish(const Shared<kChannels>& shared, const Call& call, int row) {
+__device__ void finish(const Shared<kChannels>& shared, const Call& call, const Part& part, int row) {
   constexpr int kCount = kWords<kChannels>;
-  const Part part(call.walk);
   const Unit unit(call.walk);
   row += part.top;
   if (row < part.top || row + unit.row >= part.bottom) return;
@@ -232,6 +230,8 @@ template <class T, int kChannels, bool kExperts>
 __global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of(kChannels))
     ffn_kernel(const __grid_constant__ Call call) {
   DYNAMIC_SHARED(char, memory);
+  __shared__ Part part;
+  part.find(call.walk);
   const int columns = call.walk.columns;
   const int64_t ring_bytes = Ring<kChannels, kRing>::bytes(columns);
   float* const floats = reinterpret_cast<float*>(memory + (2 + kExperts) * ring_bytes);
@@ -241,12 +241,12 @@ __global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of
       {memory + 2 * ring_bytes, columns},
       {floats, floats + kMostRanks, reinterpret_cast<uint32_t*>(floats + kMostRanks + kChannels)}};
   if constexpr (kExperts) {
-    shared.choice.template read<kChannels>(call.experts, Part(call.walk).image);
+    shared.choice.template read<kChannels>(call.experts, part.image);
   }
   for (int row = -kStep; row < call.walk.rows; row += kStep) {
-    compute_g<T, kExperts>(shared, call, row + 1);
+    compute_g<T, kExperts>(shared, call, part, row + 1);
     __syncthreads();
-    finish<T, kExperts>(shared, call, row);
+    finish<T, kExperts>(shared, call, part, row);
     __syncthreads();
   }
 }

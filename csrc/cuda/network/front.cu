@@ -96,10 +96,9 @@ __device__ void write_ranks(const Call& call, const Part& part, const Unit& unit
 // The convolution of a step's rows from `row` of the band on, and what is expanded of it: a into its ring, k's ranks
 // and aggregates.
 template <class T, int kChannels>
-__device__ void expand(const Shared<kChannels>& shared, const Call& call, int row) {
+__device__ void expand(const Shared<kChannels>& shared, const Call& call, const Part& part, int row) {
   constexpr int kCount = kWords<kChannels>;
   const GroupWeights& weights = call.weights;
-  const Part part(call.walk);
   const Unit unit(call.walk);
   row += part.top;
   if (row + unit.row + 1 < part.top - 1 || row + unit.row > part.bottom) return;
@@ -122,8 +121,7 @@ __device__ void expand(const Shared<kChannels>& shared, const Call& call, int ro
 
 // a of a step's rows from `row` of the band on, which is added to the warp's sums.
 template <class T, int kChannels>
-__device__ void finish_a(const Shared<kChannels>& shared, const Call& call, int row) {
-  const Part part(call.walk);
+__device__ void finish_a(const Shared<kChannels>& shared, const Call& call, const Part& part, int row) {
   const Unit unit(call.walk);
   row += part.top;
   const int first = row + unit.row;
@@ -165,8 +163,7 @@ __device__ void finish_a(const Shared<kChannels>& shared, const Call& call, int 
 
 // Adds up both halves of the aggregates of the four rows from `row` of the band on.
 template <int kChannels>
-__device__ void write_aggregates(const Aggregates<kChannels>& aggregates, const Call& call, int row) {
-  const Part part(call.walk);
+__device__ void write_aggregates(const Aggregates<kChannels>& aggregates, const Call& call, const Part& part, int row) {
   row += part.top;
   const Walk& walk = call.walk;
   const int map_width = walk.width / 4, map_height = walk.height / 4;
@@ -182,8 +179,7 @@ __device__ void write_aggregates(const Aggregates<kChannels>& aggregates, const 
 
 // Writes the sums of the block's warps, in their order.
 template <int kChannels>
-__device__ void write_sums(const Shared<kChannels>& shared, const Call& call) {
-  const Part part(call.walk);
+__device__ void write_sums(const Shared<kChannels>& shared, const Call& call, const Part& part) {
   const Walk& walk = call.walk;
   const int64_t block = blockIdx.x % (walk.strips * walk.bands);
   for (int channel = threadIdx.x; channel < call.channels; channel += blockDim.x) {
@@ -199,6 +195,8 @@ template <class T, int kChannels>
 __global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of(kChannels))
     front_kernel(const __grid_constant__ Call call) {
   DYNAMIC_SHARED(char, memory);
+  __shared__ Part part;
+  part.find(call.walk);
   const int columns = call.walk.columns;
   const int64_t ring_bytes = Ring<kChannels, kRing>::bytes(columns);
   float* const floats = reinterpret_cast<float*>(memory + 2 * ring_bytes);
@@ -206,16 +204,16 @@ __global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of
       {memory, columns}, {memory + ring_bytes, columns}, {floats, columns}, floats + columns / 2 * kChannels};
   for (int i = threadIdx.x; i < static_cast<int>(blockDim.x) / kWarp * kChannels; i += blockDim.x) shared.sums[i] = 0;
   for (int row = -kStep; row <= call.walk.rows; row += kStep) {
-    norm_into<T, 1>(shared.normalised, Features<kChannels>{call.x}, call.weights.conv, call.channels, call.walk,
+    norm_into<T, 1>(shared.normalised, Features<kChannels>{call.x}, call.weights.conv, call.channels, call.walk, part,
                     row + 1);
     __syncthreads();
-    expand<T>(shared, call, row);
+    expand<T>(shared, call, part, row);
     __syncthreads();
-    finish_a<T>(shared, call, row - 1);
-    write_aggregates(shared.aggregates, call, row);
+    finish_a<T>(shared, call, part, row - 1);
+    write_aggregates(shared.aggregates, call, part, row);
   }
   __syncthreads();
-  write_sums(shared, call);
+  write_sums(shared, call, part);
 }
 
 template <int kChannels>

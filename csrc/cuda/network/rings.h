@@ -125,9 +125,8 @@ __device__ void read_ring(uint32_t (&to)[kPixels][kWords<kChannels>], const Ring
 // kExtra rows above and below the block's own.
 template <class T, int kExtra, int kChannels, int kRows>
 __device__ void norm_into(const MatrixRing<kChannels, kRows>& ring, const Features<kChannels>& x,
-                          const ConvWeights& weights, int channels, const Walk& walk, int row) {
+                          const ConvWeights& weights, int channels, const Walk& walk, const Part& part, int row) {
   constexpr int kCount = kWords<kChannels>;
-  const Part part(walk);
   row += part.top;
   const Unit unit(walk);
   if (row + unit.row + 1 < part.top - 1 - kExtra || row + unit.row > part.bottom + kExtra) return;
@@ -160,15 +159,15 @@ __device__ void conv3x3(float (&sums)[kPixels][kWords<kChannels>][2], const Matr
   float bias[kCount][2];
   read_channels<kChannels>(bias, weights.bias, unit.lane);
   fill(sums, bias);
-  const Words taps[3] = {Words(unit, 0), Words(unit, 1), Words(unit, 2)};
+  constexpr int kUnrolled = kChannels > 40 ? 1 : 3;  // by what registers there are
 #pragma unroll 1
   for (int y = 0; y < 3; ++y) {
     const int first = (row + unit.row + y - 1 - part.top + kRows) % kRows;
     const int slots[2] = {first, first + 1 == kRows ? 0 : first + 1};
-#pragma unroll
+#pragma unroll kUnrolled
     for (int x = 0; x < 3; ++x) {
       uint32_t words[kPixels][kCount];
-      ring.read(words, slots, taps[x]);
+      ring.read(words, slots, Words(unit, x));
       multiply<Operand>(sums, words, weights.taps + (3 * y + x) * quads_of(kCount, kCount) * kWarp);
     }
   }

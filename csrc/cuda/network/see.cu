@@ -47,15 +47,14 @@ __device__ void convolve_run(uint32_t* to, const uint32_t* from, const uint32_t*
   for (int i = 0; i < kRun; ++i) to[i * kStride] = is_row ? sums[i] : 0;
 }
 
-// The convolution along the rows of q, of a step's rows from `row` of the band on and of kWords words of a pixel, of
-// which `words` have channels. Outside the image it is 0.
+// The convolution along the rows of q, of a step's rows from `row` of the band on and of kWords words of a pixel.
+// Outside the image it is 0.
 template <int kWords>
-__device__ void convolve_rows(uint32_t* to, const uint32_t* q, const uint32_t* taps, int words, const Call& call,
+__device__ void convolve_rows(uint32_t* to, const uint32_t* q, const uint32_t* taps, const Call& call, const Part& part,
                               int row) {
-  const int columns = call.walk.columns, runs = static_cast<int>(ceil_div(call.walk.inner, kRun));
-  const int top = Part(call.walk).top;
-  for (int item = forgotten(threadIdx.x); item < kStep * words * runs; item += blockDim.x) {
-    const int word = item % words, line = item / words % kStep, begin = kHalo + item / words / kStep * kRun;
+  const int columns = call.walk.columns, runs = (call.walk.inner + kRun - 1) / kRun, top = part.top;
+  for (int item = forgotten(threadIdx.x); item < kStep * kWords * runs; item += blockDim.x) {
+    const int word = item % kWords, line = item / kWords % kStep, begin = kHalo + item / kWords / kStep * kRun;
     const int from = Ring<kHead + 8, kStep>::place(line, begin - kHalo, columns);
     const int target = Ring<kHead + 8, kRing>::place(row + line, begin, columns), y = top + row + line;
     convolve_run<kWords>(to + target * kWords + word, q + from * kWords + word, taps + word,
@@ -65,8 +64,7 @@ __device__ void convolve_rows(uint32_t* to, const uint32_t* q, const uint32_t* t
 
 // q of a step's rows from `row` of the band on.
 template <class T, int kChannels>
-__device__ void compute_q(const Ring<kChannels, kStep>& q, const Call& call, int row) {
-  const Part part(call.walk);
+__device__ void compute_q(const Ring<kChannels, kStep>& q, const Call& call, const Part& part, int row) {
   const Unit unit(call.walk);
   row += part.top;
   if (row + unit.row + 1 < part.top - kHalo || row + unit.row >= part.bottom + kHalo) return;
@@ -79,9 +77,8 @@ __device__ void compute_q(const Ring<kChannels, kStep>& q, const Call& call, int
 
 // The result, of a step's rows from `row` of the band on.
 template <class T, int kChannels>
-__device__ void finish(const Ring<kChannels, kRing>& rows, const Call& call, int row) {
+__device__ void finish(const Ring<kChannels, kRing>& rows, const Call& call, const Part& part, int row) {
   constexpr int kCount = kWords<kChannels>;
-  const Part part(call.walk);
   const Unit unit(call.walk);
   row += part.top;
   if (row < part.top || row + unit.row >= part.bottom) return;
@@ -104,26 +101,21 @@ template <class T, int kChannels>
 __global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of(kChannels))
     see_kernel(const __grid_constant__ Call call) {
   DYNAMIC_SHARED(char, memory);
+  __shared__ Part part;
   const Walk& walk = call.walk;
+  part.find(walk);
   const Ring<kChannels, kStep> q(memory, walk.columns);
   const Ring<kChannels, kRing> rows(memory + Ring<kChannels, kStep>::bytes(walk.columns), walk.columns);
 
-  // Words without channels, which convolve_rows leaves out: no number is a number, even if its weights are 0.
-  for (int i = threadIdx.x; i < Ring<kChannels, kRing>::bytes(walk.columns) / 4; i += blockDim.x) {
-    rows.features.head[i] = 0;  // the tail follows it
-  }
-
   for (int row = -3 * kStep; row < walk.rows; row += kStep) {
-    compute_q<T>(q, call, row + kHalo);
+    compute_q<T>(q, call, part, row + kHalo);
     __syncthreads();
     constexpr int kHeadWords = kHead / 2;
-    const int words = (call.channels + 1) / 2, head = min(words, kHeadWords);
     const auto taps = Features<kChannels>::at(call.weights.row, kTaps + 1);
-    convolve_rows<kHeadWords>(rows.features.head, q.features.head, taps.head, head, call, row + kHalo);
-    convolve_rows<kChannels / 2 - kHeadWords>(rows.features.tail, q.features.tail, taps.tail, words - head, call,
-                                              row + kHalo);
+    convolve_rows<kHeadWords>(rows.features.head, q.features.head, taps.head, call, part, row + kHalo);
+    convolve_rows<kChannels / 2 - kHeadWords>(rows.features.tail, q.features.tail, taps.tail, call, part, row + kHalo);
     __syncthreads();
-    finish<T>(rows, call, row);
+    finish<T>(rows, call, part, row);
   }
 }
 

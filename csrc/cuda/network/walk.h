@@ -89,21 +89,25 @@ __device__ inline int forgotten(int number) {
   return number;
 }
 
-// The block's part of the images.
+// The block's part of the images; in shared memory, for whose registers there are better uses.
 struct Part {
   int image;
   int first;        // column 0 of the strip, in the image
   int begin, end;   // its own columns
   int top, bottom;  // its own rows
 
-  __device__ explicit Part(const Walk& walk) {
-    const unsigned block = forgotten(blockIdx.x), strip = block % walk.strips, band = block / walk.strips;
-    image = band / walk.bands;
-    begin = strip * walk.inner;
-    end = min(begin + walk.inner, walk.width);
-    first = begin - walk.left;
-    top = band % walk.bands * walk.rows;
-    bottom = min(top + walk.rows, walk.height);
+  // Finds it, for all threads of the block.
+  __device__ void find(const Walk& walk) {
+    if (threadIdx.x == 0) {
+      const unsigned strip = blockIdx.x % walk.strips, band = blockIdx.x / walk.strips;
+      image = band / walk.bands;
+      begin = strip * walk.inner;
+      end = min(begin + walk.inner, walk.width);
+      first = begin - walk.left;
+      top = band % walk.bands * walk.rows;
+      bottom = min(top + walk.rows, walk.height);
+    }
+    __syncthreads();
   }
   __device__ bool owns(int row, int column) const {
     return row >= top && row < bottom && column >= begin && column < end;
@@ -122,8 +126,9 @@ struct Unit {
 
   __device__ explicit Unit(const Walk& walk) {
     const int warp = forgotten(threadIdx.x) / kWarp, tiles = walk.columns / kUnitColumns;
-    column = warp % tiles * kUnitColumns + lane.pixel;
-    row = warp / tiles * kUnitRows;
+    static_assert(kStep == 2 * kUnitRows);
+    row = warp < tiles ? 0 : kUnitRows;
+    column = (warp < tiles ? warp : warp - tiles) * kUnitColumns + lane.pixel;
   }
   __device__ int column_of(int pixel) const { return column + 8 * (pixel % 2); }
   static __device__ int row_of(int pixel) { return pixel / 2; }
