@@ -4,6 +4,7 @@ from .registry import ALL, BACKENDS, CPU, FLOATS, KERNELS, MATRIX, STENCIL, Kern
 from .report import backend_info
 from .selection import (
     backend_for_device,
+    backend_of,
     current_backend,
     interpreted,
     is_plain,
@@ -25,6 +26,7 @@ __all__ = [
     "Kernel",
     "backend_for_device",
     "backend_info",
+    "backend_of",
     "current_backend",
     "interpreted",
     "is_plain",

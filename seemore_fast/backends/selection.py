@@ -184,16 +184,25 @@ def backend_for_device(device: str | torch.device = "cpu") -> str:
     return next(usable, "reference")
 
 
+def backend_of(operator: str, x: Tensor, size: int = 1) -> str:
+    """Return the backend whose kernel `lookup_kernel` returns."""
+    return _serving_kernel(operator, x, size).backend
+
+
 def lookup_kernel(operator: str, x: Tensor, size: int = 1, part: str = "") -> Callable:
     """Return the function of the kernel that computes `operator` for `x`; `part` is, say, ``"_backward"``.
 
     A backward whose forward a kernel computed runs on a kernel, whatever is chosen by then, and whatever autocast is.
     """
+    kernel = _serving_kernel(operator, x, size)
+    function = getattr(_functions(kernel.backend, operator), operator + part)
+    return row_major.by_rows(function) if kernel.row_major else function
+
+
+def _serving_kernel(operator: str, x: Tensor, size: int) -> Kernel:
     serving = {kernel.backend: kernel for kernel in _serving(operator, x, size, {x.dtype})}
     chosen = current_backend()
-    backend = chosen if chosen in serving else _by_preference(operator, x, list(serving))[0]
-    function = getattr(_functions(backend, operator), operator + part)
-    return row_major.by_rows(function) if serving[backend].row_major else function
+    return serving[chosen if chosen in serving else _by_preference(operator, x, list(serving))[0]]
 
 
 def _functions(backend: str, operator: str):

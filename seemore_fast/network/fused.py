@@ -3,6 +3,7 @@
 In the paper: "Rank Modulating Expert" and "Spatial Modulating Expert".
 """
 
+import contextlib
 from collections import namedtuple
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from .. import ops, reference
 from .._torch_compat import is_transformed
-from ..backends import is_plain, select_backend
+from ..backends import backend_of, is_plain, select_backend
+from ..ops.allocation import empty_like
 from ..ops.autocast import autocast_dtype, castable
 from ..ops.operator import refuse_second_derivative
 from ..ops.router import gradients_of_decision
-from ..ops.striped_conv_router import has_kernel, spread_over_pixels
+from ..ops.striped_conv_router import has_kernel, stripes_backward
 from .checkpointing import checkpointed
+from .replay import launching
 
 EPS = 1e-6  # of LayerNorm
 OPERATORS = ("norm_pointwise", "norm_conv3x3", "striped_conv", "calibrate", "low_rank_experts", "gated_ffn")
@@ -100,8 +103,8 @@ def rme(x: Tensor, params: RMEParams, ranks: list[int], top_k: int, recursive: i
     y    = gated_ffn(x)
     """
     has_kernels = has_kernel(params.stripes.weight_row.shape[3], len(params.router.weight_router))
-    if has_kernels and x.dtype != torch.float64 and is_single_node(x):
-        return RMENode.apply(x, ranks, top_k, recursive, *flatten(autocast_params(params)))
+    if has_kernels and x.dtype != torch.float64 and is_single_node(x, params.stripes.weight_row.shape[3]):
+        return BlockNode.apply(x, RMEKernels(ranks, top_k, recursive), *flatten(autocast_params(params)))
     parts = _parts()
     a, k = widen(x, params)
     router = params.router.weight_router
@@ -143,8 +146,8 @@ def sme(x: Tensor, params: SMEParams, recompute: bool = False) -> Tensor:
 
     With `recompute`, nothing inside of SEE is stored for backward.
     """
-    if is_single_node(x):
-        return SMENode.apply(x, recompute, *flatten(autocast_params(params)))
+    if is_single_node(x, params.stripes.weight_row.shape[3]):
+        return BlockNode.apply(x, SMEKernels(recompute), *flatten(autocast_params(params)))
     *of_see, of_ffn = params
     tensors = [tensor for part in of_see for tensor in part]
     x = checkpointed(see, x, *tensors) if recompute else see(x, *tensors)
@@ -160,24 +163,132 @@ def see(x: Tensor, *tensors: Tensor) -> Tensor:
     return parts.pointwise(q, *tensors[8:], residual=x)
 
 
-# The blocks as single nodes of autograd's graph
+# The blocks by their operators' kernels
 #
-# Their operators' kernels are called one after another, without a node, a check and a dispatcher's call for each, and
-# halves of an image get their gradients as such, in place. Results are those of the operators by themselves.
+# These are called one after another, without a node, a check and a dispatcher's call for each, and halves of an image
+# get their gradients as such, in place. Results are those of the operators by themselves.
 
 
-def is_single_node(x: Tensor) -> bool:
-    """Return whether a block of x can be one node: on a CPU, in eager mode, with images in the batch."""
-    if is_plain() or torch.compiler.is_compiling() or is_transformed() or x.device.type != "cpu":
+def is_single_node(x: Tensor, taps: int) -> bool:
+    """Return whether a block of x, with so many taps, can be one node: in eager mode, by kernels of x's device."""
+    if is_plain() or torch.compiler.is_compiling() or is_transformed() or len(x) == 0:
         return False
-    return len(x) > 0 and all(select_backend(operator, x, x.shape[1]) == "cpu" for operator in OPERATORS)
+    sizes = {"striped_conv": taps}
+    backends = {select_backend(operator, x, sizes.get(operator, x.shape[1])) for operator in OPERATORS}
+    return backends == {"cpu"} or not backends & {"cpu", "reference"}
+
+
+class RMEKernels(NamedTuple):
+    """`rme`. Kept for backward, beside x: a and k before and after their steps, the decision, the map of `calibrate`
+    and the input of `gated_ffn`."""
+
+    ranks: list[int]
+    top_k: int
+    recursive: int
+
+    params = RMEParams
+    kept = 9
+
+    def forward(self, x: Tensor, p: RMEParams) -> tuple[Tensor, list[Tensor]]:
+        """Return y and what is kept."""
+        widened = ops.norm_conv3x3.forward(x, *p.expand, "gelu", EPS)
+        a, k = widened.chunk(2, dim=1)
+        a, *decision = ops.striped_conv_router.forward(a, *p.stripes, *p.router, self.top_k, "gelu")
+        k, maps = ops.calibrate.forward(k, *p.calibrate, self.recursive)
+        middle = ops.low_rank_experts.forward(a, k, *decision[:2], *p.experts[:6], self.ranks, *p.experts[6:], x)
+        return ops.gated_ffn.forward(middle, *p.ffn, EPS), [widened, a, *decision, k, maps, middle]
+
+    def backward(
+        self, dy: Tensor, x: Tensor, kept: list[Tensor], p: RMEParams, into: RMEParams | None = None, **turned: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return the gradients of x and of all parameters, these in the memory of `into` if given."""
+        widened, a, index, weight, mean, probability, k, maps, middle = kept
+        rooms = rooms_of(RMEParams, into)
+        dmiddle, *of_ffn = ops.gated_ffn.backward_into(rooms.ffn, dy, middle, *p.ffn, EPS)
+        da, dk, dweight, *of_experts = ops.low_rank_experts.backward_into(
+            rooms.experts, dmiddle, a, k, index, weight, *p.experts[:6], self.ranks, *p.experts[6:]
+        )
+        of_router = rooms.router.get("weight_router")
+        dmean, of_router = gradients_of_decision(dweight, index, mean, probability, *p.router, of_router)
+        dwidened, da_in, dk_in = halves_like(widened)
+        a_in, k_in = widened.chunk(2, dim=1)
+        of_k, of_a = rooms.calibrate | {"k": dk_in}, rooms.stripes | {"x": da_in}
+        _, *of_calibrate = ops.calibrate.backward_into(of_k, dk, maps, k_in, *p.calibrate, self.recursive)
+        _, _, *of_stripes = stripes_backward(of_a, da, dmean, a_in, *p.stripes, "gelu")
+        dx, *of_expand = ops.norm_conv3x3.backward_into(
+            rooms.expand, dwidened, x, *p.expand, "gelu", EPS, residual=dmiddle, **turned
+        )
+        return dx, *of_expand, *of_calibrate, *of_stripes, of_router, *of_experts, *of_ffn
+
+
+class SMEKernels(NamedTuple):
+    """`sme`. Kept for backward, beside x: the input of `gated_ffn`, and unless `recompute` q, v and their product."""
+
+    recompute: bool
+
+    params = SMEParams
+
+    @property
+    def kept(self) -> int:
+        return 1 if self.recompute else 3
+
+    def forward(self, x: Tensor, p: SMEParams) -> tuple[Tensor, list[Tensor]]:
+        """Return y and what is kept."""
+        qv, mixed = self.enhance(x, p)
+        middle = ops.norm_pointwise.forward(mixed, None, None, *p.proj, None, EPS, x)
+        kept = [middle] if self.recompute else [middle, qv, mixed]
+        return ops.gated_ffn.forward(middle, *p.ffn, EPS), kept
+
+    def backward(
+        self, dy: Tensor, x: Tensor, kept: list[Tensor], p: SMEParams, into: SMEParams | None = None
+    ) -> tuple[Tensor, ...]:
+        """Return the gradients of x and of all parameters, these in the memory of `into` if given."""
+        middle, *inside = kept
+        qv, mixed = self.enhance(x, p) if self.recompute else inside
+        rooms = rooms_of(SMEParams, into)
+        dmiddle, *of_ffn = ops.gated_ffn.backward_into(rooms.ffn, dy, middle, *p.ffn, EPS)
+        dmixed, _, _, *of_proj = ops.norm_pointwise.backward_into(
+            rooms.proj, dmiddle, mixed, None, None, *p.proj, None, EPS
+        )
+        q, v = qv.chunk(2, dim=1)
+        dqv, dq, dv = halves_like(qv)
+        of_q = rooms.stripes | {"x": dq, "gate": dv}
+        _, _, *of_stripes = ops.striped_conv.backward_into(of_q, dmixed, q, *p.stripes, None, v)
+        dx, *of_qv = ops.norm_pointwise.backward_into(rooms.qv, dqv, x, *p.qv, "gelu", EPS, residual=dmiddle)
+        return dx, *of_qv, *of_stripes, *of_proj, *of_ffn
+
+    @staticmethod
+    def enhance(x: Tensor, p: SMEParams) -> tuple[Tensor, Tensor]:
+        """Return q and v, one after the other, and what SEE's projection reads."""
+        qv = ops.norm_pointwise.forward(x, *p.qv, "gelu", EPS, None)
+        q, v = qv.chunk(2, dim=1)
+        return qv, ops.striped_conv.forward(q, *p.stripes, None, v)
+
+
+Kernels = RMEKernels | SMEKernels
+
+
+def rooms_of(kind: type[AnyParams], into: AnyParams | None) -> Any:
+    """Return for each part of the parameters the memory of its gradients by name, nothing where `into` is None."""
+    if into is None:
+        return kind._make({} for _ in kind._fields)
+    return kind._make(part._asdict() for part in into)
 
 
 def halves_like(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return room for the gradient of an image, and its two halves of the channels."""
-    whole = torch.empty_like(image)
+    whole = empty_like(image)
     first, second = whole.chunk(2, dim=1)
     return whole, first, second
+
+
+def joining(x: Tensor) -> contextlib.AbstractContextManager:
+    """Return the context in which the last launches of a block's gradients are joined, if Triton computes them."""
+    is_joined = backend_of("gated_ffn", x, x.shape[1]) == "triton"
+    return launching().joining(x.device) if is_joined else contextlib.nullcontext()
+
+
+# The blocks as single nodes of autograd's graph
 
 
 def differentiable_once(backward: Callable) -> Callable:
@@ -204,72 +315,22 @@ class NonDifferentiable(torch.autograd.Function):
         refuse_second_derivative("a block of SeemoRe", ctx)
 
 
-class RMENode(torch.autograd.Function):
-    """`rme` on the CPU's kernels. Stored for backward: x, a and k before and after their steps, the decision, the map
-    of `calibrate` and the input of `gated_ffn`."""
+class BlockNode(torch.autograd.Function):
+    """A block as a single node."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: list[int], top_k: int, recursive: int, *tensors: Tensor) -> Tensor:
-        p = unflatten(RMEParams, tensors)
-        widened = ops.norm_conv3x3.forward(x, *p.expand, "gelu", EPS)
-        a, k = widened.chunk(2, dim=1)
-        a, *decision = ops.striped_conv_router.forward(a, *p.stripes, *p.router, top_k, "gelu")
-        k, maps = ops.calibrate.forward(k, *p.calibrate, recursive)
-        middle = ops.low_rank_experts.forward(a, k, *decision[:2], *p.experts[:6], ranks, *p.experts[6:], x)
-        ctx.ranks, ctx.recursive = ranks, recursive
-        ctx.save_for_backward(x, widened, a, *decision, k, maps, middle, *tensors)
-        return ops.gated_ffn.forward(middle, *p.ffn, EPS)
+    def forward(ctx: Any, x: Tensor, kernels: Kernels, *tensors: Tensor) -> Tensor:
+        y, kept = kernels.forward(x, unflatten(kernels.params, tensors))
+        ctx.kernels = kernels
+        ctx.save_for_backward(x, *kept, *tensors)
+        return y
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        x, widened, a, index, weight, mean, probability, k, maps, middle, *tensors = ctx.saved_tensors
-        p = unflatten(RMEParams, tensors)
-        dmiddle, *of_ffn = ops.gated_ffn.backward(dy, middle, *p.ffn, EPS)
-        da, dk, dweight, *of_experts = ops.low_rank_experts.backward(
-            dmiddle, a, k, index, weight, *p.experts[:6], ctx.ranks, *p.experts[6:]
-        )
-        dmean, of_router = gradients_of_decision(dweight, index, mean, probability, *p.router)
-        da.add_(spread_over_pixels(dmean, da))
-        dwidened, da_in, dk_in = halves_like(widened)
-        a_in, k_in = widened.chunk(2, dim=1)
-        _, *of_calibrate = ops.calibrate.backward_into({"k": dk_in}, dk, maps, k_in, *p.calibrate, ctx.recursive)
-        _, _, *of_stripes = ops.striped_conv.backward_into({"x": da_in}, da, a_in, *p.stripes, "gelu", None)
-        dx, *of_expand = ops.norm_conv3x3.backward(dwidened, x, *p.expand, "gelu", EPS)
-        gradients = (*of_expand, *of_calibrate, *of_stripes, of_router, *of_experts, *of_ffn)
-        return dx.add_(dmiddle), None, None, None, *gradients
-
-
-class SMENode(torch.autograd.Function):
-    """`sme` on the CPU's kernels. Stored for backward: x, the input of `gated_ffn`, and unless `recompute` q, v and
-    their product."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, recompute: bool, *tensors: Tensor) -> Tensor:
-        p = unflatten(SMEParams, tensors)
-        qv, mixed = SMENode.enhance(x, p)
-        middle = ops.norm_pointwise.forward(mixed, None, None, *p.proj, None, EPS, x)
-        ctx.recompute = recompute
-        ctx.save_for_backward(x, middle, *tensors, *(() if recompute else (qv, mixed)))
-        return ops.gated_ffn.forward(middle, *p.ffn, EPS)
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, dy: Tensor) -> tuple:
-        x, middle, *saved = ctx.saved_tensors
-        p = unflatten(SMEParams, saved)
-        qv, mixed = SMENode.enhance(x, p) if ctx.recompute else saved[-2:]
-        dmiddle, *of_ffn = ops.gated_ffn.backward(dy, middle, *p.ffn, EPS)
-        dmixed, _, _, *of_proj = ops.norm_pointwise.backward(dmiddle, mixed, None, None, *p.proj, None, EPS)
-        q, v = qv.chunk(2, dim=1)
-        dqv, dq, dv = halves_like(qv)
-        _, _, *of_stripes = ops.striped_conv.backward_into({"x": dq, "gate": dv}, dmixed, q, *p.stripes, None, v)
-        dx, *of_qv = ops.norm_pointwise.backward(dqv, x, *p.qv, "gelu", EPS)
-        return dx.add_(dmiddle), None, *of_qv, *of_stripes, *of_proj, *of_ffn
-
-    @staticmethod
-    def enhance(x: Tensor, p: SMEParams) -> tuple[Tensor, Tensor]:
-        """Return q and v, one after the other, and what SEE's projection reads."""
-        qv = ops.norm_pointwise.forward(x, *p.qv, "gelu", EPS, None)
-        q, v = qv.chunk(2, dim=1)
-        return qv, ops.striped_conv.forward(q, *p.stripes, None, v)
+        x, *saved = ctx.saved_tensors
+        kernels = ctx.kernels
+        kept, tensors = saved[: kernels.kept], saved[kernels.kept :]
+        with joining(x):
+            dx, *gradients = kernels.backward(dy, x, kept, unflatten(kernels.params, tensors))
+        return dx, None, *gradients

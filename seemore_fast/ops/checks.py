@@ -16,8 +16,8 @@ class Spec(NamedTuple):
 
     Numbers are themselves, a letter stands for the size that it first met, ``2C`` for 2 times that of C. ``?`` allows
     None, ``int64`` asks for that dtype, ``mixed`` allows a floating dtype other than that of the first tensor,
-    ``autocast`` does so under autocast. Kernels take a ``stencil``, a 3x3 weight, with its outputs innermost in
-    forward; backward kernels do not take ``unread`` tensors, whose values they do not need.
+    ``autocast`` does so under autocast. Kernels take a ``stencil``, a 3x3 weight, with its outputs innermost, too;
+    backward kernels do not take ``unread`` tensors, whose values they do not need.
     """
 
     sizes: tuple[tuple[int, str], ...]  # factor and letter of each, the letter empty for a number

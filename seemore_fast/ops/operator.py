@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import lookup_kernel, select_backend
+from ..backends import backend_of, lookup_kernel, select_backend
 from .allocation import empty_like, stencil
 from .autocast import to_autocast_dtype
 from .checks import Spec, check_choice, check_shapes, check_tensors
@@ -162,15 +162,24 @@ class Operator(Generic[P, R]):
         """Return the gradients of `differentiable`, computed by a kernel."""
         return self.backward_into({}, dy, *args)
 
-    def backward_into(self, into: dict[str, Tensor], dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        """Return the gradients of `differentiable`, each in the memory of `into` if that has it."""
+    def backward_into(
+        self, into: dict[str, Tensor | None], dy: Tensor, *args: Any, residual: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, ...]:
+        """Return the gradients of `differentiable`, each in the memory of `into` if that has it; None is not computed.
+
+        `residual` is added to the gradient of the first tensor. `options` are those of Triton's kernels alone.
+        """
         kept, values = args[: self.kept], dict(zip(self.inner, args[self.kept :], strict=True))
         gradients = self._gradients_like(values) | into
         written = [None if values[name] is None else gradients[name] for name in self.differentiable]
         unread = {name for name, spec in self.specs.items() if "unread" in spec.words}
-        read = (self._as_read(n, v) for n, v in values.items() if n not in unread)
-        x = values[self.names[0]]
-        lookup_kernel(self.name, x, self.size(values), "_backward")(*written, dy, *kept, *read)
+        x, size = values[self.names[0]], self.size(values)
+        read = (self._as_read(n, v, x) for n, v in values.items() if n not in unread)
+        if residual is not None and backend_of(self.name, x, size) == "triton":
+            options, residual = options | {"residual": residual}, None
+        lookup_kernel(self.name, x, size, "_backward")(*written, dy, *kept, *read, **options)
+        if residual is not None:
+            gradients[self.names[0]].add_(residual)
         return tuple(gradients.values())
 
     def fake_backward(self, dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -189,13 +198,13 @@ class Operator(Generic[P, R]):
                 gradients[name] = torch.empty_like(value, memory_format=torch.contiguous_format)
         return gradients
 
-    def _as_read(self, name: str, value: Any, x: Tensor | None = None) -> Any:
-        """Return an argument as kernels take it; x is given in forward."""
+    def _as_read(self, name: str, value: Any, x: Tensor) -> Any:
+        """Return an argument as kernels take it."""
         if self.options.get(name) == "str?":
             return value == "gelu"
         if not isinstance(value, Tensor) or self.specs[name].is_image:
             return value
-        if x is not None and "stencil" in self.specs[name].words:
+        if "stencil" in self.specs[name].words:
             return stencil(value, x)
         return value.contiguous()
 

@@ -30,11 +30,19 @@ def empty_decision(x: Tensor, weight: Tensor, top_k: int) -> dict[str, Tensor]:
 
 
 def gradients_of_decision(
-    dweight: Tensor, index: Tensor, mean: Tensor, probability: Tensor, weight_router: Tensor
+    dweight: Tensor,
+    index: Tensor,
+    mean: Tensor,
+    probability: Tensor,
+    weight_router: Tensor,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the mean (B, C) and of the router's weight (E, C); dweight is that of the experts'."""
+    """Return the gradients of the mean (B, C) and of the router's weight (E, C), which is written to `into` if given.
+
+    `dweight` is the gradient of the experts' probabilities.
+    """
     mean, weight_router = mean.contiguous(), weight_router.contiguous()
-    gradients = torch.empty_like(mean), torch.empty_like(weight_router)
+    gradients = torch.empty_like(mean), torch.empty_like(weight_router) if into is None else into
     kernel = lookup_kernel("router", mean, part="_from_sums_backward")
     kernel(*gradients, dweight, index, mean, probability, weight_router)
     return gradients

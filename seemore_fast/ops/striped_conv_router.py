@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import lookup_kernel, select_backend
+from ..backends import backend_of, lookup_kernel, select_backend
 from .allocation import empty_like
 from .checks import check_odd
 from .operator import Operator, P, R, Values
@@ -58,8 +58,7 @@ class StripedConvRouter(Operator[P, R]):
         """Return the gradients of x, of the stripes and of the router's weight."""
         dweight, index, mean, probability, x, *stripes, weight_router, activation = args
         dmean, dweight_router = gradients_of_decision(dweight, index, mean, probability, weight_router)
-        dy = dy + spread_over_pixels(dmean, x)
-        dx, _, *gradients = striped_conv.backward(dy, x, *stripes, activation, None)
+        dx, _, *gradients = stripes_backward({}, dy, dmean, x, *stripes, activation)
         return dx, *gradients, dweight_router
 
     def fake_backward(self, dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -75,6 +74,15 @@ class StripedConvRouter(Operator[P, R]):
     def _differentiate(self, ctx: Any, dy: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
         _, dweight, *_ = others
         return *self.backward_packet(dy, dweight, *ctx.saved_tensors, ctx.activation), None, None
+
+
+def stripes_backward(
+    into: dict[str, Tensor | None], dy: Tensor, dmean: Tensor, x: Tensor, *stripes_and_activation: Any
+) -> tuple[Tensor, ...]:
+    """Return the gradients of `striped_conv` in the memory of `into`; dmean (B, C) is that of its pooled result."""
+    if backend_of("striped_conv", x, stripes_and_activation[0].shape[3]) == "triton":
+        return striped_conv.backward_into(into, dy, x, *stripes_and_activation, None, dmean=dmean)
+    return striped_conv.backward_into(into, dy + spread_over_pixels(dmean, x), x, *stripes_and_activation, None)
 
 
 def spread_over_pixels(dmean: Tensor, x: Tensor) -> Tensor:
