@@ -97,6 +97,10 @@ class Block(Fused, ResidualPair, Generic[f.AnyParams]):
         """Return the parameters as they are now."""
         raise NotImplementedError
 
+    def kernels(self) -> f.Kernels:
+        """Return the block by its operators' kernels."""
+        raise NotImplementedError
+
     def stencils(self) -> list[Tensor]:
         """Return the weights of 3x3 layers that kernels of layers read."""
         return [self.ffn.gate.weight]
@@ -150,6 +154,10 @@ class RME(Block[f.RMEParams]):
             self._ffn_params(),
         )
 
+    def kernels(self) -> f.RMEKernels:
+        moe = self.block.moe_layer
+        return f.RMEKernels(moe.ranks, moe.gate.top_k, self.block.recursive)
+
     def fused(self, x: Tensor) -> Tensor:
         block, moe = self.block, self.block.moe_layer
         check_aggregable("RME", "x", x.shape[2], x.shape[3], block.recursive)
@@ -172,6 +180,9 @@ class SME(Block[f.SMEParams]):
             f.Projection(*parameters_of(see.proj)),
             self._ffn_params(),
         )
+
+    def kernels(self) -> f.SMEKernels:
+        return f.SMEKernels(recompute=False)
 
     def fused(self, x: Tensor) -> Tensor:
         # Recomputing q and v costs a layer and a stencil, storing them a quarter of all that a group stores.

@@ -76,7 +76,7 @@ def unflatten(kind: type[AnyParams], tensors: Iterable[Tensor]) -> AnyParams:
     return kind._make(part._make(islice(tensors, len(part._fields))) for part in kind.__annotations__.values())
 
 
-def map_params(function: Callable[[str, Tensor], Tensor], params: AnyParams) -> AnyParams:
+def map_params(function: Callable[[str, Any], Any], params: AnyParams) -> AnyParams:
     """Return function(name, tensor) of all tensors of `params`, in the same structure."""
     return params._make(part._make(map(function, part._fields, part)) for part in params)
 
@@ -320,7 +320,8 @@ class BlockNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernels: Kernels, *tensors: Tensor) -> Tensor:
-        y, kept = kernels.forward(x, unflatten(kernels.params, tensors))
+        kind: Any = kernels.params
+        y, kept = kernels.forward(x, unflatten(kind, tensors))
         ctx.kernels = kernels
         ctx.save_for_backward(x, *kept, *tensors)
         return y
@@ -329,7 +330,7 @@ class BlockNode(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x, *saved = ctx.saved_tensors
-        kernels = ctx.kernels
+        kernels: Any = ctx.kernels
         kept, tensors = saved[: kernels.kept], saved[kernels.kept :]
         with joining(x):
             dx, *gradients = kernels.backward(dy, x, kept, unflatten(kernels.params, tensors))

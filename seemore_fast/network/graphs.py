@@ -1,9 +1,10 @@
-"""LRU cache of CUDA graphs, or recordings, of a function of one tensor, keyed by size."""
+"""LRU cache of CUDA graphs, or recordings, of a function of tensors, keyed by size."""
 
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,13 +47,14 @@ class Graphs:
     """Function of an image, called as it is at the first image of a size and captured at the second.
 
     So images of many sizes, each of which comes once, pay for no graphs. A size is shape, dtype, device, and all that
-    chooses other kernels: autocast, backend, TF32. The graph that was not used for longest makes room for a new one.
-    Where capturing fails, for want of memory say, calls go on without, and a warning says why.
+    chooses other kernels: autocast, backend, TF32; of more tensors beside the image strides, too. The graph that was
+    not used for longest makes room for a new one. Where capturing fails, for want of memory say, calls go on without,
+    and a warning says why.
     """
 
     def __init__(
         self,
-        function: Callable[[Tensor], Tensor],
+        function: Callable,
         most: int = MOST,
         capture: Callable = Captured,
         what: str = "CUDA graph",
@@ -61,27 +63,27 @@ class Graphs:
         self._known = OrderedDict()  # size: what is called, or EAGER, or why it cannot be captured; the latest last
         self._lock = threading.Lock()
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *more: Tensor) -> Any:
         # Buffers made in inference mode could not be written to outside of it.
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            size = size_of(x)
+            size = size_of(x), tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in more)
             call = self._known.pop(size, None)
             if call == EAGER:
-                call = self._try(x)
+                call = self._try(x, *more)
             self._known[size] = EAGER if call is None else call
             while len(self._known) > MOST_SEEN:
                 self._known.popitem(last=False)
-            return self._function(x) if isinstance(call, str | None) else call(x)
+            return (self._function if isinstance(call, str | None) else call)(x, *more)
 
     def __len__(self) -> int:
         """Return the number of graphs."""
         return sum(not isinstance(call, str) for call in self._known.values())
 
-    def _try(self, x: Tensor) -> Callable | str:
+    def _try(self, x: Tensor, *more: Tensor) -> Callable | str:
         if len(self) >= self._most:  # before, so that its memory is there for the new one
             del self._known[next(size for size, call in self._known.items() if not isinstance(call, str))]
         try:
-            return self._capture(self._function, x)
+            return self._capture(self._function, x, *more)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             reason = f"no {self._what} for x of shape {tuple(x.shape)}, calls go on without: {first_line(error)}"
             warnings.warn(reason, stacklevel=3)

@@ -14,7 +14,7 @@ from ..backends import select_backend
 from ..backends.planes import new_image, new_packed
 from ..ops.norm_conv3x3 import norm_conv3x3_into
 from ..reference.router import without_autocast
-from . import engine
+from . import engine, node
 from .blocks import Block, Fused, ResGroup, body_dtype, frozen, parameters_of
 from .checkpointing import CHOICES
 from .gpu_memory import with_oom_hint
@@ -66,6 +66,7 @@ class SeemoRe(Fused, reference.SeemoRe):
         super().__init__(*args, **kwargs)
         self._recompute = "auto"
         self.engine_config = engine.EngineConfig.of(self.config)
+        self._steps: dict[torch.device, node.Steps] = {}
         self._snapshot_structure()
 
     @property
@@ -82,8 +83,12 @@ class SeemoRe(Fused, reference.SeemoRe):
         if how not in CHOICES:
             raise ValueError(f"recompute is {how!r}, expected one of {', '.join(map(repr, CHOICES))}")
         self._recompute = how
-        for block in (block for group in self.body for block in group.children() if isinstance(block, Block)):
+        for block in self.blocks():
             block.recompute = how
+
+    def blocks(self) -> list[Block]:
+        """Return all blocks, in order; those that were replaced are left out."""
+        return [block for group in self.body for block in group.children() if isinstance(block, Block)]
 
     def prepare(self, graph: bool = False) -> "SeemoRe":
         """Freeze a packed copy of the weights for inference, and return the model.
@@ -104,10 +109,9 @@ class SeemoRe(Fused, reference.SeemoRe):
                 "parameters": [weight.detach().clone() for weight in self.ordered_parameters()],
                 "ends": self._frozen_ends(),
             }
-            for group in self.body:
-                for block in group.children():
-                    if isinstance(block, Block) and block.is_unmodified():
-                        block.freeze()
+            for block in self.blocks():
+                if block.is_unmodified():
+                    block.freeze()
             if engine.unsupported_reason(self, self.mean) is None:
                 self._frozen["served"] = self.ordered_parameters()
                 self.engine_weights(engine.config_of(self))
@@ -179,6 +183,8 @@ class SeemoRe(Fused, reference.SeemoRe):
         if not self.is_unmodified():
             return super().forward(x)  # by its submodules, so that all additions to them run
         keeps = self.wants_gradients(x)
+        if keeps and node.is_served(self, x):
+            return node.run(self, self._steps_on(x.device), self._shifted(x))
         ends = self._ends_now() if keeps else self.ends()
         if kernels == "triton" and not keeps and not is_transformed() and not has_forward_gradients():
             x = self._shifted(x)
@@ -201,6 +207,21 @@ class SeemoRe(Fused, reference.SeemoRe):
             y = f + y
         return self.last(y, ends)
 
+    def _steps_on(self, device: torch.device) -> node.Steps:
+        """Return the forward and backward of training on a device."""
+        if device not in self._steps:
+            with torch.device("meta"):  # so that no random number is drawn
+                numbered = SeemoRe(**self.config).double()
+            numbered, first = numbered.to_empty(device="cpu"), 0
+            for parameter in numbered.ordered_parameters():
+                torch.arange(first, first + parameter.numel(), out=parameter.data.view(-1))
+                first += parameter.numel()
+            self._steps[device] = node.Steps(numbered, device)
+        return self._steps[device]
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_steps": {}}
+
     def _launch(self, x: Tensor, ends: Ends) -> Tensor:
         """Return the network's result for x, shifted, by kernels alone.
 
@@ -220,6 +241,8 @@ class SeemoRe(Fused, reference.SeemoRe):
     def _shifted(self, x: Tensor) -> Tensor:
         """Return (x - mean) * img_range with channels innermost, for Triton's kernels."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if torch.is_grad_enabled() and x.requires_grad:
+            return (x - self.mean) * self.img_range
         room = new_packed(x, self.in_chans)
         if torch.compiler.is_compiling():  # which takes no `out` that is not contiguous
             return room.copy_((x - self.mean) * self.img_range)

@@ -124,10 +124,10 @@ class Recording(InsideOperators):
         for tensor in given:
             self._enter(tensor, Memory())
 
-    def run(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Record function(x) and return its result."""
+    def run(self, function: Callable, *given: Tensor) -> Any:
+        """Record function(*given) and return its results."""
         with self, launching().observed(self._launch):
-            return function(x)
+            return function(*given)
 
     def see(self, function: torch._ops.OpOverload, arguments: tuple, options: dict) -> Any:
         result = function(*arguments, **options)
@@ -135,7 +135,7 @@ class Recording(InsideOperators):
             for tensor in tensors_of(result) if name_of(function) in ALLOCATIONS else ():
                 self._enter(tensor, Memory(tensor.untyped_storage().nbytes(), len(self.steps)))
             return result
-        if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+        if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(result) if leaf is not None):
             raise RuntimeError(f"{function} answers what is on the device: that cannot be recorded")
         arguments, options = tree_map(self._argument, (arguments, options))
         results = [
@@ -148,7 +148,7 @@ class Recording(InsideOperators):
         with _disable_current_modes():  # the interpreter uses operators of torch
             compiled = launch.start()
         if compiled is None:  # interpreted
-            arguments = {name: self._argument(value) for name, value in launch.arguments.items()}
+            arguments = tree_map(self._argument, launch.arguments)
             self.steps.append(Operator(launch.kernel[(launch.programs,)], (), arguments | launch.options, []))
         else:
             self.steps.append(launching().Start(launch, compiled, self._argument))
@@ -180,44 +180,64 @@ class Recording(InsideOperators):
 
 
 class Recorded:
-    """Recorded call of a function, repeated for tensors of the same size, strides and device."""
+    """Recorded call of a function, repeated for tensors of the same sizes, dtypes, strides and device.
 
-    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor):
-        recording = Recording(x)
-        y = recording.run(function, x)
-        self._function, self._strides, self._offset = function, x.stride(), byte_offset(x)
-        place, self._count = recording.place_of(y), len(recording.memories)
-        if not isinstance(place, Place) or recording.memories[place.memory].first is None:
-            raise RuntimeError("the result was not allocated by the function")
-        self._y = place
+    The function returns a tensor or a sequence of tensors, all of which it allocates.
+    """
+
+    def __init__(self, function: Callable, *given: Tensor):
+        if len({tensor.untyped_storage()._cdata for tensor in given}) < len(given):
+            raise RuntimeError("two of the given tensors share their memory")
+        recording = Recording(*given)
+        results = recording.run(function, *given)
+        self._function, self._offsets = function, [byte_offset(tensor) for tensor in given]
+        self._strides, self._count = [tensor.stride() for tensor in given], len(recording.memories)
+        self._is_single = isinstance(results, Tensor)
+        self._results: list[Place] = []
+        for place in map(recording.place_of, tensors_of(results)):
+            if not isinstance(place, Place) or place.memory < len(given):
+                raise RuntimeError("the result was not allocated by the function")
+            self._results.append(place)
         self._steps = [(step, [], []) for step in recording.steps]  # with what is allocated before and freed behind it
+        kept = {place.memory for place in self._results}
         for number, memory in enumerate(recording.memories):
-            last = len(self._steps) if memory.last is None or number == self._y.memory else memory.last
+            last = len(self._steps) if memory.last is None or number in kept else memory.last
             if memory.first is not None and memory.first < last:
                 self._steps[memory.first][1].append((number, memory.nbytes))
             if 0 < last < len(self._steps):
                 self._steps[last - 1][2].append(number)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.stride() != self._strides or x.data_ptr() % VECTOR:
-            return self._function(x)
-        bases = Bases(self._count)
-        bases.put(0, x, byte_offset(x) - self._offset)
-        with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
+    def __call__(self, *given: Tensor) -> Any:
+        if not self._fits(given):
+            return self._function(*given)
+        bases, device = Bases(self._count), given[0].device
+        for number, tensor in enumerate(given):
+            bases.put(number, tensor, byte_offset(tensor) - self._offsets[number])
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             now = launching().now()
             for step, allocated, freed in self._steps:
                 for memory, nbytes in allocated:
-                    bases.put(memory, torch.empty(nbytes, dtype=torch.uint8, device=x.device))
+                    bases.put(memory, torch.empty(nbytes, dtype=torch.uint8, device=device))
                 step.run(bases, now)
                 for memory in freed:
                     bases.tensors[memory] = None
-        return bases.tensor(self._y)
+        results = [bases.tensor(place) for place in self._results]
+        return results[0] if self._is_single else results
+
+    def _fits(self, given: tuple[Tensor, ...]) -> bool:
+        strides = [tensor.stride() for tensor in given]
+        storages = {tensor.untyped_storage()._cdata for tensor in given}
+        return strides == self._strides and len(storages) == len(given) and not any(map(is_unaligned, given))
 
 
 @functools.cache
 def launching() -> Any:
     """Return the module that launches Triton's kernels, imported late: Triton may be missing."""
     return importlib.import_module("seemore_fast.kernels.launch")
+
+
+def is_unaligned(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % VECTOR != 0
 
 
 def byte_offset(tensor: Tensor) -> int:

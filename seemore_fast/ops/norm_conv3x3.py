@@ -57,7 +57,8 @@ def norm_conv3x3_into(y: Tensor, x: Tensor, *parameters: Tensor | None, eps: flo
     torch.ops.seemore_fast.norm_conv3x3_into(y, x, norm_weight, norm_bias, *cast.values(), eps, add)
 
 
-def _into(y: Tensor, x: Tensor, *parameters_and_options: Any):
+def write_into(y: Tensor, x: Tensor, *parameters_and_options: Any):
+    """Do as `norm_conv3x3_into` without the dispatcher, all arguments by position."""
     norm_weight, norm_bias, weight, bias, eps, add = parameters_and_options
     norm = (None if p is None else p.contiguous() for p in (norm_weight, norm_bias))
     kernel = lookup_kernel("norm_conv3x3", x, max(weight.shape[:2]), "_into")
@@ -72,6 +73,6 @@ define(
     "norm_conv3x3_into",
     "(Tensor(a!) y, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor bias, float eps, bool add) "
     "-> ()",
-    _into,
+    write_into,
     _into_fake,
 )

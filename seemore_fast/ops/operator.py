@@ -164,13 +164,13 @@ class Operator(Generic[P, R]):
 
     def backward_into(
         self, into: dict[str, Tensor | None], dy: Tensor, *args: Any, residual: Tensor | None = None, **options: Any
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Any, ...]:
         """Return the gradients of `differentiable`, each in the memory of `into` if that has it; None is not computed.
 
         `residual` is added to the gradient of the first tensor. `options` are those of Triton's kernels alone.
         """
         kept, values = args[: self.kept], dict(zip(self.inner, args[self.kept :], strict=True))
-        gradients = self._gradients_like(values) | into
+        gradients: dict[str, Any] = self._gradients_like(values) | into
         written = [None if values[name] is None else gradients[name] for name in self.differentiable]
         unread = {name for name, spec in self.specs.items() if "unread" in spec.words}
         x, size = values[self.names[0]], self.size(values)
