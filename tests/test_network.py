@@ -131,12 +131,31 @@ def test_layouts(backend, precision, in_bfloat16, layout):
 
 @each_cpu
 @each_precision
-@pytest.mark.parametrize("shape", [(1, 3, 17, 130), (1, 3, 75, 30), (3, 3, 24, 16), (7, 3, 16, 16)])
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 17, 130), (1, 3, 75, 30), (1, 3, 61, 300), (3, 3, 24, 16), (7, 3, 16, 16), (3, 3, 20, 161)]
+)
 def test_every_number_of_threads_gives_the_same_bits(backend, precision, in_bfloat16, shape):
     model, x = network(global_kernel_size=7), torch.rand(shape)
     with running_on(backend, "cpu"), precision(in_bfloat16):
-        first, *others = [with_threads(count, serve, model, x) for count in (1, 2, 3, 5, 2)]
+        first, *others = [with_threads(count, serve, model, x) for count in (1, 2, 3, 5, 8, 16, 33, 2)]
         assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_fewer_threads_than_planned_take_the_strips_one_after_another(limit):
+    """OpenMP may give fewer threads than torch asks for: no strip waits for one that no thread has taken."""
+    script = """
+import torch
+from seemore_fast import seemore_t
+model, x = seemore_t(scale=2).eval(), torch.rand(1, 3, 40, 300)
+torch.set_num_threads(16)
+with torch.no_grad():
+    many = model(x)
+    torch.set_num_threads(1)
+    assert torch.equal(many, model(x))
+"""
+    environment = {**os.environ, "OMP_THREAD_LIMIT": str(limit)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
 
 
 @each_cpu

@@ -218,9 +218,9 @@ class PoolSink {
       }
     }
   }
-  void finish(int64_t row, int64_t strip) {
+  void finish(int64_t row) {
     for (int64_t y = row; y < row + 2; ++y) {
-      if (band_.takes_part(y, 0, strip_)) front_.finish(y, band_.state, sums_, strip);
+      if (band_.takes_part(y, 0, strip_)) front_.finish(y, band_.state, sums_);
     }
   }
   bool is_finite() const { return true; }  // known from the pixels only
@@ -273,7 +273,7 @@ class OutputSink {
     }
   }
 
-  void finish(int64_t row, int64_t) {
+  void finish(int64_t row) {
     const int64_t row_stride = strip_.widest;
     float* second = pixels_ + outputs() * row_stride;
     upsampler_(y_, row, StoreEpilogue<false>{{pixels_, pixels_, row_stride, row_stride, outputs(), outputs()}},

@@ -4,9 +4,13 @@
 //   middle  experts, FFN, SEE, FFN of group g      -> first half of group g + 1's MoE block
 //   tail    experts, FFN, SEE, FFN of the last one -> conv_2, + conv_1(image), upsampler, pixels
 //
-// A sweep overwrites the state in place, each thread a band of rows; the halo rows of a band are copied before. Where
-// the state is larger than the memory, all but its beginning lies in a mapped file: bands are then so low that one of
-// each thread fits, and are released once they are done.
+// A sweep overwrites the state in place, by bands of rows and, in a band, strips of columns from left to right. The
+// halo rows of a band are copied before, and computed again by each of two neighbours; a strip finds its halo columns
+// with the strip before. So threads share bands as far as the image is wide enough (`divide`): each takes a strip and
+// follows the thread on its left some rows behind.
+//
+// Where the state is larger than the memory, all but its beginning lies in a mapped file: bands are then so low that
+// one of each thread fits, and are released once they are done.
 
 #include "cpu/network/chains.h"
 #include "cpu/network/pages.h"
@@ -16,8 +20,9 @@
 namespace seemore::SEEMORE_ISA {
 namespace {
 
-constexpr int64_t kStripWidth =
-    128;  // columns, whole register tiles whose rows stay in the second-level cache; the last strip is wider
+constexpr int64_t kStripWidth = 128;  // columns whose rows of all stages stay in the second-level cache
+constexpr int64_t kStripCost = 5;     // columns: the halo that a strip takes over from the one before
+constexpr int64_t kStripTile = kTileVectors == 2 ? 2 * kWidth : kWidth;  // columns of a register tile
 
 template <class Body>
 void for_each(int64_t count, const Body& body) {
@@ -31,48 +36,81 @@ void for_each(int64_t count, const Body& body) {
 
 constexpr int64_t parts(int64_t whole, int64_t most) { return (whole + most - 1) / most; }
 
-// The cut of images into bands and strips, and the lags of stages. Strips, whose sums are added up, depend on the size
-// alone.
+// The division of images among threads, and the lags of stages. Results do not depend on it.
 struct Plan {
   Plan(const Network& net, int64_t batch)
       : half(net.config.taps / 2),
         start((4 - (3 + half) % 4) % 4),
         halo(4 + half),
-        columns(round_up(net.size.width + start + halo, kTileVectors == 2 ? 2 * kWidth : kWidth)),
-        strips(larger(1, columns / kStripWidth)),
+        columns(round_up(net.size.width + start + halo, kStripTile)),
         row_stride(round_up(columns + halo, 16)),
-        images(smaller(batch, net.threads)),
-        workers(images ? larger(1, smaller(parts(net.threads, images), net.size.height / 4)) : 1),
-        bands(workers * larger(1, smaller(net.resident_rows ? parts(net.size.height, workers * net.resident_rows) : 1,
-                                          net.size.height / 4 / workers))) {}
+        summed_parts(larger(1, columns / kSummedColumns)) {
+    const int64_t height = net.size.height;
+    double least = INFINITY;
+    for (int64_t i = 1; i <= smaller(batch, net.threads); ++i) {
+      for (int64_t n = 1; n <= smaller(net.threads / i, net.resident_rows ? 1 : columns / kStripTile); ++n) {
+        const int64_t of_image = strips_of(n), count = larger(1, smaller(net.threads / i / n, height / 4));
+        if (of_image > columns / kStripTile) continue;
+        const double cost = parts(batch, i) * time_of(height, count, n, of_image) +
+                            work_of(height, count, of_image) * batch / net.threads;
+        if (cost < least) least = cost, images = i, teams = count, lanes = n, strips = of_image;
+      }
+    }
+    const int64_t resident = net.resident_rows ? parts(height, teams * net.resident_rows) : 1;
+    bands = teams * larger(1, smaller(resident, height / 4 / teams));
+  }
 
-  int64_t begin(int64_t strip) const { return strip == strips ? columns : strip * kStripWidth; }
-  int64_t widest() const { return columns - begin(strips - 1); }
+  // Columns [begin(strip), begin(strip + 1)) are a strip.
+  int64_t begin(int64_t strip) const { return strip * (columns / kStripTile) / strips * kStripTile; }
+  int64_t widest() const { return parts(columns / kStripTile, strips) * kStripTile; }
 
   int64_t half;
   int64_t
       start;  // lag, in columns, of a group's first stage: such that k's, where it is aggregated, is a multiple of four
   int64_t halo;  // of a group and the stages after it, in rows and columns
-  int64_t columns, strips, row_stride;
-  int64_t images, workers, bands;  // images at a time; threads and bands of each
+  int64_t columns, row_stride, summed_parts;
+  int64_t images = 0;                       // at a time
+  int64_t teams = 1, lanes = 1, bands = 1;  // of an image: teams of threads, threads of a team, bands of all teams
+  int64_t strips = 1;
+
+ private:
+  int64_t strips_of(int64_t threads) const {
+    return threads > 1 ? threads * parts(columns, threads * kStripWidth) : larger(1, columns / kStripWidth);
+  }
+
+  // In pixels of a whole chain: the time until the slowest thread is done with an image, and that of all threads.
+  double time_of(int64_t height, int64_t teams, int64_t lanes, int64_t strips) const {
+    constexpr int64_t kFollows = 8;                 // rows that a thread is behind the one on its left
+    const int64_t borders = smaller(teams - 1, 2);  // of a band with others
+    const int64_t width = strips / lanes * (parts(columns / kStripTile, strips) * kStripTile + kStripCost);
+    return static_cast<double>(width) * (parts(height, teams) + borders * halo / 2 + (lanes - 1) * kFollows);
+  }
+  double work_of(int64_t height, int64_t teams, int64_t strips) const {
+    return static_cast<double>(columns + strips * kStripCost) * (height + (teams - 1) * halo);
+  }
 };
 
 template <class Cell>
 class Engine {
  public:
   Engine(const Network& net, void* state, void* workspace)
-      : net_(net), config_(net.config), plan_(net, net.size.batch), weights_(outer_weights(net)) {
+      : net_(net),
+        config_(net.config),
+        plan_(net, net.size.batch),
+        weights_(outer_weights(net)),
+        wavefront_(plan_.images * plan_.teams, plan_.strips) {
     Arena states(state);
     filed_ = static_cast<const char*>(state) + net.resident_bytes;
     state_ = allocate_state(states, plan_.images * net.size.height);
     halo_rows_ = allocate_state(states, plan_.bands > 1 ? plan_.images * plan_.bands * 2 * plan_.halo : 0);
     Arena arena(workspace);
     sums_ = arena.allocate<float>(plan_.images * sums_size());
-    finite_ = arena.allocate<int64_t>(plan_.images * plan_.bands);
+    finite_ = arena.allocate<int64_t>(plan_.images * plan_.bands * plan_.lanes);
     table_ = arena.allocate<char>(table_bytes());
     routings_ = arena.allocate<char>(plan_.images * routing_bytes());
-    scratch_bytes_ = scratch_bytes();
-    scratch_ = arena.allocate<char>(plan_.images * plan_.workers * scratch_bytes_);
+    count_scratch();
+    edges_ = arena.allocate<char>(plan_.images * plan_.teams * edges_bytes_);
+    scratch_ = arena.allocate<char>(plan_.images * plan_.teams * plan_.lanes * scratch_bytes_);
     memory_ = {states.bytes(), arena.bytes()};
   }
 
@@ -87,17 +125,18 @@ class Engine {
       net_.progress[0] = 0;
       net_.progress[1] = net_.size.batch * (config_.groups + 1) * net_.size.height * plan_.strips;
     }
+    if (!net_.resident_rows) clear_margins();  // a new file has zeros
     for (int64_t first = 0; first < net_.size.batch; first += plan_.images) {
       const int64_t images = smaller(plan_.images, net_.size.batch - first);
-      if (!net_.resident_rows || first > 0) clear(images);  // a new file has zeros
       for (int64_t group = 0; group <= config_.groups; ++group) {
         if (group > 0) {
           choose_experts(images, group - 1);
           if (plan_.bands > 1) copy_halo_rows(images);
         }
-        for_each(images * plan_.workers, [&](int64_t worker) { sweep_bands(worker, first, group, up); });
+        for (int64_t team = 0; team < images * plan_.teams; ++team) wavefront_.restart(team);
+        for_each(images * plan_.teams * plan_.lanes, [&](int64_t i) { sweep_bands(i, first, group, up); });
       }
-      for (int64_t i = 0; i < images * plan_.bands; ++i) is_finite &= finite_[i];
+      for (int64_t i = 0; i < images * plan_.bands * plan_.lanes; ++i) is_finite &= finite_[i];
     }
     return is_finite;
   }
@@ -117,7 +156,7 @@ class Engine {
     return state;
   }
 
-  int64_t sums_size() const { return net_.size.height * plan_.strips * config_.channels; }
+  int64_t sums_size() const { return net_.size.height * plan_.summed_parts * config_.channels; }
   int64_t map_columns() const {
     int64_t columns = net_.size.width;
     for (int64_t i = 0; i < config_.recursive; ++i) columns /= 4;
@@ -150,15 +189,21 @@ class Engine {
             plan_.halo};
   }
 
-  // Columns beyond the image enter computations, though no result: they must be finite.
-  void clear(int64_t images) {
-    for_each(images * net_.size.height, [&](int64_t row) {
-      const State<Cell> end = state_.from_row(row + 1), begin = state_.from_row(row);
-      std::memset(begin.x, 0, (end.x - begin.x) * sizeof(float));
-      std::memset(begin.a, 0, (end.a - begin.a) * sizeof(Cell));
-      std::memset(begin.k, 0, (end.k - begin.k) * sizeof(float));
-      if (net_.resident_rows) release(state_, row, 1);
+  // Clear the columns that are read, though no result depends on them, and never written: they must be finite.
+  void clear_margins() {
+    for_each(plan_.images * net_.size.height, [&](int64_t row) {
+      const State<Cell> state = state_.from_row(row);
+      clear_margin(state.x, state.channels);
+      clear_margin(state.a, cells_of<Cell>(state.channels));
+      clear_margin(state.k, state.ranks);
     });
+  }
+
+  template <class T>
+  void clear_margin(T* rows, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) {
+      std::memset(rows + i * plan_.row_stride + plan_.columns, 0, (plan_.row_stride - plan_.columns) * sizeof(T));
+    }
   }
 
   void copy_halo_rows(int64_t images) {
@@ -183,7 +228,7 @@ class Engine {
     for_each(images * config_.channels,
              [&](int64_t i) { routing_of(i / config_.channels).calibrate(weights, i % config_.channels); });
     for_each(images, [&](int64_t image) {
-      routing_of(image).choose(weights.experts, sums_ + image * sums_size(), plan_.strips);
+      routing_of(image).choose(weights.experts, sums_ + image * sums_size(), plan_.summed_parts);
     });
   }
 
@@ -201,8 +246,8 @@ class Engine {
         OutputSink<Cell> tail(strip, band, net_, weights_, lag);
         body(source, tail);
       } else {
-        PoolSink<Cell> pool(strip, band, next, routing.group_sums(sums_ + band.image * sums_size(), plan_.strips),
-                            channels, lag);
+        const GroupSums sums = routing.group_sums(sums_ + band.image * sums_size(), plan_.summed_parts);
+        PoolSink<Cell> pool(strip, band, next, sums, channels, lag);
         body(source, pool);
       }
     };
@@ -215,35 +260,34 @@ class Engine {
     }
   }
 
-  Strip strip_of(const Band<Cell>& band, Arena& scratch) const {
+  Strip strip_of(const Band<Cell>& band, Arena& scratch, Arena& edges) const {
     const int64_t first_row = larger(0, band.top - plan_.halo);
     const int64_t last_row = smaller(net_.size.height, band.bottom + plan_.halo);
-    return {net_.size.height, net_.size.width, first_row, last_row, plan_.widest(), &scratch, false, 0, 0};
+    return {net_.size.height, net_.size.width, first_row, last_row, plan_.widest(), &scratch, &edges, false, 0, 0};
   }
 
-  // Return the bytes of the largest chain of any band.
-  int64_t scratch_bytes() const {
+  // Count the bytes of the largest chain of any band.
+  void count_scratch() {
     Arena nothing(nullptr);
     const ColumnTable up(nothing, 0, 1, 1);
-    int64_t most = 0;
     for (int64_t task = 0; task < plan_.bands; ++task) {
       for (int64_t group = 0; group <= config_.groups; ++group) {
-        Arena counted(nullptr);
+        Arena scratch(nullptr), edges(nullptr);
         const Band<Cell> band = band_of(task);
-        Strip strip = strip_of(band, counted);
+        Strip strip = strip_of(band, scratch, edges);
         with_chain(band, strip, group, up, [](auto&, auto&) {});
-        most = larger(most, counted.bytes());
+        scratch_bytes_ = larger(scratch_bytes_, scratch.bytes()), edges_bytes_ = larger(edges_bytes_, edges.bytes());
       }
     }
-    return most;
   }
 
-  // All bands of one worker, alternately forth and back: the last ones are likely to be in memory still.
-  void sweep_bands(int64_t worker, int64_t first_image, int64_t group, const ColumnTable& up) {
-    const int64_t count = plan_.bands / plan_.workers;
+  // All bands of one thread's team, alternately forth and back: the last ones are likely to be in memory still.
+  void sweep_bands(int64_t thread, int64_t first_image, int64_t group, const ColumnTable& up) {
+    const int64_t team = thread / plan_.lanes, count = plan_.bands / plan_.teams;
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t task = worker * count + (group % 2 == 0 ? i : count - 1 - i);
-      sweep(task, scratch_ + worker * scratch_bytes_, first_image, group, up);
+      const int64_t task = team * count + (group % 2 == 0 ? i : count - 1 - i);
+      if (i > 0) wavefront_.restart(team);  // there are several bands only where a team is one thread
+      sweep(task, thread, first_image, group, up);
       if (net_.resident_rows) {
         const Band<Cell> band = band_of(task);
         release(state_, band.image * net_.size.height + band.top, band.bottom - band.top);
@@ -261,33 +305,41 @@ class Engine {
 
   void release(const void* begin, const void* end) const { release_pages(begin < filed_ ? filed_ : begin, end); }
 
-  void sweep(int64_t task, char* memory, int64_t first_image, int64_t group, const ColumnTable& up) {
+  // The thread's share of the strips of a band.
+  void sweep(int64_t task, int64_t thread, int64_t first_image, int64_t group, const ColumnTable& up) {
+    const int64_t team = thread / plan_.lanes;
     const Band<Cell> band = band_of(task, first_image);
-    Arena scratch(memory);
-    Strip strip = strip_of(band, scratch);
+    Arena scratch(scratch_ + thread * scratch_bytes_), edges(edges_ + team * edges_bytes_);
+    Strip strip = strip_of(band, scratch, edges);
     with_chain(band, strip, group, up, [&](auto& source, auto& sink) {
-      stream(band, strip, source, sink);
-      finite_[task] = sink.is_finite();
+      for (int64_t s = wavefront_.take(team); s < plan_.strips; s = wavefront_.take(team)) {
+        strip.is_last = s + 1 == plan_.strips;
+        strip.begin = plan_.begin(s);
+        strip.width = plan_.begin(s + 1) - strip.begin;
+        stream(band, strip, source, sink, team, s);
+      }
+      finite_[task * plan_.lanes + thread % plan_.lanes] = sink.is_finite();
     });
   }
 
   template <class From, class To>
-  void stream(const Band<Cell>& band, Strip& strip, From& source, To& sink) const {
-    for (int64_t s = 0; s < plan_.strips; ++s) {
-      strip.is_last = s + 1 == plan_.strips;
-      strip.begin = plan_.begin(s);
-      strip.width = plan_.begin(s + 1) - strip.begin;
-      // Convolutions compute two rows at once, and bands begin at even ones: after row 2n + 1 they compute 2n - 1 and
-      // 2n, and the stages after them, with a halo of one row, 2n - 2 and 2n - 1.
-      for (int64_t row = band.top - 2 - 2 * source.delay; row < band.bottom + 3; ++row) {
-        source.step(row + source.delay);
-        if (band.takes_part(row, 2, strip)) sink.push(row, source);
-        if (row % 2 == 0 || row < band.top) continue;
+  void stream(const Band<Cell>& band, const Strip& strip, From& source, To& sink, int64_t team, int64_t number) {
+    // Convolutions compute two rows at once, and bands begin at even ones: after row 2n + 1 they compute 2n - 1 and
+    // 2n, and the stages after them, with a halo of one row, 2n - 2 and 2n - 1.
+    const int64_t begin = band.top - 2 - 2 * source.delay, end = band.bottom + 3;
+    for (int64_t row = begin; row < end; ++row) {
+      if (row % 2 == 0) wavefront_.wait(team, number, smaller(row + 2, end) - begin, end - begin);
+      source.step(row + source.delay);
+      if (band.takes_part(row, 2, strip)) sink.push(row, source);
+      if (row % 2 == 0) continue;
+      if (row >= band.top) {
         if (row - 2 <= band.bottom) sink.pull(row - 2);
-        if (row - 3 >= band.top) sink.finish(row - 3, s);
+        if (row - 3 >= band.top) sink.finish(row - 3);
       }
-      if (net_.progress) __atomic_fetch_add(net_.progress, band.bottom - band.top, __ATOMIC_RELAXED);
+      wavefront_.done(team, number, row + 1 - begin);
     }
+    wavefront_.done(team, number, end - begin);
+    if (net_.progress) __atomic_fetch_add(net_.progress, band.bottom - band.top, __ATOMIC_RELAXED);
   }
 
   const Network& net_;
@@ -298,9 +350,10 @@ class Engine {
   const void* filed_;  // from here on to the end of the state, memory is mapped from a file
   float* sums_;
   int64_t* finite_;
-  char *table_, *routings_, *scratch_;
-  int64_t scratch_bytes_;
+  char *table_, *routings_, *edges_, *scratch_;
+  int64_t edges_bytes_ = 0, scratch_bytes_ = 0;
   NetworkMemory memory_;
+  Wavefront wavefront_;
 };
 
 }  // namespace

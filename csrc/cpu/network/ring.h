@@ -3,7 +3,8 @@
 // A band of the image is processed in strips, from left to right, and each strip row by row, so that a stage finds the
 // output of the one before in the cache. A stage with a halo lags behind by as many rows and columns. So every stage
 // computes `width` new columns of every row, all at the same place of its buffer, and nothing is computed twice; the
-// last columns of a row, which are the halo of the next strip, are kept in between.
+// last columns of a row, which are the halo of the next strip, are kept in between. The next strip may be another
+// thread's, which is some rows behind.
 #pragma once
 
 #include "cpu/tile/matrix.h"
@@ -11,12 +12,13 @@
 
 namespace seemore::SEEMORE_ISA {
 
-// The strip that a chain works on, and its band.
+// The strip that a thread's chain works on, and its band.
 struct Strip {
   int64_t height, columns;      // of the image
   int64_t first_row, last_row;  // of the band with its halo: [first_row, last_row)
   int64_t widest;               // of the band's strips
   Arena* memory;                // for the buffers of the stages; from null, they are only counted
+  Arena* edges;                 // for what the band's strips leave to each other
   bool is_last;                 // of the band's strips
   int64_t begin, width;         // of this strip: a stage without lag computes the columns [begin, begin + width)
 
@@ -33,29 +35,31 @@ class Ring {
         rows_(rows),
         cells_(cells),
         lag_(lag),
-        edge_(round_up(halo, kWidth)),
-        row_stride_(strip.widest + edge_),
-        data_(strip.memory->allocate<Cell>(rows * cells * row_stride_ + edge_)),
-        zeros_(strip.memory->allocate<Cell>(cells * row_stride_ + edge_)),
-        edges_(strip.memory->allocate<Cell>((strip.last_row - strip.first_row) * cells * edge_)) {
-    if (zeros_) std::memset(zeros_, 0, (cells * row_stride_ + edge_) * sizeof(Cell));
+        halo_(halo),
+        margin_(round_up(halo, kWidth)),
+        row_stride_(strip.widest + margin_),
+        kept_stride_(cells * halo + kWidth),
+        data_(strip.memory->allocate<Cell>(rows * cells * row_stride_ + margin_)),
+        zeros_(strip.memory->allocate<Cell>(cells * row_stride_ + margin_)),
+        kept_(strip.edges->allocate<Cell>(halo ? (strip.last_row - strip.first_row) * kept_stride_ : 0)) {
+    if (zeros_) std::memset(zeros_, 0, (cells * row_stride_ + margin_) * sizeof(Cell));
   }
 
   int64_t row_stride() const { return row_stride_; }
 
-  // The buffer of a row, to be filled.
+  // The buffer of a row, to be filled: copies of the halo go beyond it.
   Cell* open(int64_t row) {
-    Cell* to = place(row);
-    const Cell* edge = kept(row);
+    Cell* to = place(row) - halo_;
+    const Cell* from = kept(row);
     const bool is_first = strip_.begin == 0;
-    for (int64_t c = 0; c < cells_ && edge_; ++c) {
+    for (int64_t c = 0; c < cells_ && halo_; ++c) {
       if (is_first) {
-        std::memset(to + c * row_stride_ - edge_, 0, edge_ * sizeof(Cell));
+        std::memset(to + c * row_stride_, 0, halo_ * sizeof(Cell));
       } else {
-        copy(to + c * row_stride_ - edge_, edge + c * edge_);
+        copy(to + c * row_stride_, from + c * halo_);
       }
     }
-    return to;
+    return place(row);
   }
 
   // Close a row that was filled: clear what lies outside the image, which is zero to convolutions, and keep the halo of
@@ -68,25 +72,26 @@ class Ring {
       if (begin > 0) std::memset(to + c * row_stride_, 0, begin * sizeof(Cell));
       if (end < strip_.width) std::memset(to + c * row_stride_ + end, 0, (strip_.width - end) * sizeof(Cell));
     }
-    Cell* edge = kept(row);
-    for (int64_t c = 0; c < cells_ && edge_ && !strip_.is_last; ++c) {
-      copy(edge + c * edge_, to + c * row_stride_ + strip_.width - edge_);
+    Cell* halo = kept(row);
+    for (int64_t c = 0; c < cells_ && halo_ && !strip_.is_last; ++c) {
+      copy(halo + c * halo_, to + c * row_stride_ + strip_.width - halo_);
     }
   }
 
   // A row that was filled; zeros above and below the image.
-  const Cell* operator[](int64_t row) const { return strip_.has_row(row) ? place(row) : zeros_ + edge_; }
+  const Cell* operator[](int64_t row) const { return strip_.has_row(row) ? place(row) : zeros_ + margin_; }
 
  private:
-  Cell* place(int64_t row) const { return data_ + edge_ + row % rows_ * cells_ * row_stride_; }
-  Cell* kept(int64_t row) const { return edges_ + (row - strip_.first_row) * cells_ * edge_; }
+  Cell* place(int64_t row) const { return data_ + margin_ + row % rows_ * cells_ * row_stride_; }
+  Cell* kept(int64_t row) const { return kept_ + (row - strip_.first_row) * kept_stride_; }
+  // Whole vectors: what is behind the halo is overwritten later.
   void copy(Cell* to, const Cell* from) {
-    for (int64_t i = 0; i < edge_; i += kWidth) std::memcpy(to + i, from + i, sizeof(Vec<float>));
+    for (int64_t i = 0; i < halo_; i += kWidth) std::memcpy(to + i, from + i, sizeof(Vec<float>));
   }
 
   const Strip& strip_;
-  int64_t rows_, cells_, lag_, edge_, row_stride_;
-  Cell *data_, *zeros_, *edges_;
+  int64_t rows_, cells_, lag_, halo_, margin_, row_stride_, kept_stride_;
+  Cell *data_, *zeros_, *kept_;
 };
 
 }  // namespace seemore::SEEMORE_ISA

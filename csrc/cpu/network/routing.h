@@ -47,7 +47,7 @@ class RoutingState {
     mix_ = allocate_matrix<Cell>(arena, c, 2, c, ranks);
   }
 
-  GroupSums group_sums(float* sums, int64_t strips) const { return {sums, maps_[0], strips, rows_, columns_}; }
+  GroupSums group_sums(float* sums, int64_t parts) const { return {sums, maps_[0], parts, rows_, columns_}; }
   int64_t map_rows() const { return map_rows_; }
   int64_t map_columns() const { return map_columns_; }
 
@@ -83,12 +83,12 @@ class RoutingState {
   }
 
   // Choose the experts from the sums of a, by the decision of the router's operator, and pack their matrices.
-  void choose(const ExpertWeights& experts, const float* sums, int64_t strips) const {
+  void choose(const ExpertWeights& experts, const float* sums, int64_t parts) const {
     const int64_t c = config_.channels, ranks = experts.ranks;
     const Buffer<float> mean(c), probability(config_.experts), expert_weight(config_.top_k);
     const Buffer<int64_t> expert_index(config_.top_k);
     route({DType::float32, DType::float32, 1, c, config_.experts, config_.top_k, experts.router},
-          {sums, height_ * strips, pixels_, expert_index, expert_weight, mean, probability}, nullptr);
+          {sums, height_ * parts, pixels_, expert_index, expert_weight, mean, probability}, nullptr);
     Buffer<float> share(ranks), bias(c);
     for (int64_t i = 0; i < c; ++i) bias[i] = experts.bias_proj[i];
     *count_ = 0;

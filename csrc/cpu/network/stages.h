@@ -226,11 +226,14 @@ struct State {
   }
 };
 
+// Columns of a that are summed up for themselves, whatever the strips; the last ones of a row are more.
+constexpr int64_t kSummedColumns = 128;
+
 // Sums over the image that the rows of a group leave behind.
 struct GroupSums {
-  float* sums;                    // [row][strip][channel] of a
-  float* aggregate;               // [channel][row / 4][column / 4] of k, before GELU
-  int64_t strips, rows, columns;  // rows, columns: of the aggregate
+  float* sums;                   // [row][part][channel] of a, where parts are of kSummedColumns
+  float* aggregate;              // [channel][row / 4][column / 4] of k, before GELU
+  int64_t parts, rows, columns;  // rows, columns: of the aggregate
 };
 
 // The first half of a group's MoE block, up to its pool. Its halo is one pixel (conv), and one more (striped).
@@ -248,7 +251,8 @@ class MoEFront {
         rows_(strip, 4, channels, lag + 2, 0),
         k_(strip.memory->allocate<float>((channels + ranks_) * strip.widest)),
         aggregate_(strip.memory->allocate<float>(channels * strip.widest)),
-        cells_(strip.memory->allocate<Cell>(2 * cells_of<Cell>(channels) * strip.widest)) {}
+        cells_(strip.memory->allocate<Cell>(2 * cells_of<Cell>(channels) * strip.widest)),
+        partial_(strip.edges->allocate<float>((strip.last_row - strip.first_row) * channels * kWidth)) {}
 
   void push(int64_t row, const float* x, int64_t row_stride) { conv_.push(row, x, row_stride); }
 
@@ -279,30 +283,50 @@ class MoEFront {
   }
 
   // Compute the row of a, and its sums.
-  void finish(int64_t row, const State<Cell>& state, const GroupSums& group_sums, int64_t strip) {
+  void finish(int64_t row, const State<Cell>& state, const GroupSums& group_sums) {
     constexpr int G = kChannels<Cell>;
     const int64_t first = strip_.begin - lag_ - 2;  // column of place 0
     const int64_t begin = larger(0, -first), end = smaller(strip_.width, strip_.columns - first);
+    const int64_t first_part = smaller(strip_.begin / kSummedColumns, group_sums.parts - 1);
     const State<Cell> origin = state.origin_of(row);
-    float* sums = group_sums.sums + (row * group_sums.strips + strip) * channels_;
+    float* sums = group_sums.sums + row * group_sums.parts * channels_;
+    float* partial = partial_ + (row - strip_.first_row) * channels_ * kWidth;
     for (int64_t c = 0; c < channels_; c += G) {
       const ColumnStencil<3> stencils[]{
           {weights_.col[c], rows_, row, c},
           {weights_.col[smaller(c + G, channels_) - 1], rows_, row, smaller(c + G, channels_) - 1}};
+      const int count = static_cast<int>(smaller(G, channels_ - c));
       Vec<float> sum[G]{};
-      for (int64_t i = 0; i < strip_.width; i += kWidth) {
-        Vec<float> y[G]{};
-        for (int g = 0; g < G && c + g < channels_; ++g) {
-          y[g] = gelu<float>(stencils[g](i));
-          if (i >= begin && i + kWidth <= end) {
-            sum[g] += y[g];
+      for (int g = 0; g < count && strip_.begin > first_part * kSummedColumns; ++g) {
+        sum[g] = load(partial + (c + g) * kWidth);
+      }
+      int64_t i = 0;
+      for (int64_t part = first_part; i < strip_.width; ++part) {
+        const bool is_last = part == group_sums.parts - 1;
+        const int64_t part_end = (part + 1) * kSummedColumns - strip_.begin;
+        const int64_t stop = is_last ? strip_.width : smaller(strip_.width, part_end);
+        for (; i < stop; i += kWidth) {
+          Vec<float> y[G]{};
+          for (int g = 0; g < count; ++g) {
+            y[g] = gelu<float>(stencils[g](i));
+            if (i >= begin && i + kWidth <= end) {
+              sum[g] += y[g];
+            } else {
+              for (int64_t j = larger(0, begin - i); j < smaller(kWidth, end - i); ++j) sum[g][j] += y[g][j];
+            }
+          }
+          store_cells(origin.a + c / G * state.row_stride + first + i, y);
+        }
+        const bool is_done = is_last ? strip_.is_last : stop == part_end;
+        for (int g = 0; g < count; ++g) {
+          if (is_done) {
+            sums[part * channels_ + c + g] = sum_of_lanes<float>(sum[g]);
+            sum[g] = Vec<float>{};
           } else {
-            for (int64_t j = larger(0, begin - i); j < smaller(kWidth, end - i); ++j) sum[g][j] += y[g][j];
+            store(partial + (c + g) * kWidth, sum[g]);
           }
         }
-        store_cells(origin.a + c / G * state.row_stride + first + i, y);
       }
-      for (int g = 0; g < G && c + g < channels_; ++g) sums[c + g] = sum_of_lanes<float>(sum[g]);
     }
   }
 
@@ -338,6 +362,7 @@ class MoEFront {
   Ring<float> a_, rows_;
   float *k_, *aggregate_;
   Cell* cells_;
+  float* partial_;  // [row][channel][lane]: sums of a part that the next strip goes on with
 };
 
 }  // namespace seemore::SEEMORE_ISA
