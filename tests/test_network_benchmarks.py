@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -15,7 +16,7 @@ from helpers.benchmarks import figures
 
 from seemore_fast import SeemoRe
 from seemore_fast.analysis.operations import PUBLISHED
-from seemore_fast.benchmarks import charts, command, inference, network, training
+from seemore_fast.benchmarks import charts, command, inference, network, threads, training
 from seemore_fast.cli import main
 from seemore_fast.network.config import PRESETS
 
@@ -57,6 +58,13 @@ def tiny(harness, monkeypatch, tmp_path):
 
 
 # Inference
+
+
+def test_work_is_counted_for_every_number_of_threads():
+    command = [sys.executable, "-m", "seemore_fast.benchmarks.threads", "--quick", "--json"]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["T x4 40x32"]
+    assert list(found) == [str(count) for count in threads.COUNTS]
+    assert all(row["cpu_s"] > 0 and row["work"] == row["cpu_s"] / found["1"]["cpu_s"] for row in found.values())
 
 
 def test_all_peers_are_correct_and_timed(quick):

@@ -51,8 +51,7 @@ struct Plan {
       for (int64_t n = 1; n <= smaller(net.threads / i, net.resident_rows ? 1 : columns / kStripTile); ++n) {
         const int64_t of_image = strips_of(n), count = larger(1, smaller(net.threads / i / n, height / 4));
         if (of_image > columns / kStripTile) continue;
-        const double cost = parts(batch, i) * time_of(height, count, n, of_image) +
-                            work_of(height, count, of_image) * batch / net.threads;
+        const double cost = parts(batch, i) * cost_of(height, count, n, of_image);
         if (cost < least) least = cost, images = i, teams = count, lanes = n, strips = of_image;
       }
     }
@@ -78,15 +77,19 @@ struct Plan {
     return threads > 1 ? threads * parts(columns, threads * kStripWidth) : larger(1, columns / kStripWidth);
   }
 
-  // In pixels of a whole chain: the time until the slowest thread is done with an image, and that of all threads.
-  double time_of(int64_t height, int64_t teams, int64_t lanes, int64_t strips) const {
-    constexpr int64_t kFollows = 8;                 // rows that a thread is behind the one on its left
+  // The time until the slowest thread is done with an image, in pixels of a whole chain. Work of all threads that is
+  // more than an eighth above that of one weighs heavily: it would be missing elsewhere, and heat.
+  double cost_of(int64_t height, int64_t teams, int64_t lanes, int64_t strips) const {
+    constexpr int64_t kStripCost = 5;               // columns: the halo that a strip takes over from the one before
+    constexpr int64_t kFollows = 4;                 // rows that a thread is behind the one on its left
     const int64_t borders = smaller(teams - 1, 2);  // of a band with others
     const int64_t width = strips / lanes * (parts(columns / kStripTile, strips) * kStripTile + kStripCost);
-    return static_cast<double>(width) * (parts(height, teams) + borders * halo / 2 + (lanes - 1) * kFollows);
-  }
-  double work_of(int64_t height, int64_t teams, int64_t strips) const {
-    return static_cast<double>(columns + strips * kStripCost) * (height + (teams - 1) * halo);
+    const double time =
+        static_cast<double>(width) * (parts(height, teams) + borders * halo / 2 + (lanes - 1) * kFollows);
+    const double rows = static_cast<double>(height + (teams - 1) * halo) / height;
+    const double work = rows * (columns + strips * kStripCost) / (columns + strips_of(1) * kStripCost);
+    const double excess = work > 1.125 ? work / 1.125 : 1;
+    return time * excess * excess * excess * excess * excess;
   }
 };
 

@@ -25,7 +25,7 @@ void parallel_for(int64_t count, void (*body)(const void*, int64_t, int64_t), co
 namespace {
 
 constexpr int64_t kSpins = 64;  // about as long as a thread takes to fall asleep
-constexpr int64_t kAhead = 6;   // rows that a strip which had to wait lets the one before advance
+constexpr int64_t kAhead = 2;   // rows that a strip which had to wait lets the one before advance
 
 }  // namespace
 
