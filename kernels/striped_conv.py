@@ -5,8 +5,8 @@
               dr = transposed column(ds)              dx = transposed row(dr)
 
 Each line's left and right side are a launch, except that y comes out of the column step and dgate with ds. What
-passes between launches is a workspace of x's dtype in forward and of the accumulation dtype in backward: float32, or
-float64 for float64. Images have any
+passes between launches is a workspace of the accumulation dtype: float32, or float64 for float64. 16-bit images with
+small planes have kernels of their own (`striped_conv_planes`). Images have any
 strides. A program works on a tile of lines x columns; a line is one (batch, channel, row), so that small images fill a
 tile, too. Offsets are 64-bit. Lines are counted in 64 bits only where they must be, because counts are divided.
 """
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import striped_conv_planes as planes
 from .activation import activate, activate_with_slope, activation_of
 from .integers import cdiv, next_power_of_2
 from .launch import Launch, launched, named
@@ -33,14 +34,20 @@ PRODUCTS = 2048  # (tap, pixel) pairs that such a program holds at a time
 
 def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
     """Yield all launches, by name, for images like x; it may be on the meta device."""
-    channels, taps = x.shape[1], 11
-    weight_row, bias = x.new_empty(channels, 1, 1, taps), x.new_empty(channels)
-    image, weight_col = torch.empty_like(x), weight_row.transpose(2, 3)
-    parameters = weight_row, bias, weight_col, bias
-    for gelu, gate in [(True, image), (True, None), (False, image), (False, None)]:
-        options = f"{activation_of(gelu)}{' gated' if gate is not None else ''}"
-        yield from named("forward", forward(image, x, *parameters, gelu, gate), options)
-        yield from named("backward", backward(image, gate, *parameters, image, x, *parameters, gelu, gate), options)
+    batch, channels = x.shape[:2]
+    weight_row, bias = x.new_empty(channels, 1, 1, 11), x.new_empty(channels)
+    parameters = weight_row, bias, weight_row.transpose(2, 3), bias
+    cases = {"": x}
+    if planes.fits(weight_row, x):
+        cases = {"": x.new_empty(batch, channels, 2 * planes.SIDE, 2 * planes.SIDE), ", of planes": x}
+    for what, x in cases.items():
+        image, mean = torch.empty_like(x), x.new_empty(batch, channels)
+        for gelu, gate in [(True, image), (True, None), (False, image), (False, None)]:
+            options = f"{activation_of(gelu)}{' gated' if gate is not None else ''}{what}"
+            yield from named("forward", forward(image, x, *parameters, gelu, gate), options)
+            more = dict(dmean=None, y=image) if gate is not None else dict(dmean=mean)
+            gradients = backward(image, gate, *parameters, image, x, *parameters, gelu, gate, **more)
+            yield from named("backward", gradients, options)
 
 
 # What is launched
@@ -49,6 +56,9 @@ def specializations(x: Tensor) -> Iterator[tuple[str, Launch]]:
 def forward(y, x, weight_row, bias_row, weight_col, bias_col, gelu, gate) -> Iterator[Launch]:
     if x.numel() == 0:
         return
+    if planes.fits(weight_row, x, y, gate):
+        yield from planes.forward(y, x, weight_row, bias_row, weight_col, bias_col, gelu, gate)
+        return
     r = new_workspace(x)
     yield convolution(r, x, weight_row, bias_row, vertical=False)
     yield convolution(y, r, weight_col, bias_col, vertical=True, gelu=gelu, gate=gate)
@@ -56,16 +66,22 @@ def forward(y, x, weight_row, bias_row, weight_col, bias_col, gelu, gate) -> Ite
 
 def backward(
     dx, dgate, dweight_row, dbias_row, dweight_col, dbias_col, dy,
-    x, weight_row, bias_row, weight_col, bias_col, gelu, gate, dmean=None,
+    x, weight_row, bias_row, weight_col, bias_col, gelu, gate, dmean=None, y=None,
 ) -> Iterator[Launch]:  # fmt: skip
-    """Yield what writes the gradients; `dmean` (B, C) is that of y's mean over the pixels, besides dy."""
+    """Yield what writes the gradients and, if given, y again; `dmean` (B, C) is that of y's mean, besides dy."""
     gradients = dweight_row, dbias_row, dweight_col, dbias_col
+    if planes.fits(weight_row, x, dx, dy, gate, dgate, y):
+        inputs = x, weight_row, bias_row, weight_col, bias_col, gelu, gate
+        yield from planes.backward(dx, dgate, *gradients, dy, *inputs, dmean, y)
+        return
     partial = new_partial(parts_of(x), gradients)
     if x.numel() == 0:
         yield add_parts(gradients, partial)
         return
     r, ds = new_workspace(x), dy
     yield convolution(r, x, weight_row, bias_row, vertical=False)
+    if y is not None:
+        yield convolution(y, r, weight_col, bias_col, vertical=True, gelu=gelu, gate=gate)
     if gelu or gate is not None or dmean is not None:
         s = new_workspace(x)
         yield convolution(s, r, weight_col, bias_col, vertical=True)

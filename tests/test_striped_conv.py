@@ -49,6 +49,17 @@ def test_slices_of_channels(backend, device, dtype, taps, width):
     assert_values(backend, CASE, tensors | {"x": x, "gate": gate}, options)
 
 
+@each_kernel("striped_conv")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 2, 33, 64), (1, 2, 64, 20), (2, 1, 17, 16), (1, 2, 65, 3)], ids=str)
+def test_planes_of_a_training(backend, device, dtype, shape):
+    """Triton has kernels of its own for 16-bit planes up to 64x64, in strips of 32 rows."""
+    if dtype not in backend.dtypes:
+        pytest.skip(f"{backend} has no kernel for {dtype}")
+    for options in (dict(activation="gelu", gated=False), dict(activation=None, gated=True)):
+        assert_values(backend, CASE, *CASE.call(device, dtype, shape=shape, taps=11, **options))
+
+
 @each_backend("striped_conv")
 def test_autocast_casts_all_tensors(backend, device):
     """As for torch's convolutions, but float64 ones."""

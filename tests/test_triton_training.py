@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 
 
 def kernel(operator: str, part: str = "_backward"):
+    """Return the function that runs an operator's kernels."""
     return getattr(importlib.import_module(f"seemore_fast.kernels.{operator}"), operator + part)
 
 
@@ -111,3 +112,15 @@ def test_the_gradient_of_the_mean_is_spread_over_the_pixels(dtype, gelu, gated):
             torch.testing.assert_close(
                 gradient.double(), exact, rtol=tolerance, atol=tolerance * float(exact.abs().max())
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gelu, gated", [(True, False), (False, True)])
+def test_the_result_is_written_again_on_request(dtype, gelu, gated):
+    tensors, _ = BY_NAME["striped_conv"].call("cpu", dtype, shape=(2, 3, 34, 7))
+    x, gate, *parameters = tensors.values()
+    given = x, *parameters, gelu, gate if gated else None
+    y, again = (torch.full_like(x, torch.nan) for _ in range(2))
+    kernel("striped_conv", "")(y, *given)
+    backward_of("striped_conv", [x, gate if gated else None, *parameters], (x, *given), y=again)
+    assert torch.equal(again, y)
