@@ -144,7 +144,6 @@ def launches(config: dict, height: int, width: int) -> Iterator[Launch]:
     chunks = math.ceil(ranks / 16)
     outputs = config["in_chans"] * config["scale"] ** 2
     conv = [3.0] if padded == 40 else [3.0, 3.0]  # trips of conv3x3's loops
-    tiles = 2 if outputs <= 16 else 4 if outputs <= 32 else 6
 
     def walking(name: str, halo: int, lead: int, trips: Callable[[Walk], list[float]], moved: float):
         walk = plan_walk(1, height, width, columns, halo, halo, lead)
@@ -156,10 +155,10 @@ def launches(config: dict, height: int, width: int) -> Iterator[Launch]:
         warps, runs = walk.threads // 32, math.ceil(walk.inner / 8)
         return [math.ceil(STEP * words * runs / 32) / warps for words in (16, padded // 2 - 16)]
 
-    head = math.ceil(width / 4) * height * 4 / 256
-    yield Launch(
-        "head", "head_kernel" + of_type, math.ceil(head), 8, 1, [3.0, 3.0], pixels * (12 + feature + 4 * padded)
-    )
+    lines = math.ceil(6 * config["in_chans"] / (columns // 8))  # of a warp, of the picture's tile
+    picture = [float(lines), float(math.ceil((columns + 4) / 31)), 3.0]  # and of its pieces; rows of conv_1
+    blocks = math.ceil(width / columns) * math.ceil(height / STEP)
+    yield Launch("head", f"head_kernelI13__nv_bfloat16fLi{padded}E", blocks, columns // 8, 1, picture, pixels * (12 + feature))
     small = pixels / 16 * 4 * padded
     yield walking(
         "front_kernel",
@@ -177,17 +176,12 @@ def launches(config: dict, height: int, width: int) -> Iterator[Launch]:
     )
     yield walking("see_kernel", 5, 10, lambda w: [*row_trips(w), 5], pixels * 2 * feature)
     yield walking(f"ffn_kernelI13__nv_bfloat16Li{padded}ELb0E", 1, 2, lambda _: [STENCIL], pixels * 2 * feature)
-    yield walking("features_kernel", 1, 2, lambda _: conv, pixels * (3 * feature + 4 * padded))
-    blocks = math.ceil(width / columns) * math.ceil(height / STEP)
-    output_chunks = math.ceil(outputs / (8 * tiles))
-    yield Launch(
-        "upsampler",
-        f"upsampler_kernelIfLi{padded}ELi{tiles}E",
-        blocks,
-        columns // 8,
-        1,
-        [output_chunks, 9],
-        pixels * (2 * feature + 4 * outputs),
+    yield walking(
+        f"tail_kernelI13__nv_bfloat16fLi{padded}E",
+        2,
+        4,
+        lambda _: [*picture, *conv, math.ceil(outputs / 24), *conv],
+        pixels * (12 + feature + 4 * outputs),
     )
 
 
@@ -211,7 +205,7 @@ def predict(code: dict[str, Code], preset: str, height: int, width: int) -> tupl
     return rows, {
         "ms": total / EFFICIENCIES[0],
         "ms_at_0.6": total / EFFICIENCIES[1],
-        "launches": 6 * groups + 3,  # with the small map and the choice of experts, a few us each
+        "launches": 6 * groups + 2,  # with the small map and the choice of experts, a few us each
         "mb_per_group": in_group,
     }
 

@@ -104,6 +104,9 @@ __device__ void expand(const Shared<kChannels>& shared, const Call& call, const 
   if (row + unit.row + 1 < part.top - 1 || row + unit.row > part.bottom) return;
   uint32_t words[kPixels][kCount];
   float sums[kPixels][kCount][2];
+  float bias[kCount][2];
+  read_channels<kChannels>(bias, weights.conv.bias, unit.lane);
+  fill(sums, bias);
   conv3x3(sums, shared.normalised, weights.conv, part, unit, row);
   gelu_all<T>(words, sums);
 

@@ -9,7 +9,6 @@ namespace seemore::gpu {
 // Memory between launches. x: two, of which a stage reads one and writes the other.
 struct Buffers {
   void *x[2], *a, *ranks;  // ranks: [pixel][rank], weight_k @ k
-  float* f;                // conv_1 of the image: [pixel][channel]
   float* aggregate;        // k aggregated once, before GELU: [pixel][channel] at a quarter of the size
   float* small;            // the small map: [pixel][rank]
   float* partial;          // (parts, B, C): sums of a
@@ -37,7 +36,7 @@ struct Scene {
   }
 };
 
-// x[0] and f of the image.
+// x[0] of the image.
 void launch_head(const Scene& scene, const EndWeights& weights);
 // a, ranks, aggregate and partial, of x[0]: the MoE block up to its pool.
 void launch_front(const Scene& scene, const GroupWeights& weights);
@@ -50,9 +49,7 @@ void launch_experts(const Scene& scene, const GroupWeights& weights);
 void launch_see(const Scene& scene, const GroupWeights& weights);
 // x[1]: SME's GatedFFN of x[0].
 void launch_ffn(const Scene& scene, const GroupWeights& weights);
-// x[0] and a, as upper and lower bfloat16: conv_2 of x[1], and f.
-void launch_features(const Scene& scene, const EndWeights& weights);
-// The image, of x[0] and a.
-void launch_upsampler(const Scene& scene, const EndWeights& weights);
+// The image, of x[1] and the image.
+void launch_tail(const Scene& scene, const EndWeights& weights);
 
 }  // namespace seemore::gpu

@@ -1,17 +1,16 @@
-// The whole network for inference, in the CUDA library: 6 launches a group, and three.
+// The whole network for inference, in the CUDA library: 6 launches a group, and two.
 //
-//   head        conv_1(image)                                  -> x, f
+//   head        conv_1(image)                                  -> x
 //   front       LN, 3x3, GELU, pointwise, stripes, GELU        x -> a, ranks of k, its first aggregate, sums of a
 //   small_map   the rest of the calibration, for all ranks     -> small map
 //   route       the choice of experts                          sums of a -> experts
 //   experts     experts, projection, + x, GatedFFN             x, a, ranks, small map -> x
 //   see         LN, pointwise, stripes * v, projection, + x    x -> x
 //   ffn         GatedFFN                                       x -> x
-//   features    LN, conv_2, + f                                x, f -> upper and lower bfloat16
-//   upsampler   3x3, shuffle                                   -> image
+//   tail        LN, conv_2, + conv_1(image), 3x3, shuffle      x, image -> image
 //
 // Nothing waits for the GPU. Features are 16 bits wide between launches, x among them, as they are in PyTorch; norms'
-// statistics, sums, the pool, routing, f and the upsampler are float32.
+// statistics, sums, the pool, routing and the ends are float32.
 
 #include <utility>
 
@@ -31,7 +30,6 @@ struct Memory {
     for (void*& x : buffers.x) x = parts.next<uint32_t>(pixels * widths.channels / 2);
     buffers.a = parts.next<uint32_t>(pixels * widths.channels / 2);
     buffers.ranks = parts.next<uint32_t>(pixels * widths.ranks() / 2);
-    buffers.f = parts.next<float>(pixels * widths.channels);
     const auto map = [&](int64_t level) {
       const Size size = scene.map(level);
       return size.batch * size.height * size.width;
@@ -78,8 +76,7 @@ bool network(const Network& net, void* state, void*) {
     launch_see(scene, group);
     launch_ffn(scene, group);
   }
-  launch_features(scene, weights.ends());
-  launch_upsampler(scene, weights.ends());
+  launch_tail(scene, weights.ends());
   return true;
 }
 

@@ -199,31 +199,36 @@ class Packer {
              [&](int e, int o) { return dot(from.proj.weight + o * c_, from.experts.out[e].bias, c_); });
   }
 
-  // The bfloat16 of each weight, and that of what it leaves.
   __device__ void upsampler(const EndWeights& to, const Layer& from, const Widths& widths) const {
-    const int outputs = widths.outputs, tiles = widths.output_tiles;
+    constexpr int kQuads = quads_of(kOutputTiles, kWords) * kWarp;
     for (int chunk = 0; chunk < widths.output_chunks; ++chunk) {
       for (int tap = 0; tap < 9; ++tap) {
-        for (int part = 0; part < 2; ++part) {
-          const int64_t at = (chunk * 9 + tap) * quads_of(tiles, kWords) * kWarp;
-          pack<__nv_bfloat16>(to.upsampler[part] + at, tiles, kWords, InOrder(), OfChannels{kChannels},
-                              [&](int o, int i) {
-                                const int output = chunk * 8 * tiles + o;
-                                if (output >= outputs || i >= c_) return 0.f;
-                                const float weight = from.weight[(output * c_ + i) * 9 + tap];
-                                const float upper = to_accum(to_storage<__nv_bfloat16>(weight));
-                                return part == 0 ? upper : weight - upper;
-                              });
-        }
+        const int at = (chunk * 9 + tap) * kQuads;
+        accurately(to.upsampler[0] + at, to.upsampler[1] + at, kOutputTiles, kWords, InOrder(), [&](int o, int i) {
+          const int output = chunk * 8 * kOutputTiles + o;
+          return output < widths.outputs && i < c_ ? from.weight[(output * c_ + i) * 9 + tap] : 0.f;
+        });
       }
     }
-    fill_rows(to.upsampler_bias, 1, widths.output_chunks * 8 * tiles,
-              [&](int, int o) { return o < outputs ? from.bias[o] : 0; });
+    fill_rows(to.upsampler_bias, 1, widths.outputs, [&](int, int o) { return from.bias[o]; });
   }
 
-  __device__ void first(const EndWeights& to, const Layer& from) const {
-    channels(to.first, s_.in_channels * 9, [&](int i, int c) { return from.weight[c * s_.in_channels * 9 + i]; });
+  // A lane of a quad has a channel, whose words are the first two columns of a row, and the third one.
+  __device__ void first(const EndWeights& to, const Layer& from, const Widths& widths) const {
+    for (int row = 0; row < 3 * widths.picture_chunks; ++row) {
+      const int at = row * quads_of(kWords, 2) * kWarp;
+      accurately(to.first[0] + at, to.first[1] + at, kWords, 2, OfChannels{kChannels}, [&](int o, int i) {
+        const int channel = row / 3 * kPictureChannels + i % 8 / 2, right = i / 8 * 2 + i % 2;
+        if (o >= c_ || channel >= s_.in_channels || right > 2) return 0.f;
+        return from.weight[((o * s_.in_channels + channel) * 3 + row % 3) * 3 + right];
+      });
+    }
     vector(to.first_bias, from.bias);
+  }
+
+  // The bias of both convolutions whose results are added.
+  __device__ void bias(float* to, const Layer& one, const Layer& other) const {
+    channels(to, 1, [&](int, int c) { return one.bias[c] + other.bias[c]; });
   }
 
  private:
@@ -237,6 +242,15 @@ class Packer {
   __device__ void square(uint4* to, Value value, Inputs input_of) const {
     pack<Operand>(to, kWords, kWords, OfChannels{kChannels}, input_of,
                   [&](int o, int i) { return o < c_ && i < c_ ? value(o, i) : 0.f; });
+  }
+  // The bfloat16 of each weight, and that of what it leaves.
+  template <class Outputs, class Value>
+  __device__ void accurately(uint4* upper, uint4* lower, int outputs, int inputs, Outputs output_of,
+                             Value value) const {
+    const auto upper_of = [&](int o, int i) { return to_accum(to_storage<__nv_bfloat16>(value(o, i))); };
+    pack<__nv_bfloat16>(upper, outputs, inputs, output_of, InOrder(), upper_of);
+    pack<__nv_bfloat16>(lower, outputs, inputs, output_of, InOrder(),
+                        [&](int o, int i) { return value(o, i) - upper_of(o, i); });
   }
   template <class Value>
   __device__ void channels(float* to, int rows, Value value) const {
@@ -272,9 +286,11 @@ __global__ void __launch_bounds__(kThreads) pack_ends_kernel(const __grid_consta
   const Packer<kChannels> pack(call.sizes);
   switch (blockIdx.x) {
     case 0:
-      return pack.first(call.to, call.first);
+      return pack.first(call.to, call.first, call.widths);
     case 1:
-      return pack.conv(call.to.conv, call.norm, call.conv_2, 1);
+      pack.conv(call.to.conv, call.norm, call.conv_2, 1);
+      __syncthreads();
+      return pack.bias(call.to.conv.bias, call.first, call.conv_2);
     default:
       return pack.upsampler(call.to, call.upsampler, call.widths);
   }

@@ -10,10 +10,11 @@ namespace seemore::gpu {
 constexpr int kChunk = 16;        // ranks of experts that are computed at once
 constexpr int kMostExperts = 16;  // and kMostRanks, of all: else the operators serve
 constexpr int kMostRanks = 64;
-constexpr int kTaps = 11;        // of the striped convolution: fewer are padded with zeros
-constexpr int kStripes = 9 + 4;  // taps of both stripes of three, and their biases
-constexpr int kOutputTiles = 6;  // the most eights of the upsampler's outputs that are computed at once
-constexpr int kMostLevels = 3;   // aggregations
+constexpr int kTaps = 11;            // of the striped convolution: fewer are padded with zeros
+constexpr int kStripes = 9 + 4;      // taps of both stripes of three, and their biases
+constexpr int kOutputTiles = 3;      // eights of the upsampler's outputs that are computed at once
+constexpr int kPictureChannels = 4;  // that conv_1 takes at once
+constexpr int kMostLevels = 3;       // aggregations
 
 // Hands out parts of a block of memory, or counts them where it is null. Parts begin at multiples of 256 bytes.
 class Parts {
@@ -40,10 +41,8 @@ struct Widths {
                                          : 64),
         words(channels / 8),
         outputs(static_cast<int>(config.in_channels * config.scale * config.scale)),
-        output_tiles(outputs <= 16   ? 2
-                     : outputs <= 32 ? 4
-                                     : kOutputTiles),
-        output_chunks(static_cast<int>(ceil_div(outputs, 8 * output_tiles))) {
+        output_chunks(static_cast<int>(ceil_div(outputs, 8 * kOutputTiles))),
+        picture_chunks(static_cast<int>(ceil_div(config.in_channels, kPictureChannels))) {
     int64_t sum = 0;
     for (int64_t e = 0; e < config.experts; ++e) sum += config.ranks[e];
     rank_chunks = static_cast<int>(ceil_div(sum, kChunk));
@@ -54,7 +53,7 @@ struct Widths {
 
   int channels, words;  // padded, and as words of a lane
   int rank_chunks;
-  int outputs, output_tiles, output_chunks;
+  int outputs, output_chunks, picture_chunks;
 };
 
 struct FfnWeights {
@@ -133,17 +132,21 @@ struct GroupWeights {
 struct EndWeights {
   EndWeights(Parts& parts, const NetworkConfig& config) : EndWeights(parts, config, Widths(config)) {}
 
-  float *first, *first_bias;  // conv_1: [in_channels * 9][channel]
-  ConvWeights conv;           // norm and conv_2
-  uint4* upsampler[2];        // [chunk of outputs][tap]: its bfloat16, and the bfloat16 of what that leaves
-  float* upsampler_bias;      // [output]
+  // Matrices in float32's place have two parts: the bfloat16 of their numbers, and that of what it leaves.
+  uint4* first[2];  // [chunk of kPictureChannels][row of the window]: conv_1
+  float* first_bias;
+  ConvWeights conv;       // norm and conv_2, whose bias has that of conv_1 in it
+  uint4* upsampler[2];    // [chunk of outputs][tap]
+  float* upsampler_bias;  // [output]
 
  private:
   EndWeights(Parts& parts, const NetworkConfig& config, const Widths& w) : conv(parts, w) {
-    first = parts.next<float>(config.in_channels * 9 * w.channels), first_bias = parts.next<float>(w.channels);
-    const int64_t quads = int64_t(w.output_chunks) * 9 * quads_of(w.output_tiles, w.words) * kWarp;
-    for (uint4*& part : upsampler) part = parts.next<uint4>(quads);
-    upsampler_bias = parts.next<float>(w.output_chunks * 8 * w.output_tiles);
+    const int64_t quads = int64_t(w.picture_chunks) * 3 * quads_of(w.words, 2) * kWarp;
+    for (uint4*& part : first) part = parts.next<uint4>(quads);
+    first_bias = parts.next<float>(w.channels);
+    const int64_t up_quads = int64_t(w.output_chunks) * 9 * quads_of(kOutputTiles, w.words) * kWarp;
+    for (uint4*& part : upsampler) part = parts.next<uint4>(up_quads);
+    upsampler_bias = parts.next<float>(w.outputs);
   }
 };
 

@@ -150,27 +150,31 @@ __device__ void norm_into(const MatrixRing<kChannels, kRows>& ring, const Featur
   write_ring(ring, row - part.top, words, walk, part, unit, row);
 }
 
-// The dense 3x3 convolution of a step's rows from `row` on.
-template <int kChannels, int kRows>
-__device__ void conv3x3(float (&sums)[kPixels][kWords<kChannels>][2], const MatrixRing<kChannels, kRows>& ring,
-                        const ConvWeights& weights, const Part& part, const Unit& unit, int row) {
-  constexpr int kCount = kWords<kChannels>;
-  using Words = typename MatrixRing<kChannels, kRows>::Words;
-  float bias[kCount][2];
-  read_channels<kChannels>(bias, weights.bias, unit.lane);
-  fill(sums, bias);
+// Calls body(tap, slots of both rows, words of the unit's row) for the taps of a dense 3x3 convolution of a step's rows
+// from `row` on.
+template <int kChannels, int kRows, class Body>
+__device__ void for_taps(const MatrixRing<kChannels, kRows>& ring, const Part& part, const Unit& unit, int row,
+                         Body body) {
   constexpr int kUnrolled = kChannels > 40 ? 1 : 3;  // by what registers there are
 #pragma unroll 1
   for (int y = 0; y < 3; ++y) {
     const int first = (row + unit.row + y - 1 - part.top + kRows) % kRows;
     const int slots[2] = {first, first + 1 == kRows ? 0 : first + 1};
 #pragma unroll kUnrolled
-    for (int x = 0; x < 3; ++x) {
-      uint32_t words[kPixels][kCount];
-      ring.read(words, slots, Words(unit, x));
-      multiply<Operand>(sums, words, weights.taps + (3 * y + x) * quads_of(kCount, kCount) * kWarp);
-    }
+    for (int x = 0; x < 3; ++x) body(3 * y + x, slots, typename MatrixRing<kChannels, kRows>::Words(unit, x));
   }
+}
+
+// sums += the dense 3x3 convolution of a step's rows from `row` on, but for its bias.
+template <int kChannels, int kRows>
+__device__ void conv3x3(float (&sums)[kPixels][kWords<kChannels>][2], const MatrixRing<kChannels, kRows>& ring,
+                        const ConvWeights& weights, const Part& part, const Unit& unit, int row) {
+  constexpr int kCount = kWords<kChannels>;
+  for_taps(ring, part, unit, row, [&](int tap, const auto& slots, const auto& at) {
+    uint32_t words[kPixels][kCount];
+    ring.read(words, slots, at);
+    multiply<Operand>(sums, words, weights.taps + tap * quads_of(kCount, kCount) * kWarp);
+  });
 }
 
 // sums += a depthwise convolution of kTapRows x kTapColumns, of a step's rows from `row` on. taps: pixel 0 is the
