@@ -158,7 +158,9 @@ def launches(config: dict, height: int, width: int) -> Iterator[Launch]:
     lines = math.ceil(6 * config["in_chans"] / (columns // 8))  # of a warp, of the picture's tile
     picture = [float(lines), float(math.ceil((columns + 4) / 31)), 3.0]  # and of its pieces; rows of conv_1
     blocks = math.ceil(width / columns) * math.ceil(height / STEP)
-    yield Launch("head", f"head_kernelI13__nv_bfloat16fLi{padded}E", blocks, columns // 8, 1, picture, pixels * (12 + feature))
+    yield Launch(
+        "head", f"head_kernelI13__nv_bfloat16fLi{padded}E", blocks, columns // 8, 1, picture, pixels * (12 + feature)
+    )
     small = pixels / 16 * 4 * padded
     yield walking(
         "front_kernel",
