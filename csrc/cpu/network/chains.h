@@ -56,7 +56,7 @@ class InputConv {
     Source<float> sources[9];
     for (int64_t s = 0; s < 9; ++s) sources[s] = {rows_buffer_ + s / 3 * channels * row_stride_ + s % 3, row_stride_};
     const int64_t rows = net_.config.channels;
-    multiply(conv_, sources, strip_.width, StoreEpilogue<false>{{to, to, row_stride, row_stride, rows, rows}});
+    multiply(conv_, sources, strip_.width, StoreEpilogue<Identity>{{to, to, row_stride, row_stride, rows, rows}});
   }
 
  private:
@@ -146,7 +146,7 @@ class GroupSource {
     const Source<Cell> sources[]{{origin.a, origin.row_stride}, {cells_, strip_.widest}};
     const int64_t ranks = routing_.ranks();
     multiply(project_a_, sources, strip_.width,
-             StoreEpilogue<false>{{rank_a_, rank_a_, strip_.widest, strip_.widest, ranks, ranks}});
+             StoreEpilogue<Identity>{{rank_a_, rank_a_, strip_.widest, strip_.widest, ranks, ranks}});
     const BilinearPosition position(row, strip_.height, routing_.map_rows());
     const float below_share = static_cast<float>(position.share);
     constexpr int G = kChannels<Cell>;
@@ -172,7 +172,7 @@ class GroupSource {
       }
     }
     multiply(mix_, sources, strip_.width,
-             ResidualEpilogue<false>{to, origin.x, row_stride, origin.row_stride, channels_});
+             ResidualEpilogue<Identity>{to, origin.x, row_stride, origin.row_stride, channels_});
   }
 
   const Strip& strip_;
@@ -266,8 +266,8 @@ class OutputSink {
       if (takes_part) input_conv_.make(row + i, y[i], y_.row_stride());
     }
     const int64_t row_stride = y_.row_stride(), channels = net_.config.channels;
-    conv_2_.pull(row, ResidualEpilogue<false>{y[0], y[0], row_stride, row_stride, channels},
-                 ResidualEpilogue<false>{y[1], y[1], row_stride, row_stride, channels});
+    conv_2_.pull(row, ResidualEpilogue<Identity>{y[0], y[0], row_stride, row_stride, channels},
+                 ResidualEpilogue<Identity>{y[1], y[1], row_stride, row_stride, channels});
     for (int64_t i = 0; i < 2; ++i) {
       if (band_.takes_part(row + i, 1, strip_)) y_.close(row + i);
     }
@@ -276,8 +276,8 @@ class OutputSink {
   void finish(int64_t row) {
     const int64_t row_stride = strip_.widest;
     float* second = pixels_ + outputs() * row_stride;
-    upsampler_(y_, row, StoreEpilogue<false>{{pixels_, pixels_, row_stride, row_stride, outputs(), outputs()}},
-               StoreEpilogue<false>{{second, second, row_stride, row_stride, outputs(), outputs()}});
+    upsampler_(y_, row, StoreEpilogue<Identity>{{pixels_, pixels_, row_stride, row_stride, outputs(), outputs()}},
+               StoreEpilogue<Identity>{{second, second, row_stride, row_stride, outputs(), outputs()}});
     for (int64_t y = row; y < row + 2; ++y) {
       if (!band_.takes_part(y, 0, strip_)) continue;
       with_pixel_type(net_.max_value, [&](auto pixel) { write<decltype(pixel)>(y, y > row ? second : pixels_); });

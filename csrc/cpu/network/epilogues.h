@@ -16,21 +16,34 @@ struct SplitRows {
   }
 };
 
-// to = sums, or GELU(sums)
-template <bool is_gelu>
+// Activations of sums of products of cells.
+struct Identity {
+  static Vec<float> apply(Vec<float> x) { return x; }
+};
+template <class Cell>
+struct Gelu {
+  static Vec<float> apply(Vec<float> x) { return gelu<float>(x); }
+};
+template <>
+struct Gelu<Pair> {
+  static Vec<float> apply(Vec<float> x) { return gelu_to_16_bits(x); }
+};
+
+// to = activation(sums)
+template <class Activation>
 struct StoreEpilogue {
   SplitRows to;
   template <int R, int V>
   void operator()(int64_t row, int64_t i, const Vec<float> (&sums)[R][V]) const {
     for (int r = 0; r < R && row + r < to.rows; ++r) {
       float* target = to[row + r] + i;
-      for (int v = 0; v < V; ++v) store(target + v * kWidth, is_gelu ? gelu<float>(sums[r][v]) : sums[r][v]);
+      for (int v = 0; v < V; ++v) store(target + v * kWidth, Activation::apply(sums[r][v]));
     }
   }
 };
 
-// to = x + sums, or x + GELU(sums); `x` may be `to`
-template <bool is_gelu>
+// to = x + activation(sums); `x` may be `to`
+template <class Activation>
 struct ResidualEpilogue {
   float* to;
   const float* x;
@@ -40,7 +53,7 @@ struct ResidualEpilogue {
     for (int r = 0; r < R && row + r < rows; ++r) {
       for (int v = 0; v < V; ++v) {
         const int64_t place = i + v * kWidth;
-        const Vec<float> y = is_gelu ? gelu<float>(sums[r][v]) : sums[r][v];
+        const Vec<float> y = Activation::apply(sums[r][v]);
         store(to + (row + r) * row_stride + place, load(x + (row + r) * x_row_stride + place) + y);
       }
     }
@@ -58,7 +71,7 @@ struct GeluCellEpilogue {
     for (int r = 0; r < R && row + r < rows; r += G) {
       for (int v = 0; v < V; ++v) {
         Vec<float> y[G];
-        for (int g = 0; g < G; ++g) y[g] = gelu<float>(sums[r + g][v]);
+        for (int g = 0; g < G; ++g) y[g] = Gelu<Cell>::apply(sums[r + g][v]);
         store_cells(to + (row + r) / G * row_stride + i + v * kWidth, y);
       }
     }

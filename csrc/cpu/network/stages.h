@@ -94,7 +94,7 @@ class Ffn {
     normalise(cells_, strip_.widest, x_[row], x_.row_stride(), channels_, strip_.width, nullptr, nullptr);
     const Source<Cell> source{cells_, strip_.widest};
     multiply(weights_.expand, &source, strip_.width,
-             StoreEpilogue<true>{{ug, ug, ug_.row_stride(), ug_.row_stride(), 2 * channels_, 2 * channels_}});
+             StoreEpilogue<Gelu<Cell>>{{ug, ug, ug_.row_stride(), ug_.row_stride(), 2 * channels_, 2 * channels_}});
     ug_.close(row);
   }
 
@@ -103,7 +103,7 @@ class Ffn {
              [&](int64_t c) { return Stencil3x3(weights_.gate[c], ug_, row, (channels_ + c) * ug_.row_stride()); });
     const Source<Cell> source{cells_, strip_.widest};
     multiply(weights_.project, &source, strip_.width,
-             ResidualEpilogue<true>{to, x_[row] - 1, row_stride, x_.row_stride(), channels_});
+             ResidualEpilogue<Gelu<Cell>>{to, x_[row] - 1, row_stride, x_.row_stride(), channels_});
   }
 
  private:
@@ -138,7 +138,7 @@ class See {
     normalise(cells_, strip_.widest, x_[row], x_.row_stride(), channels_, strip_.width, nullptr, nullptr);
     const Source<Cell> source{cells_, strip_.widest};
     multiply(weights_.to_qv, &source, strip_.width,
-             StoreEpilogue<true>{{q, v, q_.row_stride(), v_.row_stride(), channels_, 2 * channels_}});
+             StoreEpilogue<Gelu<Cell>>{{q, v, q_.row_stride(), v_.row_stride(), channels_, 2 * channels_}});
     q_.close(row);
     v_.close(row);
     with_taps(weights_.striped_row.count, [&](auto taps) {
@@ -156,7 +156,7 @@ class See {
     });
     const Source<Cell> source{cells_, strip_.widest};
     multiply(weights_.project, &source, strip_.width,
-             ResidualEpilogue<false>{to, x_[row] - half_, row_stride, x_.row_stride(), channels_});
+             ResidualEpilogue<Identity>{to, x_[row] - half_, row_stride, x_.row_stride(), channels_});
   }
 
  private:
@@ -267,7 +267,7 @@ class MoEFront {
     float* a = a_.open(row);
     const Source<Cell> source{convolved(second), strip_.widest};
     const SplitRows to{a, k_, a_.row_stride(), strip_.widest, channels_, 2 * channels_ + ranks_};
-    multiply(weights_.expand, &source, strip_.width, StoreEpilogue<false>{to});
+    multiply(weights_.expand, &source, strip_.width, StoreEpilogue<Identity>{to});
     a_.close(row);
     float* rows = rows_.open(row);
     for (int64_t c = 0; c < channels_; ++c) {
