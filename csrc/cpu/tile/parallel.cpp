@@ -41,7 +41,7 @@ struct Wavefront::Rows {
 };
 
 Wavefront::Wavefront(int64_t teams, int64_t strips)
-    : teams_(teams), strips_(strips), of_team_(new Team[teams]), of_strip_(new Rows[teams * strips]) {}
+    : strips_(strips), of_team_(new Team[teams]), of_strip_(new Rows[teams * strips]) {}
 
 Wavefront::~Wavefront() {
   delete[] of_strip_;

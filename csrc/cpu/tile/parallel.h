@@ -32,7 +32,7 @@ class Wavefront {
  private:
   struct Rows;
   struct Team;
-  int64_t teams_, strips_;
+  int64_t strips_;
   Team* of_team_;
   Rows* of_strip_;
 };
