@@ -164,7 +164,7 @@ class Start:
         self._constants = []  # tensors whose addresses stay as long as they do
         found = [self._find(launch.arguments[parameter.name], place_of) for parameter in launch.kernel.params]
         self._arguments = found
-        self._places = [(i, value) for i, value in enumerate(found) if hasattr(value, "memory")]
+        self._places = [(i, value.memory, value.offset) for i, value in enumerate(found) if hasattr(value, "memory")]
         self._tuples = [(i, value) for i, value in enumerate(found) if is_tuple(value) and has_place(value)]
 
     def _find(self, value: Any, place_of: Callable) -> Any:
@@ -178,13 +178,13 @@ class Start:
 
     def run(self, bases, now: "Now"):
         arguments, addresses = self._arguments.copy(), bases.addresses
-        for position, place in self._places:
-            arguments[position] = addresses[place.memory] + place.offset
+        for position, memory, offset in self._places:
+            arguments[position] = addresses[memory] + offset
         for position, value in self._tuples:
             arguments[position] = resolved(value, addresses)
-        compiled, hooks = self._compiled, now.hooks
-        metadata = compiled.launch_metadata(self._grid, now.stream, *arguments) if any(hooks) else None
-        compiled.run(*self._grid, now.stream, compiled.function, compiled.packed_metadata, metadata, *hooks, *arguments)
+        compiled, stream, hooks = self._compiled, now.stream, now.hooks
+        metadata = None if hooks == NO_HOOKS else compiled.launch_metadata(self._grid, stream, *arguments)
+        compiled.run(*self._grid, stream, compiled.function, compiled.packed_metadata, metadata, *hooks, *arguments)
 
 
 def is_tuple(value: Any) -> bool:
@@ -202,11 +202,14 @@ def resolved(value: Any, addresses: list[int]) -> Any:
     return addresses[value.memory] + value.offset if hasattr(value, "memory") else value
 
 
+NO_HOOKS = (None, None)
+
+
 class Now(NamedTuple):
     """What launches take from the state of the thread: the device's current stream, and a profiler's hooks."""
 
     stream: int
-    hooks: tuple = (None, None)
+    hooks: tuple = NO_HOOKS
 
 
 def now() -> Now | None:
@@ -215,7 +218,7 @@ def now() -> Now | None:
         return None
     driver, runtime = triton.runtime.driver.active, triton.knobs.runtime
     hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
-    in_use = hooks if any(hook.calls for hook in hooks) else (None, None)
+    in_use = hooks if any(hook.calls for hook in hooks) else NO_HOOKS
     return Now(driver.get_current_stream(driver.get_current_device()), in_use)
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ..ops.operator import IMPLEMENTATIONS
 
@@ -94,22 +94,21 @@ class Bases:
         )
 
 
-class Operator(NamedTuple):
+class Operator:
     """Step: a function of tensors, and the memories of its results."""
 
-    function: Callable
-    arguments: Any
-    options: Any
-    results: list[int | None]
+    def __init__(self, function: Callable, arguments: Any, options: Any, results: list[int | None]):
+        self._function, self._results = function, results
+        self._leaves, self._structure = tree_flatten((arguments, options), is_leaf=is_place)
+        self._places = [(position, leaf) for position, leaf in enumerate(self._leaves) if is_place(leaf)]
 
     def run(self, bases: Bases, now: Any):
-        arguments, options = tree_map(
-            lambda leaf: bases.tensor(leaf) if isinstance(leaf, Place) else leaf,
-            (self.arguments, self.options),
-            is_leaf=lambda leaf: isinstance(leaf, Place),
-        )
-        results = self.function(*arguments, **options)
-        for memory, tensor in zip(self.results, tensors_of(results), strict=True) if self.results else ():
+        leaves = self._leaves.copy()
+        for position, place in self._places:
+            leaves[position] = bases.tensor(place)
+        arguments, options = tree_unflatten(leaves, self._structure)
+        results = self._function(*arguments, **options)
+        for memory, tensor in zip(self._results, tensors_of(results), strict=True) if self._results else ():
             if memory is not None:
                 bases.put(memory, tensor)
 
@@ -211,23 +210,30 @@ class Recorded:
         if not self._fits(given):
             return self._function(*given)
         bases, device = Bases(self._count), given[0].device
+        tensors, addresses = bases.tensors, bases.addresses
         for number, tensor in enumerate(given):
             bases.put(number, tensor, byte_offset(tensor) - self._offsets[number])
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             now = launching().now()
             for step, allocated, freed in self._steps:
                 for memory, nbytes in allocated:
-                    bases.put(memory, torch.empty(nbytes, dtype=torch.uint8, device=device))
+                    tensors[memory] = room = torch.empty(nbytes, dtype=torch.uint8, device=device)
+                    addresses[memory] = room.data_ptr()
                 step.run(bases, now)
                 for memory in freed:
-                    bases.tensors[memory] = None
+                    tensors[memory] = None
         results = [bases.tensor(place) for place in self._results]
         return results[0] if self._is_single else results
 
     def _fits(self, given: tuple[Tensor, ...]) -> bool:
         strides = [tensor.stride() for tensor in given]
-        storages = {tensor.untyped_storage()._cdata for tensor in given}
-        return strides == self._strides and len(storages) == len(given) and not any(map(is_unaligned, given))
+        if strides != self._strides or any(map(is_unaligned, given)):
+            return False
+        return len(given) == 1 or len({tensor.untyped_storage()._cdata for tensor in given}) == len(given)
+
+
+def is_place(leaf: Any) -> bool:
+    return isinstance(leaf, Place)
 
 
 @functools.cache
