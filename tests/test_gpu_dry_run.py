@@ -89,6 +89,21 @@ def repetition() -> dict:
     }  # fmt: skip
 
 
+def compiled_step() -> list[int]:
+    """Return the launches of a training step, and of a compiled one, without and with sizes as symbols."""
+    from seemore_fast import seemore_t
+
+    model, found = seemore_t(scale=2, num_layers=1).train(), []
+    with gpu_dry_run.dry_run():
+        for dynamic in (None, False, True):
+            how = dict(fullgraph=True, dynamic=dynamic, backend="aot_eager")
+            run = model if dynamic is None else torch.compile(model, **how)
+            with gpu_dry_run.launches() as launched:
+                run(torch.rand(2, 3, 32, 16 * (2 + len(found)))).square().mean().backward()
+            found.append(len(launched))
+    return found
+
+
 def unlike_jit() -> list[str]:
     """Return the kernels that `Launch.compile_for` would compile with other options than Triton does at a launch.
 
@@ -149,6 +164,11 @@ def test_training():
     assert found["variants"] <= 61
     assert found["variants_40_sizes"] <= 161
     assert found["host_ms"] > 0
+
+
+def test_a_compiled_step_launches_what_an_eager_one_does():
+    eager, *compiled = without_interpreter("compiled_step")
+    assert compiled == [eager, eager]
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,7 @@ def assert_equal(found, expected):
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_recorded_steps_are_equal_to_the_bit(models, x, monkeypatch, dtype):
+    node.steps_of.cache_clear()
     repeated, call = [], Recorded.__call__
     monkeypatch.setattr(Recorded, "__call__", lambda self, *given: repeated.append(1) or call(self, *given))
     found = []
@@ -173,6 +174,16 @@ def test_a_second_derivative_is_refused(models, x):
         (gradient,) = torch.autograd.grad(models[1](x).square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match=r"not differentiable, expected a single backward.*use_backend"):
             gradient.sum().backward()
+
+
+@pytest.mark.parametrize("wants_dx", [False, True])
+def test_compiled_whole(models, x, wants_dx):
+    """The graph has the very step; sizes may differ."""
+    _, ours = models
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for image in (x, torch.cat([x, x.flip(2)], dim=3)):
+        image = image.requires_grad_(wants_dx)
+        assert_equal(step(compiled, image), step(ours, image))
 
 
 def test_what_changes_the_network_selects_another_path(models, x, steps):

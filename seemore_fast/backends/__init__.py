@@ -13,6 +13,7 @@ from .selection import (
     set_backend,
     unsupported_reason,
     use_backend,
+    without_kernels,
 )  # fmt: skip
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "set_backend",
     "unsupported_reason",
     "use_backend",
+    "without_kernels",
 ]

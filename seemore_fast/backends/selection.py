@@ -1,11 +1,14 @@
 """Selection of the backend that computes an operator, and the reasons why another does not."""
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from .._torch_compat import constant_in_graphs
 from . import native, preferences, row_major
 from .registry import BACKENDS, KERNELS, Kernel
 
+_thread = threading.local()
 _default = "auto"  # of all threads
 _in_context: ContextVar[str | None] = ContextVar("backend", default=None)
 _latest = "auto"  # the choice made last, in any thread: torch.compile cannot read context variables
@@ -194,9 +198,25 @@ def lookup_kernel(operator: str, x: Tensor, size: int = 1, part: str = "") -> Ca
 
     A backward whose forward a kernel computed runs on a kernel, whatever is chosen by then, and whatever autocast is.
     """
+    if getattr(_thread, "leaves_out", False):
+        return _nothing
     kernel = _serving_kernel(operator, x, size)
     function = getattr(_functions(kernel.backend, operator), operator + part)
     return row_major.by_rows(function) if kernel.row_major else function
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Let kernels of this thread do nothing within, so that operators only allocate: for tensors without values."""
+    before, _thread.leaves_out = getattr(_thread, "leaves_out", False), True
+    try:
+        yield
+    finally:
+        _thread.leaves_out = before
+
+
+def _nothing(*arguments: Any, **options: Any):
+    """Stand in for a kernel."""
 
 
 def _serving_kernel(operator: str, x: Tensor, size: int) -> Kernel:

@@ -1,5 +1,6 @@
 """SeemoRe, the drop-in network: tree, keys and arguments are the published ones, the operators are fused."""
 
+import json
 from functools import partial, wraps
 from operator import is_
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ class SeemoRe(Fused, reference.SeemoRe):
         super().__init__(*args, **kwargs)
         self._recompute = "auto"
         self.engine_config = engine.EngineConfig.of(self.config)
-        self._steps: dict[torch.device, node.Steps] = {}
+        self.config_text = json.dumps(self.config)
         self._snapshot_structure()
 
     @property
@@ -184,7 +185,7 @@ class SeemoRe(Fused, reference.SeemoRe):
             return super().forward(x)  # by its submodules, so that all additions to them run
         keeps = self.wants_gradients(x)
         if keeps and node.is_served(self, x):
-            return node.run(self, self._steps_on(x.device), self._shifted(x))
+            return node.run(self, self._shifted(x))
         ends = self._ends_now() if keeps else self.ends()
         if kernels == "triton" and not keeps and not is_transformed() and not has_forward_gradients():
             x = self._shifted(x)
@@ -206,21 +207,6 @@ class SeemoRe(Fused, reference.SeemoRe):
         else:
             y = f + y
         return self.last(y, ends)
-
-    def _steps_on(self, device: torch.device) -> node.Steps:
-        """Return the forward and backward of training on a device."""
-        if device not in self._steps:
-            with torch.device("meta"):  # so that no random number is drawn
-                numbered = SeemoRe(**self.config).double()
-            numbered, first = numbered.to_empty(device="cpu"), 0
-            for parameter in numbered.ordered_parameters():
-                torch.arange(first, first + parameter.numel(), out=parameter.data.view(-1))
-                first += parameter.numel()
-            self._steps[device] = node.Steps(numbered, device)
-        return self._steps[device]
-
-    def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_steps": {}}
 
     def _launch(self, x: Tensor, ends: Ends) -> Tensor:
         """Return the network's result for x, shifted, by kernels alone.

@@ -4,6 +4,9 @@ The weights of a step are gathered into flat buffers (`weights`): they are those
 change before its backward. What forward and backward launch is recorded for a size and repeated (`replay`).
 """
 
+import functools
+import importlib
+import json
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -11,13 +14,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import ops
 from .._torch_compat import has_forward_gradients, is_observed, is_transformed
-from ..backends import FLOATS, current_backend, select_backend, use_backend
+from ..backends import FLOATS, current_backend, select_backend, use_backend, without_kernels
 from ..backends.planes import new_image, new_packed
+from ..ops.allocation import empty_like
 from ..ops.autocast import autocast_dtype
 from ..ops.norm_conv3x3 import write_into
+from ..ops.operator import LIBRARY, define, refuse_second_derivative
 from ..ops.striped_conv_router import has_kernel
 from ..reference.model import body_dtype
 from ..reference.router import without_autocast
@@ -42,12 +48,13 @@ class Options(NamedTuple):
 
 def is_served(model: Any, x: Tensor) -> bool:
     """Return whether kernels on a GPU, or in Triton's interpreter, compute each operator of a step of x, now."""
-    if torch.compiler.is_compiling() or is_transformed() or has_forward_gradients() or x.numel() == 0:
+    if x.numel() == 0 or (not torch.compiler.is_compiling() and (is_transformed() or has_forward_gradients())):
         return False
     weight, mean, c = model.conv_1.weight, model.mean, model.config
-    kinds = {(p.dtype, p.device) for p in model.ordered_parameters()}
     is_cast = autocast_dtype(x) is not None and weight.dtype != torch.float32
-    if len(kinds) != 1 or is_cast or mean.requires_grad or x.dtype == torch.float64 or weight.dtype not in FLOATS:
+    if is_cast or mean.requires_grad or x.dtype == torch.float64 or weight.dtype not in FLOATS:
+        return False
+    if any(p.dtype != weight.dtype or p.device != weight.device for p in model.ordered_parameters()):
         return False
     experts = model.body[0].local_block.block.moe_layer.ranks if len(model.body) else []
     if not experts or not has_kernel(3, len(experts)):
@@ -151,6 +158,32 @@ class Steps:
         return [self.weights.in_order(buffer), *dx]
 
 
+@functools.lru_cache(maxsize=8)
+def steps_of(config: str, device: torch.device) -> Steps:
+    """Return the steps of all networks of a configuration, given as JSON, on a device."""
+    network = importlib.import_module("seemore_fast.network.model").SeemoRe  # which imports this module
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        with torch.device("meta"):  # so that no random number is drawn
+            numbered = network(**json.loads(config)).double()
+        numbered, first = numbered.to_empty(device="cpu"), 0
+        for parameter in numbered.ordered_parameters():
+            torch.arange(first, first + parameter.numel(), out=parameter.data.view(-1))
+            first += parameter.numel()
+        return Steps(numbered, device)
+
+
+def run(model: Any, x: Tensor) -> Tensor:
+    """Return the model's result for x, shifted, with a graph of one node."""
+    parameters, mean = model.ordered_parameters(), model.mean.to(x.dtype)
+    if torch.compiler.is_compiling():
+        flat = torch.cat([parameter.flatten() for parameter in parameters])
+        how = model.config_text, model.scale, float(model.img_range), model.recompute, x.requires_grad
+        return torch.ops.seemore_fast.network_step(flat, mean, x, body_dtype(model.conv_1.weight), *how)[0]
+    steps = steps_of(model.config_text, x.device)
+    options = Options(model.scale, float(model.img_range), model.recompute, FIRST, False)
+    return Step.apply(steps, options, mean, x, *parameters)
+
+
 class Step(torch.autograd.Function):
     """The network as a node: x, shifted, and all parameters in the order of `ordered_parameters` -> the image."""
 
@@ -158,7 +191,7 @@ class Step(torch.autograd.Function):
     def forward(ctx: Any, steps: Steps, options: Options, mean: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:
         _, _, _, wants_dx, *needs = ctx.needs_input_grad
         options = options._replace(wants_dx=wants_dx, first=steps.first_of(tuple(needs), wants_dx))
-        narrow, wide = steps.weights.gather(parameters, body_dtype(parameters[0]))
+        wide, narrow = steps.weights.gather(steps.weights.flatten(parameters), body_dtype(parameters[0]))
         result, *kept = steps.run(Steps.forward, options, wide, narrow, mean, x)
         ctx.steps, ctx.options, ctx.dtype, ctx.backend = steps, options, parameters[0].dtype, current_backend()
         ctx.save_for_backward(wide, narrow, x, *kept)
@@ -175,7 +208,66 @@ class Step(torch.autograd.Function):
         return None, None, None, dx[0] if dx else None, *needed
 
 
-def run(model: Any, steps: Steps, x: Tensor) -> Tensor:
-    """Return the model's result for x, shifted, with a graph of one node."""
-    options = Options(model.scale, float(model.img_range), model.recompute, FIRST, False)
-    return Step.apply(steps, options, model.mean.to(x.dtype), x, *model.ordered_parameters())
+# The same as an operator, which compiled graphs have in them: of all parameters in a row
+
+
+def step_forward(flat: Tensor, mean: Tensor, x: Tensor, narrow: torch.dtype, config: str, *how: Any) -> list[Tensor]:
+    """Return the image, and what backward reads: the weights, and what is kept."""
+    steps = steps_of(config, x.device)
+    buffers = steps.weights.gather(flat, narrow)
+    result, *kept = steps.run(Steps.forward, options_of(*how), *buffers, mean, x)
+    return [result, *buffers, *kept]
+
+
+def step_fake(flat: Tensor, mean: Tensor, x: Tensor, narrow: torch.dtype, config: str, *how: Any) -> list[Tensor]:
+    steps = steps_of(config, x.device)
+    buffers = steps.weights.new_buffers(flat, narrow)
+    with without_kernels():
+        result, *kept = steps.forward(options_of(*how), *buffers, mean, x)
+    return [result, *buffers, *kept]
+
+
+def step_backward(dy: Tensor, x: Tensor, kept: list[Tensor], config: str, *how: Any) -> tuple[Tensor, Tensor]:
+    wide, narrow, *kept = kept
+    flat, *dx = steps_of(config, x.device).run(Steps.backward, options_of(*how), wide, narrow, x, dy, *kept)
+    return flat, dx[0] if dx else x.new_empty(0)
+
+
+def step_backward_fake(dy: Tensor, x: Tensor, kept: list[Tensor], config: str, *how: Any) -> tuple[Tensor, Tensor]:
+    flat, wants_dx = kept[0].new_empty(steps_of(config, x.device).weights.count), options_of(*how).wants_dx
+    return flat, empty_like(x) if wants_dx else x.new_empty(0)
+
+
+def options_of(scale: int, img_range: float, recompute: str, wants_dx: bool) -> Options:
+    return Options(scale, img_range, recompute, FIRST, wants_dx)
+
+
+def _save(ctx: Any, inputs: tuple, output: list[Tensor]):
+    flat, _, x, _, *ctx.how = inputs
+    ctx.dtype = flat.dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, *output[1:])
+
+
+def _differentiate(ctx: Any, gradients: list[Tensor]) -> tuple:
+    x, *kept = ctx.saved_tensors
+    flat, dx = torch.ops.seemore_fast.network_step_backward(gradients[0], x, kept, *ctx.how)
+    return flat.to(ctx.dtype), None, dx if ctx.how[-1] else None, None, *(None for _ in ctx.how)
+
+
+HOW = "str config, int scale, float img_range, str recompute, bool wants_dx"
+define(
+    "network_step",
+    f"(Tensor flat, Tensor mean, Tensor x, ScalarType narrow, {HOW}) -> Tensor[]",
+    step_forward,
+    step_fake,
+)
+define(
+    "network_step_backward",
+    f"(Tensor dy, Tensor x, Tensor[] kept, {HOW}) -> (Tensor, Tensor)",
+    step_backward,
+    step_backward_fake,
+)
+differentiate = partial(torch.library.register_autograd, lib=LIBRARY)
+differentiate("seemore_fast::network_step", _differentiate, setup_context=_save)
+differentiate("seemore_fast::network_step_backward", partial(refuse_second_derivative, "SeemoRe"))

@@ -91,7 +91,8 @@ class Weights:
             layout.numbers().clamp_min(0).to(device) for layout in (self._narrow, self._wide)
         )
         numbers = self._gradient.numbers()
-        self._of_gradient = torch.empty(int(numbers.max()) + 1, dtype=torch.int64)
+        self.count = int(numbers.max()) + 1  # of all parameters' elements
+        self._of_gradient = torch.empty(self.count, dtype=torch.int64)
         self._of_gradient[numbers[numbers != GAP]] = torch.arange(len(numbers))[numbers != GAP]
         self._of_gradient = self._of_gradient.to(device)
         self._parameters = [torch.empty_like(p, device="meta") for p in numbered.ordered_parameters()]
@@ -102,11 +103,15 @@ class Weights:
         is_layer = name in ("weight", "weight_gate") and numbers.shape[2:] == (3, 3)
         return self._narrow.add(laid_out(numbers) if is_layer else numbers.contiguous())
 
-    def gather(self, parameters: Sequence[Tensor], narrow: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the buffers of the weights: in dtype `narrow`, and in float32 at least."""
-        flat = _flatten_dense_tensors(parameters)
+    def gather(self, flat: Tensor, narrow: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the buffers of the weights, in float32 at least and in dtype `narrow`, of parameters in a row."""
         wide = torch.promote_types(flat.dtype, torch.float32)
-        return flat.index_select(0, self._of_narrow).to(narrow), flat.index_select(0, self._of_wide).to(wide)
+        return flat.index_select(0, self._of_wide).to(wide), flat.index_select(0, self._of_narrow).to(narrow)
+
+    def new_buffers(self, flat: Tensor, narrow: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the same without values."""
+        wide = torch.promote_types(flat.dtype, torch.float32)
+        return flat.new_empty(self._wide.size, dtype=wide), flat.new_empty(self._narrow.size, dtype=narrow)
 
     def weights(self, narrow: Tensor, wide: Tensor) -> Network:
         """Return the weights in their buffers."""
@@ -116,6 +121,11 @@ class Weights:
         """Return a buffer for the gradients, and these in it."""
         buffer = wide.new_empty(self._gradient.size)
         return buffer, viewed(self._gradients, {self._gradient: buffer})
+
+    @staticmethod
+    def flatten(parameters: Sequence[Tensor]) -> Tensor:
+        """Return all parameters in a row."""
+        return _flatten_dense_tensors(parameters)
 
     def in_order(self, gradient: Tensor) -> Tensor:
         """Return the elements of the buffer of gradients, parameter by parameter."""
