@@ -170,12 +170,15 @@ def see(x: Tensor, *tensors: Tensor) -> Tensor:
 
 
 def is_single_node(x: Tensor, taps: int) -> bool:
-    """Return whether a block of x, with so many taps, can be one node: in eager mode, by kernels of x's device."""
+    """Return whether a block of x, with so many taps, can be one node: in eager mode, by kernels of x's device.
+
+    On a GPU only where gradients are recorded: operators by themselves need less memory.
+    """
     if is_plain() or torch.compiler.is_compiling() or is_transformed() or len(x) == 0:
         return False
     sizes = {"striped_conv": taps}
     backends = {select_backend(operator, x, sizes.get(operator, x.shape[1])) for operator in OPERATORS}
-    return backends == {"cpu"} or not backends & {"cpu", "reference"}
+    return backends == {"cpu"} or (torch.is_grad_enabled() and not backends & {"cpu", "reference"})
 
 
 class RMEKernels(NamedTuple):
