@@ -285,10 +285,15 @@ struct Features : FeatureMemory {
   }
 };
 
+// What LayerNorm makes of a number x: x scale + shift.
+struct Norm {
+  float scale, shift;
+};
+
 // x - mean over the channels, divided by the square root of the variance. Those beyond `channels` are 0 in x; what
 // becomes of them belongs to weights that are 0.
 template <int kCount>
-__device__ void normalise(float (&x)[kCount][2], int channels) {
+__device__ Norm normalise(float (&x)[kCount][2], int channels) {
   float sum = 0, squares = 0;
 #pragma unroll
   for (int word = 0; word < kCount; ++word) sum += x[word][0] + x[word][1];
@@ -302,16 +307,29 @@ __device__ void normalise(float (&x)[kCount][2], int channels) {
   const float scale = reciprocal_root(fmaxf(sum_of_quad(squares) - others, 0) * share + 1e-6f);
 #pragma unroll
   for (int word = 0; word < kCount; ++word) x[word][0] *= scale, x[word][1] *= scale;
+  return {scale, -mean * scale};
 }
 
 // The same of a pixel of type T, as operands.
 template <class T, int kCount>
-__device__ void normalise(uint32_t (&x)[kCount], int channels) {
+__device__ Norm normalise(uint32_t (&x)[kCount], int channels) {
   float wide[kCount][2];
 #pragma unroll
   for (int word = 0; word < kCount; ++word) unpack_pair<T>(wide[word], x[word]);
-  normalise(wide, channels);
+  const Norm norm = normalise(wide, channels);
   narrow<Operand>(x, wide);
+  return norm;
+}
+
+// The same, where it was computed before.
+template <class T, int kCount>
+__device__ void normalise(uint32_t (&x)[kCount], const Norm& norm) {
+#pragma unroll
+  for (int word = 0; word < kCount; ++word) {
+    float wide[2];
+    unpack_pair<T>(wide, x[word]);
+    x[word] = pack_pair<Operand>(wide[0] * norm.scale + norm.shift, wide[1] * norm.scale + norm.shift);
+  }
 }
 
 // The word of two equal numbers, which are positive and normal.

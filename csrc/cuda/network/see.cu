@@ -12,7 +12,8 @@ namespace {
 
 constexpr int kHalo = kTaps / 2;
 constexpr int kRing = kStep + 2 * kHalo;
-constexpr int kRun = 8;  // columns that a thread convolves along a row, of two channels
+constexpr int kNorms = 4 * kStep;  // rows from the last of q to the first of the result, and a step more
+constexpr int kRun = 8;            // columns that a thread convolves along a row, of two channels
 
 struct Call {
   Walk walk;
@@ -21,10 +22,32 @@ struct Call {
   GroupWeights weights;
 };
 
+// Of a row in the rings: odd, so that pixels of two rows lie in different banks.
+__host__ __device__ constexpr int stride_of(int columns) { return columns + 1; }
+
 template <int kChannels>
 int64_t shared_bytes(int columns) {
-  return Ring<kChannels, kStep>::bytes(columns) + Ring<kChannels, kRing>::bytes(columns);
+  return Ring<kChannels, kStep>::bytes(stride_of(columns)) + Ring<kChannels, kRing>::bytes(stride_of(columns)) +
+         kNorms * columns * int64_t(sizeof(Norm));
 }
+
+// The block's rings.
+template <int kChannels>
+struct Shared {
+  Ring<kChannels, kStep> q;
+  Ring<kChannels, kRing> rows;
+  Norm* norms;  // [row][column]
+  int columns;
+
+  __device__ Shared(char* memory, int columns)
+      : q(memory, stride_of(columns)),
+        rows(memory + Ring<kChannels, kStep>::bytes(stride_of(columns)), stride_of(columns)),
+        norms(reinterpret_cast<Norm*>(memory + Ring<kChannels, kStep>::bytes(stride_of(columns)) +
+                                      Ring<kChannels, kRing>::bytes(stride_of(columns)))),
+        columns(columns) {}
+  // That of a pixel; row: at least -kNorms.
+  __device__ Norm& norm(int row, int column) const { return norms[(row + kNorms) % kNorms * columns + column]; }
+};
 
 // Convolves kRun pixels along a row, of two channels, whose words lie kStride words apart, as do the taps, and the bias
 // after them: from the first that is read, to the first result. Where there is no row, the result is 0.
@@ -52,11 +75,11 @@ __device__ void convolve_run(uint32_t* to, const uint32_t* from, const uint32_t*
 template <int kWords>
 __device__ void convolve_rows(uint32_t* to, const uint32_t* q, const uint32_t* taps, const Call& call, const Part& part,
                               int row) {
-  const int columns = call.walk.columns, runs = (call.walk.inner + kRun - 1) / kRun, top = part.top;
+  const int stride = stride_of(call.walk.columns), runs = (call.walk.inner + kRun - 1) / kRun, top = part.top;
   for (int item = forgotten(threadIdx.x); item < kStep * kWords * runs; item += blockDim.x) {
     const int word = item % kWords, line = item / kWords % kStep, begin = kHalo + item / kWords / kStep * kRun;
-    const int from = Ring<kHead + 8, kStep>::place(line, begin - kHalo, columns);
-    const int target = Ring<kHead + 8, kRing>::place(row + line, begin, columns), y = top + row + line;
+    const int from = Ring<kHead + 8, kStep>::place(line, begin - kHalo, stride);
+    const int target = Ring<kHead + 8, kRing>::place(row + line, begin, stride), y = top + row + line;
     convolve_run<kWords>(to + target * kWords + word, q + from * kWords + word, taps + word,
                          y >= 0 && y < call.walk.height);
   }
@@ -64,20 +87,25 @@ __device__ void convolve_rows(uint32_t* to, const uint32_t* q, const uint32_t* t
 
 // q of a step's rows from `row` of the band on.
 template <class T, int kChannels>
-__device__ void compute_q(const Ring<kChannels, kStep>& q, const Call& call, const Part& part, int row) {
+__device__ void compute_q(const Shared<kChannels>& shared, const Call& call, const Part& part, int row) {
   const Unit unit(call.walk);
   row += part.top;
   if (row + unit.row + 1 < part.top - kHalo || row + unit.row >= part.bottom + kHalo) return;
   uint32_t words[kPixels][kWords<kChannels>];
   read_pixels(words, Features<kChannels>{call.x}, call.walk, part, unit, row);
-  normalise_all<T>(words, call.channels);
+#pragma unroll
+  for (int p = 0; p < kPixels; ++p) {
+    const Norm norm = normalise<T>(words[p], call.channels);
+    if (unit.lane.quarter > 0) continue;
+    shared.norm(row - part.top + unit.row + Unit::row_of(p), unit.column_of(p)) = norm;
+  }
   pointwise_gelu<T>(words, call.weights.q, call.weights.q_bias, unit);
-  write_ring(q, 0, words, call.walk, part, unit, row);
+  write_ring(shared.q, 0, words, call.walk, part, unit, row);
 }
 
 // The result, of a step's rows from `row` of the band on.
 template <class T, int kChannels>
-__device__ void finish(const Ring<kChannels, kRing>& rows, const Call& call, const Part& part, int row) {
+__device__ void finish(const Shared<kChannels>& shared, const Call& call, const Part& part, int row) {
   constexpr int kCount = kWords<kChannels>;
   const Unit unit(call.walk);
   row += part.top;
@@ -85,10 +113,13 @@ __device__ void finish(const Ring<kChannels, kRing>& rows, const Call& call, con
   const Features<kChannels> x{call.x}, y{call.y};
   uint32_t v[kPixels][kCount];
   read_pixels(v, x, call.walk, part, unit, row);
-  normalise_all<T>(v, call.channels);
+#pragma unroll
+  for (int p = 0; p < kPixels; ++p) {
+    normalise<T>(v[p], shared.norm(row - part.top + unit.row + Unit::row_of(p), unit.column_of(p)));
+  }
   pointwise_gelu<T>(v, call.weights.v, call.weights.v_bias, unit);
   uint32_t convolved[kPixels][kCount];
-  depthwise_with_bias<kTaps, 1>(convolved, rows, call.weights.column, part, unit, row);
+  depthwise_with_bias<kTaps, 1>(convolved, shared.rows, call.weights.column, part, unit, row);
   multiply_all(v, convolved);
   float sums[kPixels][kCount][2];
   pointwise(sums, v, call.weights.project, call.weights.project_bias, unit);
@@ -104,18 +135,18 @@ __global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of
   __shared__ Part part;
   const Walk& walk = call.walk;
   part.find(walk);
-  const Ring<kChannels, kStep> q(memory, walk.columns);
-  const Ring<kChannels, kRing> rows(memory + Ring<kChannels, kStep>::bytes(walk.columns), walk.columns);
+  const Shared<kChannels> shared(memory, walk.columns);
 
   for (int row = -3 * kStep; row < walk.rows; row += kStep) {
-    compute_q<T>(q, call, part, row + kHalo);
+    compute_q<T>(shared, call, part, row + kHalo);
     __syncthreads();
     constexpr int kHeadWords = kHead / 2;
     const auto taps = Features<kChannels>::at(call.weights.row, kTaps + 1);
-    convolve_rows<kHeadWords>(rows.features.head, q.features.head, taps.head, call, part, row + kHalo);
-    convolve_rows<kChannels / 2 - kHeadWords>(rows.features.tail, q.features.tail, taps.tail, call, part, row + kHalo);
+    convolve_rows<kHeadWords>(shared.rows.features.head, shared.q.features.head, taps.head, call, part, row + kHalo);
+    convolve_rows<kChannels / 2 - kHeadWords>(shared.rows.features.tail, shared.q.features.tail, taps.tail, call, part,
+                                              row + kHalo);
     __syncthreads();
-    finish<T>(rows, call, part, row);
+    finish<T>(shared, call, part, row);
   }
 }
 
