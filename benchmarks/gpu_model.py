@@ -41,6 +41,7 @@ SIZES = {
 }
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([\w.]+)(.*?);")
 STEP, UNIT_COLUMNS, AT_ONCE = 4, 16, 2 * MULTIPROCESSORS  # csrc/cuda/network/walk.h
+FRONT_ROWS = 128  # of a band of front at most: kMostRows in csrc/cuda/network/front.cu
 STENCIL = 3.0  # trips of a 3x3 stencil's loop over columns of taps
 MOST_LEAD = 6  # rows' work before a band's first row: SEE computes ten, but half of what it does
 
@@ -121,14 +122,16 @@ def instructions(code: Code, steps: float, trips: list[float]) -> float:
     return code.count - (last - first + 1) + steps * body
 
 
-def plan_walk(images: int, height: int, width: int, columns: int, left: int, right: int, lead: int) -> Walk:
+def plan_walk(
+    images: int, height: int, width: int, columns: int, left: int, right: int, lead: int, most: float = math.inf
+) -> Walk:
     inner = columns - left - right
     strips, best, least = math.ceil(width / inner), None, math.inf
     for bands in range(1, min(math.ceil(height / STEP), 2 * AT_ONCE) + 1):
         rows = math.ceil(math.ceil(height / bands) / STEP) * STEP
         blocks = images * strips * math.ceil(height / rows)
         time = max(blocks, math.ceil(blocks / AT_ONCE) * AT_ONCE) * (rows + lead)
-        if time < least:
+        if time < least and rows <= most:
             best, least = Walk(columns, inner, rows, blocks), time
     assert best is not None
     return best
@@ -146,7 +149,8 @@ def launches(config: dict, height: int, width: int) -> Iterator[Launch]:
     conv = [3.0] if padded == 40 else [3.0, 3.0]  # trips of conv3x3's loops
 
     def walking(name: str, halo: int, lead: int, trips: Callable[[Walk], list[float]], moved: float):
-        walk = plan_walk(1, height, width, columns, halo, halo, lead)
+        most = FRONT_ROWS if name == "front_kernel" else math.inf
+        walk = plan_walk(1, height, width, columns, halo, halo, lead, most)
         kernel = name if "I" in name else name + of_type
         steps = (walk.rows + min(lead, MOST_LEAD)) / STEP
         return Launch(kernel.split("_kernel")[0], kernel, walk.blocks, walk.threads // 32, steps, trips(walk), moved)

@@ -79,6 +79,56 @@ bool run(const Tensor& y, const Tensor& x, const Tensor& weights, const Tensor& 
   return seemore::network(network, state.data_ptr(), workspace.data_ptr());
 }
 
+// The image, of which the tensor has the rows from `first` on.
+seemore::Image rows_of(const OptionalTensor& x, int64_t first) {
+  auto view = image(x);
+  if (x) {
+    const int64_t bytes = x->scalar_type() == ScalarType::Byte ? 1 : x->scalar_type() == ScalarType::UInt16 ? 2 : 4;
+    view.data = static_cast<char*>(view.data) - first * view.row * bytes;
+  }
+  return view;
+}
+
+seemore::Network one_image(const std::vector<int64_t>& config, int64_t height, int64_t width) {
+  seemore::Network network{};
+  network.config = config_of(config);
+  network.size = {1, network.config.in_channels, height, width};
+  return network;
+}
+
+std::vector<int64_t> part_memory(const std::vector<int64_t>& config, int64_t height, int64_t width, int64_t rows) {
+  if constexpr (kIsCuda) {
+    const auto needed = seemore::network_part_memory(one_image(config, height, width), rows);
+    return {needed.band, needed.rest, needed.features, needed.unit};
+  }
+  return {};
+}
+
+// place: height, width, pass, first and last row, those of the part before, the first row of x, rows of a band.
+void run_part(const OptionalTensor& y, const OptionalTensor& x, const Tensor& features, const Tensor& band,
+              const Tensor& rest, const Tensor& weights, const Tensor& mean, double img_range,
+              const std::vector<int64_t>& config, const std::vector<int64_t>& place, const OptionalTensor& is_finite) {
+  if constexpr (kIsCuda) {
+    STD_TORCH_CHECK(place.size() == 9, "expected 9 numbers of a place, got ", place.size());
+    auto network = one_image(config, place[0], place[1]);
+    const seemore::NetworkPart part{place[2], {place[3], place[4]}, {place[5], place[6]}, features.data_ptr()};
+    const auto needed = seemore::network_part_memory(network, place[8]);
+    STD_TORCH_CHECK(band.numel() >= needed.band && rest.numel() >= needed.rest && features.numel() >= needed.features,
+                    "expected ", needed.band, ", ", needed.rest, " and ", needed.features, " bytes, got ", band.numel(),
+                    ", ", rest.numel(), " and ", features.numel());
+    const OnDevice device(weights);
+    const auto type = x ? x->scalar_type() : ScalarType::Float;
+    network.max_value = type == ScalarType::Byte ? 255 : type == ScalarType::UInt16 ? 65535 : 0;
+    network.x = rows_of(x, place[7]), network.y = rows_of(y, place[3] * network.config.scale);
+    network.mean = static_cast<const float*>(mean.data_ptr());
+    network.img_range = static_cast<float>(img_range);
+    network.weights = weights.data_ptr();
+    network.stream = device.stream;
+    network.is_finite = is_finite ? static_cast<int*>(is_finite->data_ptr()) : nullptr;
+    seemore::network_part(network, part, place[8], band.data_ptr(), rest.data_ptr());
+  }
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
@@ -87,10 +137,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SEEMORE_NAMESPACE, m) {
   m.def(
       "network(Tensor(a!) y, Tensor x, Tensor weights, Tensor mean, float img_range, int[] config, Tensor? mapped, "
       "int resident_rows, int resident_bytes, Tensor(b!)? progress, Tensor(c!)? is_finite) -> bool");
+  if constexpr (kIsCuda) {
+    m.def("network_part_memory(int[] config, int height, int width, int rows) -> int[]");
+    m.def(
+        "network_part(Tensor(a!)? y, Tensor? x, Tensor(b!) features, Tensor(c!) band, Tensor(d!) rest, Tensor weights, "
+        "Tensor mean, float img_range, int[] config, int[] place, Tensor(e!)? is_finite) -> ()");
+  }
 }
 
 STABLE_TORCH_LIBRARY_IMPL(SEEMORE_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("network_pack", TORCH_BOX(&pack));
   m.impl("network", TORCH_BOX(&run));
   m.impl("network_memory", TORCH_BOX(&memory));
+  if constexpr (kIsCuda) {
+    m.impl("network_part_memory", TORCH_BOX(&part_memory));
+    m.impl("network_part", TORCH_BOX(&run_part));
+  }
 }

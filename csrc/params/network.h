@@ -64,4 +64,26 @@ NetworkMemory network_memory(const Network& network);
 // Returns whether all pixels were finite before they were converted to integers; of the CUDA library, is_finite does.
 bool network(const Network& network, void* state, void* workspace);
 
+struct Rows {
+  int64_t first, last;  // [first, last)
+};
+
+// A part of the CUDA library's run for one image whose features are in the host's memory: rows between two pools.
+struct NetworkPart {
+  int64_t pass;    // 0: from the image to the first pool; n: from the n-th pool to the next one, or to the result
+  Rows rows;       // a band's; all but the last are `unit` rows each, or a multiple
+  Rows before;     // those of the part before, whose features are in its band yet; or none
+  void* features;  // of all pixels, in the host's memory
+};
+
+// Bytes of a band of so many rows, of all else on the GPU, and of `features`; and `unit`, upon which bands begin.
+struct NetworkPartMemory {
+  int64_t band, rest, features, unit;
+};
+
+NetworkPartMemory network_part_memory(const Network& network, int64_t rows);
+// Parts follow each other by passes, then rows. The first pass and the last read x, up to three rows around `rows`; the
+// last one writes y.
+void network_part(const Network& network, const NetworkPart& part, int64_t band_rows, void* band, void* rest);
+
 }  // namespace seemore

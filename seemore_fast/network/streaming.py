@@ -5,7 +5,8 @@ features of all pixels wait in the host's memory or in a file; the bands go to t
 small tensors of the whole image to the next one: the mean that the router pools, and the map of `calibrate`. The result
 is that of the whole image except for the order of summation of those means.
 
-On a CPU the fused engine streams in place (`engine.run_out`); this serves everything else.
+Engines stream by themselves, the CPU's in place (`engine.run_out`), the GPU's by `engine_streaming`; this serves
+everything else.
 """
 
 from collections.abc import Callable, Sequence

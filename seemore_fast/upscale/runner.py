@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import memory
 from ..errors import first_line
 from ..memory import check_memory, folder_of_large_files, mapped_buffer
-from ..network import engine
+from ..network import engine, engine_streaming
 from ..network.blocks import body_dtype
 from ..network.gpu_memory import gpu_memory_needed
 from ..network.model import SeemoRe
@@ -170,19 +170,46 @@ def _run_whole(model: SeemoRe, x: Tensor, y: Tensor) -> bool:
 
 
 def _run_streamed(model: SeemoRe, x: Tensor, y: Tensor, options: ExecutionOptions) -> bool:
+    if engine.unsupported_reason(model, model.mean) is None:
+        return _run_streamed_by_engine(model, x, y, options)
     device, unit = model.mean.device, model.min_size
     _, _, height, width = x.shape
     shape, dtype = (height, model.config["embedding_dim"], width), body_dtype(model.conv_1.weight)
     features, release = _feature_buffer(shape, dtype, options.scratch_folder, y.nbytes)
     row = 2 * gpu_memory_needed(model, torch.Size((1, x.shape[1], 1, width)))  # the widened features are as large again
+
+    def in_bands(rows: int) -> bool:
+        writer = _ResultWriter(y)
+        stream(model, features, lambda a, b: _to_unit(x[:, :, a:b], device), writer, rows, release, options.report)
+        return writer.is_finite
+
+    return _in_bands_that_fit(in_bands, height, unit, row, device)
+
+
+def _run_streamed_by_engine(model: SeemoRe, x: Tensor, y: Tensor, options: ExecutionOptions) -> bool:
+    device, (height, width) = model.mean.device, x.shape[2:]
+    needed = engine_streaming.part_memory(model, height, width)
+    buffer = (needed.features,), torch.uint8, options.scratch_folder, y.nbytes
+    features, release = _feature_buffer(*buffer, pinned=device.type == "cuda")
+    row = needed.band // needed.unit + 4 * x.shape[1] * width * (1 + model.scale**2)
+
+    def in_bands(rows: int) -> bool:
+        return engine_streaming.stream(model, x, y, features, rows, release, options.report)
+
+    is_finite = _in_bands_that_fit(in_bands, height, needed.unit, row, device)
+    return is_finite and (y.dtype != torch.float32 or bool(y.isfinite().all()))
+
+
+def _in_bands_that_fit(
+    compute: Callable[[int], bool], height: int, unit: int, row_bytes: int, device: torch.device
+) -> bool:
+    """Return compute(rows) of a band's rows, a multiple of `unit`: as many as fit into the device's memory."""
     free = _free(device)
     budget = engine.MAX_BANDS if free is None else min(engine.MAX_BANDS, int(FREE_SHARE * free))
-    rows = min(max(unit, budget // row // unit * unit), -(-height // unit) * unit)
+    rows = min(max(unit, budget // row_bytes // unit * unit), -(-height // unit) * unit)
     while True:
-        writer = _ResultWriter(y)
         try:
-            stream(model, features, lambda a, b: _to_unit(x[:, :, a:b], device), writer, rows, release, options.report)
-            return writer.is_finite
+            return compute(rows)
         except torch.OutOfMemoryError:
             if rows <= unit:
                 raise
@@ -192,16 +219,17 @@ def _run_streamed(model: SeemoRe, x: Tensor, y: Tensor, options: ExecutionOption
 
 
 def _feature_buffer(
-    shape: tuple[int, ...], dtype: torch.dtype, folder: Path, result_bytes: int
+    shape: tuple[int, ...], dtype: torch.dtype, folder: Path, result_bytes: int, pinned: bool = False
 ) -> tuple[Tensor, Callable]:
     """Return a buffer in memory, or in a file if the memory does not suffice, and a function that releases its rows.
 
-    result_bytes: memory of the result, which is allocated but not yet in use.
+    result_bytes: memory of the result, which is allocated but not yet in use. pinned: in memory, of pages that a GPU
+    reads by itself.
     """
     count = math.prod(shape) * dtype.itemsize
     available = memory.available_memory()
     if count < memory.SMALL or available is None or count + result_bytes < 0.8 * available:
-        return torch.empty(shape, dtype=dtype), lambda top, bottom: None
+        return torch.empty(shape, dtype=dtype, pin_memory=pinned), lambda top, bottom: None
     mapped, release = mapped_buffer(count, folder)
     row = count // shape[0]
     return mapped.view(dtype).view(shape), lambda top, bottom: release(top * row, bottom * row)

@@ -196,7 +196,7 @@ def note_kernels(backend: str):
         return
     for operator in [op for op, kernels in backends.KERNELS.items() if backend in {k.backend for k in kernels}]:
         functions = selection._functions(backend, operator)
-        for part in ("", "_backward", "_into", "_from_sums", "_from_sums_backward"):
+        for part in ("", "_part", "_backward", "_into", "_from_sums", "_from_sums_backward"):
             if function := getattr(functions, operator + part, None):
                 setattr(functions, operator + part, Noted(function, backend, operator))
 

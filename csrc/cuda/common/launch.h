@@ -50,6 +50,12 @@ void allow_shared(Kernel* kernel, int64_t bytes, const char* name) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
 }
 
+// Between the GPU's memory and the host's, in the order of the stream.
+inline void copy_async(void* to, const void* from, int64_t bytes, void* stream) {
+  const cudaError_t error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) throw std::runtime_error(std::string("copy: ") + cudaGetErrorString(error));
+}
+
 // A kernel with commas in its name goes in parentheses.
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                   \
   do {                                                                                           \

@@ -205,8 +205,8 @@ void with_numbers(int64_t max_value, Function function) {
 void launch_head(const Scene& scene, const EndWeights& weights) {
   with_features(static_cast<DType>(scene.config().dtype), scene.channels(), [&](auto type, auto channels) {
     constexpr int kChannels = decltype(channels)::value;
-    Walk walk = plan_walk(scene.net.size, most_columns(kChannels), 0, 0, 0);
-    walk.rows = kStep, walk.bands = static_cast<int>(ceil_div(walk.height, kStep));
+    Walk walk = plan_walk(scene.net.size, scene.rows, most_columns(kChannels), 0, 0, 0);
+    walk.rows = kStep, walk.bands = static_cast<int>(ceil_div(walk.stop - walk.start, kStep));
     const HeadCall call{walk, picture_of(scene), scene.features<kChannels>(scene.buffers.x[0]), weights};
     with_numbers(scene.net.max_value, [&](auto number) {
       LAUNCH((head_kernel<decltype(type), decltype(number), kChannels>), grid_of(walk.blocks(), "network"),
@@ -220,7 +220,7 @@ void launch_tail(const Scene& scene, const EndWeights& weights) {
     constexpr int kChannels = decltype(channels)::value;
     const auto bytes = [&](int columns) { return shared_bytes<kChannels>(columns, scene.widths); };
     const int columns = columns_of(most_columns(kChannels), bytes);
-    const Walk walk = plan_walk(scene.net.size, columns, kHalo, kHalo, 2 * kHalo);
+    const Walk walk = plan_walk(scene.net.size, scene.rows, columns, kHalo, kHalo, 2 * kHalo);
     const TailCall call{walk,
                         picture_of(scene),
                         scene.channels(),

@@ -256,7 +256,7 @@ void launch(const Scene& scene, void* x, void* y, const FfnWeights& weights, con
   with_features(static_cast<DType>(scene.config().dtype), scene.channels(), [&](auto type, auto channels) {
     constexpr int kChannels = decltype(channels)::value;
     const int columns = columns_of(most_columns(kChannels), shared_bytes<kChannels, kExperts>);
-    const Walk walk = plan_walk(scene.net.size, columns, kHalo, kHalo, 2);
+    const Walk walk = plan_walk(scene.net.size, scene.rows, columns, kHalo, kHalo, 2);
     Call call{walk, scene.channels(), scene.features<kChannels>(x), scene.features<kChannels>(y), weights, experts};
     call.experts.a = scene.features<kChannels>(scene.buffers.a);
     LAUNCH_LARGE((ffn_kernel<decltype(type), kChannels, kExperts>), grid_of(walk.blocks(), "network"), walk.threads(),
@@ -271,7 +271,7 @@ void launch_experts(const Scene& scene, const GroupWeights& weights) {
   const NetworkConfig& config = scene.config();
   const Size map = scene.map(config.recursive);
   ExpertsCall call{{},
-                   static_cast<const uint32_t*>(b.ranks),
+                   scene.ranks(),
                    b.small,
                    b.expert_index,
                    b.expert_weight,

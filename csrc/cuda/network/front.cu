@@ -184,7 +184,7 @@ __device__ void write_aggregates(const Aggregates<kChannels>& aggregates, const 
 template <int kChannels>
 __device__ void write_sums(const Shared<kChannels>& shared, const Call& call, const Part& part) {
   const Walk& walk = call.walk;
-  const int64_t block = blockIdx.x % (walk.strips * walk.bands);
+  const int64_t block = int64_t(part.top / walk.rows) * walk.strips + blockIdx.x % walk.strips;
   for (int channel = threadIdx.x; channel < call.channels; channel += blockDim.x) {
     float sum = 0;
     for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) {
@@ -213,16 +213,21 @@ __global__ void __launch_bounds__(threads_of(most_columns(kChannels)), blocks_of
     expand<T>(shared, call, part, row);
     __syncthreads();
     finish_a<T>(shared, call, part, row - 1);
-    write_aggregates(shared.aggregates, call, part, row);
+    if (call.aggregate) write_aggregates(shared.aggregates, call, part, row);
   }
   __syncthreads();
-  write_sums(shared, call, part);
+  if (call.partial) write_sums(shared, call, part);
 }
 
+constexpr int kMostRows = 128;  // of a band, such that streamed images have bands of as few
+
+// The order of the pool's sums depends on strips and bands. So these are those of the whole image, and of it alone.
 template <int kChannels>
-Walk walk_of(const Scene& scene) {
+Walk whole_walk(const Scene& scene) {
   const int columns = columns_of(most_columns(kChannels), shared_bytes<kChannels>);
-  return plan_walk(scene.net.size, columns, kHalo, kHalo, 4);
+  Size size = scene.net.size;
+  size.batch = 1;
+  return plan_walk(size, {0, size.height}, columns, kHalo, kHalo, 4, kMostRows);
 }
 
 }  // namespace
@@ -230,23 +235,33 @@ Walk walk_of(const Scene& scene) {
 int64_t front_parts(const Scene& scene) {
   int64_t parts = 0;
   with_features(DType::bfloat16, scene.channels(), [&](auto, auto channels) {
-    const Walk walk = walk_of<decltype(channels)::value>(scene);
+    const Walk walk = whole_walk<decltype(channels)::value>(scene);
     parts = int64_t(walk.strips) * walk.bands;
   });
   return parts;
+}
+
+int64_t front_rows(const Scene& scene) {
+  int64_t rows = 0;
+  with_features(DType::bfloat16, scene.channels(),
+                [&](auto, auto channels) { rows = whole_walk<decltype(channels)::value>(scene).rows; });
+  return rows;
 }
 
 void launch_front(const Scene& scene, const GroupWeights& weights) {
   const Buffers& b = scene.buffers;
   with_features(static_cast<DType>(scene.config().dtype), scene.channels(), [&](auto type, auto channels) {
     constexpr int kChannels = decltype(channels)::value;
-    const Walk walk = walk_of<kChannels>(scene);
+    Walk walk = whole_walk<kChannels>(scene);
+    walk.images = scene.net.size.batch;
+    walk.start = static_cast<int>(scene.rows.first), walk.stop = static_cast<int>(scene.rows.last);
+    walk.bands = static_cast<int>(ceil_div(walk.stop - walk.start, walk.rows));
     const Call call{walk,
                     scene.channels(),
                     scene.widths.rank_chunks,
                     scene.features<kChannels>(b.x[0]),
                     scene.features<kChannels>(b.a),
-                    b.ranks,
+                    scene.ranks(),
                     b.aggregate,
                     b.partial,
                     weights};

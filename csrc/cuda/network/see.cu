@@ -156,7 +156,7 @@ void launch_see(const Scene& scene, const GroupWeights& weights) {
   with_features(static_cast<DType>(scene.config().dtype), scene.channels(), [&](auto type, auto channels) {
     constexpr int kChannels = decltype(channels)::value;
     const int columns = columns_of(most_columns(kChannels), shared_bytes<kChannels>);
-    const Walk walk = plan_walk(scene.net.size, columns, kHalo, kHalo, 2 * kHalo);
+    const Walk walk = plan_walk(scene.net.size, scene.rows, columns, kHalo, kHalo, 2 * kHalo);
     const Call call{walk, scene.channels(), scene.features<kChannels>(scene.buffers.x[1]),
                     scene.features<kChannels>(scene.buffers.x[0]), weights};
     LAUNCH_LARGE((see_kernel<decltype(type), kChannels>), grid_of(walk.blocks(), "network"), walk.threads(),

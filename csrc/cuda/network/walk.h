@@ -25,6 +25,7 @@ struct Walk {
   int rows;     // of a band, a multiple of kStep
   int strips, bands;
   int64_t images;
+  int start, stop;  // rows that are computed: [start, stop)
 
   int threads() const { return threads_of(columns); }
   int64_t blocks() const { return images * bands * strips; }
@@ -34,15 +35,16 @@ constexpr int kUsualMultiprocessors = 132;  // of an H200
 constexpr int kBlocksAtOnce = 2;            // of a multiprocessor
 
 // Strips of `columns`, of which `left` and `right` are halo; bands such that all blocks take the least time, where one
-// begins with the work of `lead` rows. The order of the pool's sums depends on strips and bands: these are the same on
-// all GPUs whose shared memory takes strips of the same columns, for the same batch.
-inline Walk plan_walk(const Size& size, int columns, int left, int right, int lead) {
+// begins with the work of `lead` rows; of at most `most` rows, a multiple of kStep.
+inline Walk plan_walk(const Size& size, const Rows& computed, int columns, int left, int right, int lead,
+                      int most = INT32_MAX) {
   if (std::max(size.height, size.width) > INT32_MAX / 4) {
     throw std::runtime_error("an image of " + std::to_string(size.height) + " x " + std::to_string(size.width) +
                              ", expected sides below 2^29");
   }
-  const int height = static_cast<int>(size.height), inner = columns - left - right;
-  Walk best{height,
+  const int start = static_cast<int>(computed.first), stop = static_cast<int>(computed.last);
+  const int height = stop - start, inner = columns - left - right;
+  Walk best{static_cast<int>(size.height),
             static_cast<int>(size.width),
             columns,
             left,
@@ -50,14 +52,17 @@ inline Walk plan_walk(const Size& size, int columns, int left, int right, int le
             0,
             static_cast<int>(ceil_div(size.width, inner)),
             0,
-            size.batch};
+            size.batch,
+            start,
+            stop};
   const int64_t at_once = kUsualMultiprocessors * kBlocksAtOnce;
   int64_t least = INT64_MAX;
-  for (int bands = 1; bands <= std::min<int64_t>(ceil_div(height, kStep), 2 * at_once); ++bands) {
+  const int64_t most_bands = std::max<int64_t>(2 * at_once, ceil_div(height, most));
+  for (int bands = 1; bands <= std::min<int64_t>(ceil_div(height, kStep), most_bands); ++bands) {
     const int rows = static_cast<int>(ceil_div(ceil_div(height, bands), kStep)) * kStep;
     const int64_t blocks = size.batch * best.strips * ceil_div(height, rows);
     const int64_t time = std::max(blocks, ceil_div(blocks, at_once) * at_once) * (rows + lead);
-    if (time >= least) continue;
+    if (time >= least || rows > most) continue;
     least = time;
     best.rows = rows, best.bands = static_cast<int>(ceil_div(height, rows));
   }
@@ -104,8 +109,8 @@ struct Part {
       begin = strip * walk.inner;
       end = min(begin + walk.inner, walk.width);
       first = begin - walk.left;
-      top = band % walk.bands * walk.rows;
-      bottom = min(top + walk.rows, walk.height);
+      top = walk.start + band % walk.bands * walk.rows;
+      bottom = min(top + walk.rows, walk.stop);
     }
     __syncthreads();
   }

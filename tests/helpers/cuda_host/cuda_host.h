@@ -388,6 +388,8 @@ void allow_shared(Kernel*, int64_t bytes, const char* name) {
   cuda_host::most_shared = std::max<size_t>(bytes, 48 * 1024);
 }
 
+inline void copy_async(void* to, const void* from, int64_t bytes, void*) { std::memcpy(to, from, bytes); }
+
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (static_cast<void>(stream), cuda_host::launch(#kernel, (grid), (block), (shared_bytes), (kernel), ##__VA_ARGS__))
 
