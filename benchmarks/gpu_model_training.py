@@ -10,7 +10,7 @@ their kernels for sm_90; some warps of each walk through the code (`warp`). The 
 |---------|---------------------------------------------------------------------------------------------------|
 | issue   | time where every scheduler issues an instruction each clock, on the busiest multiprocessor        |
 | bytes   | time of all its tensors, moved once at the bandwidth of a copy                                    |
-| latency | time of a warp that is alone, times the rounds in which multiprocessors take the blocks           |
+| latency | time of a warp that is alone, on average, times the rounds in which multiprocessors take blocks    |
 | floor   | FLOOR_US, between the starts of two kernels of a stream                                           |
 
 issue and bytes are divided by an efficiency of 0.8, or of 0.6 for `ms_at_0.6`. Operators of torch take the floor each.
@@ -39,7 +39,7 @@ MULTIPROCESSORS, SCHEDULERS, CLOCK, COPY = 132, 4, 1.9e9, 4.3e12  # of an H200; 
 EFFICIENCIES = (0.8, 0.6)
 FLOOR_US = 2.0
 REGISTERS, SHARED, THREADS, BLOCKS = 65536, 227 * 1024, 2048, 32  # of a multiprocessor
-SAMPLES = 3  # blocks whose first warp walks
+SAMPLES = 5  # blocks whose first warp walks
 
 
 class Figures(NamedTuple):
@@ -105,7 +105,7 @@ def predict_launch(launch: gpu_dry_run.Launched, code: Code) -> Figures:
         if isinstance(value, Tensor) and value.numel() * value.element_size() <= warp.SMALL
     }
     walks = [warp.Warp(code.instructions, words, block, small=small).run() for block in blocks]
-    instructions = sum(walk.instructions for walk in walks) / len(walks)
+    instructions, cycles = sum(walk.instructions for walk in walks) / len(walks), [walk.cycles for walk in walks]
     warps = variant.options.num_warps
     busiest = -(-grid // MULTIPROCESSORS) * warps * instructions
     rounds = -(-grid // (MULTIPROCESSORS * resident(code, warps)))
@@ -117,7 +117,7 @@ def predict_launch(launch: gpu_dry_run.Launched, code: Code) -> Figures:
         instructions,
         issue=1e6 * busiest / (SCHEDULERS * CLOCK),
         bytes=1e6 * sum(tensors.values()) / COPY,
-        latency=1e6 * rounds * max(walk.cycles for walk in walks) / CLOCK,
+        latency=1e6 * max(rounds * sum(cycles) / len(cycles), *cycles) / CLOCK,
     )
 
 

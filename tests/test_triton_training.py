@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
-from seemore_fast.kernels import sums
+from seemore_fast.kernels import products, sums
 from seemore_fast.kernels.launch import joining, observed
 
 BACKWARD = ("norm_pointwise", "norm_conv3x3", "gated_ffn", "striped_conv", "calibrate", "low_rank_experts")
@@ -49,8 +49,9 @@ def count(run) -> list[str]:
 
 @pytest.mark.parametrize("most", [16, 3])
 def test_joined_launches_give_the_same(monkeypatch, most):
-    """The second stages of several operators in one launch, or in few if there are many."""
+    """Weights' products, and second stages, of several operators in one launch, or in few if there are many."""
     monkeypatch.setattr(sums, "MOST", most)
+    monkeypatch.setattr(products, "MOST", most)
     apart = {operator: gradients(operator) for operator in BACKWARD}
     together = {}
 
@@ -60,8 +61,9 @@ def test_joined_launches_give_the_same(monkeypatch, most):
                 together[operator] = gradients(operator)
 
     launched = count(run)
-    jobs = sum(count(lambda o=operator: gradients(o)).count("add_up") for operator in BACKWARD)
-    assert 1 <= launched.count("add_up") < jobs
+    by_itself = [name for operator in BACKWARD for name in count(lambda o=operator: gradients(o))]
+    for name in ("add_up", "add_products"):
+        assert 1 <= launched.count(name) < by_itself.count(name)
     for operator in BACKWARD:
         for found, expected in zip(together[operator], apart[operator], strict=True):
             assert torch.equal(found, expected), operator
