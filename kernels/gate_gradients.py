@@ -33,6 +33,10 @@ def backward(du, dg, dweight, dbias, dy, u, g, weight, bias) -> Iterator[Launch]
         rows, tiles = strips_of(u)
         arguments = strided(du=du, dg=dg, dy=dy, u=u, g=g) | dict(weight=weight, bias=bias, partial=partial)
         arguments |= dict(height=u.shape[2], width=u.shape[3], ROWS=rows)
+        of_channel, _, of_row, of_tap = weight.stride()
+        if of_row != 3 * of_tap:
+            raise ValueError(f"weight has strides {weight.stride()}, expected rows of taps at three times a tap's")
+        arguments |= dict(weight_strides=(of_channel, of_tap))
         yield over_planes(gate_backward, u, tiles, arguments)
     yield add_parts([dweight, dbias], partial)
 
@@ -49,7 +53,7 @@ def strips_of(x: Tensor) -> tuple[int, Tiles]:
 
 @triton.jit(do_not_specialize=["height"])
 def gate_backward(
-    du, du_strides, dg, dg_strides, dy, dy_strides, u, u_strides, g, g_strides, weight, bias, partial,
+    du, du_strides, dg, dg_strides, dy, dy_strides, u, u_strides, g, g_strides, weight, weight_strides, bias, partial,
     channels, height, width,
     ROWS: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +70,7 @@ def gate_backward(
     dy_at = pixels_of(dy, dy_strides, batch, channel, row, column) - dy_strides[2]
     u_at = pixels_of(u, u_strides, batch, channel, row, column) - u_strides[2]
     g_at = pixels_of(g, g_strides, batch, channel, row, column) - g_strides[2]
-    w = load_stencil(weight, channel, WIDE)
+    w = load_stencil(weight, weight_strides, channel, WIDE)
     shift = tl.load(bias + channel).to(WIDE)
     transposed = w[8], w[7], w[6], w[5], w[4], w[3], w[2], w[1], w[0]
     none = tl.zeros((LINES, COLUMNS), WIDE)
@@ -102,11 +106,11 @@ def gate_backward(
 
 
 @triton.jit
-def load_stencil(weight, channel, WIDE: tl.constexpr):
-    """Return a channel's nine weights."""
+def load_stencil(weight, strides, channel, WIDE: tl.constexpr):
+    """Return a channel's nine weights; strides are those of channels and taps."""
     w = ()
     for tap in tl.static_range(9):
-        w += (tl.load(weight + channel * 9 + tap).to(WIDE),)
+        w += (tl.load(weight + channel * strides[0] + tap * strides[1]).to(WIDE),)
     return w
 
 

@@ -73,7 +73,7 @@ def backward(
     if x.numel():
         yield products(partial, dz, h)
     yield add_parts([dweight_2, dbias_2], partial)
-    yield from gate_gradients.backward(du, dg, dweight_gate, dbias_gate, dh, u, g, weight_gate.contiguous(), bias_gate)
+    yield from gate_gradients.backward(du, dg, dweight_gate, dbias_gate, dh, u, g, weight_gate, bias_gate)
     of_layer = dx, dnorm_weight, dnorm_bias, dweight_1, dbias_1
     yield from norm_pointwise.backward(*of_layer, dug, *layer, residual=dy)
 
