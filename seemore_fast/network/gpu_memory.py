@@ -15,7 +15,7 @@ def gpu_memory_needed(model: Network, shape: Sequence[int], training: bool = Fal
 
     Of inference by operators, the most is four images of features in a block, one in float32 between its stripes and
     the small maps of `calibrate`, float32 for 35 of 256 pixels, or f in float32 and the picture at the end. By the
-    engine, in 16 bits, it is three images of padded features, f, the experts' ranks, a map, and the picture. Training
+    engine, in 16 bits, it is three images of padded features, the experts' ranks, a map, and the picture. Training
     keeps 11 images of features of each group besides, 8 without SEE's inside, 2 for blocks alone.
     """
     batch, colours, height, width = shape
@@ -28,7 +28,7 @@ def gpu_memory_needed(model: Network, shape: Sequence[int], training: bool = Fal
     inside, end = channels * (4 * itemsize + 4 + 4 * 35 / 256), 4 * channels + picture
     if itemsize == 2 and not training and engine.unsupported_reason(model, model.mean) is None:
         ranks = 16 * math.ceil(sum(model.engine_config.ranks) / 16)
-        end = max(channels, 40) * (3 * itemsize + 4 + 4 / 16) + ranks * itemsize + picture
+        end = max(channels, 40) * (3 * itemsize + 4 / 16) + ranks * itemsize + picture
     return round(batch * height * width * (max(inside, end) + kept * channels * itemsize + 4 * colours))
 
 
