@@ -31,12 +31,11 @@ def backward(du, dg, dweight, dbias, dy, u, g, weight, bias) -> Iterator[Launch]
     partial = new_partial(parts, [dweight, dbias])
     if u.numel():
         rows, tiles = strips_of(u)
+        if weight.stride(2) != 3 * weight.stride(3):  # neither contiguous nor laid out
+            weight = weight.contiguous()
         arguments = strided(du=du, dg=dg, dy=dy, u=u, g=g) | dict(weight=weight, bias=bias, partial=partial)
         arguments |= dict(height=u.shape[2], width=u.shape[3], ROWS=rows)
-        of_channel, _, of_row, of_tap = weight.stride()
-        if of_row != 3 * of_tap:
-            raise ValueError(f"weight has strides {weight.stride()}, expected rows of taps at three times a tap's")
-        arguments |= dict(weight_strides=(of_channel, of_tap))
+        arguments |= dict(weight_strides=(weight.stride(0), weight.stride(3)))
         yield over_planes(gate_backward, u, tiles, arguments)
     yield add_parts([dweight, dbias], partial)
 
