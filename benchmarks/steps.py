@@ -31,6 +31,11 @@ class Step(NamedTuple):
     after: str = ""  # a parallel step that has to end, with any outcome, before this one starts
 
 
+def heed_interrupts():
+    """Let SIGINT end this process, also where a shell that started a job in the background has it ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Run:
     """A started step, or the reason why it was not started."""
 
@@ -53,6 +58,7 @@ class Run:
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **environment, **(step.environment or {})},
                     process_group=0,  # its own processes end with it
+                    preexec_fn=heed_interrupts,
                 )
             atexit.register(self.signal, signal.SIGKILL)
 

@@ -1,5 +1,6 @@
 """Steps with time limits (benchmarks/steps.py): outcomes, logs, order and archives."""
 
+import signal
 import sys
 import tarfile
 import time
@@ -62,7 +63,15 @@ def test_long(): time.sleep(1000)
 """
 
 
-def test_the_log_of_an_interrupted_step_has_its_failures(run, tmp_path, monkeypatch, time_is_over):
+@pytest.fixture(params=["in the foreground", "in the background"])
+def started(request):
+    """Shells start jobs in the background with SIGINT ignored."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN if request.param == "in the background" else signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_the_log_of_an_interrupted_step_has_its_failures(started, run, tmp_path, monkeypatch, time_is_over):
     monkeypatch.setattr(steps, "GRACE_S", 120)  # on a busy machine
     (tmp_path / "test_some.py").write_text(TESTS)
     step = gpu_check.pytest("a step", [], "test_some.py", seconds=60)
