@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from helpers.host_graphs import eager_step
 from helpers.networks import SMALL
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from seemore_fast import SeemoRe, graphed_step
@@ -31,25 +31,6 @@ def adam(model, **options):
     return torch.optim.Adam(model.parameters(), 1e-3, **(options or {"fused": True}))
 
 
-def eager(model, optimizer, clip=None, autocast=None, scaler=None):
-    """Return a step as users write it."""
-    scaler = scaler or torch.amp.GradScaler(enabled=False)
-
-    def step(lr, hr):
-        optimizer.zero_grad()
-        with torch.autocast("cuda", autocast, enabled=autocast is not None):
-            loss = F.l1_loss(model(lr), hr)
-        scaler.scale(loss).backward()
-        if clip:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        scaler.step(optimizer)
-        scaler.update()
-        return loss.detach()
-
-    return step
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"clip": 0.1}, {"autocast": torch.bfloat16}, {"autocast": torch.float16, "clip": 0.1, "scaler": True}],
@@ -65,7 +46,7 @@ def test_steps_in_graphs_are_those_of_a_plain_loop(device, options):
         return optimizer, make(model, optimizer, **mine)
 
     optimizers, steps = zip(
-        build(lambda model, optimizer, **mine: graphed_step(model, F.l1_loss, optimizer, **mine)), build(eager),
+        build(lambda model, optimizer, **mine: graphed_step(model, F.l1_loss, optimizer, **mine)), build(eager_step),
         strict=True,
     )  # fmt: skip
     schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5) for optimizer in optimizers]
@@ -137,7 +118,7 @@ def test_ddp(device):
     dist.init_process_group("nccl", rank=0, world_size=1)
     try:
         plain = network(device)
-        expected = eager(plain, adam(plain))
+        expected = eager_step(plain, adam(plain))
         with torch.cuda.stream(torch.cuda.Stream()):
             model = DistributedDataParallel(network(device))
         step = graphed_step(model, F.l1_loss, adam(model))

@@ -1,7 +1,6 @@
 """Training steps in graphs, replayed on the host operator by operator: results, sizes, settings, errors. On a GPU:
 test_gpu_training.py."""
 
-import contextlib
 import copy
 import gc
 import warnings
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import processes
-from helpers.host_graphs import HostGraphs
+from helpers.host_graphs import HostGraphs, eager_step
 from helpers.networks import SMALL
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -51,25 +50,6 @@ def graphs(monkeypatch):
     graphs = HostGraphs()
     monkeypatch.setattr(module, "graphs_for", lambda device: graphs)
     return graphs
-
-
-def eager_step(network, optimizer, clip=None, autocast=None, scaler=None):
-    """Return a step as users write it."""
-    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-
-    def step(x, target):
-        optimizer.zero_grad()
-        with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
-            loss = F.l1_loss(network(x), target)
-        scaler.scale(loss).backward()
-        if clip:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(network.parameters(), clip)
-        scaler.step(optimizer)
-        scaler.update()
-        return loss.detach()
-
-    return step
 
 
 def assert_same(one, other):

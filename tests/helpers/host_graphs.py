@@ -1,10 +1,12 @@
 """CUDA graphs on the host: what is captured has no effect, and a replay repeats operators of torch, not Python."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -69,3 +71,24 @@ class HostGraphs:
     def capture(self, function: Callable[[], Any]) -> HostCapture:
         self.captures.append(HostCapture(function, self.error))
         return self.captures[-1]
+
+
+def eager_step(
+    network: nn.Module, optimizer, clip=None, autocast=None, scaler=None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a step as users write it."""
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
+
+    def step(x: Tensor, target: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        with torch.autocast(x.device.type, autocast) if autocast else contextlib.nullcontext():
+            loss = F.l1_loss(network(x), target)
+        scaler.scale(loss).backward()
+        if clip:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(network.parameters(), clip)
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.detach()
+
+    return step
