@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import reference
 from ..reference.model import Expert
 from ..reference.router import choose_experts
+from .structure import HOOKS
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -34,8 +35,8 @@ else:
 
 def has_additions(module: nn.Module) -> bool:
     """Return whether `module` has a hook or a `forward` of its own."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks or "forward" in vars(module))
+    attributes = vars(module)
+    return "forward" in attributes or any(attributes[name] for name in HOOKS)
 
 
 def is_customised(module: nn.Module) -> bool:
